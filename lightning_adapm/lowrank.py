@@ -1,0 +1,90 @@
+"""Pure mathematics of a low-rank momentum: a basis, its refresh, and the debiased direction.
+
+Shapes throughout: ``b`` matrices at a time, each ``m x n`` (``n`` is the stored last dimension), rank ``r``.
+``grad`` is ``(b, m, n)``, ``left`` is ``(b, m, r)``, ``right`` is ``(b, r, n)`` with orthonormal rows, of which some
+may be zero: a direction in which there was nothing to see yet. No function here reads a value back from the device.
+
+Source: AdaPM, arXiv 2510.09103, Algorithms 1 to 3 (low-rank momentum with residual correction, warm-started factors).
+"""
+
+import torch
+from torch import Tensor
+
+# A direction whose part independent of the others is below this share of its length is noise, not a direction.
+_DEPENDENT = 1e-5
+
+
+def starting_rows(rank: int, n: int, like: Tensor) -> Tensor:
+    """A fixed, well-mixed ``(rank, n)`` matrix with entries in [-1, 1): the sketch a first refresh starts from.
+
+    A function of its two arguments alone (an integer hash, equal on every device and every process), so that fused and
+    separate weights, and all ranks of a group, start from the same subspace without exchanging anything.
+    """
+    bits = torch.arange(1, rank * n + 1, dtype=torch.int64, device=like.device)
+    for shift, multiplier in ((16, 0x45D9F3B), (15, 0x2C1B3C6D), (16, 0x297A2D39)):
+        bits = ((bits ^ (bits >> shift)) * multiplier) & 0xFFFFFFFF
+    return (bits.to(torch.float64) / 2**31 - 1).to(like.dtype).view(rank, n)
+
+
+def orthonormal_rows(rows: Tensor) -> Tensor:
+    """Orthonormal rows with the span of ``rows`` ``(b, r, n)``; a row that depends on those before it becomes zero.
+
+    Cholesky-QR, twice, in float64 (never TF32): the first pass is shifted so that it cannot fail and shows which rows
+    are dependent, the second makes the others orthonormal to working precision. Only ``r x r`` matrices are factorised,
+    and a column in which every row is zero stays exactly zero, which a Householder QR does not give.
+    """
+    tiny = torch.finfo(rows.dtype).tiny
+    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float64)
+    seen = length > _DEPENDENT * length.amax(dim=-2, keepdim=True)
+    unit = torch.where(seen, rows / length.clamp_min(tiny), 0.0)
+    first = _solve_gram(unit, _DEPENDENT**2)
+    alive = torch.linalg.vector_norm(first, dim=-1, keepdim=True) > 0.5
+    second = _solve_gram(torch.where(alive, first, 0.0), (~alive).to(torch.float64).squeeze(-1))
+    return second.to(rows.dtype)
+
+
+def _solve_gram(rows: Tensor, shift: Tensor | float) -> Tensor:
+    """``chol(rows rowsᵀ + diag(shift))⁻¹ rows`` in float64."""
+    gram = rows @ rows.mT
+    gram.diagonal(dim1=-2, dim2=-1).add_(shift)
+    factor, _ = torch.linalg.cholesky_ex(gram)  # the variant that reports failure on the device
+    return torch.linalg.solve_triangular(factor, rows, upper=False)
+
+
+def refresh_basis(grad: Tensor, left: Tensor, right: Tensor, beta1: float) -> Tensor:
+    """The next basis: one warm-started subspace iteration on ``M~ = beta1 left right + (1 - beta1) grad``.
+
+    ``right_new = orth((M~ᵀ M~ rightᵀ)ᵀ)``, without forming ``M~``. Directions that are still zero are sketched with
+    :func:`starting_rows`. Where ``M~`` is zero or not finite the old basis stays; that is decided on the device.
+    """
+    rank, n = right.shape[-2:]
+    empty = ~right.any(dim=-1, keepdim=True)
+    sketch = torch.where(empty, starting_rows(rank, n, right), right)
+    seen = torch.baddbmm((1 - beta1) * (grad @ sketch.mT), left, right @ sketch.mT, beta=1, alpha=beta1)
+    # Columns of unit length: keeps gradients of any scale inside float32 and the next product well conditioned.
+    tiny = torch.finfo(seen.dtype).tiny
+    seen = seen / seen.abs().amax(dim=-2, keepdim=True).clamp_min(tiny)
+    seen = seen / torch.linalg.vector_norm(seen, dim=-2, keepdim=True).clamp_min(tiny)
+    rows = torch.baddbmm((1 - beta1) * (seen.mT @ grad), seen.mT @ left, right, beta=1, alpha=beta1)
+    usable = rows.isfinite().all(dim=(-2, -1), keepdim=True) & (rows != 0).any(dim=-1, keepdim=True).any(-2, True)
+    return torch.where(usable, orthonormal_rows(torch.where(usable, rows, 0.0)), right)
+
+
+def move_left(left: Tensor, right: Tensor, new_right: Tensor) -> Tensor:
+    """``left`` expressed in another basis: ``left right new_rightᵀ``, what of the momentum the new subspace holds."""
+    return left @ (right @ new_right.mT)
+
+
+def debiased_direction(grad: Tensor, projected: Tensor, left: Tensor, right: Tensor, correction: float) -> Tensor:
+    """``grad + (left / correction - projected) right``: the published correction in closed form.
+
+    Inside the subspace the bias-corrected moving average, outside it the gradient itself: AdaPM's
+    ``M~ + beta1 / (1 - beta1) E`` while the basis stays, with Adam's ``correction = 1 - beta1**t`` applied to the part
+    that is an average. ``projected`` is ``grad rightᵀ``.
+    """
+    return torch.baddbmm(grad, left / correction - projected, right)
+
+
+def residual(grad: Tensor, right: Tensor) -> Tensor:
+    """``grad - grad rightᵀ right``: the part of the gradient that the basis does not see."""
+    return torch.baddbmm(grad, grad @ right.mT, right, alpha=-1)

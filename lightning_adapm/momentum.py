@@ -1,0 +1,167 @@
+"""First moments: none, full, low-rank. Each makes its state and turns gradients into a direction.
+
+A momentum works on a list of matrices of one shape, ``(m, n)`` or a stack ``(b, m, n)``; parameters that are not
+matrices only ever get :class:`NoMomentum` or :class:`FullMomentum`, which do not care. ``step`` counts from 1.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_adapm import lowrank
+
+State = dict[str, Any]
+"""Of one piece: tensors, and numbers that the host must know without asking the device."""
+
+
+class Direction(NamedTuple):
+    """What to move along: ``scale * tensors[i]``, of the gradients' shapes."""
+
+    tensors: list[Tensor]
+    scale: float
+    scratch: bool
+    """The tensors are temporaries, free to be overwritten."""
+    clamped: bool
+    """Entries may be far larger than AdamW's, so ``clip_threshold`` applies."""
+
+
+class Momentum(Protocol):
+    """Two functions make a momentum."""
+
+    def make(self, shape: torch.Size, like: Tensor) -> State:
+        """Zero state for a matrix of ``shape``, on ``like``'s device and in ``like``'s dtype."""
+        ...
+
+    def direction(self, grads: list[Tensor], states: Sequence[State], step: int) -> Direction:
+        """Take one gradient per matrix into the states and give back the bias-corrected direction."""
+        ...
+
+
+@dataclass(frozen=True)
+class NoMomentum:
+    """No first moment: the direction is the gradient."""
+
+    name: ClassVar[str] = "none"
+
+    def make(self, shape: torch.Size, like: Tensor) -> State:
+        return {}
+
+    def direction(self, grads: list[Tensor], states: Sequence[State], step: int) -> Direction:
+        return Direction(grads, 1.0, scratch=False, clamped=True)
+
+
+@dataclass(frozen=True)
+class FullMomentum:
+    """AdamW's first moment: ``exp_avg``, of the parameter's shape."""
+
+    beta1: float
+    name: ClassVar[str] = "full"
+
+    def make(self, shape: torch.Size, like: Tensor) -> State:
+        return {"exp_avg": like.new_zeros(shape)}
+
+    def direction(self, grads: list[Tensor], states: Sequence[State], step: int) -> Direction:
+        averages = [state["exp_avg"] for state in states]
+        if averages[0].dtype == grads[0].dtype:
+            torch._foreach_lerp_(averages, grads, 1 - self.beta1)
+            used = averages
+        else:  # the arithmetic keeps the gradients' precision, only the stored value is rounded
+            used = [torch.lerp(average.to(grad.dtype), grad, 1 - self.beta1) for average, grad in zip(averages, grads)]
+            torch._foreach_copy_(averages, used)
+        return Direction(used, 1 / (1 - self.beta1**step), scratch=used is not averages, clamped=False)
+
+
+@dataclass(frozen=True)
+class LowRankMomentum:
+    """AdaPM's low-rank first moment: factors ``exp_avg_l`` ``(m, r)`` and ``exp_avg_r`` ``(r, n)``.
+
+    Args:
+        rank: ``r``. With ``r >= n`` the basis is the identity, is never refreshed, and the result is AdamW's.
+        beta1: decay of the moving average.
+        update_proj_gap: steps from one refresh of the basis to the next. The first comes with the first non-zero
+            gradient, the others at the steps ``1 + k * update_proj_gap`` of the parameter's own count.
+        debias: add what the subspace does not see (the paper's residual correction). Without it the direction is the
+            plain low-rank moving average.
+        flush: at a refresh, pay out at once what the old subspace held and the new one does not: ``beta1 / (1 - beta1)``
+            times it, the sum of its future contributions to a full average. Without it that part is dropped.
+
+    The state also holds the number ``seeded``: 1 once every matrix of the piece has a basis. Until then each step looks
+    for the first non-zero gradient, which reads one value back from the device; afterwards no step does.
+    """
+
+    rank: int
+    beta1: float
+    update_proj_gap: int
+    debias: bool = True
+    flush: bool = True
+    name: ClassVar[str] = "low_rank"
+
+    def make(self, shape: torch.Size, like: Tensor) -> State:
+        *batch, m, n = shape
+        rank = min(self.rank, n)
+        right = like.new_zeros(*batch, rank, n)
+        if rank == n:
+            right.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+        return {"exp_avg_l": like.new_zeros(*batch, m, rank), "exp_avg_r": right, "seeded": int(rank == n)}
+
+    def direction(self, grads: list[Tensor], states: Sequence[State], step: int) -> Direction:
+        grad = _join(grads)
+        left, right = (_join([state[key] for state in states]).to(grad.dtype) for key in ("exp_avg_l", "exp_avg_r"))
+        new_right = self._next_basis(grad, left, right, states, step)
+        moved = left if new_right is right else lowrank.move_left(left, right, new_right)
+
+        projected = grad @ new_right.mT
+        new_left = torch.lerp(moved, projected, 1 - self.beta1)
+        inside = new_left / (1 - self.beta1**step)
+        if not self.debias:
+            used = inside @ new_right
+        elif new_right is right or not self.flush:
+            used = torch.baddbmm(grad, inside - projected, new_right)
+        else:
+            weight = self.beta1 / (1 - self.beta1)
+            used = torch.baddbmm(grad, inside - projected - weight * moved, new_right)
+            used = used.baddbmm_(left, right, alpha=weight)
+
+        _store(new_left, [state["exp_avg_l"] for state in states])
+        if new_right is not right:
+            _store(new_right, [state["exp_avg_r"] for state in states])
+        return Direction(_split(used, grads), 1.0, scratch=True, clamped=True)
+
+    def _next_basis(self, grad: Tensor, left: Tensor, right: Tensor, states: Sequence[State], step: int) -> Tensor:
+        """The basis of this step: ``right`` itself where nothing changes."""
+        if right.shape[-2] == right.shape[-1]:
+            return right
+        due = (step - 1) % self.update_proj_gap == 0
+        if all(state["seeded"] for state in states):
+            return lowrank.refresh_basis(grad, left, right, self.beta1) if due else right
+        without = ~right.any(dim=-1, keepdim=True).any(dim=-2, keepdim=True)
+        if not due and not (without & (grad != 0).any(dim=-1, keepdim=True).any(dim=-2, keepdim=True)).any():
+            return right
+        new_right = lowrank.refresh_basis(grad, left, right, self.beta1)
+        if not due:
+            new_right = torch.where(without, new_right, right)
+        seeded = iter(new_right.any(dim=-1).any(dim=-1).tolist())
+        for state in states:
+            matrices = state["exp_avg_r"].shape[0] if state["exp_avg_r"].dim() == 3 else 1
+            state["seeded"] = int(all([next(seeded) for _ in range(matrices)]))
+        return new_right
+
+
+def _join(tensors: list[Tensor]) -> Tensor:
+    """Matrices and stacks of matrices of one shape as one ``(b, m, n)`` batch; no copy when there is only one."""
+    batches = [tensor if tensor.dim() == 3 else tensor.unsqueeze(0) for tensor in tensors]
+    return batches[0] if len(batches) == 1 else torch.cat(batches)
+
+
+def _split(batch: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """The inverse of :func:`_join`: views of ``batch``, shaped as ``like``."""
+    sizes = [tensor.shape[0] if tensor.dim() == 3 else 1 for tensor in like]
+    return [part.view(tensor.shape) for part, tensor in zip(batch.split(sizes), like)]
+
+
+def _store(batch: Tensor, states: list[Tensor]) -> None:
+    """Write a batch back into the tensors it was joined from."""
+    torch._foreach_copy_(states, _split(batch, states))

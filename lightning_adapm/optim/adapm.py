@@ -1,0 +1,292 @@
+"""AdaPM: AdamW whose momentum depends on a parameter's role in the transformer."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_adapm.momentum import Direction, Momentum
+from lightning_adapm.optim import options
+from lightning_adapm.optim.assign import assign_roles
+from lightning_adapm.optim.convert import restored_state
+from lightning_adapm.params import read_groups
+from lightning_adapm.policy import momentum_for, momentum_table, second_moment_for
+from lightning_adapm.roles import Piece
+from lightning_adapm.second_moment import SecondMoment
+
+FORMAT_VERSION = 1
+"""Of the optimizer's state, kept in every parameter group."""
+
+# Pieces of one shape are taken through a step together while their gradients hold at most this many elements: small
+# matrices share kernels, large ones (which fill a device alone) are not copied and bound the temporaries.
+_BATCH_NUMEL = {"cpu": 1 << 16, "cuda": 1 << 24}
+
+
+class Task(NamedTuple):
+    """One piece in one step. ``param`` is a view to update, ``grad`` the gradient as a matrix."""
+
+    name: str
+    piece: Piece
+    param: Tensor
+    grad: Tensor
+    state: "PieceState"
+
+
+class Observer(Protocol):
+    """Sees every piece of a step from inside it; see :class:`lightning_adapm.diagnostics.ResidualProbe`."""
+
+    def __call__(self, task: Task, direction: Tensor, update: Tensor, clip_threshold: float | None) -> None:
+        """``direction`` is the momentum used, ``update`` the normalised update before any clamp, in units of lr."""
+        ...
+
+
+class PieceState:
+    """The entries of a parameter's state that belong to one piece, without their prefix."""
+
+    __slots__ = ("_prefix", "_state")
+
+    def __init__(self, state: dict[str, Any], prefix: str) -> None:
+        self._state, self._prefix = state, prefix
+
+    def __getitem__(self, key: str) -> Any:
+        return self._state[self._prefix + key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._state[self._prefix + key] = value
+
+    def get(self, key: str) -> Any:
+        return self._state.get(self._prefix + key)
+
+
+class AdaPM(Optimizer):
+    """AdamW with partial momentum (AdaPM, arXiv 2510.09103).
+
+    Embeddings and attention outputs keep no momentum; queries, keys, MLPs and an untied head keep low-rank factors with
+    the paper's residual correction; values and everything one-dimensional keep all of it.
+
+    Args:
+        params: ``model.named_parameters()``, or ``model.parameters()`` itself (names and heads are then read from the
+            module), an iterable of ``(name, tensor)``, or parameter groups whose ``params`` are one of these or which say
+            ``role``. A group may also say ``n_head``, ``n_query_groups`` and ``head_size`` where only names are given.
+        lr: learning rate.
+        betas: decay of the first and the second moment.
+        eps: added to the denominator, outside the root.
+        weight_decay: decoupled weight decay, as in AdamW.
+        rank: of the low-rank momentum; an int, or a float in (0, 1] for a share of the smaller dimension of the unfused
+            matrix. A piece that factors would not make smaller keeps full momentum.
+        update_proj_gap: steps between two refreshes of a subspace.
+        debias: add the residual correction to the low-rank momentum.
+        second_moment: ``"elementwise"`` (AdamW), ``"block"`` (Adam-mini) or ``"factored"`` (Adafactor).
+        momentum: policies by role that differ from the default, ``{"mlp": "full", "lm_head": "none"}``, or one policy
+            for every role; the policies are ``"none"``, ``"low_rank"`` and ``"full"``.
+        roles: teaches names: ``{regular expression: role or policy}``, searched in order before any built-in rule.
+        unmatched: policy of matrices whose role is not found; ``"error"`` refuses them and lists them.
+        no_decay: roles exempt from weight decay, for instance ``("norm", "bias")``.
+        state_dtype: dtype of momentum and factors; default float32 (float64 for float64 parameters). The second moment
+            is never kept below float32.
+        clip_threshold: bound on each entry of the update in units of ``lr``, where the momentum is not full: a low-rank
+            average mixes columns, so that entries can exceed AdamW's by orders of magnitude. None: no bound.
+        maximize: maximise the objective.
+
+    Raises:
+        ValueError: an option out of range; a matrix without a role.
+        TypeError: parameters without names or roles; complex parameters.
+
+    State of a parameter: ``step``; ``exp_avg`` or ``exp_avg_l``, ``exp_avg_r`` and ``seeded``; ``exp_avg_sq`` or
+    ``exp_avg_sq_row`` and ``exp_avg_sq_col``. A fused weight has these per piece, as ``query.exp_avg_l``. All are made
+    in the first step, for every parameter that requires a gradient.
+    """
+
+    observer: Observer | None = None
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        rank: int | float = 0.05,
+        update_proj_gap: int = 100,
+        debias: bool = True,
+        second_moment: str = "elementwise",
+        momentum: Mapping[str, str] | str | None = None,
+        roles: Mapping[str, str] | None = None,
+        unmatched: str = "error",
+        no_decay: Iterable[str] = (),
+        state_dtype: torch.dtype | str | None = None,
+        clip_threshold: float | None = None,
+        maximize: bool = False,
+    ) -> None:
+        options.check_roles(roles, unmatched)
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "rank": rank,
+            "update_proj_gap": update_proj_gap,
+            "debias": debias,
+            "second_moment": second_moment,
+            "momentum": momentum_table(momentum, unmatched),
+            "no_decay": list(no_decay),
+            "state_dtype": options.dtype_name(state_dtype),
+            "clip_threshold": clip_threshold,
+            "maximize": maximize,
+            "format_version": FORMAT_VERSION,
+        }
+        options.check(defaults)
+        self.name_rules = dict(roles or {})
+        self.unmatched = unmatched
+        self.pieces: dict[Tensor, tuple[Piece, ...]] = {}
+        super().__init__(self._assign(read_groups(params), defaults), defaults)
+
+    def _assign(self, groups: list[dict[str, Any]], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
+        for group in groups:
+            options.check({**defaults, **group})
+        assigned, pieces = assign_roles(groups, defaults, self.name_rules, self.unmatched)
+        self.pieces.update(pieces)
+        return assigned
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as ``torch.optim`` does; its parameters need names or a ``role`` as in the constructor."""
+        if "roles" not in param_group:
+            (param_group,) = self._assign([param_group], self.defaults)
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch keeps only defaults, state and groups through pickling and deepcopy
+        own = {key: self.__dict__[key] for key in ("name_rules", "unmatched", "pieces")}
+        return {**super().__getstate__(), **own}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step; ``closure`` reevaluates the model and returns the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.requires_grad and not self.state.get(param):
+                    self.state[param] = self.make_state(param, group, param)
+        for group in self.param_groups:
+            for (momentum, second_moment, step, decay, *_), tasks in self._gather(group).items():
+                for batch in _batches(tasks):
+                    self._update(batch, momentum, second_moment, step, decay, group)
+        return loss
+
+    def make_state(self, param: Tensor, group: Mapping[str, Any], like: Tensor) -> dict[str, Any]:
+        """Zero state of one parameter of ``group``, on ``like``'s device; every key that it will ever have."""
+        exact = torch.float64 if param.dtype == torch.float64 else torch.float32
+        stored = getattr(torch, group["state_dtype"]) if group["state_dtype"] else exact
+        state: dict[str, Any] = {"step": torch.tensor(0.0, dtype=torch.float32)}
+        for piece in self.pieces[param]:
+            options.check_layout(piece, param)
+            shape = piece.matrix(param).shape
+            made = momentum_for(piece, shape, group).make(shape, like.new_empty((), dtype=stored))
+            made |= second_moment_for(piece, shape, group).make(shape, like.new_empty((), dtype=exact))
+            state |= {piece.prefix + key: value for key, value in made.items()}
+        return state
+
+    def _gather(self, group: dict[str, Any]) -> dict[Any, list[Task]]:
+        """Count the step of every parameter with a gradient, and sort its pieces into buckets that step together."""
+        buckets: dict[Any, list[Task]] = defaultdict(list)
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            grad = param.grad
+            if grad is None or param.numel() == 0:
+                continue
+            options.check_gradient(name, grad)
+            if grad.dtype not in (torch.float32, torch.float64):
+                grad = grad.float()
+            if group["maximize"]:
+                grad = -grad
+            state = self.state[param]
+            state["step"] += 1
+            step = int(state["step"])
+            for piece in self.pieces[param]:
+                task = Task(name, piece, piece.view(param), piece.matrix(grad), PieceState(state, piece.prefix))
+                shape = task.grad.shape
+                decay = 0.0 if piece.role in group["no_decay"] else group["weight_decay"]
+                momentum, second = momentum_for(piece, shape, group), second_moment_for(piece, shape, group)
+                key = (momentum, second, step, decay, shape, param.dtype, param.device, task.state.get("seeded"))
+                buckets[key].append(task)
+        return buckets
+
+    def _update(
+        self,
+        tasks: list[Task],
+        momentum: Momentum,
+        second_moment: SecondMoment,
+        step: int,
+        decay: float,
+        group: Mapping[str, Any],
+    ) -> None:
+        grads, states, params = ([task[i] for task in tasks] for i in (3, 4, 2))
+        lr = float(group["lr"])
+        denominators = second_moment.denominators(grads, states, step)
+        direction = momentum.direction(grads, states, step)
+        if decay:
+            torch._foreach_mul_(params, 1 - lr * decay)
+        clip = group["clip_threshold"] if direction.clamped else None
+        if self.observer is not None:
+            for task, used, denominator in zip(tasks, direction.tensors, denominators):
+                used = used * direction.scale
+                self.observer(task, used, used / denominator, clip)
+        _apply(params, direction, denominators, lr, clip)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state saved by AdaPM or by ``torch.optim.AdamW``.
+
+        Hyperparameters come from the checkpoint, as in torch. What shapes the state (``rank``, ``second_moment``, policies,
+        ``state_dtype``, roles) is this optimizer's: a state saved with other settings is converted.
+
+        Raises:
+            ValueError: the state has no meaning here; nothing has been changed then.
+        """
+        loaded: dict[Tensor, dict[str, Any]] = {}
+
+        # Temporary hooks, innermost on both sides: torch casts floating-point state to the parameter's dtype, which would
+        # round a float32 second moment of a bfloat16 parameter.
+        def before(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            kept = options.kept_settings(saved, self.param_groups, FORMAT_VERSION)
+            loaded.update(restored_state(self, saved))
+            return {"state": {}, "param_groups": kept}
+
+        def after(_: Optimizer) -> None:
+            self.state = defaultdict(dict, loaded)
+
+        handles = self.register_load_state_dict_pre_hook(before), self.register_load_state_dict_post_hook(after, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _batches(tasks: list[Task]) -> Iterable[list[Task]]:
+    grad = tasks[0].grad
+    size = max(1, _BATCH_NUMEL.get(grad.device.type, _BATCH_NUMEL["cuda"]) // grad.numel())
+    return (tasks[start : start + size] for start in range(0, len(tasks), size))
+
+
+def _apply(
+    params: list[Tensor], direction: Direction, denominators: list[Tensor], lr: float, clip: float | None
+) -> None:
+    """``param -= lr * clamp(direction / denominator)``."""
+    tensors, same = direction.tensors, direction.tensors[0].shape == params[0].shape
+    if clip is None and same and tensors[0].dtype == params[0].dtype:
+        torch._foreach_addcdiv_(params, tensors, denominators, value=-lr * direction.scale)
+        return
+    if direction.scratch:
+        torch._foreach_div_(tensors, denominators)
+    else:
+        tensors = list(torch._foreach_div(tensors, denominators))
+    for param, update in zip(params, tensors):
+        if clip is not None:
+            update.clamp_(-clip / direction.scale, clip / direction.scale)
+        param.add_(update.view(param.shape), alpha=-lr * direction.scale)

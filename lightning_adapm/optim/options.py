@@ -1,0 +1,137 @@
+"""What AdaPM refuses, and the words it refuses it with."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lightning_adapm.policy import SECOND_MOMENTS
+from lightning_adapm.roles import FUSED, POLICIES, ROLES, Piece
+
+_STRUCTURE = ("rank", "second_moment", "momentum", "state_dtype", "roles", "param_names", "no_decay", "format_version")
+"""Group entries that shape the state: on load this optimizer's stay, all others come from the checkpoint."""
+
+_ADAMW_ONLY = ("amsgrad", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
+
+
+def check(group: Mapping[str, Any]) -> None:
+    """Check the options of one parameter group, defaults filled in.
+
+    Raises:
+        ValueError: an option out of range, named with what was found and what to write instead.
+    """
+    _check(group, "lr", "a number >= 0", lambda lr: float(lr) >= 0)
+    _check(group, "betas", "two numbers in [0, 1)", lambda betas: len(betas) == 2 and all(0 <= b < 1 for b in betas))
+    _check(group, "eps", "a number >= 0", lambda eps: eps >= 0)
+    _check(group, "weight_decay", "a number >= 0", lambda decay: decay >= 0)
+    _check(group, "rank", "an int >= 1, or a float in (0, 1] for a share of the smaller dimension", _is_rank)
+    _check(group, "update_proj_gap", "an int >= 1", lambda gap: isinstance(gap, int) and gap >= 1)
+    _check(group, "second_moment", f"one of {', '.join(SECOND_MOMENTS)}", lambda kind: kind in SECOND_MOMENTS)
+    _check(group, "clip_threshold", "a number > 0, or None for no bound", lambda clip: clip is None or clip > 0)
+    for role in group["no_decay"]:
+        if role not in ROLES:
+            raise ValueError(f"no_decay: {role!r} is not a role; the roles are {', '.join(ROLES)}")
+    if group.get("role") is not None and group["role"] not in (*ROLES, *POLICIES, FUSED):
+        raise ValueError(f"role: {group['role']!r} is neither a role ({', '.join(ROLES)}, {FUSED}) nor a policy")
+
+
+def _is_rank(rank: Any) -> bool:
+    if isinstance(rank, float):
+        return 0 < rank <= 1
+    return isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+
+
+def _check(group: Mapping[str, Any], option: str, wanted: str, holds: Any) -> None:
+    value = group[option]
+    try:
+        fine = bool(holds(value))
+    except (TypeError, ValueError):
+        fine = False
+    if not fine:
+        raise ValueError(f"{option} must be {wanted}, but got {value!r}")
+
+
+def check_roles(roles: Mapping[str, str] | None, unmatched: str) -> None:
+    """Check the two options that are resolved at construction.
+
+    Raises:
+        ValueError: an unknown role or policy.
+    """
+    for pattern, role in (roles or {}).items():
+        if role not in (*ROLES, *POLICIES, FUSED):
+            raise ValueError(
+                f"roles[{pattern!r}]: {role!r} is neither a role ({', '.join(ROLES)}, {FUSED}) nor a policy"
+                f" ({', '.join(POLICIES)})"
+            )
+    if unmatched not in ("error", *POLICIES):
+        raise ValueError(f"unmatched must be 'error' or one of {', '.join(POLICIES)}, but got {unmatched!r}")
+
+
+def dtype_name(dtype: torch.dtype | str | None) -> str | None:
+    """``torch.bfloat16`` or ``"bfloat16"`` as the plain string that checkpoints hold.
+
+    Raises:
+        ValueError: not a floating-point dtype.
+    """
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if dtype is None:
+        return None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"state_dtype must be a floating-point dtype such as 'bfloat16', but got {dtype!r}")
+    return str(found).removeprefix("torch.")
+
+
+def check_layout(piece: Piece, param: Tensor) -> None:
+    """Refuse parameters that a sharding strategy has replaced by parts of themselves.
+
+    Raises:
+        TypeError: naming the strategy.
+    """
+    if isinstance(param, DTensor):
+        raise TypeError(
+            "AdaPM got a DTensor parameter (FSDP2 or tensor parallelism), which it does not support yet; use a single"
+            " device or DDP"
+        )
+    if piece.dim >= 2 and param.dim() < 2:
+        raise TypeError(
+            f"a parameter of role {piece.role} has become one-dimensional, as FSDP1 makes it; AdaPM does not support"
+            " FSDP1 yet; use a single device or DDP"
+        )
+
+
+def check_gradient(name: str, grad: Tensor) -> None:
+    """Refuse gradients that the mathematics does not cover.
+
+    Raises:
+        RuntimeError: a sparse gradient, as ``torch.optim.AdamW`` raises.
+    """
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"AdaPM does not support sparse gradients, and {name} has one; build its module with sparse=False"
+        )
+
+
+def kept_settings(saved: Mapping[str, Any], groups: list[dict[str, Any]], version: int) -> list[dict[str, Any]]:
+    """The saved groups with what shapes the state taken from ``groups``.
+
+    Raises:
+        ValueError: the groups do not correspond, or the state is from a newer format or an unsupported AdamW variant.
+    """
+    found = saved["param_groups"]
+    sizes, wanted = [len(g["params"]) for g in found], [len(g["params"]) for g in groups]
+    if sizes != wanted:
+        raise ValueError(f"the saved optimizer has parameter groups of {sizes} parameters, this one of {wanted}")
+    kept = []
+    for old, new in zip(found, groups):
+        if old.get("format_version", version) > version:
+            raise ValueError(
+                f"the saved state has format version {old['format_version']}, newer than {version}, the newest that this"
+                " version of lightning-adapm reads; update it"
+            )
+        if old.get("amsgrad"):
+            raise ValueError("the saved state is AdamW's with amsgrad=True, which AdaPM has no counterpart for")
+        rest = {key: value for key, value in old.items() if key not in _ADAMW_ONLY}
+        kept.append({**new, **rest, **{key: new[key] for key in _STRUCTURE}})
+    return kept

@@ -1,0 +1,51 @@
+"""What a caller may hand to an optimizer as ``params``, turned into named parameters with the module they came from."""
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+_GENERATORS = {nn.Module.parameters.__code__: False, nn.Module.named_parameters.__code__: True}
+
+
+def source_module(params: Any) -> nn.Module | None:
+    """The module whose ``parameters()`` or ``named_parameters()`` is this generator, not yet started; None otherwise.
+
+    LightningCLI and litgpt hand an optimizer nothing but ``model.parameters()``. A generator that has not run still holds
+    the arguments it was called with, so its module, and with it every name and head count, can be read exactly.
+    """
+    if not inspect.isgenerator(params) or params.gi_code not in _GENERATORS:
+        return None
+    if inspect.getgeneratorstate(params) != inspect.GEN_CREATED:
+        return None
+    module: nn.Module = params.gi_frame.f_locals["self"]
+    return module
+
+
+def read_params(params: Any) -> tuple[list[tuple[str, Tensor]] | list[Tensor], nn.Module | None]:
+    """Named parameters and their module, or, where there are no names, the bare tensors and None.
+
+    Args:
+        params: ``module.parameters()``, ``module.named_parameters()``, an iterable of ``(name, tensor)``, of tensors, or
+            one tensor.
+    """
+    if isinstance(params, nn.Module):
+        raise TypeError("params is a module: pass its named_parameters() instead, AdaPM(model.named_parameters(), ...)")
+    module = source_module(params)
+    if module is not None and not _GENERATORS[params.gi_code]:
+        return list(module.named_parameters(recurse=params.gi_frame.f_locals["recurse"])), module
+    items: list[Any] = [params] if isinstance(params, Tensor) else list(params)
+    return items, module
+
+
+def read_groups(params: Any) -> list[dict[str, Any]]:
+    """Parameter groups as ``torch.optim`` takes them, one if ``params`` is not already a list of groups."""
+    if isinstance(params, (nn.Module, Tensor)) or source_module(params) is not None:
+        return [{"params": params}]
+    if not isinstance(params, Iterable):
+        raise TypeError(f"params must be an iterable of named parameters or of parameter groups, but got {type(params)}")
+    items = list(params)
+    if not items:
+        raise ValueError("optimizer got an empty parameter list")
+    return items if isinstance(items[0], dict) else [{"params": items}]

@@ -1,0 +1,108 @@
+"""Bytes of optimizer state: planned from shapes before training, and measured from what an optimizer holds."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_adapm.optim import AdaPM
+from lightning_adapm.policy import momentum_for
+
+# How optimizers of torch and the peers call their first and second moments.
+_MOMENTUM = ("exp_avg", "exp_avg_l", "exp_avg_r", "momentum_buffer", "m", "mu", "mu_product")
+_SECOND_MOMENT = ("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "row_var", "col_var", "variance", "v", "vmean")
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes of optimizer state, by what they are for. ``other`` holds step counters and the like."""
+
+    momentum: int = 0
+    second_moment: int = 0
+    other: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.momentum + self.second_moment + self.other
+
+    def __add__(self, more: "StateBytes") -> "StateBytes":
+        return StateBytes(
+            self.momentum + more.momentum, self.second_moment + more.second_moment, self.other + more.other
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One piece of one parameter in a plan."""
+
+    name: str
+    role: str
+    shape: tuple[int, ...]
+    policy: str
+    rank: int | None
+    bytes: StateBytes
+    adamw: StateBytes
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+def state_bytes(state: Mapping[str, Any]) -> StateBytes:
+    """Bytes of the tensors in one parameter's state, nested ones included; keys may carry a piece's prefix."""
+    total = StateBytes()
+    for key, value in state.items():
+        if isinstance(value, Mapping):
+            total += state_bytes(value)
+        elif isinstance(value, Tensor):
+            size, kind = value.numel() * value.element_size(), key.rpartition(".")[2]
+            if kind.startswith(_SECOND_MOMENT[0]) or kind in _SECOND_MOMENT:
+                total += StateBytes(second_moment=size)
+            elif kind in _MOMENTUM:
+                total += StateBytes(momentum=size)
+            else:
+                total += StateBytes(other=size)
+    return total
+
+
+def measure(optimizer: Optimizer) -> StateBytes:
+    """Bytes that any torch optimizer's state holds now."""
+    return sum((state_bytes(state) for state in optimizer.state.values()), StateBytes())
+
+
+def adamw_bytes(shapes: Iterable[torch.Size], element_size: int = 4) -> StateBytes:
+    """Bytes of ``torch.optim.AdamW``'s state for parameters of these shapes; float32 unless said otherwise."""
+    numels = [shape.numel() for shape in shapes]
+    moment = element_size * sum(numels)
+    return StateBytes(moment, moment, 4 * len(numels))
+
+
+def plan(optimizer: AdaPM) -> list[Row]:
+    """What the state of every trained parameter is or will be: one row per piece, none for frozen parameters.
+
+    The state is made on the meta device by the function that makes it in training, so the sum of the rows is what
+    training allocates.
+    """
+    rows = []
+    for group in optimizer.param_groups:
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            if not param.requires_grad:
+                continue
+            state = optimizer.make_state(param, group, torch.empty(0, device="meta"))
+            counters = StateBytes(other=state_bytes({"step": state["step"]}).other)
+            for piece in optimizer.pieces[param]:
+                shape = piece.matrix(param).shape
+                momentum = momentum_for(piece, shape, group)
+                own = {k: v for k, v in state.items() if k != "step" and k.startswith(piece.prefix)}
+                adamw = adamw_bytes([shape])
+                if counters == StateBytes():  # one counter a parameter, in its first row
+                    adamw = StateBytes(adamw.momentum, adamw.second_moment)
+                rank = getattr(momentum, "rank", None)
+                rows.append(
+                    Row(name, piece.role, tuple(shape), momentum.name, rank, state_bytes(own) + counters, adamw)
+                )
+                counters = StateBytes()
+    return rows

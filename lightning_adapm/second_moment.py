@@ -1,0 +1,120 @@
+"""Second moments: elementwise (AdamW), block (Adam-mini), factored (Adafactor).
+
+Each makes its state for a piece of a given shape and turns gradients into denominators ``sqrt(v / (1 - beta2**t)) + eps``
+that broadcast against them. The state is never kept below float32: with ``beta2 = 0.999`` a bfloat16 average stops
+decaying. ``step`` counts from 1.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+State = dict[str, Any]
+
+
+class SecondMoment(Protocol):
+    """Two functions make a second moment."""
+
+    def make(self, shape: torch.Size, like: Tensor) -> State:
+        """Zero state for a piece of ``shape``, on ``like``'s device and in ``like``'s dtype."""
+        ...
+
+    def denominators(self, grads: list[Tensor], states: Sequence[State], step: int) -> list[Tensor]:
+        """Take one gradient per piece into the states; new tensors that broadcast against the gradients."""
+        ...
+
+
+@dataclass(frozen=True)
+class ElementwiseSecondMoment:
+    """AdamW's: ``exp_avg_sq`` of the parameter's shape."""
+
+    beta2: float
+    eps: float
+
+    def make(self, shape: torch.Size, like: Tensor) -> State:
+        return {"exp_avg_sq": like.new_zeros(shape)}
+
+    def denominators(self, grads: list[Tensor], states: Sequence[State], step: int) -> list[Tensor]:
+        averages = [state["exp_avg_sq"] for state in states]
+        torch._foreach_mul_(averages, self.beta2)
+        torch._foreach_addcmul_(averages, grads, grads, 1 - self.beta2)
+        return _roots(averages, self.beta2, self.eps, step)
+
+
+@dataclass(frozen=True)
+class BlockSecondMoment:
+    """Adam-mini's: the mean of the squared gradient over a block (arXiv 2406.16793, Algorithm 1).
+
+    Args:
+        blocks: blocks per matrix: a number of equal row blocks (heads), or None for one block per row. Tensors that are
+            not matrices are one block.
+    """
+
+    beta2: float
+    eps: float
+    blocks: int | None = None
+
+    def make(self, shape: torch.Size, like: Tensor) -> State:
+        return {"exp_avg_sq": like.new_zeros(self._shape(shape))}
+
+    def _shape(self, shape: torch.Size) -> tuple[int, ...]:
+        if len(shape) < 2:
+            return ()
+        return (*shape[:-2], self.blocks or shape[-2], 1)
+
+    def denominators(self, grads: list[Tensor], states: Sequence[State], step: int) -> list[Tensor]:
+        averages = [state["exp_avg_sq"] for state in states]
+        _average(averages, [self._means(grad) for grad in grads], self.beta2)
+        roots = _roots(averages, self.beta2, self.eps, step)
+        if grads[0].dim() < 2 or self.blocks is None:
+            return roots
+        return [root.repeat_interleave(grads[0].shape[-2] // self.blocks, dim=-2) for root in roots]
+
+    def _means(self, grad: Tensor) -> Tensor:
+        if grad.dim() < 2:
+            return grad.square().mean()
+        rows = mean_square(grad, -1)
+        return rows if self.blocks is None else rows.unflatten(-2, (self.blocks, -1)).mean(dim=-2)
+
+
+@dataclass(frozen=True)
+class FactoredSecondMoment:
+    """Adafactor's: row means ``exp_avg_sq_row`` ``(m, 1)`` and column means ``exp_avg_sq_col`` ``(1, n)`` of the squared
+    gradient, ``v = row col / mean(row)`` (arXiv 1804.04235, Algorithm 4, with AdamW's bias correction).
+    """
+
+    beta2: float
+    eps: float
+
+    def make(self, shape: torch.Size, like: Tensor) -> State:
+        *batch, m, n = shape
+        return {"exp_avg_sq_row": like.new_zeros(*batch, m, 1), "exp_avg_sq_col": like.new_zeros(*batch, 1, n)}
+
+    def denominators(self, grads: list[Tensor], states: Sequence[State], step: int) -> list[Tensor]:
+        rows, columns = ([state[key] for state in states] for key in ("exp_avg_sq_row", "exp_avg_sq_col"))
+        _average(rows, [mean_square(grad, -1) for grad in grads], self.beta2)
+        _average(columns, [mean_square(grad, -2) for grad in grads], self.beta2)
+        tiny = torch.finfo(rows[0].dtype).tiny
+        shares = [row / row.mean(dim=-2, keepdim=True).clamp_min(tiny) for row in rows]
+        return [share.sqrt() * root + self.eps for share, root in zip(shares, _roots(columns, self.beta2, 0.0, step))]
+
+
+def mean_square(grad: Tensor, dim: int) -> Tensor:
+    """Mean of squares along ``dim``, kept as a dimension of one; no temporary of the gradient's size."""
+    return torch.linalg.vector_norm(grad, dim=dim, keepdim=True).square_().div_(grad.shape[dim])
+
+
+def _average(averages: list[Tensor], means: list[Tensor], beta2: float) -> None:
+    torch._foreach_mul_(averages, beta2)  # not lerp: an average that overflowed to infinity must not become NaN
+    torch._foreach_add_(averages, means, alpha=1 - beta2)
+
+
+def _roots(averages: list[Tensor], beta2: float, eps: float, step: int) -> list[Tensor]:
+    roots = list(torch._foreach_sqrt(averages))
+    torch._foreach_div_(roots, (1 - beta2**step) ** 0.5)
+    if eps:
+        torch._foreach_add_(roots, eps)
+    return roots

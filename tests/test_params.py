@@ -1,0 +1,299 @@
+"""What may be passed as ``params``, and what is refused."""
+
+import pytest
+import torch
+from models import PlainLM, tiny_gpt, token_batches, train
+from torch import nn
+
+from lightning_adapm import AdaPM
+
+PLAIN_ROLES = {
+    "embed_tokens.weight": "embedding",
+    "layers.0.norm_1.weight": "norm",
+    "layers.0.norm_1.bias": "bias",
+    "layers.0.self_attn.q_proj.weight": "query",
+    "layers.0.self_attn.q_proj.bias": "bias",
+    "layers.0.self_attn.k_proj.weight": "key",
+    "layers.0.self_attn.v_proj.weight": "value",
+    "layers.0.self_attn.o_proj.weight": "attn_out",
+    "layers.1.mlp.0.weight": "mlp",
+    "layers.1.mlp.2.weight": "mlp",
+    "norm.weight": "norm",
+    "lm_head.weight": "lm_head",
+}
+GPT_ROLES = {
+    "lm_head.weight": "lm_head",
+    "transformer.wte.weight": "embedding",
+    "transformer.h.0.norm_1.weight": "norm",
+    "transformer.h.0.attn.qkv.weight": "qkv",
+    "transformer.h.1.attn.proj.weight": "attn_out",
+    "transformer.h.1.mlp.fc_1.weight": "mlp",
+    "transformer.h.1.mlp.proj.weight": "mlp",
+    "transformer.ln_f.weight": "norm",
+}
+
+
+def roles_of(optimizer):
+    return {n: r for g in optimizer.param_groups for n, r in zip(g["param_names"], g["roles"], strict=True)}
+
+
+class Wrapper(nn.Module):
+    """As Fabric wraps a model."""
+
+    def __init__(self, module):
+        super().__init__()
+        self._forward_module = module
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"), [(PlainLM(), PLAIN_ROLES), (tiny_gpt(), GPT_ROLES)], ids=["plain", "litgpt"]
+)
+@pytest.mark.parametrize(
+    "params",
+    [
+        lambda m: m.parameters(),
+        lambda m: m.named_parameters(),
+        lambda m: list(m.named_parameters()),
+        lambda m: dict(m.named_parameters()).items(),
+        lambda m: [{"params": m.parameters()}],
+        lambda m: [{"params": [(n, p)]} for n, p in m.named_parameters()],
+        lambda m: torch.compile(m).parameters(),
+        lambda m: Wrapper(torch.compile(m)).parameters(),
+    ],
+    ids=["generator", "named", "list", "items", "group", "groups", "compiled", "fabric"],
+)
+def test_roles_from_every_source(model, expected, params):
+    optimizer = AdaPM(params(model))
+    roles = {name.removeprefix("_forward_module.").removeprefix("_orig_mod."): r for name, r in roles_of(optimizer).items()}
+    assert expected.items() <= roles.items()
+    assert len(roles) == len(list(model.parameters()))
+    pieces = {p.role: p for p in optimizer.pieces.get(getattr(model, "transformer", model).parameters().__next__(), ())}
+    assert pieces
+
+
+def test_fused_pieces_and_heads_of_litgpt():
+    model = tiny_gpt(n_head=6, n_query_groups=2, head_size=8)
+    optimizer = AdaPM(model.parameters(), second_moment="block")
+    query, key, value = optimizer.pieces[model.transformer.h[0].attn.qkv.weight]
+    assert (query.start, query.stop, query.heads) == (0, 48, 6)
+    assert (key.start, key.stop, key.heads) == (48, 64, 2)
+    assert (value.start, value.stop) == (64, 80)
+
+
+def test_fused_pieces_from_names_alone_use_the_output_projection():
+    model = tiny_gpt(n_head=6, n_query_groups=2, head_size=8)
+    optimizer = AdaPM(list(model.named_parameters()))
+    assert [(p.role, p.start, p.stop) for p in optimizer.pieces[model.transformer.h[1].attn.qkv.weight]] == [
+        ("query", 0, 48),
+        ("key", 48, 64),
+        ("value", 64, 80),
+    ]
+
+
+def test_block_needs_heads_and_takes_them_from_the_group():
+    model = tiny_gpt(n_head=6, n_query_groups=2, head_size=8)
+    with pytest.raises(ValueError, match="h.0.attn.qkv.weight.* n_head= and n_query_groups="):
+        AdaPM(list(model.named_parameters()), second_moment="block")
+    group = {"params": list(model.named_parameters()), "n_head": 6, "n_query_groups": 2, "head_size": 8}
+    optimizer = AdaPM([group], second_moment="block")
+    assert [p.heads for p in optimizer.pieces[model.transformer.h[0].attn.qkv.weight]] == [6, 2, None]
+
+
+def test_a_fused_weight_that_cannot_be_cut_is_refused():
+    weight = nn.Parameter(torch.zeros(40, 16))
+    with pytest.raises(ValueError, match=r"attn.qkv.weight of shape \(40, 16\).*n_query_groups="):
+        AdaPM([("attn.qkv.weight", weight)])
+
+
+def test_tied_embedding_is_an_embedding_whatever_its_name():
+    model = tiny_gpt()
+    model.lm_head.weight = model.transformer.wte.weight
+    optimizer = AdaPM(model.parameters())
+    assert roles_of(optimizer)["lm_head.weight"] == "embedding"
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        lambda m: list(m.parameters()),
+        lambda m: (p for p in m.parameters()),
+        lambda m: filter(lambda p: p.requires_grad, m.parameters()),
+        lambda m: [{"params": list(m.parameters()), "weight_decay": 0.1}],
+        lambda m: next(m.parameters()),
+    ],
+    ids=["list", "generator expression", "filter", "group", "tensor"],
+)
+def test_tensors_without_names_are_refused(params):
+    with pytest.raises(TypeError, match=r"without a name.*Pass model.named_parameters\(\)"):
+        AdaPM(params(PlainLM()))
+
+
+def test_an_exhausted_or_started_generator_is_not_recognised():
+    model = PlainLM()
+    started = model.parameters()
+    next(started)
+    with pytest.raises(TypeError, match="without a name"):
+        AdaPM(started)
+    exhausted = model.parameters()
+    list(exhausted)
+    with pytest.raises(ValueError, match="empty parameter list"):
+        AdaPM(exhausted)
+
+
+def test_a_module_is_refused_with_advice():
+    with pytest.raises(TypeError, match=r"named_parameters\(\)"):
+        AdaPM(PlainLM())
+
+
+def test_a_group_with_a_role_needs_no_names():
+    weights = [nn.Parameter(torch.randn(12, 10)) for _ in range(2)]
+    optimizer = AdaPM([{"params": weights, "role": "mlp"}, {"params": [nn.Parameter(torch.zeros(3, 3))], "role": "none"}])
+    assert [g["roles"] for g in optimizer.param_groups] == [["mlp", "mlp"], ["none"]]
+
+
+class Unknown(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"mixer": nn.Linear(6, 8, bias=False)}) for _ in range(12))
+        self.gadget = nn.Parameter(torch.randn(5, 5))
+        self.scale = nn.Parameter(torch.ones(5))
+
+
+def test_unmatched_matrices_are_listed_with_what_to_paste():
+    with pytest.raises(ValueError) as error:
+        AdaPM(Unknown().named_parameters())
+    message = str(error.value)
+    assert "13 matrices" in message
+    for index in range(12):
+        assert f"blocks.{index}.mixer.weight  (8, 6)" in message
+    paste = message[message.index("roles={") + len("roles=") : message.index("}") + 1]
+    optimizer = AdaPM(Unknown().named_parameters(), roles=eval(paste))
+    assert set(roles_of(optimizer).values()) == {"full", "norm"}
+
+
+def test_unmatched_policy_says_so_once():
+    with pytest.warns(UserWarning, match=r"full momentum to matrices.*gadget \(5, 5\)") as caught:
+        optimizer = AdaPM(Unknown().named_parameters(), unmatched="full")
+    assert len(caught) == 1
+    assert optimizer.param_groups[0]["momentum"]["unmatched"] == "full"
+
+
+def test_roles_are_taught_by_name():
+    optimizer = AdaPM(Unknown().named_parameters(), roles={"mixer": "mlp", "gadget": "none"})
+    assert roles_of(optimizer)["blocks.3.mixer.weight"] == "mlp"
+    assert roles_of(optimizer)["gadget"] == "none"
+
+
+def test_frozen_parameters_cost_nothing_and_need_no_role():
+    model = Unknown()
+    model.gadget.requires_grad_(False)
+    model.blocks.requires_grad_(False)
+    optimizer = AdaPM(model.parameters())
+    model.scale.grad = torch.ones(5)
+    optimizer.step()
+    assert set(optimizer.state) == {model.scale}
+
+
+def test_add_param_group_and_unfreezing():
+    model = PlainLM()
+    model.layers[1].requires_grad_(False)
+    rest = [(n, p) for n, p in model.named_parameters() if not n.startswith("lm_head")]
+    optimizer = AdaPM(rest, lr=1e-3)
+    train(model, optimizer, token_batches(2))
+    optimizer.add_param_group({"params": [("lm_head.weight", model.lm_head.weight)], "lr": 1e-2})
+    model.layers[1].requires_grad_(True)
+    before = [p.detach().clone() for p in model.parameters()]
+    train(model, optimizer, token_batches(2))
+    assert all(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert optimizer.state[model.lm_head.weight]["step"] == 2
+    assert optimizer.state[model.norm.weight]["step"] == 4
+    with pytest.raises(TypeError, match="without a name"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2, 2))]})
+
+
+def test_schedulers_and_litgpt_lr_overwrite():
+    model = PlainLM()
+    optimizer = AdaPM(model.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=10)
+    for _ in range(5):
+        train(model, optimizer, token_batches(1))
+        scheduler.step()
+    for group in optimizer.param_groups:
+        group["lr"] = optimizer.defaults["lr"] * 0.0
+        group["weight_decay"] = 0.0
+    before = [p.detach().clone() for p in model.parameters()]
+    train(model, optimizer, token_batches(1))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_closure_and_zero_grad():
+    model, (tokens,) = PlainLM(), token_batches(1)
+    optimizer = AdaPM(model.parameters())
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(tokens)
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(20)]
+    assert losses[-1] < losses[0]
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_maximize_and_no_decay():
+    weights = [nn.Parameter(torch.ones(4, 4)) for _ in range(2)]
+    norm = nn.Parameter(torch.ones(4))
+    optimizer = AdaPM(
+        [("mlp.weight", weights[0]), ("norm.weight", norm)], lr=0.1, weight_decay=0.5, no_decay=("norm",), maximize=True
+    )
+    for p in (weights[0], norm):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    torch.testing.assert_close(norm.detach(), torch.full((4,), 1.1))
+    torch.testing.assert_close(weights[0].detach(), torch.full((4, 4), 1.05))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("lr", -1.0, "lr must be a number >= 0, but got -1.0"),
+        ("betas", (0.9, 1.0), r"betas must be two numbers in \[0, 1\)"),
+        ("betas", (0.9,), "betas must be"),
+        ("eps", -1e-8, "eps must be"),
+        ("weight_decay", -0.1, "weight_decay must be"),
+        ("rank", 0, "rank must be an int >= 1, or a float"),
+        ("rank", 1.5, "rank must be"),
+        ("rank", True, "rank must be"),
+        ("rank", "5%", "rank must be"),
+        ("update_proj_gap", 0, "update_proj_gap must be an int >= 1"),
+        ("update_proj_gap", 2.5, "update_proj_gap must be"),
+        ("second_moment", "rows", "elementwise, block, factored"),
+        ("clip_threshold", 0.0, "clip_threshold must be"),
+        ("momentum", {"mpl": "full"}, "'mpl' is not a role; the roles are embedding"),
+        ("momentum", {"mlp": "ful"}, r"momentum\['mlp'\]: 'ful' is not a policy"),
+        ("roles", {"x": "keys"}, r"roles\['x'\]: 'keys' is neither a role"),
+        ("unmatched", "warn", "unmatched must be 'error' or one of"),
+        ("no_decay", ("norms",), "no_decay: 'norms' is not a role"),
+        ("state_dtype", "int8", "state_dtype must be a floating-point dtype"),
+    ],
+)
+def test_options_out_of_range(option, value, words):
+    with pytest.raises(ValueError, match=words):
+        AdaPM(PlainLM().parameters(), **{option: value})
+
+
+def test_options_of_a_group_are_checked_too():
+    with pytest.raises(ValueError, match="rank must be"):
+        AdaPM([{"params": PlainLM().parameters(), "rank": -1}])
+
+
+def test_sparse_and_complex_are_refused():
+    embedding = nn.Embedding(5, 3, sparse=True)
+    optimizer = AdaPM(embedding.parameters())
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse=False"):
+        optimizer.step()
+    with pytest.raises(TypeError, match="mlp.weight is complex"):
+        AdaPM([("mlp.weight", nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64)))])
