@@ -74,7 +74,8 @@ def second_moment_for(piece: Piece, shape: torch.Size, group: Mapping[str, Any])
     """The second moment of a piece whose matrix has ``shape``; the block rules are those of Adam-mini 1.1.1."""
     kind, beta2, eps = group["second_moment"], group["betas"][1], group["eps"]
     if kind == "block" and piece.role != "bias":
-        return BlockSecondMoment(beta2, eps, piece.heads if piece.role in ("query", "key") else None)
+        heads = piece.heads if piece.role in ("query", "key") else None
+        return BlockSecondMoment(beta2, eps, heads, outputs=-1 if piece.transposed else -2)
     if kind == "factored" and len(shape) >= 2:
         return FactoredSecondMoment(beta2, eps)
     return ElementwiseSecondMoment(beta2, eps)

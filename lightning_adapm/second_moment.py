@@ -49,13 +49,15 @@ class BlockSecondMoment:
     """Adam-mini's: the mean of the squared gradient over a block (arXiv 2406.16793, Algorithm 1).
 
     Args:
-        blocks: blocks per matrix: a number of equal row blocks (heads), or None for one block per row. Tensors that are
-            not matrices are one block.
+        blocks: blocks per matrix: a number of equal blocks of outputs (heads), or None for one block per output. Tensors
+            that are not matrices are one block.
+        outputs: the dimension that counts outputs: rows (-2), or columns (-1) of a transposed weight.
     """
 
     beta2: float
     eps: float
     blocks: int | None = None
+    outputs: int = -2
 
     def make(self, shape: torch.Size, like: Tensor) -> State:
         return {"exp_avg_sq": like.new_zeros(self._shape(shape))}
@@ -63,7 +65,8 @@ class BlockSecondMoment:
     def _shape(self, shape: torch.Size) -> tuple[int, ...]:
         if len(shape) < 2:
             return ()
-        return (*shape[:-2], self.blocks or shape[-2], 1)
+        blocks = self.blocks or shape[self.outputs]
+        return (*shape[:-2], blocks, 1) if self.outputs == -2 else (*shape[:-2], 1, blocks)
 
     def denominators(self, grads: list[Tensor], states: Sequence[State], step: int) -> list[Tensor]:
         averages = [state["exp_avg_sq"] for state in states]
@@ -71,13 +74,13 @@ class BlockSecondMoment:
         roots = _roots(averages, self.beta2, self.eps, step)
         if grads[0].dim() < 2 or self.blocks is None:
             return roots
-        return [root.repeat_interleave(grads[0].shape[-2] // self.blocks, dim=-2) for root in roots]
+        return [root.repeat_interleave(grads[0].shape[self.outputs] // self.blocks, dim=self.outputs) for root in roots]
 
     def _means(self, grad: Tensor) -> Tensor:
         if grad.dim() < 2:
             return grad.square().mean()
-        rows = mean_square(grad, -1)
-        return rows if self.blocks is None else rows.unflatten(-2, (self.blocks, -1)).mean(dim=-2)
+        means = mean_square(grad, -3 - self.outputs)
+        return means if self.blocks is None else block_means(means, self.blocks, self.outputs)
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,11 @@ class FactoredSecondMoment:
         tiny = torch.finfo(rows[0].dtype).tiny
         shares = [row / row.mean(dim=-2, keepdim=True).clamp_min(tiny) for row in rows]
         return [share.sqrt() * root + self.eps for share, root in zip(shares, _roots(columns, self.beta2, 0.0, step))]
+
+
+def block_means(means: Tensor, blocks: int, dim: int) -> Tensor:
+    """Means of ``blocks`` equal blocks along ``dim``, a negative dimension."""
+    return means.unflatten(dim, (blocks, -1)).mean(dim=dim)
 
 
 def mean_square(grad: Tensor, dim: int) -> Tensor:

@@ -7,13 +7,16 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_adapm.attention import Heads, cut
 from lightning_adapm.params import read_params
-from lightning_adapm.roles import FUSED, ROLES, UNMATCHED, Heads, Named, Piece, cut, describe, find_role, link_siblings, normalize
+from lightning_adapm.roles import FUSED, ROLES, UNMATCHED, Named, Piece, describe, find_role, link, normalize
 
 _HOW_TO_NAME = (
     "AdaPM needs to know what each parameter is. Pass model.named_parameters(), or model.parameters() itself and not a list"
     ' made from it; in a parameter group {"params": [(name, parameter), ...]}, or a role: {"params": [...], "role": "mlp"}'
 )
+
+_HEADS = ("n_head", "n_query_groups", "head_size")
 
 
 def assign_roles(
@@ -32,16 +35,18 @@ def assign_roles(
     pieces: dict[Tensor, tuple[Piece, ...]] = {}
     missing: list[Named] = []
     described = [_describe(group, index) for index, group in enumerate(groups)]
-    link_siblings(item for items in described for item in items)
+    if len(described) > 1:  # a fused weight and the output projection beside it may be in different groups
+        link(item for items in described for item in items)
     for group, items in zip(groups, described):
-        options = {key: value for key, value in group.items() if key not in ("role", "n_head", "n_query_groups", "head_size")}
-        found = [group.get("role") or find_role(item, rules) for item in items]
+        options = {key: value for key, value in group.items() if key not in ("role", *_HEADS)}
+        found = [group.get("role") or find_role(item, rules)[0] for item in items]
+        stated = Heads(*(group.get(key) for key in _HEADS))
         for item, role in zip(items, found):
             if item.param.is_complex():
                 raise TypeError(f"{item.name} is complex; AdaPM supports real parameters only")
             if role is None and item.param.requires_grad:
                 missing.append(item)
-            pieces[item.param] = cut(item, role or UNMATCHED)
+            pieces[item.param] = cut(item, role or UNMATCHED, stated)
             if (options.get("second_moment") or defaults["second_moment"]) == "block":
                 _check_heads(item, pieces[item.param])
         options["params"] = [(item.name, item.param) for item in items]
@@ -58,7 +63,6 @@ def assign_roles(
 def _describe(group: Mapping[str, Any], index: int) -> list[Named]:
     items, module = read_params(group["params"])
     role = group.get("role")
-    heads = Heads(group.get("n_head"), group.get("n_query_groups"), group.get("head_size"))
     named: list[tuple[str, Tensor]] = []
     for position, item in enumerate(items):
         if not isinstance(item, Tensor):
@@ -70,13 +74,15 @@ def _describe(group: Mapping[str, Any], index: int) -> list[Named]:
     for item in named:
         if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], Tensor)):
             raise TypeError(f"params holds {item!r}. {_HOW_TO_NAME}")
-    return describe(named, module, heads)
+    return describe(named, module)
 
 
 def _check_heads(item: Named, pieces: tuple[Piece, ...]) -> None:
     for piece in pieces:
-        rows = piece.view(item.param).shape[0] if item.param.dim() else 1
-        if piece.role in ("query", "key") and item.param.dim() > 1 and (not piece.heads or rows % piece.heads):
+        if piece.role not in ("query", "key") or item.param.dim() != 2:
+            continue
+        rows = piece.matrix(item.param).shape[int(piece.transposed)]
+        if not piece.heads or rows % piece.heads:
             raise ValueError(
                 f"second_moment='block' keeps one value per head of {item.name} {tuple(item.param.shape)}, but its {rows}"
                 f" {piece.role} rows have {piece.heads or 'an unknown number of'} heads. Pass model.named_parameters() itself,"
@@ -91,6 +97,6 @@ def _unmatched_message(missing: list[Named]) -> str:
     paste = ", ".join(f'r"^{pattern}$": "full"' for pattern in patterns)
     return (
         f"AdaPM does not know the role of {len(missing)} matrices:\n{lines}\nTeach it, with the right role"
-        f" ({', '.join(ROLES)}, {FUSED}) or a policy (full, low_rank, none) for each:\n  roles={{{paste}}}\n"
+        f" ({', '.join((*ROLES, *FUSED))}) or a policy (full, low_rank, none) for each:\n  roles={{{paste}}}\n"
         'or pass unmatched="full" to give all of them AdamW\'s full momentum.'
     )

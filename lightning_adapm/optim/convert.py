@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_adapm import lowrank
 from lightning_adapm.roles import Piece, normalize
+from lightning_adapm.second_moment import block_means
 
 if TYPE_CHECKING:
     from lightning_adapm.optim.adapm import AdaPM
@@ -124,10 +125,9 @@ def _resize(left: Tensor, right: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
 def _restore_second_moment(entry: Mapping[str, Any], state: dict[str, Any], piece: Piece, param: Tensor) -> None:
     targets = {key: state[piece.prefix + key] for key in _SECOND if piece.prefix + key in state}
     sources = {key: value for key in _SECOND if (value := _saved(entry, piece, key, param)) is not None}
-    shape = piece.matrix(param).shape
     if {key: value.shape for key, value in sources.items()} != {key: value.shape for key, value in targets.items()}:
-        dense = _expand(sources, shape)
-        sources = {key: _reduce(dense, key, target) for key, target in targets.items()}
+        dense = _expand(sources, piece.matrix(param).shape)
+        sources = {key: _reduce(dense, target) for key, target in targets.items()}
     for key, target in targets.items():
         target.copy_(sources[key])
 
@@ -138,18 +138,21 @@ def _expand(sources: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
         row, column = sources["exp_avg_sq_row"], sources["exp_avg_sq_col"]
         return row * column / row.mean(dim=-2, keepdim=True).clamp_min(torch.finfo(row.dtype).tiny)
     (dense,) = sources.values()
-    if dense.dim() >= 2 and dense.shape[-2] != shape[-2]:
-        dense = dense.repeat_interleave(shape[-2] // dense.shape[-2], dim=-2)
-    return dense.expand(shape) if dense.numel() != shape.numel() else dense.reshape(shape)
+    if dense.numel() == shape.numel():
+        return dense.reshape(shape)
+    for dim in (-2, -1) if dense.dim() >= 2 else ():
+        if dense.shape[dim] not in (1, shape[dim]):
+            dense = dense.repeat_interleave(shape[dim] // dense.shape[dim], dim=dim)
+    return dense.expand(shape)
 
 
-def _reduce(dense: Tensor, key: str, target: Tensor) -> Tensor:
+def _reduce(dense: Tensor, target: Tensor) -> Tensor:
     """An elementwise second moment as the block or factored one of ``target``'s shape."""
-    if key == "exp_avg_sq_col":
-        return dense.mean(dim=-2, keepdim=True)
     if target.shape == dense.shape:
         return dense
     if target.dim() < 2:
         return dense.mean()
-    rows = dense.mean(dim=-1, keepdim=True)
-    return rows.unflatten(-2, (target.shape[-2], -1)).mean(dim=-2)
+    for dim in (-2, -1):
+        if target.shape[dim] != dense.shape[dim]:
+            dense = block_means(dense, target.shape[dim], dim)
+    return dense

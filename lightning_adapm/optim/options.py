@@ -33,8 +33,8 @@ def check(group: Mapping[str, Any]) -> None:
     for role in group["no_decay"]:
         if role not in ROLES:
             raise ValueError(f"no_decay: {role!r} is not a role; the roles are {', '.join(ROLES)}")
-    if group.get("role") is not None and group["role"] not in (*ROLES, *POLICIES, FUSED):
-        raise ValueError(f"role: {group['role']!r} is neither a role ({', '.join(ROLES)}, {FUSED}) nor a policy")
+    if group.get("role") is not None and group["role"] not in (*ROLES, *FUSED, *POLICIES):
+        raise ValueError(f"role: {group['role']!r} is neither a role ({', '.join((*ROLES, *FUSED))}) nor a policy")
 
 
 def _is_rank(rank: Any) -> bool:
@@ -60,9 +60,9 @@ def check_roles(roles: Mapping[str, str] | None, unmatched: str) -> None:
         ValueError: an unknown role or policy.
     """
     for pattern, role in (roles or {}).items():
-        if role not in (*ROLES, *POLICIES, FUSED):
+        if role not in (*ROLES, *FUSED, *POLICIES):
             raise ValueError(
-                f"roles[{pattern!r}]: {role!r} is neither a role ({', '.join(ROLES)}, {FUSED}) nor a policy"
+                f"roles[{pattern!r}]: {role!r} is neither a role ({', '.join((*ROLES, *FUSED))}) nor a policy"
                 f" ({', '.join(POLICIES)})"
             )
     if unmatched not in ("error", *POLICIES):

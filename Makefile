@@ -1,0 +1,48 @@
+# Everything runs in .venv, made on first use. Only python3 (3.10 or newer, with its venv module) and make are needed.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+RECIPE := recipes/trainer/pretrain
+
+.PHONY: help pretrain test test-slow lint types clean
+
+help:
+	@echo "make pretrain   train the quick start with AdamW, then with AdaPM (under 5 minutes on two CPU cores)"
+	@echo "make test       the tests"
+	@echo "make test-slow  the tests that take minutes"
+	@echo "make lint       ruff"
+	@echo "make types      mypy"
+	@echo "make clean      remove the environment, caches and runs"
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "lightning-adapm needs Python 3.10 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." \
+		       "Name another: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+		{ echo "'$(PYTHON)' lacks the venv module (on Debian and Ubuntu: the package python3-venv)."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[quickstart,test,lint]'
+	@touch $@
+
+pretrain: $(STAMP)
+	$(BIN)/lightning-adapm fit --config $(RECIPE)/quickstart.yaml --config $(RECIPE)/quickstart-adamw.yaml
+	$(BIN)/lightning-adapm fit --config $(RECIPE)/quickstart.yaml
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
+# pytest ends with 5 when it selects no test, which is no failure here.
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow || [ $$? -eq 5 ]
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build runs lightning_logs *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,49 @@
+"""The command ``lightning-adapm``, also ``python -m lightning_adapm``."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+USAGE = """\
+usage: lightning-adapm {fit,validate,test,predict} [--config FILE ...] [--OPTION VALUE ...]
+
+  fit        train a model:  lightning-adapm fit --config recipes/trainer/pretrain/quickstart.yaml
+  validate   one pass over the validation data
+  test       one pass over the test data
+  predict    predictions for every batch
+
+Several --config files apply in order, options after them override. All options of one command:
+  lightning-adapm fit -h
+  lightning-adapm fit --model.help lightning_adapm.litgpt.LitGPTModule
+"""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        args: The words after the command's name; ``None`` for those of this process.
+    """
+    words = sys.argv[1:] if args is None else args
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return
+    from lightning_adapm.cli import AdaPMCLI  # after the help, which need not wait for Lightning
+
+    try:
+        AdaPMCLI(args)
+    except Exception as error:
+        if not _is_message_to_the_user(error):
+            raise
+        sys.exit(f"lightning-adapm: error: {error}")
+
+
+def _is_message_to_the_user(error: Exception) -> bool:
+    """Whether bad input was refused, by this package or by the parser: a traceback would only bury what it says."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].f_globals.get("__name__", "").split(".")[0] in ("lightning_adapm", "jsonargparse")
+
+
+if __name__ == "__main__":
+    main()

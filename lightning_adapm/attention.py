@@ -1,0 +1,161 @@
+"""Attention structure: head counts, and which rows of a fused weight are query, key and value."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lightning_adapm.roles import FUSED, Named, Piece, child_role
+
+# How attention modules and their configurations call the same numbers.
+N_HEAD = ("n_head", "n_heads", "num_heads", "num_attention_heads", "nhead")
+N_QUERY_GROUPS = ("n_query_groups", "num_key_value_heads", "n_kv_heads", "num_kv_heads", "n_kv_head", "kv_n_heads")
+HEAD_SIZE = ("head_size", "head_dim", "attention_head_size", "d_kv")
+
+# Fused weights whose rows are interleaved by head, (query..., key, value) for each query group; all others hold all
+# queries, then all keys, then all values. By the projection's name and a part of the attention module's class name.
+INTERLEAVED: tuple[tuple[str, str], ...] = (
+    ("query_key_value", ""),  # GPT-NeoX, Bloom, Falcon, Persimmon
+    ("attn", ""),  # litgpt before 0.5.3
+    ("in_proj", "Deberta"),
+    ("c_attn", "GPTBigCode"),
+)
+CONTIGUOUS_AFTER_ALL: tuple[tuple[str, str], ...] = (("query_key_value", "GLM"),)
+CODEGEN_PARTITIONS = 4  # CodeGen's qkv_proj: (query, value, key) in each of four partitions
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention heads, in litgpt's words; None is not known."""
+
+    n_head: int | None = None
+    n_query_groups: int | None = None
+    head_size: int | None = None
+
+
+def find_heads(around: Iterable[nn.Module]) -> Heads:
+    """The head counts that the nearest module, or its ``config``, states."""
+    for module in around:
+        holders = (module, getattr(module, "config", None))
+        n_head = _first(holders, N_HEAD)
+        if n_head:
+            return Heads(n_head, _first(holders, N_QUERY_GROUPS), _first(holders, HEAD_SIZE))
+    return Heads()
+
+
+def _first(holders: Iterable[Any], names: Iterable[str]) -> int | None:
+    values = (getattr(holder, name, None) for holder in holders for name in names)
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
+
+
+def cut(item: Named, role: str, stated: Heads = Heads()) -> tuple[Piece, ...]:
+    """The pieces of one parameter. ``stated`` are head counts that the caller gave; they go before what modules say.
+
+    Raises:
+        ValueError: the rows of a fused weight cannot be told apart.
+    """
+    dim = item.param.dim()
+    transposed = dim == 2 and any(type(user).__name__ == "Conv1D" for user in item.users)
+    heads = stated if stated.n_head else find_heads(item.around)
+    if role == "kv":
+        return _cut_kv(item, heads, transposed)
+    if role in FUSED:
+        return _cut_qkv(item, heads, transposed)
+    flat = dim > 3 or (dim == 3 and any(isinstance(user, nn.modules.conv._ConvNd) for user in item.users))
+    count = heads.n_head if role == "query" else (heads.n_query_groups or heads.n_head) if role == "key" else None
+    if count and dim == 2 and role == "key" and not heads.n_query_groups and "query" in _roles_beside(item):
+        count = _key_heads(item, count)
+    return (Piece(role, heads=count, flat=flat, transposed=transposed, dim=dim),)
+
+
+def _roles_beside(item: Named) -> dict[str | None, Named]:
+    return {child_role(child): other for child, other in item.beside.items()}
+
+
+def _key_heads(item: Named, n_head: int) -> int:
+    """Heads of a key whose module states only the query's: as many as fit rows of the query's head size."""
+    query = _roles_beside(item)["query"].param.shape[0]
+    return max(1, item.param.shape[0] * n_head // query)
+
+
+def _cut_qkv(item: Named, heads: Heads, transposed: bool) -> tuple[Piece, ...]:
+    shape = item.param.shape
+    if not any(type(user).__name__ in ("Conv1D", "Linear") for user in item.users) and shape[1] == 3 * shape[0]:
+        transposed = True  # only the shape says so, as for GPT-2's c_attn given by name
+    total, inner = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
+    query = _query_rows(item, heads, total, inner)
+    key = (total - query) // 2
+    if query <= 0 or key <= 0 or query + 2 * key != total:
+        raise ValueError(_unknown_rows(item, heads))
+    n_head = heads.n_head
+    groups = max(1, key * n_head // query) if n_head else None
+    kind = type(item.around[1]).__name__ if len(item.around) > 1 else ""
+    if "CodeGen" in kind:
+        return _in_groups(CODEGEN_PARTITIONS, {"query": (query, n_head), "value": (key, None), "key": (key, groups)}, transposed)
+    rows = {"query": (query, n_head), "key": (key, groups), "value": (key, None)}
+    if not _matches(item, kind, INTERLEAVED) or _matches(item, kind, CONTIGUOUS_AFTER_ALL):
+        return _in_groups(1, rows, transposed)
+    if groups is None or query % groups or key % groups:
+        raise ValueError(_unknown_rows(item, heads))
+    return _in_groups(groups, rows, transposed)
+
+
+def _matches(item: Named, kind: str, rules: Iterable[tuple[str, str]]) -> bool:
+    return any(item.child == child and part in kind for child, part in rules)
+
+
+def _query_rows(item: Named, heads: Heads, total: int, inner: int) -> int:
+    """How many of the ``total`` rows are the query's; 0 where nothing says it.
+
+    What the output projection takes in is what the query's heads give, whatever a configuration says.
+    """
+    out = _roles_beside(item).get("attn_out")
+    if out is not None:
+        conv = any(type(user).__name__ == "Conv1D" for user in out.users)
+        rows = out.param.shape[0] if conv else out.param.shape[-1]
+        if 0 < rows < total:
+            return rows
+    if heads.n_head:
+        parts = heads.n_head + 2 * (heads.n_query_groups or heads.n_head)
+        if total % parts == 0:
+            return heads.n_head * (total // parts)
+    return total // 3 if total == 3 * inner else 0
+
+
+def _cut_kv(item: Named, heads: Heads, transposed: bool) -> tuple[Piece, ...]:
+    """Keys and values in one weight: halves, or those of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434)."""
+    total, groups = item.param.shape[int(transposed)], heads.n_query_groups or heads.n_head
+    module = item.around[1] if len(item.around) > 1 else None
+    holders = (module, getattr(module, "config", None))
+    nope, head = _first(holders, ("qk_nope_head_dim",)), _first(holders, ("v_head_dim",))
+    rope = _first(holders, ("qk_rope_head_dim",))
+    if "_a" in item.child:
+        # The latent that keys and values are made from, then the one rotary key that all heads share.
+        if rope is None or rope >= total:
+            raise ValueError(_unknown_rows(item, heads))
+        return (Piece("value", 0, total - rope, transposed=transposed), Piece("key", total - rope, total, 1, 1, transposed=transposed))
+    if nope and head and total % (nope + head) == 0:
+        groups = total // (nope + head)
+        return _in_groups(groups, {"key": (groups * nope, groups), "value": (groups * head, None)}, transposed)
+    if total % 2 or "_b" in item.child:
+        raise ValueError(_unknown_rows(item, heads))
+    return _in_groups(1, {"key": (total // 2, groups), "value": (total // 2, None)}, transposed)
+
+
+def _in_groups(groups: int, rows: dict[str, tuple[int, int | None]], transposed: bool) -> tuple[Piece, ...]:
+    """Pieces of a weight of ``groups`` equal groups, each with its share of every role's rows, in order."""
+    pieces, start = [], 0
+    for role, (count, heads) in rows.items():
+        stop = start + count // groups
+        pieces.append(Piece(role, start, stop, groups, heads, transposed=transposed))
+        start = stop
+    return tuple(pieces)
+
+
+def _unknown_rows(item: Named, heads: Heads) -> str:
+    return (
+        f"{item.name} of shape {tuple(item.param.shape)} holds query, key and value rows, but which rows are whose is not"
+        f" known ({heads}). Pass model.named_parameters() itself rather than a list made from it, or give the parameter"
+        " group n_head=, n_query_groups= and head_size=."
+    )

@@ -1,0 +1,183 @@
+"""Callbacks that log what an optimizer holds and what its low-rank momentum does not see."""
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
+
+from lightning_adapm.callbacks.pooling import Pool, ResidualFigures
+from lightning_adapm.callbacks.run import (
+    StepClock,
+    check_every_n_steps,
+    log_figures,
+    logged_step,
+    optimizer_name,
+    publish_figure,
+)
+from lightning_adapm.diagnostics import OTHER, ResidualProbe, StateReport
+from lightning_adapm.optim import AdaPM
+from lightning_adapm.roles import ROLES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class OptimizerStateMonitor(L.Callback):
+    """Logs how many bytes the state of the optimizers holds, of any kind and number, and draws them at the end.
+
+    Logged, per process (the mean over processes): ``momentum_bytes``, ``second_moment_bytes``, ``total_bytes``,
+    ``adamw_bytes`` (what ``torch.optim.AdamW`` would hold in float32), ``total_bytes_by_role/<role>``, and the ratio
+    ``ratio_to_adamw``. The figure is ``optimizer_state.png`` in the run's folder, and goes to TensorBoard.
+
+    Args:
+        every_n_steps: Optimizer steps from one log to the next, the first step included.
+        log_key_prefix: Put before every name that is logged.
+
+    Raises:
+        MisconfigurationException: ``every_n_steps`` is not an int >= 1.
+    """
+
+    def __init__(self, every_n_steps: int = 50, log_key_prefix: str = "optimizer/") -> None:
+        self.every_n_steps = check_every_n_steps(every_n_steps)
+        self.log_key_prefix = log_key_prefix
+        self.history: list[tuple[int, dict[str, float]]] = []
+        """Step and logged figures, in order."""
+        self._clock = StepClock(self.every_n_steps)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start anew, at the step where this run starts."""
+        self.history = []
+        self._clock = StepClock(self.every_n_steps, trainer.global_step)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Measure and log, where the batch ended a step that logs."""
+        if not self._clock.rings(trainer.global_step - 1):
+            return
+        figures = StateReport.measure(trainer.optimizers, pl_module).figures()
+        every_role = (f"total_bytes_by_role/{role}" for role in (*ROLES, OTHER))
+        pool = _pool([*figures, *every_role], trainer.strategy.root_device)
+        pool.update((name, size, 1.0) for name, size in figures.items())
+        logged = {name: mean for name, (mean, _) in pool.compute().items()}
+        logged["ratio_to_adamw"] = logged["total_bytes"] / max(1, logged["adamw_bytes"])
+        logged = {self.log_key_prefix + name: value for name, value in logged.items()}
+        self.history.append((logged_step(trainer), logged))
+        log_figures(trainer, logged)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw the figure."""
+        if self.history:
+            report = StateReport.measure(trainer.optimizers, pl_module)
+            publish_figure(trainer, "optimizer_state", partial(_draw_state, report, optimizer_name(trainer)))
+
+
+class ResidualNormMonitor(L.Callback):
+    """Logs what AdaPM's low-rank momentum does not see of the gradient, and how large the updates are.
+
+    Logged, none of it with a unit: ``norm_mean/<role>``, ``norm_max/<role>`` and ``norm_by_layer/<layer>`` of
+    ``‖G - G RᵀR‖_F / ‖M^‖_F``; ``stationarity/<role>``, the cosine between this residual and the one logged before;
+    ``update_max/<role>``, the largest ``|update| / lr`` before any clamp; ``clamped/<role>``, the share of entries beyond
+    ``clip_threshold``. ``all`` stands for all roles together. Pieces and processes are averaged (``max``: the largest).
+
+    The figures are taken from inside the steps that log; other steps do no extra work. The figure is
+    ``residual_norm.png`` in the run's folder, and goes to TensorBoard. With several AdaPM optimizers their number follows
+    the prefix. An optimizer without a low-rank momentum has no residual: the callback says so once.
+
+    Args:
+        every_n_steps: Optimizer steps from one log to the next, the first step included.
+        log_key_prefix: Put before every name that is logged.
+
+    Raises:
+        MisconfigurationException: ``every_n_steps`` is not an int >= 1.
+    """
+
+    def __init__(self, every_n_steps: int = 50, log_key_prefix: str = "residual/") -> None:
+        self.every_n_steps = check_every_n_steps(every_n_steps)
+        self.log_key_prefix = log_key_prefix
+        self.history: list[tuple[int, dict[str, float]]] = []
+        """Step and logged figures, in order."""
+        self._monitored: list[_Monitored] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Find the optimizers that have a residual; say so where there is none."""
+        self.history = []
+        found = [o for o in trainer.optimizers if isinstance(o, AdaPM) and ResidualFigures(o).layers]
+        prefixes = [self.log_key_prefix + (f"{index}/" if len(found) > 1 else "") for index in range(len(found))]
+        clocks = [StepClock(self.every_n_steps, trainer.global_step) for _ in found]
+        self._monitored = [_Monitored(*each) for each in zip(found, prefixes, clocks)]
+        if not found:
+            rank_zero_warn(
+                f"ResidualNormMonitor logs nothing: {optimizer_name(trainer)} has no low-rank momentum, so there is no"
+                " residual. Use AdaPM with a role whose momentum is low_rank, or leave the callback out"
+            )
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Put the probe into an optimizer whose step, which comes next, logs."""
+        for monitored in self._monitored:
+            if monitored.optimizer is optimizer:
+                monitored.remove_probe()
+                if monitored.clock.rings(trainer.global_step):
+                    monitored.insert_probe()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Take the probes out, and log what they saw."""
+        for monitored in self._monitored:
+            monitored.remove_probe()
+            if not monitored.due:
+                continue
+            monitored.due = False
+            names = ResidualFigures(monitored.optimizer)
+            pool = _pool(names.names, trainer.strategy.root_device)
+            pool.update(names.figures(monitored.probe.read()))
+            figures = names.logged(pool.compute())
+            if figures:  # none, for example, where a gradient scaler skipped the step
+                figures = {monitored.prefix + name: value for name, value in figures.items()}
+                self.history.append((logged_step(trainer), figures))
+                log_figures(trainer, figures)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw the figures."""
+        for index, monitored in enumerate(self._monitored):
+            history = [(step, figures) for step, figures in self.history if monitored.prefix + "norm_mean/all" in figures]
+            if history:
+                name = "residual_norm" + (f"_{index}" if len(self._monitored) > 1 else "")
+                publish_figure(trainer, name, partial(_draw_residual, history, monitored.prefix))
+
+
+class _Monitored:
+    """An optimizer with its probe, which is in it during the steps that log only."""
+
+    def __init__(self, optimizer: AdaPM, prefix: str, clock: StepClock) -> None:
+        self.optimizer, self.prefix, self.clock = optimizer, prefix, clock
+        self.probe = ResidualProbe()
+        self.due = False
+
+    def insert_probe(self) -> None:
+        self.due = True
+        self.optimizer.observer = self.probe
+
+    def remove_probe(self) -> None:
+        if self.optimizer.observer is self.probe:
+            self.optimizer.observer = None
+
+
+def _draw_state(report: StateReport, name: str) -> "Figure":
+    from lightning_adapm.callbacks.figures import state_figure
+
+    return state_figure(report, name)
+
+
+def _draw_residual(history: list[tuple[int, dict[str, float]]], prefix: str) -> "Figure":
+    from lightning_adapm.callbacks.figures import residual_figure
+
+    return residual_figure(history, prefix)
+
+
+def _pool(names: list[str], device: torch.device) -> Pool:
+    """On the device that the processes exchange tensors from."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+    return Pool(names, dtype).to(device)

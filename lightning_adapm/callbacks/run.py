@@ -1,0 +1,118 @@
+"""What the callbacks share: which steps log, where a run writes, and how numbers of bytes are shown."""
+
+import functools
+import importlib.util
+import io
+import posixpath
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import lightning as L
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class StepClock:
+    """Says which optimizer steps log: the first at or after each multiple of ``every_n_steps``, counted from 0.
+
+    Not just the multiples: with several optimizers, the step of a given number belongs to one of them only.
+
+    Args:
+        every_n_steps: Steps from one to the next.
+        step: The step to start at; a resumed run logs at the same steps as an uninterrupted one.
+    """
+
+    def __init__(self, every_n_steps: int, step: int = 0) -> None:
+        self._every = every_n_steps
+        self._last = (step - 1) // every_n_steps
+
+    def rings(self, step: int) -> bool:
+        """Whether step number ``step`` logs; says so once."""
+        last, self._last = self._last, max(self._last, step // self._every)
+        return self._last > last
+
+
+def check_every_n_steps(every_n_steps: int) -> int:
+    """``every_n_steps`` itself.
+
+    Raises:
+        MisconfigurationException: Not an int >= 1.
+    """
+    if not isinstance(every_n_steps, int) or isinstance(every_n_steps, bool) or every_n_steps < 1:
+        raise MisconfigurationException(f"every_n_steps must be an int >= 1, but got {every_n_steps!r}")
+    return every_n_steps
+
+
+def logged_step(trainer: L.Trainer) -> int:
+    """The step under which Lightning logs what a training batch logs, whatever the number of optimizers."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def log_figures(trainer: L.Trainer, figures: Mapping[str, float]) -> None:
+    """Send figures to every logger now: ``pl_module.log`` would drop them at steps that ``log_every_n_steps`` skips."""
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(figures), step=logged_step(trainer))
+
+
+def optimizer_name(trainer: L.Trainer) -> str:
+    """The class names of the Trainer's optimizers, for people."""
+    return " + ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "no optimizer"
+
+
+def run_folder(trainer: L.Trainer) -> str:
+    """Where this run writes. To be called on every process: Lightning broadcasts it."""
+    return str(trainer.log_dir or trainer.default_root_dir)
+
+
+def write_file(folder: str, name: str, content: bytes) -> str:
+    """Write a file into a folder, local or remote, made if need be; its path."""
+    path = posixpath.join(folder, name)
+    files = get_filesystem(folder)
+    files.makedirs(folder, exist_ok=True)
+    with files.open(path, "wb") as file:
+        file.write(content)
+    return path
+
+
+def publish_figure(trainer: L.Trainer, name: str, draw: Callable[[], "Figure"]) -> None:
+    """Save a figure as ``name.png`` in the run's folder and show it in TensorBoard, where matplotlib is installed.
+
+    To be called on every process; the first one draws.
+    """
+    folder = run_folder(trainer)
+    if not trainer.is_global_zero or trainer.fast_dev_run:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        _say_no_matplotlib()
+        return
+    figure = draw()
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    write_file(folder, f"{name}.png", image.getvalue())
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_figure(name, figure, global_step=logged_step(trainer))
+
+
+@functools.cache
+def _say_no_matplotlib() -> None:
+    rank_zero_info("No figures of the optimizer: matplotlib is not installed (pip install 'lightning-adapm[plot]')")
+
+
+def show_bytes(size: float) -> str:
+    """A number of bytes for people: ``"12.3 MiB"``."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB" if size < 1024 else f"{size / 1024:.2f} TiB"
+
+
+def show_saving(held: int, reference: int) -> str:
+    """How much smaller ``held`` is, in per cent; a dash without a reference."""
+    return f"{100 * (1 - held / reference):.1f} %" if reference else "-"

@@ -1,0 +1,160 @@
+"""Which text files of this machine are the corpus, and which of them train and which validate."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Literal
+
+# Installed packages, tests, and files that hold tables or word lists rather than prose or code.
+STDLIB_EXCLUDE = (
+    "site-packages dist-packages test tests idlelib idle_test lib2to3 turtledemo encodings pydoc_data __pycache__"
+).split()
+
+PARTS: tuple[Literal["train", "val"], ...] = ("train", "val")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text: its file, its name inside the corpus, its first byte and size in bytes, the file's mtime in ns."""
+
+    path: Path
+    name: str
+    start: int
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The documents to train on and the documents to validate on, in order."""
+
+    train: tuple[Document, ...]
+    val: tuple[Document, ...]
+
+    def digest(self) -> str:
+        """A hexadecimal digest that changes with every file, its contents (by size and mtime), and the split."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.val):
+            for doc in part:
+                line = f"{doc.name}\0{doc.start}\0{doc.size}\0{doc.mtime_ns}\0"
+                digest.update(line.encode(errors="surrogateescape"))
+            digest.update(b"\1")
+        return digest.hexdigest()
+
+    def texts(self, part: Literal["train", "val"]) -> Iterator[str]:
+        """The texts of one part; a file that is not UTF-8 is not text and is passed over."""
+        for doc in self.train if part == "train" else self.val:
+            with doc.path.open("rb") as file:
+                file.seek(doc.start)
+                data = file.read(doc.size)
+            try:
+                yield data.decode("utf-8")
+            except UnicodeDecodeError:
+                continue
+
+
+def find_corpus(
+    path: str | Path | None,
+    pattern: str,
+    exclude: Sequence[str] | None,
+    val_fraction: float,
+    max_bytes: int | None,
+) -> Corpus:
+    """Find the documents and split them by file; the result depends on the files' names and sizes only.
+
+    Args:
+        path: A folder, each file a document; or one file, whose last part validates; ``None`` for the Python standard
+            library's sources.
+        pattern: Which files below the folder, as in ``pathlib.PurePath.match``.
+        exclude: Names of folders to leave out at any depth; ``None`` for none, or for the standard library its tests,
+            installed packages and tables.
+        val_fraction: The share of files that goes to validation.
+        max_bytes: The most text to read, in bytes; a uniform choice of files. ``None`` for no limit.
+
+    Raises:
+        ValueError: If the path does not exist, or there are fewer than two non-empty files to read.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"] if path is None else path).expanduser()
+    if root.is_file():
+        train, val = _split_file(root, val_fraction, max_bytes)
+        return Corpus((train,), (val,))
+    if not root.is_dir():
+        raise ValueError(f"`path`: there is no {str(root)!r}. Give a text file, or a folder with at least two of them.")
+    skipped = set(STDLIB_EXCLUDE if path is None and exclude is None else exclude or ())
+    documents = list(_documents(root, pattern, skipped))
+    if len(documents) < 2:
+        raise ValueError(
+            f"`pattern`: {len(documents)} non-empty files below {str(root)!r} match {pattern!r}; two are needed, one to"
+            " train on and one to validate. Give another `path` or `pattern`."
+        )
+    # Hashing the names, not shuffling, keeps every file in its place when others come or go.
+    documents.sort(key=lambda doc: _unit_hash("order", doc.name))
+    if max_bytes is not None:
+        documents = _within(documents, max_bytes)
+    val_documents = {doc for doc in documents if _unit_hash("split", doc.name) < val_fraction}
+    if not val_documents or len(val_documents) == len(documents):
+        # Few files: the split by hash left one side empty.
+        ranked = sorted(documents, key=lambda doc: _unit_hash("split", doc.name))
+        val_documents = set(ranked[: min(max(1, round(val_fraction * len(ranked))), len(ranked) - 1)])
+    return Corpus(
+        tuple(doc for doc in documents if doc not in val_documents),
+        tuple(doc for doc in documents if doc in val_documents),
+    )
+
+
+def _documents(root: Path, pattern: str, skipped: set[str]) -> Iterator[Document]:
+    """The non-empty files that match; skipped folders are not even looked into (site-packages are large)."""
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in skipped]
+        for name in names:
+            path = Path(folder, name)
+            relative = path.relative_to(root).as_posix()
+            if PurePath(relative).match(pattern) and path.is_file():
+                stat = path.stat()
+                if stat.st_size:
+                    yield Document(path, relative, 0, stat.st_size, stat.st_mtime_ns)
+
+
+def _split_file(path: Path, val_fraction: float, max_bytes: int | None) -> tuple[Document, Document]:
+    """One file, cut at the end of a line: what comes first trains."""
+    stat = path.stat()
+    with path.open("rb") as file:
+
+        def line_end(position: int) -> int:
+            file.seek(position)
+            file.readline()
+            return min(file.tell(), stat.st_size)
+
+        end = line_end(min(stat.st_size, max_bytes or stat.st_size))
+        cut = line_end(int(end * (1 - val_fraction)))
+    if not 0 < cut < end:
+        raise ValueError(
+            f"`path`: the {end} bytes of {str(path)!r} cannot be cut into training and validation text at the end of"
+            f" a line (`val_fraction`: {val_fraction}). Give a longer file, or a folder with several."
+        )
+    return (
+        Document(path, path.name, 0, cut, stat.st_mtime_ns),
+        Document(path, path.name, cut, end - cut, stat.st_mtime_ns),
+    )
+
+
+def _unit_hash(salt: str, name: str) -> float:
+    digest = hashlib.sha256(f"{salt}:{name}".encode(errors="surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _within(documents: list[Document], max_bytes: int) -> list[Document]:
+    """The documents, in order, that fit into ``max_bytes``; one that is too large is passed over."""
+    total, kept = 0, []
+    for doc in documents:
+        if total + doc.size <= max_bytes:
+            total += doc.size
+            kept.append(doc)
+    if len(kept) < 2:
+        raise ValueError(f"`max_bytes`: {len(kept)} files fit into {max_bytes} bytes; give room for at least two.")
+    return kept

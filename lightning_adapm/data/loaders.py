@@ -1,0 +1,154 @@
+"""Batches of token windows: a seeded, resumable training stream and a fixed validation set.
+
+Both split one global batch over the processes, so that a run sees the same data on any number of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+
+class _Windows:
+    """Token windows of ``block_size + 1`` tokens (the last one is only a target), and this process's share of a batch.
+
+    Args:
+        tokens: All tokens, one-dimensional; may be memory-mapped.
+        block_size: Positions the model sees, in tokens; consecutive windows overlap by the one target token.
+        batch_size: Windows per global batch, over all processes.
+        rank: Which of the processes that read different data this is.
+        world_size: How many processes read different data.
+
+    Raises:
+        ValueError: If the tokens do not fill one global batch, or a batch cannot be split evenly.
+    """
+
+    text = "text"  # what the error messages call it
+
+    def __init__(
+        self, tokens: np.ndarray, block_size: int, batch_size: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        if batch_size % world_size:
+            raise ValueError(
+                f"`batch_size`: {batch_size} windows cannot be split over {world_size} processes. It counts the windows"
+                f" of all processes together: give a multiple of {world_size}."
+            )
+        self.tokens = tokens
+        self.block_size = block_size
+        self.batch_size = batch_size
+        self.windows = max(0, len(tokens) - 1) // block_size
+        if self.windows < batch_size:
+            raise ValueError(
+                f"The {self.text} has {len(tokens)} tokens, {self.windows} windows of `block_size` {block_size}: less"
+                f" than one batch of {batch_size}. Give more text, or a smaller `block_size` or `batch_size`."
+            )
+        share = batch_size // world_size
+        self._share = slice(rank * share, (rank + 1) * share)
+
+    def _batch(self, windows: np.ndarray) -> Tensor:
+        """This process's rows of the global batch made of these windows: int64, (rows, ``block_size + 1``)."""
+        starts = windows[self._share, None] * self.block_size
+        return torch.from_numpy(self.tokens[starts + np.arange(self.block_size + 1)].astype(np.int64))
+
+
+class TrainLoader(_Windows):
+    """An endless stream of shuffled batches; each ``iter()`` hands out the next ``len()`` of them.
+
+    The windows of an epoch are a permutation drawn from ``(seed, epoch)`` alone, so batch number ``position`` is the
+    same whatever else used a random generator, on any number of processes, and after a resume. ``position`` belongs to
+    the loader, not to an iterator: a new iterator continues where the last one stopped, as an epoch cut short by
+    ``limit_train_batches`` and Lightning's resume both need.
+
+    Args:
+        tokens, block_size, batch_size, rank, world_size: As for the windows above.
+        seed: Chooses the order; not negative.
+    """
+
+    text = "training text"
+
+    def __init__(
+        self, tokens: np.ndarray, block_size: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
+        super().__init__(tokens, block_size, batch_size, rank, world_size)
+        self.seed = seed
+        self.position = 0
+        self._order: tuple[int, np.ndarray] = (-1, np.array([], np.int64))
+
+    def __len__(self) -> int:
+        return self.windows // self.batch_size
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for _ in range(len(self)):
+            epoch, batch = divmod(self.position, len(self))
+            # Counted before the batch is handed out: a checkpoint written while it is in use names the next one.
+            self.position += 1
+            first = batch * self.batch_size
+            yield self._batch(self._permutation(epoch)[first : first + self.batch_size])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the stream, in batches, and what the stream was made of."""
+        return {"position": self.position, **self._identity()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue at the saved position; with other data or settings there is none, so start over and warn."""
+        saved = {key: value for key, value in state_dict.items() if key != "position"}
+        if saved == self._identity():
+            self.position = state_dict["position"]
+            return
+        self.position = 0
+        rank_zero_warn(
+            f"The checkpoint's data order ({saved}) is not this run's ({self._identity()}): training starts at the"
+            " first batch of the new order. To continue the old one, give the same text, `seed`, `block_size` and"
+            " `batch_size`."
+        )
+
+    def _identity(self) -> dict[str, int]:
+        return {
+            "seed": self.seed,
+            "windows": self.windows,
+            "block_size": self.block_size,
+            "batch_size": self.batch_size,
+        }
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(self.windows))
+        return self._order[1]
+
+
+class ValLoader(_Windows):
+    """The first windows of the text, in order, the same on every pass.
+
+    Args:
+        tokens, block_size, batch_size, rank, world_size: As for the windows above; where the text does not fill one
+            batch, the batch is as large as it can be.
+        batches: The most batches to hand out; ``None`` for all full ones.
+    """
+
+    text = "validation text"
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        block_size: int,
+        batch_size: int,
+        batches: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        available = max(0, len(tokens) - 1) // block_size // world_size * world_size
+        super().__init__(tokens, block_size, min(batch_size, available) or batch_size, rank, world_size)
+        full = self.windows // self.batch_size
+        self._batches = full if batches is None else min(batches, full)
+
+    def __len__(self) -> int:
+        return self._batches
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for batch in range(self._batches):
+            yield self._batch(np.arange(batch * self.batch_size, (batch + 1) * self.batch_size))

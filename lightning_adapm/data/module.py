@@ -1,0 +1,162 @@
+"""A data module over text found on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+
+from lightning_adapm.data.corpus import Corpus, find_corpus
+from lightning_adapm.data.loaders import TrainLoader, ValLoader
+from lightning_adapm.data.tokens import (
+    MIN_VOCAB_SIZE,
+    build_cache,
+    cache_folder,
+    default_cache_dir,
+    import_tokenizers,
+)
+
+
+class TextDataModule(L.LightningDataModule):
+    """Language-model batches from text files: split by file, byte-level BPE trained on the spot, cached.
+
+    Batches are int64 tensors of shape ``(batch_size, block_size + 1)``; the model shifts inputs and targets. The order
+    of the training batches depends on ``seed`` alone: not on torch's random state, nor on the number of processes, and
+    it continues exactly after a resume in the middle of an epoch.
+
+    Args:
+        path: A folder, each file a document, or one text file, whose last part validates. ``None`` for the sources of
+            Python's standard library.
+        pattern: Which files below the folder.
+        exclude: Names of folders to leave out at any depth. ``None`` for none, or, for the standard library, for its
+            tests, installed packages and tables.
+        val_fraction: The share of the files (of one file: of its bytes) that validates; between 0 and 1.
+        max_bytes: The most text to use, in bytes; a fixed, evenly spread choice of files. ``None`` for all.
+        vocab_size: The largest vocabulary to train; at least 257, the bytes and the end-of-text token.
+        block_size: Positions per window, in tokens.
+        batch_size: Windows per batch, counted over all processes together.
+        val_batches: The most validation batches; ``None`` for all.
+        seed: Chooses the order of the training batches.
+        cache_dir: Where tokens are kept between runs. ``None`` for ``$XDG_CACHE_HOME/lightning-adapm`` or
+            ``~/.cache/lightning-adapm``.
+
+    Raises:
+        ValueError: If an option is out of range, or, once the text is read, if there is too little of it.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        pattern: str = "*.py",
+        exclude: list[str] | None = None,
+        val_fraction: float = 0.05,
+        max_bytes: int | None = 16_000_000,
+        vocab_size: int = 4096,
+        block_size: int = 128,
+        batch_size: int = 8,
+        val_batches: int | None = None,
+        seed: int = 0,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 < val_fraction < 1:
+            raise ValueError(f"`val_fraction` must lie between 0 and 1, found {val_fraction}.")
+        if vocab_size < MIN_VOCAB_SIZE:
+            raise ValueError(
+                f"`vocab_size` must be at least {MIN_VOCAB_SIZE} (256 bytes and the end-of-text token), found"
+                f" {vocab_size}."
+            )
+        lowest = {"max_bytes": (max_bytes, 1), "block_size": (block_size, 1), "batch_size": (batch_size, 1)}
+        lowest |= {"val_batches": (val_batches, 1), "seed": (seed, 0)}
+        for name, (value, minimum) in lowest.items():
+            if value is not None and value < minimum:
+                raise ValueError(f"`{name}` must be at least {minimum}, found {value}.")
+        self.path = path
+        self.pattern = pattern
+        self.exclude = exclude
+        self.val_fraction = val_fraction
+        self.max_bytes = max_bytes
+        self.max_vocab_size = vocab_size
+        self.block_size = block_size
+        self.batch_size = batch_size
+        self.val_batches = val_batches
+        self.seed = seed
+        self.cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+        self._tokenizer: Any = None
+        self._folder: Path | None = None
+        self._train_loader: TrainLoader | None = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The trained ``tokenizers.Tokenizer``; ``None`` before ``setup``."""
+        return self._tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens in the trained vocabulary; before ``setup``, the most there may be."""
+        return self.max_vocab_size if self._tokenizer is None else self._tokenizer.get_vocab_size()
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Equal for two runs that train and validate on the same batches; ``None`` before ``setup``."""
+        if self._folder is None:
+            return None
+        order = f"{self._folder.name} {self.block_size} {self.batch_size} {self.val_batches} {self.seed}"
+        return hashlib.sha256(order.encode()).hexdigest()[:16]
+
+    def prepare_data(self) -> None:
+        """Find, tokenise and cache the text (called on one process of a node)."""
+        build_cache(self._corpus(), self.max_vocab_size, self.cache_dir)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the cached tokens; training starts at the first batch unless a checkpoint says otherwise."""
+        self._folder = folder = cache_folder(self._corpus(), self.max_vocab_size, self.cache_dir)
+        if not folder.is_dir():
+            raise RuntimeError(
+                f"TextDataModule has no tokens of this text in {self.cache_dir}: call `prepare_data` first."
+            )
+        self._tokenizer = import_tokenizers().Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._train_tokens = np.load(folder / "train.npy", mmap_mode="r")
+        self._val_tokens = np.load(folder / "val.npy", mmap_mode="r")
+        if stage in (None, "fit"):
+            self._train_loader = TrainLoader(
+                self._train_tokens, self.block_size, self.batch_size, self.seed, **self._processes()
+            )
+
+    def train_dataloader(self) -> TrainLoader:
+        """The training stream; the same object throughout a fit, so that a reload does not start it over."""
+        if self._train_loader is None:
+            raise RuntimeError("TextDataModule has no training data yet: call `setup('fit')` first.")
+        return self._train_loader
+
+    def val_dataloader(self) -> ValLoader:
+        """The fixed validation windows."""
+        return ValLoader(self._val_tokens, self.block_size, self.batch_size, self.val_batches, **self._processes())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the training stream.
+
+        Lightning also saves it with the loader, but does not read that back from a checkpoint written at the end of an
+        epoch; what the data module saves it always reads.
+        """
+        return {} if self._train_loader is None else {"train_loader": self._train_loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the training stream at the saved position."""
+        if self._train_loader is not None and "train_loader" in state_dict:
+            self._train_loader.load_state_dict(state_dict["train_loader"])
+
+    def _corpus(self) -> Corpus:
+        return find_corpus(self.path, self.pattern, self.exclude, self.val_fraction, self.max_bytes)
+
+    def _processes(self) -> dict[str, int]:
+        """Which share of every batch is this process's; the strategy knows which processes read the same data."""
+        kwargs = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        return (
+            {"rank": 0, "world_size": 1}
+            if kwargs is None
+            else {"rank": kwargs["rank"], "world_size": kwargs["num_replicas"]}
+        )

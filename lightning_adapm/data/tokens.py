@@ -1,0 +1,121 @@
+"""Text to token arrays: a byte-level BPE trained on the corpus itself, and a cache of what it made."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_adapm.data.corpus import PARTS, Corpus
+
+END_OF_TEXT = "<|endoftext|>"
+
+# 256 byte symbols and the end-of-text token: below this a byte-level vocabulary cannot write every text.
+MIN_VOCAB_SIZE = 257
+
+# Raise it when the split, the order or the format changes, so that older caches are not read.
+_CACHE_FORMAT = 1
+_ABANDONED_AFTER_SECONDS = 24 * 3600
+
+
+def default_cache_dir() -> Path:
+    """``$XDG_CACHE_HOME/lightning-adapm``, or ``~/.cache/lightning-adapm`` where the variable is not set."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning-adapm"
+
+
+def cache_folder(corpus: Corpus, vocab_size: int, cache_dir: Path) -> Path:
+    """Where the tokens of this corpus with a vocabulary of this size are, or will be, kept."""
+    settings = f"{_CACHE_FORMAT} {vocab_size} {END_OF_TEXT} {corpus.digest()}"
+    return cache_dir / hashlib.sha256(settings.encode()).hexdigest()[:24]
+
+
+def build_cache(corpus: Corpus, vocab_size: int, cache_dir: Path) -> Path:
+    """Tokenise the corpus unless it is cached already; returns the folder with the tokenizer and the token arrays.
+
+    The folder appears under its final name by one rename, complete: a process killed on the way leaves no half-written
+    cache, and of two processes at work at once either may win.
+
+    Raises:
+        ValueError: If no file of one of the two parts is UTF-8 text, or the cache cannot be written.
+    """
+    final = cache_folder(corpus, vocab_size, cache_dir)
+    if final.is_dir():
+        return final
+    partial = cache_dir / f"partial-{uuid.uuid4().hex}"
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"`cache_dir`: cannot write to {str(cache_dir)!r} ({error}); name another folder.") from error
+    _remove_abandoned(cache_dir)
+    try:
+        tokenizer = train_tokenizer(corpus.texts("train"), vocab_size)
+        tokenizer.save(str(partial / "tokenizer.json"))
+        for part in PARTS:
+            tokens = _encode(tokenizer, corpus.texts(part))
+            if not len(tokens):
+                raise ValueError(f"`path`: no file of the {part} part of the text is UTF-8.")
+            np.save(partial / f"{part}.npy", tokens)
+        try:
+            partial.rename(final)
+        except OSError:
+            if not final.is_dir():  # anything but "another process was first"
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return final
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
+    """A byte-level BPE ``tokenizers.Tokenizer`` of at most ``vocab_size`` tokens, trained on ``texts``."""
+    tokenizers = import_tokenizers()
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def import_tokenizers() -> Any:
+    """The ``tokenizers`` package, or one error that says how to get it."""
+    try:
+        import tokenizers
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "TextDataModule needs the package `tokenizers`: pip install 'lightning-adapm[litgpt]'"
+        ) from error
+    return tokenizers
+
+
+def _encode(tokenizer: Any, texts: Iterator[str]) -> np.ndarray:
+    """All tokens of the texts in one array, each text closed by the end-of-text token."""
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
+    parts = [np.array([], dtype)]
+    while batch := list(itertools.islice(texts, 256)):  # bounded memory, and still all cores
+        for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+            parts.append(np.array([*encoding.ids, end], dtype))
+    return np.concatenate(parts)
+
+
+def _remove_abandoned(cache_dir: Path) -> None:
+    """Delete what processes killed long ago left behind."""
+    for folder in cache_dir.glob("partial-*"):
+        try:
+            if time.time() - folder.stat().st_mtime > _ABANDONED_AFTER_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
+        except FileNotFoundError:  # another process removed it
+            continue

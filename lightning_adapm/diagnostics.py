@@ -1,0 +1,191 @@
+"""What an optimizer holds, and what its low-rank momentum does not see: plain classes, no Trainer needed."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_adapm import lowrank
+from lightning_adapm.optim import AdaPM
+from lightning_adapm.optim.adapm import Task
+from lightning_adapm.planner import StateBytes, adamw_bytes, state_bytes
+from lightning_adapm.attention import cut
+from lightning_adapm.roles import ROLES, Piece, describe, find_role
+
+OTHER = "other"
+"""The role shown for what no rule matches, and for what the user gave a policy instead of a role."""
+
+_SKETCH = 16
+"""A residual's sketch has this many rows and columns."""
+
+
+def role_label(role: str) -> str:
+    """``role``, or :data:`OTHER` where it is none."""
+    return role if role in ROLES else OTHER
+
+
+@dataclass(frozen=True)
+class StateReport:
+    """Bytes of optimizer state on this process, by role, beside what AdamW would hold in float32."""
+
+    by_role: Mapping[str, StateBytes]
+    adamw: Mapping[str, StateBytes]
+
+    @classmethod
+    def measure(cls, optimizers: Iterable[Optimizer], module: nn.Module | None = None) -> "StateReport":
+        """What the optimizers hold now.
+
+        Args:
+            optimizers: Any torch optimizers.
+            module: Read for the roles of the parameters that AdaPM does not hold.
+        """
+        held: dict[str, StateBytes] = {}
+        adamw: dict[str, StateBytes] = {}
+        pieces = {} if module is None else _pieces_of(module)
+        for optimizer in optimizers:
+            known = optimizer.pieces if isinstance(optimizer, AdaPM) else pieces
+            rest = dict(optimizer.state)
+            for param in (param for group in optimizer.param_groups for param in group["params"]):
+                state = rest.pop(param, {})
+                if not param.requires_grad and not state:
+                    continue
+                for role, ours, theirs in _split(param, state, known.get(param, (Piece(OTHER),))):
+                    held[role] = held.get(role, StateBytes()) + ours
+                    adamw[role] = adamw.get(role, StateBytes()) + theirs
+            if rest:  # of no parameter that the optimizer still has
+                held[OTHER] = sum(map(state_bytes, rest.values()), held.get(OTHER, StateBytes()))
+        order = [role for role in (*ROLES, OTHER) if role in held]
+        return cls({role: held[role] for role in order}, {role: adamw.get(role, StateBytes()) for role in order})
+
+    @property
+    def total(self) -> StateBytes:
+        """Bytes over all roles."""
+        return sum(self.by_role.values(), StateBytes())
+
+    @property
+    def adamw_total(self) -> StateBytes:
+        """AdamW's bytes over all roles, in float32."""
+        return sum(self.adamw.values(), StateBytes())
+
+    def figures(self) -> dict[str, int]:
+        """All figures in bytes, under the names that are logged."""
+        total = self.total
+        figures = {
+            "momentum_bytes": total.momentum,
+            "second_moment_bytes": total.second_moment,
+            "total_bytes": total.total,
+            "adamw_bytes": self.adamw_total.total,
+        }
+        return figures | {f"total_bytes_by_role/{role}": held.total for role, held in self.by_role.items()}
+
+
+def _pieces_of(module: nn.Module) -> dict[Tensor, tuple[Piece, ...]]:
+    """Every parameter's pieces; a fused weight whose rows cannot be told apart is one piece without a role."""
+    pieces: dict[Tensor, tuple[Piece, ...]] = {}
+    for item in describe(module.named_parameters(), module):
+        try:
+            pieces[item.param] = cut(item, find_role(item)[0] or OTHER)
+        except ValueError:
+            pieces[item.param] = (Piece(OTHER),)
+    return pieces
+
+
+def _split(
+    param: Tensor, state: Mapping[str, Any], pieces: Sequence[Piece]
+) -> Iterator[tuple[str, StateBytes, StateBytes]]:
+    """Role, bytes held and AdamW's bytes of every piece of one parameter.
+
+    Entries with a piece's prefix are that piece's. The others belong to the whole parameter: moments are shared out by
+    the pieces' sizes, counters are the first piece's.
+    """
+    own = [{k: v for k, v in state.items() if not p.whole and str(k).startswith(p.prefix)} for p in pieces]
+    rest = state_bytes({k: v for k, v in state.items() if not any(k in entries for entries in own)})
+    start = 0
+    for piece, entries in zip(pieces, own):
+        shape = piece.view(param).shape
+        stop = start + shape.numel()
+        moments = [
+            size * stop // max(1, param.numel()) - size * start // max(1, param.numel())
+            for size in (rest.momentum, rest.second_moment)
+        ]
+        adamw = adamw_bytes([shape])
+        first = piece is pieces[0]
+        yield (
+            role_label(piece.role),
+            state_bytes(entries) + StateBytes(*moments, rest.other if first else 0),
+            StateBytes(adamw.momentum, adamw.second_moment, adamw.other if first else 0),
+        )
+        start = stop
+
+
+class Reading(NamedTuple):
+    """What one step showed of one piece.
+
+    ``figures`` are named as in :class:`ResidualProbe`: numbers, and on the way there 0-dimensional tensors. ``entries``
+    is how many entries the piece's share of clamped ones refers to.
+    """
+
+    name: str
+    role: str
+    entries: int
+    figures: dict[str, Any]
+
+
+class ResidualProbe:
+    """An observer for ``AdaPM.observer``: what the low-rank momentum does not see, and how large the updates are.
+
+    Figures of a piece (a stack of experts is one piece), none of them with a unit:
+
+    - ``update_max``: largest entry of ``|update| / lr``, before any clamp;
+    - ``clamped``: share of its entries beyond ``clip_threshold``, where there is one;
+    - ``norm``: ``‖G - G RᵀR‖_F / ‖M^‖_F``, where there is a basis ``R``; ``M^`` is the direction used;
+    - ``stationarity``: cosine between the residual and the one observed before it, from sketches of them. The residual
+      correction assumes that it is near 1.
+
+    Observing reads nothing back from the device; :meth:`read` does, once.
+    """
+
+    def __init__(self) -> None:
+        self._seen: list[Reading] = []
+        self._sketches: dict[str, Tensor] = {}
+
+    def __call__(self, task: Task, direction: Tensor, update: Tensor, clip_threshold: float | None) -> None:
+        """Take in one piece of one step; see :class:`lightning_adapm.optim.adapm.Observer`."""
+        figures = {"update_max": torch.linalg.vector_norm(update, ord=torch.inf)}
+        if clip_threshold is not None:
+            figures["clamped"] = (update.abs() > clip_threshold).sum() / update.numel()
+        basis = task.state.get("exp_avg_r")
+        if basis is not None:
+            stack, basis = (t if t.dim() == 3 else t.unsqueeze(0) for t in (task.grad, basis.to(task.grad.dtype)))
+            unseen = lowrank.residual(stack, basis)
+            used = torch.linalg.vector_norm(direction)
+            figures["norm"] = torch.linalg.vector_norm(unseen) / used.clamp_min(torch.finfo(used.dtype).tiny)
+            key, now = f"{task.name}:{task.piece.prefix}", sketch(unseen)
+            if key in self._sketches:
+                figures["stationarity"] = (now * self._sketches[key]).sum()
+            self._sketches[key] = now
+        entries = 0 if clip_threshold is None else update.numel()
+        self._seen.append(Reading(task.name, role_label(task.piece.role), entries, figures))
+
+    def read(self) -> list[Reading]:
+        """What was observed since the last call; waits for the device."""
+        seen, self._seen = self._seen, []
+        tensors = [figure.float() for reading in seen for figure in reading.figures.values()]
+        values = iter(torch.stack([t.to(tensors[0].device) for t in tensors]).tolist() if tensors else [])
+        return [reading._replace(figures={name: next(values) for name in reading.figures}) for reading in seen]
+
+
+def sketch(residual: Tensor) -> Tensor:
+    """A stack of matrices ``(b, m, n)`` as 256 numbers of norm 1 whose inner products approximate cosines.
+
+    A projection from both sides that depends on the shape alone and leaves torch's random state as it is.
+    """
+    tall = residual.flatten(0, 1)
+    m, n = tall.shape
+    from_left = lowrank.starting_rows(_SKETCH, m, tall)
+    from_right = lowrank.starting_rows(2 * _SKETCH, n, tall)[_SKETCH:]  # independent of the left one where m = n
+    small = from_left @ tall @ from_right.mT
+    return small / torch.linalg.vector_norm(small).clamp_min(torch.finfo(small.dtype).tiny)

@@ -1,0 +1,187 @@
+"""The command line: whole runs as a user starts them, and what the CLI adds to Lightning's."""
+
+import sys
+
+import pytest
+import torch
+from commands import QUICKSTART, QUICKSTART_ADAMW, logged, run, shrunk
+
+from lightning_adapm import cli
+from lightning_adapm.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def runs(corpus, tmp_path_factory):
+    """The quick start with AdaPM and with AdamW."""
+    folder = tmp_path_factory.mktemp("runs")
+    small = ["--model.init_args.adapm.warmup_steps=2", *shrunk(corpus, folder, steps=6)]
+    run(folder, "fit", "--config", QUICKSTART, *small)
+    run(folder, "fit", "--config", QUICKSTART, "--config", QUICKSTART_ADAMW, *small)
+    return folder / "runs" / "quickstart"
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """The command line in this process, which is faster; LightningCLI reads ``sys.argv``."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["lightning-adapm", *map(str, words)])
+        main()
+
+    return call
+
+
+def test_quickstart_leaves_logs_and_checkpoints(runs):
+    for name in ("adapm", "adamw"):
+        folder = runs / name / "version_0"
+        assert (folder / "checkpoints" / "last.ckpt").is_file()
+        assert (folder / "config.yaml").is_file()
+        assert len(logged(folder, "val_loss")) == 3
+        assert list((runs / "tensorboard" / name / "version_0").glob("events.*"))
+
+
+def test_adamw_twin_differs_in_the_optimizer_only(runs):
+    ours, theirs = (runs / name / "version_0" for name in ("adapm", "adamw"))
+    (rate,) = {key for key in (ours / "metrics.csv").read_text().splitlines()[0].split(",") if key.startswith("lr-")}
+    # Warm-up and cosine are the same...
+    rates = logged(theirs, "lr-AdamW")
+    assert logged(ours, rate) == rates
+    assert len(rates) == 6
+    assert float(rates[0]) < float(rates[2]) > float(rates[5])
+    # ...and so are initialisation and batches: the first loss comes before any update.
+    assert logged(ours, "train_loss")[0] == logged(theirs, "train_loss")[0]
+    states = [
+        torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True, map_location="cpu")
+        for folder in (ours, theirs)
+    ]
+    assert states[0]["TextDataModule"] == states[1]["TextDataModule"]
+    assert states[0]["TextDataModule"]["train_loader"]["position"] == 6
+    assert states[0]["optimizer_states"][0]["state"].keys() == states[1]["optimizer_states"][0]["state"].keys()
+
+
+def test_resume_from_the_command_line(corpus, tmp_path, in_process, monkeypatch):
+    """Stopped at step 3 of 6 and resumed, the run ends with the weights of the uninterrupted one."""
+    weights = {}
+    for name, steps, options in (
+        ("whole", 6, []),
+        ("stopped", 3, []),
+        ("resumed", 6, ["--ckpt_path", tmp_path / "stopped.ckpt"]),
+    ):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        # Constant: the cosine's length is the number of steps, which differs here.
+        settings = ["--model.init_args.adapm.warmup_steps=2", "--model.init_args.adapm.schedule=constant"]
+        in_process(
+            *("fit", "--config", QUICKSTART, *shrunk(corpus, tmp_path, steps), *settings, *options),
+            "--trainer.val_check_interval=3",
+        )
+        (last,) = (tmp_path / name).rglob("last.ckpt")
+        last.rename(tmp_path / f"{name}.ckpt")
+        checkpoint = torch.load(tmp_path / f"{name}.ckpt", weights_only=True)
+        assert checkpoint["global_step"] == steps
+        weights[name] = checkpoint["state_dict"]
+    for name, weight in weights["whole"].items():
+        assert torch.equal(weights["resumed"][name], weight), name
+        assert not torch.equal(weights["stopped"][name], weight), name
+
+
+def test_validate_a_checkpoint(runs, corpus, tmp_path, in_process, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = runs / "adapm" / "version_0"
+    small = [word for word in shrunk(corpus, tmp_path) if "--trainer" not in word]
+    in_process(
+        *("validate", "--config", QUICKSTART, *small, "--ckpt_path", folder / "checkpoints" / "last.ckpt"),
+        *("--trainer.limit_val_batches=1", "--trainer.accelerator=cpu", "--trainer.callbacks=null"),
+        *("--trainer.logger=false", "--trainer.enable_progress_bar=false"),
+    )
+    expected = float(logged(folder, "val_loss")[-1])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "val_loss" in line]
+    assert any(abs(float(word) - expected) < 1e-5 for word in line.split() if word[0].isdigit())
+
+
+@pytest.mark.slow
+def test_two_processes_see_the_data_of_one(runs, corpus, tmp_path):
+    """Under DDP every process takes its half of the same batches, so loss and validation agree with one process."""
+    small = ["--model.init_args.adapm.warmup_steps=2", *shrunk(corpus, tmp_path, steps=6)]
+    parallel = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    run(tmp_path, "fit", "--config", QUICKSTART, "--config", QUICKSTART_ADAMW, *small, *parallel)
+    alone, together = (
+        [float(value) for value in logged(folder / "adamw" / "version_0", "val_loss")]
+        for folder in (runs, tmp_path / "runs" / "quickstart")
+    )
+    assert together == pytest.approx(alone, rel=1e-4)
+
+
+# Precision
+
+
+@pytest.mark.parametrize(
+    ("has_bf16", "options", "expected"),
+    [
+        (True, [], "bf16-mixed"),
+        (False, [], None),
+        (True, ["--trainer.accelerator=cpu"], None),
+        (True, ["--trainer.precision=16-mixed"], "16-mixed"),
+    ],
+)
+def test_precision_follows_the_hardware_unless_given(monkeypatch, has_bf16, options, expected):
+    class ParsedError(Exception):
+        pass
+
+    def stop(self):
+        raise ParsedError(self.config.fit.trainer.precision)
+
+    monkeypatch.setattr(cli, "_cuda_has_bf16", lambda: has_bf16)
+    monkeypatch.setattr(cli.AdaPMCLI, "instantiate_classes", stop)
+    monkeypatch.setattr(sys, "argv", ["lightning-adapm"])
+    with pytest.raises(ParsedError) as parsed:
+        cli.AdaPMCLI(["fit", "--config", str(QUICKSTART), *options])
+    assert parsed.value.args == (expected,)
+
+
+# Schedule
+
+
+def test_a_scheduler_of_the_users_own_stays():
+    module = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    assert cli.AdaPMCLI.configure_optimizers(module, optimizer, scheduler) == ([optimizer], [scheduler])
+    assert cli.AdaPMCLI.configure_optimizers(module, optimizer, None) is optimizer
+
+
+# Help and bad input
+
+
+@pytest.mark.parametrize("words", [[], ["-h"], ["--help"]])
+def test_help_names_the_commands_without_loading_lightning(in_process, capsys, monkeypatch, words):
+    monkeypatch.setitem(sys.modules, "lightning_adapm.cli", None)  # an import would fail
+    in_process(*words)
+    assert "lightning-adapm fit --config" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--data.init_args.vocab_size=3", "`vocab_size` must be at least 257"),
+        ("--data.init_args.path=no/such/folder", "`path`: there is no 'no/such/folder'"),
+        ("--data.init_args.blok_size=3", "'blok_size' is not expected"),
+        ("--model.init_args.config.n_heads=3", "no field 'n_heads'; did you mean 'n_head'?"),
+        ("--trainer.max_stepz=3", "max_stepz"),
+    ],
+)
+def test_bad_input_is_named_without_a_traceback(corpus, tmp_path, in_process, capsys, monkeypatch, option, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        in_process("fit", "--config", QUICKSTART, *shrunk(corpus, tmp_path), option)
+    assert end.value.code != 0
+    assert message in (end.value.code if isinstance(end.value.code, str) else capsys.readouterr().err)
+
+
+def test_errors_that_are_not_about_input_keep_their_traceback(in_process, monkeypatch):
+    def broken(self, args=None):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli.LightningCLI, "__init__", lambda *args, **kwargs: int("x"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        in_process("fit")

@@ -1,0 +1,153 @@
+"""LitGPTModule: which model it builds, what it optimises and logs, and what it refuses."""
+
+import math
+import sys
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_adapm.data import TextDataModule
+from lightning_adapm.litgpt import LitGPTModule
+
+CONFIG = {
+    "n_layer": 2,
+    "n_embd": 32,
+    "n_head": 4,
+    "n_query_groups": 2,
+    "intermediate_size": 48,
+    "mlp_class_name": "LLaMAMLP",
+    "norm_class_name": "RMSNorm",
+    "bias": False,
+    "vocab_size": 300,
+    "padding_multiple": 64,
+    "block_size": 16,
+}
+
+
+def data_module(corpus, tmp_path, **options):
+    options = {"vocab_size": 300, "block_size": 16, "batch_size": 4, "val_fraction": 0.2} | options
+    return TextDataModule(str(corpus), "*.txt", cache_dir=str(tmp_path / "cache"), **options)
+
+
+def trainer(tmp_path, **options):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    return L.Trainer(default_root_dir=tmp_path, **quiet, **options)
+
+
+def test_config_describes_the_whole_model():
+    torch.manual_seed(0)
+    module = LitGPTModule(config=CONFIG)
+    assert module.model.config.padded_vocab_size == 320
+    assert module.model.transformer.h[0].attn.qkv.weight.shape == (32 + 2 * 16, 32)
+    # litgpt's initialisation, not torch's (whose embeddings have a standard deviation of 1).
+    assert module.model.transformer.wte.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert module(torch.zeros(2, 16, dtype=torch.int64)).shape == (2, 16, 320)
+
+
+def test_name_with_fields_that_differ():
+    module = LitGPTModule("pythia-14m", {"n_layer": 1, "vocab_size": 300, "padded_vocab_size": 320})
+    assert module.model.config.name == "pythia-14m"
+    assert module.model.config.n_embd == 128
+    assert len(module.model.transformer.h) == 1
+
+
+def test_tied_embeddings_are_one_parameter():
+    free, tied = LitGPTModule(config=CONFIG), LitGPTModule(config=CONFIG, tie_embeddings=True)
+    assert tied.model.lm_head.weight is tied.model.transformer.wte.weight
+    assert free.model.lm_head.weight is not free.model.transformer.wte.weight
+    assert sum(p.numel() for p in free.parameters()) - sum(p.numel() for p in tied.parameters()) == 320 * 32
+
+
+def test_loss_is_the_next_tokens_cross_entropy():
+    module = LitGPTModule(config=CONFIG)
+    batch = torch.randint(0, 300, (3, 17), generator=torch.Generator().manual_seed(0))
+    log_probabilities = module(batch[:, :16]).log_softmax(-1)
+    expected = -sum(log_probabilities[row, t, batch[row, t + 1]] for row in range(3) for t in range(16)) / 48
+    module.log = lambda *args, **kwargs: None
+    torch.testing.assert_close(module.training_step(batch, 0), expected)
+
+
+def test_fit_learns_and_logs(corpus, tmp_path):
+    """The words repeat, so a few steps must bring the loss far below that of guessing."""
+    L.seed_everything(0)
+    module = LitGPTModule(config=CONFIG, adapm={"lr": 1e-2})
+    run = trainer(tmp_path, max_steps=60, val_check_interval=30, enable_checkpointing=False)
+    run.fit(module, datamodule=data_module(corpus, tmp_path))
+    assert {"train_loss", "val_loss", "val_ppl"} <= set(run.callback_metrics)
+    metrics = run.validate(module, datamodule=data_module(corpus, tmp_path), verbose=False)[0]
+    assert metrics["val_loss"] < 0.7 * math.log(300)
+    assert metrics["val_ppl"] == pytest.approx(math.exp(metrics["val_loss"]), rel=1e-4)
+
+
+def test_validation_averages_over_windows(corpus, tmp_path):
+    module = LitGPTModule(config=CONFIG)
+    data = data_module(corpus, tmp_path, batch_size=3)
+    logged = trainer(tmp_path).validate(module, datamodule=data, verbose=False)[0]["val_loss"]
+    with torch.no_grad():
+        losses = [
+            torch.nn.functional.cross_entropy(module(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+            for batch in data.val_dataloader()
+        ]
+    assert len(losses) > 2
+    assert logged == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+    # The next mean starts anew: without an output layer every token is as likely as any other.
+    torch.nn.init.zeros_(module.model.lm_head.weight)
+    logged = trainer(tmp_path).validate(module, datamodule=data, verbose=False)[0]["val_loss"]
+    assert logged == pytest.approx(math.log(320), rel=1e-5)
+
+
+def test_checkpoint_rebuilds_the_module(corpus, tmp_path):
+    settings = {"lr": 3e-3}
+    module = LitGPTModule(config=CONFIG, tie_embeddings=True, adapm=settings)
+    run = trainer(tmp_path, max_steps=2, limit_val_batches=0)
+    run.fit(module, datamodule=data_module(corpus, tmp_path))
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    again = LitGPTModule.load_from_checkpoint(tmp_path / "model.ckpt", map_location="cpu")
+    assert again.adapm == settings
+    assert again.model.lm_head.weight is again.model.transformer.wte.weight
+    for name, weight in module.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name]), name
+
+
+def test_lr_find_puts_weights_and_data_back(corpus, tmp_path):
+    module, data = LitGPTModule(config=CONFIG), data_module(corpus, tmp_path)
+    before = module.model.lm_head.weight.detach().clone()
+    run = trainer(tmp_path, max_steps=30, enable_checkpointing=False)
+    Tuner(run).lr_find(module, datamodule=data, num_training=20)
+    assert torch.equal(module.model.lm_head.weight, before)
+    assert data.train_dataloader().position == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "found"),
+    [("vocab_size", 321), ("block_size", 17)],
+)
+def test_data_that_does_not_fit_is_refused(option, found):
+    module = LitGPTModule(config=CONFIG)
+    sizes = {"vocab_size": 320, "block_size": 16}
+    module.trainer = SimpleNamespace(datamodule=SimpleNamespace(**sizes))
+    module.setup("fit")
+    module.trainer = SimpleNamespace(datamodule=SimpleNamespace(**sizes | {option: found}))
+    with pytest.raises(MisconfigurationException, match=rf"data's `{option}` is {found}.*init_args.config.{option}"):
+        module.setup("fit")
+
+
+def test_a_model_that_is_not_described_is_refused():
+    with pytest.raises(ValueError, match=r"`model_name`.*`config`"):
+        LitGPTModule()
+    with pytest.raises(ValueError, match=r"no field 'n_heads'; did you mean 'n_head'\?"):
+        LitGPTModule(config=CONFIG | {"n_heads": 4})
+    with pytest.raises(ValueError, match=r"'pythia-15m'.*not a supported config name"):
+        LitGPTModule("pythia-15m")
+    with pytest.raises(ValueError, match="n_embd must be a multiple of n_head"):
+        LitGPTModule(config=CONFIG | {"n_head": 5})
+
+
+def test_missing_litgpt_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "litgpt", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-adapm\[litgpt\]'"):
+        LitGPTModule(config=CONFIG)
