@@ -1,5 +1,15 @@
 """AdaPM for PyTorch Lightning and LitGPT: AdamW with a fraction of its momentum."""
 
+from lightning_adapm.callbacks import ClosingTable, OptimizerStateMonitor, OptimizerSummary, ResidualNormMonitor
+from lightning_adapm.mixin import AdaPMConfig, AdaPMMixin
 from lightning_adapm.optim import AdaPM
 
-__all__ = ["AdaPM"]
+__all__ = [
+    "AdaPM",
+    "AdaPMConfig",
+    "AdaPMMixin",
+    "ClosingTable",
+    "OptimizerStateMonitor",
+    "OptimizerSummary",
+    "ResidualNormMonitor",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import sys
 import traceback
 
@@ -40,9 +41,11 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _is_message_to_the_user(error: Exception) -> bool:
-    """Whether bad input was refused, by this package or by the parser: a traceback would only bury what it says."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return frames[-1].f_globals.get("__name__", "").split(".")[0] in ("lightning_adapm", "jsonargparse")
+    """Whether this package or the parser refused some input by a ``raise``: a traceback would bury what it says."""
+    frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
+    package = frame.f_globals.get("__name__", "").split(".")[0]
+    statement = linecache.getline(frame.f_code.co_filename, line).strip()
+    return package in ("lightning_adapm", "jsonargparse") and statement.startswith("raise")
 
 
 if __name__ == "__main__":

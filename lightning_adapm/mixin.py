@@ -54,7 +54,7 @@ class AdaPMConfig:
     eps: float = 1e-8
     weight_decay: float = 1e-2
     rank: int | float = 0.05
-    update_proj_gap: int = 100
+    update_proj_gap: int = 10
     debias: bool = True
     second_moment: str = "elementwise"
     momentum: Mapping[str, str] | str | None = None
@@ -62,7 +62,7 @@ class AdaPMConfig:
     unmatched: str = "error"
     no_decay: Sequence[str] = ()
     state_dtype: torch.dtype | str | None = None
-    clip_threshold: float | None = None
+    clip_threshold: float | None = 1.0
     maximize: bool = False
     warmup_steps: int | float = 0
     schedule: str = "cosine"

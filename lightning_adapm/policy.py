@@ -58,7 +58,8 @@ def rank_for(rank: int | float, shape: torch.Size) -> int:
 
 def momentum_for(piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:
     """The momentum of a piece whose matrix has ``shape``; full where factors would not save anything."""
-    policy = piece.role if piece.role in POLICIES else group["momentum"][piece.role]
+    # a frozen matrix may have no role; one that is trained is refused before it gets a state
+    policy = piece.role if piece.role in POLICIES else group["momentum"].get(piece.role, "full")
     beta1 = group["betas"][0]
     if policy == "none":
         return NoMomentum()

@@ -111,7 +111,7 @@ class AdaPM(Optimizer):
         weight_decay: float = 1e-2,
         *,
         rank: int | float = 0.05,
-        update_proj_gap: int = 100,
+        update_proj_gap: int = 10,
         debias: bool = True,
         second_moment: str = "elementwise",
         momentum: Mapping[str, str] | str | None = None,
@@ -119,7 +119,7 @@ class AdaPM(Optimizer):
         unmatched: str = "error",
         no_decay: Iterable[str] = (),
         state_dtype: torch.dtype | str | None = None,
-        clip_threshold: float | None = None,
+        clip_threshold: float | None = 1.0,
         maximize: bool = False,
     ) -> None:
         options.check_roles(roles, unmatched)
@@ -171,8 +171,10 @@ class AdaPM(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for param in group["params"]:
+            for name, param in zip(group["param_names"], group["params"], strict=True):
                 if param.requires_grad and not self.state.get(param):
+                    for piece in self.pieces[param]:
+                        options.check_trainable(name, piece, param, group)
                     self.state[param] = self.make_state(param, group, param)
         for group in self.param_groups:
             for (momentum, second_moment, step, decay, *_), tasks in self._gather(group).items():
@@ -186,7 +188,6 @@ class AdaPM(Optimizer):
         stored = getattr(torch, group["state_dtype"]) if group["state_dtype"] else exact
         state: dict[str, Any] = {"step": torch.tensor(0.0, dtype=torch.float32)}
         for piece in self.pieces[param]:
-            options.check_layout(piece, param)
             shape = piece.matrix(param).shape
             made = momentum_for(piece, shape, group).make(shape, like.new_empty((), dtype=stored))
             made |= second_moment_for(piece, shape, group).make(shape, like.new_empty((), dtype=exact))

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_adapm.policy import SECOND_MOMENTS
-from lightning_adapm.roles import FUSED, POLICIES, ROLES, Piece
+from lightning_adapm.roles import FUSED, POLICIES, ROLES, UNMATCHED, Piece
 
 _STRUCTURE = ("rank", "second_moment", "momentum", "state_dtype", "roles", "param_names", "no_decay", "format_version")
 """Group entries that shape the state: on load this optimizer's stay, all others come from the checkpoint."""
@@ -83,21 +83,27 @@ def dtype_name(dtype: torch.dtype | str | None) -> str | None:
     return str(found).removeprefix("torch.")
 
 
-def check_layout(piece: Piece, param: Tensor) -> None:
-    """Refuse parameters that a sharding strategy has replaced by parts of themselves.
+def check_trainable(name: str, piece: Piece, param: Tensor, group: Mapping[str, Any]) -> None:
+    """Refuse a parameter that was unfrozen without a role, or that a sharding strategy has replaced by a part of itself.
 
     Raises:
+        ValueError: no role.
         TypeError: naming the strategy.
     """
+    if piece.role == UNMATCHED and UNMATCHED not in group["momentum"]:
+        raise ValueError(
+            f"{name} {tuple(param.shape)} now requires a gradient, but AdaPM did not know its role when it was frozen; pass"
+            f" roles={{{name!r}: ...}} with its role or a policy, or unmatched='full'"
+        )
     if isinstance(param, DTensor):
         raise TypeError(
-            "AdaPM got a DTensor parameter (FSDP2 or tensor parallelism), which it does not support yet; use a single"
-            " device or DDP"
+            f"{name} is a DTensor (FSDP2 or tensor parallelism), which AdaPM does not support yet; use a single device or"
+            " DDP"
         )
     if piece.dim >= 2 and param.dim() < 2:
         raise TypeError(
-            f"a parameter of role {piece.role} has become one-dimensional, as FSDP1 makes it; AdaPM does not support"
-            " FSDP1 yet; use a single device or DDP"
+            f"{name} has become one-dimensional, as FSDP1 makes it, which AdaPM does not support yet; use a single device"
+            " or DDP"
         )
 
 

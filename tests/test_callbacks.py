@@ -1,0 +1,232 @@
+"""Callbacks under a real Trainer, also in projects that know nothing of this package."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from models import PlainLM, token_batches
+from torch.utils.data import DataLoader
+
+from lightning_adapm import AdaPM, AdaPMMixin, ClosingTable, OptimizerStateMonitor, OptimizerSummary, ResidualNormMonitor
+from lightning_adapm.planner import measure
+
+
+class Foreign(L.LightningModule):
+    """A project that chooses its optimizer itself."""
+
+    def __init__(self, optimizer=torch.optim.AdamW, **options):
+        super().__init__()
+        self.net, self.make = PlainLM(), lambda m: optimizer(m.named_parameters(), lr=3e-3, **options)
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch[0])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.net(batch[0]))
+
+    def configure_optimizers(self):
+        return self.make(self)
+
+    def train_dataloader(self):
+        return DataLoader(token_batches(12), batch_size=1)
+
+    def val_dataloader(self):
+        return DataLoader(token_batches(2, seed=5), batch_size=1)
+
+
+def fit(tmp_path, module, callbacks, **options):
+    loggers = [CSVLogger(tmp_path, "csv"), TensorBoardLogger(tmp_path, "tb")]
+    trainer = L.Trainer(
+        **({"max_steps": 12, "logger": loggers, "callbacks": callbacks} | options),
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module)
+    return trainer
+
+
+def logged(trainer, key):
+    rows = list(csv.DictReader((Path(trainer.log_dir) / "metrics.csv").open()))
+    return {int(row["step"]): float(row[key]) for row in rows if row.get(key)}
+
+
+@pytest.mark.parametrize("optimizer", [AdaPM, torch.optim.AdamW, torch.optim.SGD])
+def test_state_monitor_logs_bytes_of_any_optimizer(tmp_path, optimizer):
+    trainer = fit(tmp_path, Foreign(optimizer), [OptimizerStateMonitor(every_n_steps=5, log_key_prefix="o/")])
+    total = logged(trainer, "o/total_bytes")
+    assert list(total) == [0, 5, 10]
+    assert total[10] == measure(trainer.optimizers[0]).total
+    assert logged(trainer, "o/ratio_to_adamw")[10] == pytest.approx(total[10] / logged(trainer, "o/adamw_bytes")[10])
+    if optimizer is not torch.optim.SGD:
+        assert logged(trainer, "o/total_bytes_by_role/value")[10] > 0
+    png = Path(trainer.log_dir) / "optimizer_state.png"
+    assert png.stat().st_size > 5000
+
+
+def test_residual_monitor_logs_only_on_its_steps(tmp_path):
+    monitor = ResidualNormMonitor(every_n_steps=4)
+    seen = []
+
+    class Watch(L.Callback):
+        def on_before_zero_grad(self, trainer, module, optimizer):
+            seen.append(trainer.optimizers[0].observer is not None)
+
+    trainer = fit(tmp_path, Foreign(AdaPM, rank=2, clip_threshold=1.0), [monitor, Watch()])
+    norms = logged(trainer, "residual/norm_mean/mlp")
+    assert list(norms) == [0, 4, 8]
+    assert all(0 < value < 3 for value in norms.values())
+    assert logged(trainer, "residual/norm_max/all")[8] >= logged(trainer, "residual/norm_mean/all")[8]
+    assert set(logged(trainer, "residual/norm_by_layer/1")) == {0, 4, 8}
+    assert set(logged(trainer, "residual/stationarity/all")) == {4, 8}
+    assert 0 <= logged(trainer, "residual/clamped/all")[8] <= 1
+    assert trainer.optimizers[0].observer is None
+    assert (Path(trainer.log_dir) / "residual_norm.png").stat().st_size > 5000
+    events = [p for p in (tmp_path / "tb").rglob("events.*")]
+    assert events and sum(p.stat().st_size for p in events) > 10_000  # the picture is in there
+
+
+def test_residual_monitor_counts_optimizer_steps_under_accumulation(tmp_path):
+    trainer = fit(tmp_path, Foreign(AdaPM), [ResidualNormMonitor(every_n_steps=2)], accumulate_grad_batches=3, max_steps=4)
+    assert len(logged(trainer, "residual/norm_mean/all")) == 2
+
+
+@pytest.mark.parametrize("options", [{"optimizer": torch.optim.AdamW}, {"optimizer": AdaPM, "momentum": "full"}])
+def test_residual_monitor_says_that_there_is_no_residual(tmp_path, options):
+    with pytest.warns(UserWarning, match="has no low-rank momentum") as caught:
+        fit(tmp_path, Foreign(**options), [ResidualNormMonitor()])
+    assert sum("no low-rank momentum" in str(w.message) for w in caught) == 1
+
+
+def test_summary_and_closing_table(tmp_path, capsys):
+    fit(tmp_path / "adamw", Foreign(torch.optim.AdamW), [ClosingTable()])
+    adamw = capsys.readouterr().out
+    assert "AdamW: 12 steps" in adamw
+    compare = ClosingTable(compare_with=str(tmp_path / "adamw"), compare_command="make it")
+    trainer = fit(tmp_path / "adapm", Foreign(AdaPM), [OptimizerSummary(), compare])
+    out = capsys.readouterr().out
+    for word in ("attn_out", "low_rank", "Saved of AdamW's momentum", "validation loss", "a real run with lr 0.003"):
+        assert word in out
+    result = json.loads((Path(trainer.log_dir) / "result.json").read_text())
+    assert result["state_bytes"] == measure(trainer.optimizers[0]).total
+    assert result["val_loss"] == pytest.approx(trainer.callback_metrics["val_loss"].item())
+
+
+def test_closing_table_does_not_compare_what_does_not_compare(tmp_path, capsys):
+    fit(tmp_path / "adamw", Foreign(torch.optim.AdamW), [ClosingTable()], max_steps=5)
+    capsys.readouterr()
+    compare = ClosingTable(compare_with=str(tmp_path / "adamw"), compare_command="make it")
+    fit(tmp_path / "adapm", Foreign(AdaPM), [compare])
+    out = capsys.readouterr().out
+    assert "not run" in out and "does not compare: steps 5 and not 12" in out and "make it" in out
+
+
+def test_several_optimizers_and_manual_optimization(tmp_path):
+    class Manual(Foreign):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.other = PlainLM()
+
+        def configure_optimizers(self):
+            return AdaPM(self.net.parameters(), lr=1e-3), torch.optim.AdamW(self.other.parameters(), lr=1e-3)
+
+        def training_step(self, batch, batch_idx):
+            for net, optimizer in zip((self.net, self.other), self.optimizers(), strict=True):
+                optimizer.zero_grad()
+                self.manual_backward(net(batch[0]))
+                optimizer.step()
+
+    callbacks = [OptimizerStateMonitor(2), ResidualNormMonitor(2), OptimizerSummary(by="parameter"), ClosingTable()]
+    trainer = fit(tmp_path, Manual(), callbacks)
+    assert logged(trainer, "residual/norm_mean/all")
+    total = list(logged(trainer, "optimizer/total_bytes").values())[-1]
+    assert total == sum(measure(o).total for o in trainer.optimizers)
+
+
+CLI_PROJECT = """
+import lightning as L, torch
+from lightning.pytorch.cli import LightningCLI
+from test_callbacks import Foreign
+
+class Project(Foreign):
+    def __init__(self):
+        super().__init__()
+    configure_optimizers = L.LightningModule.configure_optimizers
+
+LightningCLI(Project, save_config_callback=None)
+"""
+
+CLI_CONFIG = """
+trainer:
+  max_steps: 6
+  accelerator: cpu
+  enable_progress_bar: false
+  logger: {class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: logs}}
+  callbacks:
+    - {class_path: lightning_adapm.OptimizerStateMonitor, init_args: {every_n_steps: 2}}
+    - {class_path: lightning_adapm.ResidualNormMonitor, init_args: {every_n_steps: 2}}
+    - {class_path: lightning_adapm.ClosingTable}
+optimizer: {class_path: lightning_adapm.AdaPM, init_args: {lr: 1.0e-3, rank: 2, momentum: {mlp: full}}}
+"""
+
+
+def run_script(tmp_path, source, *arguments):
+    (tmp_path / "script.py").write_text(source)
+    path = ":".join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    return subprocess.run(
+        [sys.executable, "script.py", *arguments],
+        cwd=tmp_path,
+        env={"PYTHONPATH": path, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def test_yaml_only_in_a_foreign_project(tmp_path):
+    (tmp_path / "config.yaml").write_text(CLI_CONFIG)
+    done = run_script(tmp_path, CLI_PROJECT, "fit", "--config", "config.yaml")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (result,) = tmp_path.rglob("result.json")
+    assert json.loads(result.read_text())["optimizer"] == "AdaPM"
+    assert "residual/norm_mean/query" in (result.parent / "metrics.csv").read_text()
+
+
+DDP_SCRIPT = """
+import lightning as L, torch
+from test_callbacks import Foreign, fit
+from pathlib import Path
+from lightning_adapm import *
+
+torch.manual_seed(0)
+callbacks = [OptimizerStateMonitor(2), ResidualNormMonitor(2), OptimizerSummary(), ClosingTable()]
+trainer = fit(Path("."), Foreign(AdaPM), callbacks, devices=2, strategy="ddp", max_steps=6)
+same = trainer.strategy.all_gather(torch.stack([p.detach().double().sum() for p in trainer.lightning_module.parameters()]))
+assert torch.equal(same[0], same[1])
+"""
+
+
+def test_two_processes(tmp_path):
+    done = run_script(tmp_path, DDP_SCRIPT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list(tmp_path.rglob("result.json"))) == 1
+    assert done.stdout.count("validation loss") == 1
+
+
+def test_the_mixin_and_callbacks_keep_checkpoints_loadable(tmp_path):
+    class Module(AdaPMMixin, Foreign):
+        configure_optimizers = AdaPMMixin.configure_optimizers
+
+    callbacks = [OptimizerStateMonitor(2), ResidualNormMonitor(2)]
+    trainer = fit(tmp_path, Module(), callbacks, max_steps=3)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    assert torch.load(tmp_path / "x.ckpt", weights_only=True)["global_step"] == 3

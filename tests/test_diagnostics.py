@@ -1,0 +1,85 @@
+"""What the monitors report, compared with a direct computation."""
+
+import pytest
+import torch
+from models import PlainLM, tiny_gpt, token_batches, train
+
+from lightning_adapm import AdaPM
+from lightning_adapm.diagnostics import ResidualProbe, StateReport, sketch
+from lightning_adapm.planner import measure
+
+
+@pytest.mark.parametrize("make", [PlainLM, tiny_gpt], ids=["plain", "litgpt"])
+def test_state_report_of_adapm(make):
+    model = make()
+    optimizer = AdaPM(model.parameters(), second_moment="block")
+    train(model, optimizer, token_batches(1))
+    report = StateReport.measure([optimizer], model)
+    assert report.total == measure(optimizer)
+    assert report.by_role["embedding"].momentum == 0 < report.by_role["value"].momentum
+    adamw = torch.optim.AdamW(model.parameters())
+    train(model, adamw, token_batches(1))
+    assert report.adamw_total == measure(adamw)
+    other = StateReport.measure([adamw], model)
+    assert other.by_role == report.adamw
+    assert other.total == measure(adamw)
+
+
+def test_state_report_of_any_optimizer():
+    model = PlainLM()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    train(model, sgd, token_batches(1))
+    report = StateReport.measure([sgd], model)
+    assert report.total.momentum == 4 * sum(p.numel() for p in model.parameters())
+    assert report.figures()["second_moment_bytes"] == 0
+
+
+def test_probe_is_a_direct_computation():
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(12, 10))
+    optimizer = AdaPM([("layers.0.mlp.weight", weight)], rank=2, update_proj_gap=50, clip_threshold=0.5)
+    probe = optimizer.observer = ResidualProbe()
+    for step in range(3):
+        before = weight.detach().clone()
+        weight.grad = torch.randn(12, 10)
+        optimizer.step()
+        (reading,) = probe.read()
+        state = optimizer.state[weight]
+        basis = state["exp_avg_r"]
+        unseen = weight.grad - weight.grad @ basis.T @ basis
+        used = unseen + state["exp_avg_l"] @ basis / (1 - 0.9 ** (step + 1))
+        update = used / ((state["exp_avg_sq"] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+        assert reading.figures["norm"] == pytest.approx((unseen.norm() / used.norm()).item(), rel=1e-4)
+        assert reading.figures["update_max"] == pytest.approx(update.abs().max().item(), rel=1e-4)
+        assert reading.figures["clamped"] == pytest.approx((update.abs() > 0.5).float().mean().item(), abs=1e-6)
+        torch.testing.assert_close(weight.detach(), before * (1 - 1e-5) - 1e-3 * update.clamp(-0.5, 0.5))
+    assert ("stationarity" in reading.figures) and abs(reading.figures["stationarity"]) < 0.6
+
+
+def test_stationarity_of_a_constant_residual_is_one():
+    weight = torch.nn.Parameter(torch.randn(12, 10))
+    optimizer = AdaPM([("mlp.weight", weight)], rank=2, update_proj_gap=50)
+    probe = optimizer.observer = ResidualProbe()
+    weight.grad = torch.randn(12, 10)
+    for _ in range(3):
+        optimizer.step()
+        (reading,) = probe.read()
+    assert reading.figures["stationarity"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_sketch_leaves_the_random_state_and_approximates_cosines():
+    state = torch.get_rng_state()
+    a, b = torch.randn(1, 200, 150, generator=torch.Generator().manual_seed(1)), torch.ones(1, 200, 150)
+    mixed = a + 0.5 * b
+    cosine = torch.nn.functional.cosine_similarity(a.flatten(), mixed.flatten(), dim=0)
+    assert (sketch(a) * sketch(mixed)).sum() == pytest.approx(cosine.item(), abs=0.15)
+    assert sketch(a).numel() == 256
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_without_an_observer_nothing_is_observed():
+    model = PlainLM()
+    optimizer = AdaPM(model.parameters())
+    probe = ResidualProbe()
+    train(model, optimizer, token_batches(1))
+    assert probe.read() == []
