@@ -14,6 +14,7 @@ from models import PlainLM, token_batches
 from torch.utils.data import DataLoader
 
 from lightning_adapm import AdaPM, AdaPMConfig, AdaPMMixin
+from lightning_adapm.data import TrainLoader
 from lightning_adapm.mixin import check_strategy, lr_factor
 
 
@@ -151,9 +152,16 @@ def test_strategies_that_replace_parameters_are_refused():
 
 @pytest.mark.parametrize("saved_at", [5, 6])  # the step after 5 refreshes, the one after 6 does not
 def test_resume_through_the_trainer_is_bit_identical(tmp_path, saved_at):
+    class Resumable(Module):
+        def training_step(self, batch, batch_idx):
+            return self.net(batch)
+
+        def train_dataloader(self):
+            return TrainLoader(torch.cat(token_batches(60)).flatten().numpy(), block_size=16, batch_size=4)
+
     def run(name, **options):
         torch.manual_seed(0)
-        module = Module()
+        module = Resumable()
         module.adapm = {"lr": 3e-3, "update_proj_gap": 5, "warmup_steps": 2, "rank": 2}
         fit = trainer(tmp_path / name, **options)
         return fit, module

@@ -58,7 +58,7 @@ class OptimizerStateMonitor(L.Callback):
             return
         figures = StateReport.measure(trainer.optimizers, pl_module).figures()
         every_role = (f"total_bytes_by_role/{role}" for role in (*ROLES, OTHER))
-        pool = _pool([*figures, *every_role], trainer.strategy.root_device)
+        pool = _pool(sorted({*figures, *every_role}), trainer.strategy.root_device)
         pool.update((name, size, 1.0) for name, size in figures.items())
         logged = {name: mean for name, (mean, _) in pool.compute().items()}
         logged["ratio_to_adamw"] = logged["total_bytes"] / max(1, logged["adamw_bytes"])
