@@ -92,7 +92,9 @@ def _cut_qkv(item: Named, heads: Heads, transposed: bool) -> tuple[Piece, ...]:
     groups = max(1, key * n_head // query) if n_head else None
     kind = type(item.around[1]).__name__ if len(item.around) > 1 else ""
     if "CodeGen" in kind:
-        return _in_groups(CODEGEN_PARTITIONS, {"query": (query, n_head), "value": (key, None), "key": (key, groups)}, transposed)
+        return _in_groups(
+            CODEGEN_PARTITIONS, {"query": (query, n_head), "value": (key, None), "key": (key, groups)}, transposed
+        )
     rows = {"query": (query, n_head), "key": (key, groups), "value": (key, None)}
     if not _matches(item, kind, INTERLEAVED) or _matches(item, kind, CONTIGUOUS_AFTER_ALL):
         return _in_groups(1, rows, transposed)
@@ -124,7 +126,7 @@ def _query_rows(item: Named, heads: Heads, total: int, inner: int) -> int:
 
 
 def _cut_kv(item: Named, heads: Heads, transposed: bool) -> tuple[Piece, ...]:
-    """Keys and values in one weight: halves, or those of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434)."""
+    """Keys and values in one weight: halves, or multi-head latent attention (DeepSeek-V2, arXiv 2405.04434)."""
     total, groups = item.param.shape[int(transposed)], heads.n_query_groups or heads.n_head
     module = item.around[1] if len(item.around) > 1 else None
     holders = (module, getattr(module, "config", None))
@@ -134,7 +136,10 @@ def _cut_kv(item: Named, heads: Heads, transposed: bool) -> tuple[Piece, ...]:
         # The latent that keys and values are made from, then the one rotary key that all heads share.
         if rope is None or rope >= total:
             raise ValueError(_unknown_rows(item, heads))
-        return (Piece("value", 0, total - rope, transposed=transposed), Piece("key", total - rope, total, 1, 1, transposed=transposed))
+        return (
+            Piece("value", 0, total - rope, transposed=transposed),
+            Piece("key", total - rope, total, 1, 1, transposed=transposed),
+        )
     if nope and head and total % (nope + head) == 0:
         groups = total // (nope + head)
         return _in_groups(groups, {"key": (groups * nope, groups), "value": (groups * head, None)}, transposed)
@@ -155,7 +160,7 @@ def _in_groups(groups: int, rows: dict[str, tuple[int, int | None]], transposed:
 
 def _unknown_rows(item: Named, heads: Heads) -> str:
     return (
-        f"{item.name} of shape {tuple(item.param.shape)} holds query, key and value rows, but which rows are whose is not"
-        f" known ({heads}). Pass model.named_parameters() itself rather than a list made from it, or give the parameter"
-        " group n_head=, n_query_groups= and head_size=."
+        f"{item.name} of shape {tuple(item.param.shape)} holds query, key and value rows, but which rows are whose is"
+        f" not known ({heads}). Pass model.named_parameters() itself rather than a list made from it, or give the"
+        " parameter group n_head=, n_query_groups= and head_size=."
     )

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_adapm import lowrank
+from lightning_adapm.attention import cut
 from lightning_adapm.optim import AdaPM
 from lightning_adapm.optim.adapm import Task
 from lightning_adapm.planner import StateBytes, adamw_bytes, state_bytes
-from lightning_adapm.attention import cut
 from lightning_adapm.roles import ROLES, Piece, describe, find_role
 
 OTHER = "other"
@@ -104,18 +104,18 @@ def _split(
     own = [{k: v for k, v in state.items() if not p.whole and str(k).startswith(p.prefix)} for p in pieces]
     rest = state_bytes({k: v for k, v in state.items() if not any(k in entries for entries in own)})
     start = 0
-    for piece, entries in zip(pieces, own):
+    for piece, entries in zip(pieces, own, strict=True):
         shape = piece.view(param).shape
         stop = start + shape.numel()
-        moments = [
+        momentum, second_moment = (
             size * stop // max(1, param.numel()) - size * start // max(1, param.numel())
             for size in (rest.momentum, rest.second_moment)
-        ]
+        )
         adamw = adamw_bytes([shape])
         first = piece is pieces[0]
         yield (
             role_label(piece.role),
-            state_bytes(entries) + StateBytes(*moments, rest.other if first else 0),
+            state_bytes(entries) + StateBytes(momentum, second_moment, rest.other if first else 0),
             StateBytes(adamw.momentum, adamw.second_moment, adamw.other if first else 0),
         )
         start = stop

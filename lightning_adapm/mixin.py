@@ -19,7 +19,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from lightning_adapm.optim import AdaPM, options
 from lightning_adapm.policy import momentum_table
 
-_Module = L.LightningModule if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    _Module = L.LightningModule
+else:
+    _Module = object
 
 _SCHEDULES = ("cosine", "constant")
 _SCHEDULE_FIELDS = ("warmup_steps", "schedule", "min_lr_ratio")
@@ -39,8 +42,8 @@ class AdaPMConfig:
     """Settings of optimizer and schedule: the keyword arguments of :class:`~lightning_adapm.AdaPM`, and three more.
 
     Args:
-        warmup_steps: Optimizer steps over which the learning rate rises linearly to ``lr``; a float in [0, 1) is a share
-            of all steps.
+        warmup_steps: Optimizer steps over which the learning rate rises linearly to ``lr``; a float in [0, 1) is a
+        share of all steps.
         schedule: ``"cosine"`` falls from ``lr`` to ``min_lr_ratio * lr`` at the last step of the run, whose length the
             Trainer knows; ``"constant"`` stays at ``lr``, and without a warm-up there is no scheduler at all.
         min_lr_ratio: Where the cosine ends, as a share of ``lr``.
@@ -115,14 +118,15 @@ class AdaPMMixin(_Module):
     """Gives a LightningModule ``configure_optimizers`` with AdaPM: ``class MyModule(AdaPMMixin, L.LightningModule)``.
 
     The settings are the attribute ``adapm``, of the class or the instance: a dict, an :class:`AdaPMConfig`, or None for
-    the defaults. A class that defines ``configure_optimizers`` itself keeps its own, and may call :meth:`schedule` in it.
+    the defaults. A class that defines ``configure_optimizers`` itself keeps its own, and may call :meth:`schedule`
+    in it.
 
     Raises:
         TypeError: At class creation, where ``LightningModule`` comes before the mixin and hides it.
     """
 
     adapm: AdaPMConfig | Mapping[str, Any] | None = None
-    __jit_unused_properties__ = ["lr", *L.LightningModule.__jit_unused_properties__]
+    __jit_unused_properties__ = ["lr", *L.LightningModule.__jit_unused_properties__]  # noqa: RUF012
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -161,8 +165,8 @@ class AdaPMMixin(_Module):
         """Any optimizer with the warm-up and schedule of ``adapm``, as ``configure_optimizers`` returns it.
 
         The schedule multiplies the optimizer's own learning rates and is stepped once per optimizer step; with manual
-        optimization that is up to the module (``self.lr_schedulers().step()``). A resumed run follows the schedule of its
-        own settings and length from the step where it continues.
+        optimization that is up to the module (``self.lr_schedulers().step()``). A resumed run follows the schedule
+        of its own settings and length from the step where it continues.
 
         Returns:
             The optimizer itself where nothing changes its learning rate, else Lightning's dict.
@@ -200,7 +204,12 @@ class AdaPMMixin(_Module):
         """What the optimizer resolved the settings to, beside the module's own hyperparameters."""
         if self._trainer is None or not self._trainer.enable_autolog_hparams:
             return
-        settings = {**vars(config), **optimizer.defaults, "roles": dict(config.roles or {}), "betas": list(config.betas)}
+        settings = {
+            **vars(config),
+            **optimizer.defaults,
+            "roles": dict(config.roles or {}),
+            "betas": list(config.betas),
+        }
         for logger in self._trainer.loggers:
             logger.log_hyperparams({"adapm_settings": settings})
 
@@ -227,8 +236,8 @@ def check_strategy(strategy: strategies.Strategy) -> None:
     """
     if isinstance(strategy, _UNSUPPORTED_STRATEGIES):
         raise MisconfigurationException(
-            f"AdaPM does not support {type(strategy).__name__} yet: it needs whole matrices on every process. It works on"
-            " a single device and with DDP: Trainer(strategy='auto') or Trainer(strategy='ddp')"
+            f"AdaPM does not support {type(strategy).__name__} yet: it needs whole matrices on every process. It works"
+            " on a single device and with DDP: Trainer(strategy='auto') or Trainer(strategy='ddp')"
         )
 
 

@@ -13,8 +13,13 @@ from torch import Tensor
 
 from lightning_adapm import lowrank
 
-State = dict[str, Any]
-"""Of one piece: tensors, and numbers that the host must know without asking the device."""
+
+class State(Protocol):
+    """Of one piece: tensors, and numbers that the host must know without asking the device."""
+
+    def __getitem__(self, key: str, /) -> Any: ...
+
+    def __setitem__(self, key: str, value: Any, /) -> None: ...
 
 
 class Direction(NamedTuple):
@@ -31,7 +36,10 @@ class Direction(NamedTuple):
 class Momentum(Protocol):
     """Two functions make a momentum."""
 
-    def make(self, shape: torch.Size, like: Tensor) -> State:
+    name: ClassVar[str]
+    """Of the policy."""
+
+    def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
         """Zero state for a matrix of ``shape``, on ``like``'s device and in ``like``'s dtype."""
         ...
 
@@ -46,7 +54,7 @@ class NoMomentum:
 
     name: ClassVar[str] = "none"
 
-    def make(self, shape: torch.Size, like: Tensor) -> State:
+    def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
         return {}
 
     def direction(self, grads: list[Tensor], states: Sequence[State], step: int) -> Direction:
@@ -60,7 +68,7 @@ class FullMomentum:
     beta1: float
     name: ClassVar[str] = "full"
 
-    def make(self, shape: torch.Size, like: Tensor) -> State:
+    def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
         return {"exp_avg": like.new_zeros(shape)}
 
     def direction(self, grads: list[Tensor], states: Sequence[State], step: int) -> Direction:
@@ -69,7 +77,10 @@ class FullMomentum:
             torch._foreach_lerp_(averages, grads, 1 - self.beta1)
             used = averages
         else:  # the arithmetic keeps the gradients' precision, only the stored value is rounded
-            used = [torch.lerp(average.to(grad.dtype), grad, 1 - self.beta1) for average, grad in zip(averages, grads)]
+            used = [
+                torch.lerp(average.to(grad.dtype), grad, 1 - self.beta1)
+                for average, grad in zip(averages, grads, strict=True)
+            ]
             torch._foreach_copy_(averages, used)
         return Direction(used, 1 / (1 - self.beta1**step), scratch=used is not averages, clamped=False)
 
@@ -85,8 +96,8 @@ class LowRankMomentum:
             gradient, the others at the steps ``1 + k * update_proj_gap`` of the parameter's own count.
         debias: add what the subspace does not see (the paper's residual correction). Without it the direction is the
             plain low-rank moving average.
-        flush: at a refresh, pay out at once what the old subspace held and the new one does not: ``beta1 / (1 - beta1)``
-            times it, the sum of its future contributions to a full average. Without it that part is dropped.
+        flush: at a refresh, pay out at once what the old subspace held and the new one does not: ``beta1 / (1 -
+        beta1)`` times it, the sum of its future contributions to a full average. Without it that part is dropped.
 
     The state also holds the number ``seeded``: 1 once every matrix of the piece has a basis. Until then each step looks
     for the first non-zero gradient, which reads one value back from the device; afterwards no step does.
@@ -99,7 +110,7 @@ class LowRankMomentum:
     flush: bool = True
     name: ClassVar[str] = "low_rank"
 
-    def make(self, shape: torch.Size, like: Tensor) -> State:
+    def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
         *batch, m, n = shape
         rank = min(self.rank, n)
         right = like.new_zeros(*batch, rank, n)
@@ -146,7 +157,7 @@ class LowRankMomentum:
         seeded = iter(new_right.any(dim=-1).any(dim=-1).tolist())
         for state in states:
             matrices = state["exp_avg_r"].shape[0] if state["exp_avg_r"].dim() == 3 else 1
-            state["seeded"] = int(all([next(seeded) for _ in range(matrices)]))
+            state["seeded"] = int(all(next(seeded) for _ in range(matrices)))
         return new_right
 
 
@@ -159,7 +170,7 @@ def _join(tensors: list[Tensor]) -> Tensor:
 def _split(batch: Tensor, like: list[Tensor]) -> list[Tensor]:
     """The inverse of :func:`_join`: views of ``batch``, shaped as ``like``."""
     sizes = [tensor.shape[0] if tensor.dim() == 3 else 1 for tensor in like]
-    return [part.view(tensor.shape) for part, tensor in zip(batch.split(sizes), like)]
+    return [part.view(tensor.shape) for part, tensor in zip(batch.split(sizes), like, strict=True)]
 
 
 def _store(batch: Tensor, states: list[Tensor]) -> None:

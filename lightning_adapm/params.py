@@ -12,29 +12,33 @@ _GENERATORS = {nn.Module.parameters.__code__: False, nn.Module.named_parameters.
 def source_module(params: Any) -> nn.Module | None:
     """The module whose ``parameters()`` or ``named_parameters()`` is this generator, not yet started; None otherwise.
 
-    LightningCLI and litgpt hand an optimizer nothing but ``model.parameters()``. A generator that has not run still holds
-    the arguments it was called with, so its module, and with it every name and head count, can be read exactly.
+    LightningCLI and litgpt hand an optimizer nothing but ``model.parameters()``. A generator that has not run still
+    holds the arguments it was called with, so its module, and with it every name and head count, can be read exactly.
     """
     if not inspect.isgenerator(params) or params.gi_code not in _GENERATORS:
         return None
     if inspect.getgeneratorstate(params) != inspect.GEN_CREATED:
         return None
-    module: nn.Module = params.gi_frame.f_locals["self"]
+    module: nn.Module = _arguments(params)["self"]
     return module
 
 
-def read_params(params: Any) -> tuple[list[tuple[str, Tensor]] | list[Tensor], nn.Module | None]:
+def _arguments(generator: Any) -> dict[str, Any]:
+    return dict(generator.gi_frame.f_locals)
+
+
+def read_params(params: Any) -> tuple[list[Any], nn.Module | None]:
     """Named parameters and their module, or, where there are no names, the bare tensors and None.
 
     Args:
-        params: ``module.parameters()``, ``module.named_parameters()``, an iterable of ``(name, tensor)``, of tensors, or
-            one tensor.
+        params: ``module.parameters()``, ``module.named_parameters()``, an iterable of ``(name, tensor)``, of
+        tensors, or one tensor.
     """
     if isinstance(params, nn.Module):
         raise TypeError("params is a module: pass its named_parameters() instead, AdaPM(model.named_parameters(), ...)")
     module = source_module(params)
     if module is not None and not _GENERATORS[params.gi_code]:
-        return list(module.named_parameters(recurse=params.gi_frame.f_locals["recurse"])), module
+        return list(module.named_parameters(recurse=_arguments(params)["recurse"])), module
     items: list[Any] = [params] if isinstance(params, Tensor) else list(params)
     return items, module
 
@@ -44,7 +48,9 @@ def read_groups(params: Any) -> list[dict[str, Any]]:
     if isinstance(params, (nn.Module, Tensor)) or source_module(params) is not None:
         return [{"params": params}]
     if not isinstance(params, Iterable):
-        raise TypeError(f"params must be an iterable of named parameters or of parameter groups, but got {type(params)}")
+        raise TypeError(
+            f"params must be an iterable of named parameters or of parameter groups, but got {type(params)}"
+        )
     items = list(params)
     if not items:
         raise ValueError("optimizer got an empty parameter list")

@@ -13,7 +13,17 @@ from lightning_adapm.policy import momentum_for
 
 # How optimizers of torch and the peers call their first and second moments.
 _MOMENTUM = ("exp_avg", "exp_avg_l", "exp_avg_r", "momentum_buffer", "m", "mu", "mu_product")
-_SECOND_MOMENT = ("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "row_var", "col_var", "variance", "v", "vmean")
+_SECOND_MOMENT = (
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "exp_inf",
+    "square_avg",
+    "row_var",
+    "col_var",
+    "variance",
+    "v",
+    "vmean",
+)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""AdaPM's table: which momentum and which second moment a piece gets, from its role, its shape and the group's options."""
+"""AdaPM's table: which momentum and which second moment a piece gets, from its role, shape and group options."""
 
 from collections.abc import Mapping
 from typing import Any

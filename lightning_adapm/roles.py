@@ -1,8 +1,8 @@
 """Roles: what a parameter is in the transformer.
 
-Found by module type first (an ``nn.Embedding``'s weight is an embedding, whatever its name), then by attention structure
-(projections that lie beside each other), then by name. The rules are data. A matrix that nothing matches is reported,
-never guessed. Which rows of a fused weight are whose is the business of :mod:`lightning_adapm.attention`.
+Found by module type first (an ``nn.Embedding``'s weight is an embedding, whatever its name), then by attention
+structure (projections that lie beside each other), then by name. The rules are data. A matrix that nothing matches
+is reported, never guessed. Which rows of a fused weight are whose is the business of :mod:`lightning_adapm.attention`.
 """
 
 import re
@@ -40,28 +40,40 @@ NAME_RULES: tuple[tuple[str, str], ...] = (
     ("adapter", r"lora_|(^|\.|_)adapter|gating_factor|prompt_encoder|(^|\.)ia3_"),
     ("qkv", r"(attn|attention)\w*\.(attn|in_proj)$"),
     ("attn_out", r"(attn|attention)\w*\.(\w+\.)*(o|w_?o|o_?proj|out_?proj|out_?lin|proj|c_proj|dense|to_out(\.0)?)$"),
-    ("mlp", r"(^|\.|_)(mlps?|ffn?|ff|feed_?forward|feed_forward_\w+|densereludense|moe|block_sparse_moe|experts?|router)(\.|_|$|\d)"),
+    (
+        "mlp",
+        r"(^|\.|_)(mlps?|ffn?|ff|feed_?forward|feed_forward_\w+|densereludense|moe|block_sparse_moe|experts?|router)(\.|_|$|\d)",
+    ),
     ("query", r"(^|\.)(w_?q|q_?proj|q_lin|to_q|query(_proj)?)$"),
     ("key", r"(^|\.)(w_?k|k_?proj|k_lin|to_k|key(_proj)?)$"),
     ("value", r"(^|\.)(w_?v|v_?proj|v_lin|to_v|value(_proj)?)$"),
     ("attn_out", r"(^|\.)(o_?proj|w_?o|out_lin)$"),
-    ("embedding", r"(^|\.|_)(wte|wpe|embed_tokens|embed_positions|tok_embeddings|pos(ition)?_embed\w*|\w*embeddings?|\w*embed)$"),
-    ("lm_head", r"(^|\.)(lm_head|embed_out|output|unembed|output_layer|head|score|classifier|qa_outputs|proj_out|lm_output)$"),
+    (
+        "embedding",
+        r"(^|\.|_)(wte|wpe|embed_tokens|embed_positions|tok_embeddings|pos(ition)?_embed\w*|\w*embeddings?|\w*embed)$",
+    ),
+    (
+        "lm_head",
+        r"(^|\.)(lm_head|embed_out|output|unembed|output_layer|head|score|classifier|qa_outputs|proj_out|lm_output)$",
+    ),
     ("lm_head", r"(^|\.)(classifier|cls|lm_head|predictions|score|head)\.(\w+\.)*(dense|out_proj|decoder|linear|\d+)$"),
-    ("mlp", r"(^|\.)(fc_?\d?|gate|gate_proj|up_proj|down_proj|gate_up_proj|c_fc|w[123]|linear_?[12]|dense_h_to_4h|dense_4h_to_h)$"),
+    (
+        "mlp",
+        r"(^|\.)(fc_?\d?|gate|gate_proj|up_proj|down_proj|gate_up_proj|c_fc|w[123]|linear_?[12]|dense_h_to_4h|dense_4h_to_h)$",
+    ),
     ("mlp", r"(^|\.|_)(patch_embed\w*|project_(in|out)|embed\w*_(projection|proj|hidden_mapping_in)|pooler)\."),
 )
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The part of a parameter that has one role: all of it, or a slice ``start`` to ``stop`` of each of ``groups`` equal
-    groups of rows (of columns, where the weight is ``transposed``) of a fused weight.
+    """The part of a parameter that has one role: all of it, or a slice ``start`` to ``stop`` of each of ``groups``
+    equal groups of rows (of columns, where the weight is ``transposed``) of a fused weight.
 
     ``heads`` is how many equal row blocks it consists of, for Adam-mini's second moment, where that is known; ``flat``
     says that all dimensions but the first are one (a convolution), where a third dimension is else a stack of matrices;
-    ``transposed`` says that outputs are columns (Hugging Face's ``Conv1D``); ``dim`` is how many dimensions the parameter
-    had when its role was found.
+    ``transposed`` says that outputs are columns (Hugging Face's ``Conv1D``); ``dim`` is how many dimensions the
+    parameter had when its role was found.
     """
 
     role: str
@@ -131,7 +143,7 @@ class Named:
 
 
 def normalize(name: str) -> str:
-    """A parameter's name without what wrappers (DDP, FSDP, ``torch.compile``, Fabric, checkpointing, peft) put into it."""
+    """A parameter's name without what wrappers (FSDP, ``torch.compile``, Fabric, peft and others) put into it."""
     return _WRAPPERS.sub("", name)
 
 

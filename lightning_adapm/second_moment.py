@@ -1,8 +1,8 @@
 """Second moments: elementwise (AdamW), block (Adam-mini), factored (Adafactor).
 
-Each makes its state for a piece of a given shape and turns gradients into denominators ``sqrt(v / (1 - beta2**t)) + eps``
-that broadcast against them. The state is never kept below float32: with ``beta2 = 0.999`` a bfloat16 average stops
-decaying. ``step`` counts from 1.
+Each makes its state for a piece of a given shape and turns gradients into denominators ``sqrt(v / (1 - beta2**t)) +
+eps`` that broadcast against them. The state is never kept below float32: with ``beta2 = 0.999`` a bfloat16 average
+stops decaying. ``step`` counts from 1.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-State = dict[str, Any]
+from lightning_adapm.momentum import State
 
 
 class SecondMoment(Protocol):
     """Two functions make a second moment."""
 
-    def make(self, shape: torch.Size, like: Tensor) -> State:
+    def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
         """Zero state for a piece of ``shape``, on ``like``'s device and in ``like``'s dtype."""
         ...
 
@@ -34,7 +34,7 @@ class ElementwiseSecondMoment:
     beta2: float
     eps: float
 
-    def make(self, shape: torch.Size, like: Tensor) -> State:
+    def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
         return {"exp_avg_sq": like.new_zeros(shape)}
 
     def denominators(self, grads: list[Tensor], states: Sequence[State], step: int) -> list[Tensor]:
@@ -49,8 +49,8 @@ class BlockSecondMoment:
     """Adam-mini's: the mean of the squared gradient over a block (arXiv 2406.16793, Algorithm 1).
 
     Args:
-        blocks: blocks per matrix: a number of equal blocks of outputs (heads), or None for one block per output. Tensors
-            that are not matrices are one block.
+        blocks: blocks per matrix: a number of equal blocks of outputs (heads), or None for one block per output.
+        Tensors that are not matrices are one block.
         outputs: the dimension that counts outputs: rows (-2), or columns (-1) of a transposed weight.
     """
 
@@ -59,7 +59,7 @@ class BlockSecondMoment:
     blocks: int | None = None
     outputs: int = -2
 
-    def make(self, shape: torch.Size, like: Tensor) -> State:
+    def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
         return {"exp_avg_sq": like.new_zeros(self._shape(shape))}
 
     def _shape(self, shape: torch.Size) -> tuple[int, ...]:
@@ -85,14 +85,14 @@ class BlockSecondMoment:
 
 @dataclass(frozen=True)
 class FactoredSecondMoment:
-    """Adafactor's: row means ``exp_avg_sq_row`` ``(m, 1)`` and column means ``exp_avg_sq_col`` ``(1, n)`` of the squared
-    gradient, ``v = row col / mean(row)`` (arXiv 1804.04235, Algorithm 4, with AdamW's bias correction).
+    """Adafactor's: row means ``exp_avg_sq_row`` ``(m, 1)`` and column means ``exp_avg_sq_col`` ``(1, n)`` of the
+    squared gradient, ``v = row col / mean(row)`` (arXiv 1804.04235, Algorithm 4, with AdamW's bias correction).
     """
 
     beta2: float
     eps: float
 
-    def make(self, shape: torch.Size, like: Tensor) -> State:
+    def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
         *batch, m, n = shape
         return {"exp_avg_sq_row": like.new_zeros(*batch, m, 1), "exp_avg_sq_col": like.new_zeros(*batch, 1, n)}
 
@@ -102,7 +102,10 @@ class FactoredSecondMoment:
         _average(columns, [mean_square(grad, -2) for grad in grads], self.beta2)
         tiny = torch.finfo(rows[0].dtype).tiny
         shares = [row / row.mean(dim=-2, keepdim=True).clamp_min(tiny) for row in rows]
-        return [share.sqrt() * root + self.eps for share, root in zip(shares, _roots(columns, self.beta2, 0.0, step))]
+        return [
+            share.sqrt() * root + self.eps
+            for share, root in zip(shares, _roots(columns, self.beta2, 0.0, step), strict=True)
+        ]
 
 
 def block_means(means: Tensor, blocks: int, dim: int) -> Tensor:

@@ -30,7 +30,9 @@ class Block(nn.Module):
         super().__init__()
         self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.self_attn = Attention(width, n_head, n_query_groups, bias)
-        self.mlp = nn.Sequential(nn.Linear(width, 3 * width, bias=bias), nn.GELU(), nn.Linear(3 * width, width, bias=bias))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 3 * width, bias=bias), nn.GELU(), nn.Linear(3 * width, width, bias=bias)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.norm_1(x))
@@ -41,7 +43,13 @@ class PlainLM(nn.Module):
     """A decoder with the names most code uses; ``forward`` gives the next-token loss of ``(b, t)`` tokens."""
 
     def __init__(
-        self, vocab: int = 61, width: int = 32, layers: int = 2, n_head: int = 4, n_query_groups: int = 2, bias: bool = True
+        self,
+        vocab: int = 61,
+        width: int = 32,
+        layers: int = 2,
+        n_head: int = 4,
+        n_query_groups: int = 2,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(vocab, width)
@@ -81,7 +89,7 @@ class SeparateQKV(nn.Module):
 
     def __init__(self, fused: nn.Linear, sizes: tuple[int, int, int]) -> None:
         super().__init__()
-        for name, part in zip(("q_proj", "k_proj", "v_proj"), fused.weight.detach().split(sizes)):
+        for name, part in zip(("q_proj", "k_proj", "v_proj"), fused.weight.detach().split(sizes), strict=True):
             linear = nn.Linear(fused.in_features, part.shape[0], bias=False, dtype=part.dtype)
             linear.weight.data.copy_(part)
             setattr(self, name, linear)

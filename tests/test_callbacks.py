@@ -13,7 +13,14 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from models import PlainLM, token_batches
 from torch.utils.data import DataLoader
 
-from lightning_adapm import AdaPM, AdaPMMixin, ClosingTable, OptimizerStateMonitor, OptimizerSummary, ResidualNormMonitor
+from lightning_adapm import (
+    AdaPM,
+    AdaPMMixin,
+    ClosingTable,
+    OptimizerStateMonitor,
+    OptimizerSummary,
+    ResidualNormMonitor,
+)
 from lightning_adapm.planner import measure
 
 
@@ -89,12 +96,14 @@ def test_residual_monitor_logs_only_on_its_steps(tmp_path):
     assert 0 <= logged(trainer, "residual/clamped/all")[8] <= 1
     assert trainer.optimizers[0].observer is None
     assert (Path(trainer.log_dir) / "residual_norm.png").stat().st_size > 5000
-    events = [p for p in (tmp_path / "tb").rglob("events.*")]
+    events = list((tmp_path / "tb").rglob("events.*"))
     assert events and sum(p.stat().st_size for p in events) > 10_000  # the picture is in there
 
 
 def test_residual_monitor_counts_optimizer_steps_under_accumulation(tmp_path):
-    trainer = fit(tmp_path, Foreign(AdaPM), [ResidualNormMonitor(every_n_steps=2)], accumulate_grad_batches=3, max_steps=4)
+    trainer = fit(
+        tmp_path, Foreign(AdaPM), [ResidualNormMonitor(every_n_steps=2)], accumulate_grad_batches=3, max_steps=4
+    )
     assert len(logged(trainer, "residual/norm_mean/all")) == 2
 
 
@@ -210,7 +219,8 @@ from lightning_adapm import *
 torch.manual_seed(0)
 callbacks = [OptimizerStateMonitor(2), ResidualNormMonitor(2), OptimizerSummary(), ClosingTable()]
 trainer = fit(Path("."), Foreign(AdaPM), callbacks, devices=2, strategy="ddp", max_steps=6)
-same = trainer.strategy.all_gather(torch.stack([p.detach().double().sum() for p in trainer.lightning_module.parameters()]))
+sums = torch.stack([p.detach().double().sum() for p in trainer.lightning_module.parameters()])
+same = trainer.strategy.all_gather(sums)
 assert torch.equal(same[0], same[1])
 """
 

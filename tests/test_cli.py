@@ -12,11 +12,12 @@ from lightning_adapm.__main__ import main
 
 @pytest.fixture(scope="module")
 def runs(corpus, tmp_path_factory):
-    """The quick start with AdaPM and with AdamW."""
+    """The quick start with AdamW and then with AdaPM, as ``make pretrain`` does; what the second prints is a file."""
     folder = tmp_path_factory.mktemp("runs")
     small = ["--model.init_args.adapm.warmup_steps=2", *shrunk(corpus, folder, steps=6)]
-    run(folder, "fit", "--config", QUICKSTART, *small)
     run(folder, "fit", "--config", QUICKSTART, "--config", QUICKSTART_ADAMW, *small)
+    printed = run(folder, "fit", "--config", QUICKSTART, *small).stdout
+    (folder / "runs" / "quickstart" / "printed").write_text(printed)
     return folder / "runs" / "quickstart"
 
 
@@ -38,6 +39,13 @@ def test_quickstart_leaves_logs_and_checkpoints(runs):
         assert (folder / "config.yaml").is_file()
         assert len(logged(folder, "val_loss")) == 3
         assert list((runs / "tensorboard" / name / "version_0").glob("events.*"))
+
+
+def test_quickstart_ends_with_both_losses_and_pictures(runs):
+    (row,) = [line for line in (runs / "printed").read_text().splitlines() if "validation loss" in line]
+    losses = [float(logged(runs / name / "version_0", "val_loss")[-1]) for name in ("adapm", "adamw")]
+    assert [float(word) for word in row.split()[2:4]] == pytest.approx(losses, abs=1e-3)
+    assert list((runs / "adapm" / "version_0").glob("*.png"))
 
 
 def test_adamw_twin_differs_in_the_optimizer_only(runs):

@@ -168,7 +168,9 @@ def test_resume_through_the_trainer_is_bit_identical(tmp_path, saved_at):
 
     fit, whole = run("whole")
     fit.fit(whole)
-    checkpoint = L.pytorch.callbacks.ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=saved_at, save_top_k=-1)
+    checkpoint = L.pytorch.callbacks.ModelCheckpoint(
+        tmp_path, filename="{step}", every_n_train_steps=saved_at, save_top_k=-1
+    )
     fit, first = run("first", callbacks=[checkpoint])
     fit.fit(first)
     fit, second = run("second")

@@ -64,7 +64,9 @@ class Wrapper(nn.Module):
 )
 def test_roles_from_every_source(model, expected, params):
     optimizer = AdaPM(params(model))
-    roles = {name.removeprefix("_forward_module.").removeprefix("_orig_mod."): r for name, r in roles_of(optimizer).items()}
+    roles = {
+        name.removeprefix("_forward_module.").removeprefix("_orig_mod."): r for name, r in roles_of(optimizer).items()
+    }
     assert expected.items() <= roles.items()
     assert len(roles) == len(list(model.parameters()))
     pieces = {p.role: p for p in optimizer.pieces.get(getattr(model, "transformer", model).parameters().__next__(), ())}
@@ -147,7 +149,9 @@ def test_a_module_is_refused_with_advice():
 
 def test_a_group_with_a_role_needs_no_names():
     weights = [nn.Parameter(torch.randn(12, 10)) for _ in range(2)]
-    optimizer = AdaPM([{"params": weights, "role": "mlp"}, {"params": [nn.Parameter(torch.zeros(3, 3))], "role": "none"}])
+    optimizer = AdaPM(
+        [{"params": weights, "role": "mlp"}, {"params": [nn.Parameter(torch.zeros(3, 3))], "role": "none"}]
+    )
     assert [g["roles"] for g in optimizer.param_groups] == [["mlp", "mlp"], ["none"]]
 
 

@@ -18,8 +18,12 @@ def test_plan_is_what_training_allocates(model, second_moment, state_dtype):
     assert not optimizer.state
     train(model, optimizer, token_batches(2))
     assert sum((row.bytes for row in rows), StateBytes()) == measure(optimizer)
-    stored = {id(v.untyped_storage()): v.untyped_storage().nbytes() for s in optimizer.state.values() for v in s.values()
-              if isinstance(v, torch.Tensor)}
+    stored = {
+        id(v.untyped_storage()): v.untyped_storage().nbytes()
+        for s in optimizer.state.values()
+        for v in s.values()
+        if isinstance(v, torch.Tensor)
+    }
     assert sum(stored.values()) == measure(optimizer).total  # no view keeps something larger alive
     assert sum(row.numel for row in rows) == sum(p.numel() for p in model.parameters())
 

@@ -70,9 +70,16 @@ def test_block_with_full_momentum_is_adam_mini():
     ours = PlainLM(n_query_groups=2).double()
     theirs = copy.deepcopy(ours)
     for name, _ in ours.named_parameters():
-        assert ("mlp" in name) + ("proj" in name) + ("norm" in name) + ("embed" in name) + ("lm_head" in name) == 1, name
+        assert ("mlp" in name) + ("proj" in name) + ("norm" in name) + ("embed" in name) + ("lm_head" in name) == 1, (
+            name
+        )
     adapm = AdaPM(
-        ours.named_parameters(), lr=3e-3, weight_decay=0.1, momentum=FULL, second_moment="block", no_decay=("norm", "bias")
+        ours.named_parameters(),
+        lr=3e-3,
+        weight_decay=0.1,
+        momentum=FULL,
+        second_moment="block",
+        no_decay=("norm", "bias"),
     )
     mini = Adam_mini(
         theirs.named_parameters(), lr=3e-3, weight_decay=0.1, dim=32, n_heads=4, n_kv_heads=2, verbose=False
@@ -117,7 +124,9 @@ def test_flush_keeps_the_total_displacement():
     padded = torch.cat([grads, torch.zeros(400, 8, 6, dtype=torch.float64)])  # let every average run out
     offset = 10_000  # no bias correction left
     ours = sum(low_rank.direction([g], states[:1], offset + t).tensors[0] for t, g in enumerate(padded, 1))
-    theirs = sum((d := full.direction([g], states[1:], offset + t)).tensors[0] * d.scale for t, g in enumerate(padded, 1))
+    theirs = sum(
+        (d := full.direction([g], states[1:], offset + t)).tensors[0] * d.scale for t, g in enumerate(padded, 1)
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
@@ -133,7 +142,7 @@ def test_fused_is_separate(second_moment, heads, dtype):
         optimizer = AdaPM(model.parameters(), lr=3e-3, rank=2, update_proj_gap=10, second_moment=second_moment)
         train(model, optimizer, batches)
     tolerance = 1e-9 if dtype == torch.float64 else 1e-4
-    for a, b in zip(fused.transformer.h, apart.transformer.h):
+    for a, b in zip(fused.transformer.h, apart.transformer.h, strict=True):
         q, k, v = (getattr(b.attn.qkv, f"{name}_proj").weight for name in "qkv")
         assert relative_difference(a.attn.qkv.weight, torch.cat([q, k, v])) <= tolerance
         assert relative_difference(a.mlp.fc_1.weight, b.mlp.fc_1.weight) <= tolerance

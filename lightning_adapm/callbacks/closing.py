@@ -75,7 +75,9 @@ class RunResult:
 
     def differences(self, other: "RunResult") -> str:
         """What makes two runs incomparable, in words; empty if nothing does."""
-        pairs = {name: (getattr(self, name), getattr(other, name)) for name in ("steps", "trainable_parameters", "data")}
+        pairs = {
+            name: (getattr(self, name), getattr(other, name)) for name in ("steps", "trainable_parameters", "data")
+        }
         return ", ".join(f"{name} {theirs} and not {ours}" for name, (ours, theirs) in pairs.items() if ours != theirs)
 
 
@@ -120,15 +122,24 @@ def closing_table(result: RunResult, adamw: RunResult | None) -> Table:
         ("", result.optimizer, ADAMW, "Saved"),
         ("validation loss", _number(result.val_loss), _number(adamw.val_loss) if adamw else "not run", ""),
         ("perplexity", _number(result.ppl), _number(adamw.ppl) if adamw else "not run", ""),
-        ("momentum", show_bytes(result.momentum_bytes), show_bytes(momentum), show_saving(result.momentum_bytes, momentum)),
-        ("all optimizer state", show_bytes(result.state_bytes), show_bytes(state), show_saving(result.state_bytes, state)),
+        (
+            "momentum",
+            show_bytes(result.momentum_bytes),
+            show_bytes(momentum),
+            show_saving(result.momentum_bytes, momentum),
+        ),
+        (
+            "all optimizer state",
+            show_bytes(result.state_bytes),
+            show_bytes(state),
+            show_saving(result.state_bytes, state),
+        ),
     ]
-    if result.optimizer == ADAMW:  # nothing to compare with itself
-        rows = [row[:2] for row in rows]
-    for index, header in enumerate(rows[0]):
+    columns = 2 if result.optimizer == ADAMW else 4  # nothing to compare with itself
+    for index, header in enumerate(rows[0][:columns]):
         table.add_column(header, justify="right" if index else "left")
     for row in rows[1:]:
-        table.add_row(*row)
+        table.add_row(*row[:columns])
     return table
 
 
@@ -182,7 +193,7 @@ class ClosingTable(L.Callback):
             data=None if fingerprint is None else str(fingerprint),
         )
         folder = run_folder(trainer)
-        if trainer.is_global_zero and not trainer.fast_dev_run:
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             write_file(folder, RESULT_FILE, self.result.to_json().encode())
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

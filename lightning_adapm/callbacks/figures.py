@@ -70,7 +70,9 @@ def residual_figure(history: Sequence[tuple[int, Mapping[str, float]]], prefix: 
     by_role.legend(fontsize="small")
     by_role.grid(alpha=0.3)
 
-    image = by_layer.imshow(np.array(list(layers.values())), aspect="auto", origin="lower", interpolation="none", cmap="viridis")
+    image = by_layer.imshow(
+        np.array(list(layers.values())), aspect="auto", origin="lower", interpolation="none", cmap="viridis"
+    )
     by_layer.set_xticks(*_some(steps, 8))
     by_layer.set_yticks(*_some(list(layers), 32), fontsize="small")
     by_layer.set_xlabel("step")

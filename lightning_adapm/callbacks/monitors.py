@@ -78,12 +78,13 @@ class ResidualNormMonitor(L.Callback):
 
     Logged, none of it with a unit: ``norm_mean/<role>``, ``norm_max/<role>`` and ``norm_by_layer/<layer>`` of
     ``‖G - G RᵀR‖_F / ‖M^‖_F``; ``stationarity/<role>``, the cosine between this residual and the one logged before;
-    ``update_max/<role>``, the largest ``|update| / lr`` before any clamp; ``clamped/<role>``, the share of entries beyond
-    ``clip_threshold``. ``all`` stands for all roles together. Pieces and processes are averaged (``max``: the largest).
+    ``update_max/<role>``, the largest ``|update| / lr`` before any clamp; ``clamped/<role>``, the share of entries
+    beyond ``clip_threshold``. ``all`` stands for all roles together. Pieces and processes are averaged (``max``: the
+    largest).
 
     The figures are taken from inside the steps that log; other steps do no extra work. The figure is
-    ``residual_norm.png`` in the run's folder, and goes to TensorBoard. With several AdaPM optimizers their number follows
-    the prefix. An optimizer without a low-rank momentum has no residual: the callback says so once.
+    ``residual_norm.png`` in the run's folder, and goes to TensorBoard. With several AdaPM optimizers their number
+    follows the prefix. An optimizer without a low-rank momentum has no residual: the callback says so once.
 
     Args:
         every_n_steps: Optimizer steps from one log to the next, the first step included.
@@ -106,16 +107,14 @@ class ResidualNormMonitor(L.Callback):
         found = [o for o in trainer.optimizers if isinstance(o, AdaPM) and ResidualFigures(o).layers]
         prefixes = [self.log_key_prefix + (f"{index}/" if len(found) > 1 else "") for index in range(len(found))]
         clocks = [StepClock(self.every_n_steps, trainer.global_step) for _ in found]
-        self._monitored = [_Monitored(*each) for each in zip(found, prefixes, clocks)]
+        self._monitored = [_Monitored(*each) for each in zip(found, prefixes, clocks, strict=True)]
         if not found:
             rank_zero_warn(
                 f"ResidualNormMonitor logs nothing: {optimizer_name(trainer)} has no low-rank momentum, so there is no"
                 " residual. Use AdaPM with a role whose momentum is low_rank, or leave the callback out"
             )
 
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Put the probe into an optimizer whose step, which comes next, logs."""
         for monitored in self._monitored:
             if monitored.optimizer is optimizer:
@@ -142,7 +141,9 @@ class ResidualNormMonitor(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the figures."""
         for index, monitored in enumerate(self._monitored):
-            history = [(step, figures) for step, figures in self.history if monitored.prefix + "norm_mean/all" in figures]
+            history = [
+                (step, figures) for step, figures in self.history if monitored.prefix + "norm_mean/all" in figures
+            ]
             if history:
                 name = "residual_norm" + (f"_{index}" if len(self._monitored) > 1 else "")
                 publish_figure(trainer, name, partial(_draw_residual, history, monitored.prefix))

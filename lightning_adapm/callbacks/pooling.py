@@ -54,7 +54,9 @@ class Pool(Metric):
     def compute(self) -> dict[str, tuple[float, float]]:
         """Mean and largest of every figure that some process has seen."""
         columns = ((self.total / self.weight).tolist(), self.largest.tolist(), self.weight.tolist())
-        return {name: (mean, most) for name, mean, most, weight in zip(self.places, *columns) if weight > 0}
+        return {
+            name: (mean, most) for name, mean, most, weight in zip(self.places, *columns, strict=True) if weight > 0
+        }
 
 
 class ResidualFigures:
@@ -92,7 +94,7 @@ class ResidualFigures:
     @staticmethod
     def logged(pooled: dict[str, tuple[float, float]]) -> dict[str, float]:
         """The pooled figures under the names that are logged."""
-        logged = {}
+        logged: dict[str, float] = {}
         for name, (mean, largest) in pooled.items():
             kind, _, rest = name.partition("/")
             if kind == "norm":

@@ -85,7 +85,7 @@ def publish_figure(trainer: L.Trainer, name: str, draw: Callable[[], "Figure"]) 
     To be called on every process; the first one draws.
     """
     folder = run_folder(trainer)
-    if not trainer.is_global_zero or trainer.fast_dev_run:
+    if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
     if importlib.util.find_spec("matplotlib") is None:
         _say_no_matplotlib()

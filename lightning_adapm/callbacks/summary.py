@@ -65,7 +65,7 @@ def summary_table(lines: list[Line], by: str, max_rows: int) -> Table:
     table = Table(title="AdaPM: optimizer state", box=SIMPLE_HEAD, show_footer=True, title_justify="left")
     footer = [total.label, *_cells(total)]
     headers = (by.capitalize(), "Params", "Momentum", "Rank", "State", "AdamW", "Saved")
-    for index, (header, foot) in enumerate(zip(headers, footer)):
+    for index, (header, foot) in enumerate(zip(headers, footer, strict=True)):
         table.add_column(header, foot, justify="left" if index in (0, 2) else "right", overflow="fold")
     for line in lines[:max_rows]:
         table.add_row(line.label, *_cells(line))

@@ -69,8 +69,9 @@ class AdaPM(Optimizer):
 
     Args:
         params: ``model.named_parameters()``, or ``model.parameters()`` itself (names and heads are then read from the
-            module), an iterable of ``(name, tensor)``, or parameter groups whose ``params`` are one of these or which say
-            ``role``. A group may also say ``n_head``, ``n_query_groups`` and ``head_size`` where only names are given.
+            module), an iterable of ``(name, tensor)``, or parameter groups whose ``params`` are one of these or
+            which say ``role``. A group may also say ``n_head``, ``n_query_groups`` and ``head_size`` where only
+            names are given.
         lr: learning rate.
         betas: decay of the first and the second moment.
         eps: added to the denominator, outside the root.
@@ -227,7 +228,8 @@ class AdaPM(Optimizer):
         decay: float,
         group: Mapping[str, Any],
     ) -> None:
-        grads, states, params = ([task[i] for task in tasks] for i in (3, 4, 2))
+        params, grads = [task.param for task in tasks], [task.grad for task in tasks]
+        states = [task.state for task in tasks]
         lr = float(group["lr"])
         denominators = second_moment.denominators(grads, states, step)
         direction = momentum.direction(grads, states, step)
@@ -235,7 +237,7 @@ class AdaPM(Optimizer):
             torch._foreach_mul_(params, 1 - lr * decay)
         clip = group["clip_threshold"] if direction.clamped else None
         if self.observer is not None:
-            for task, used, denominator in zip(tasks, direction.tensors, denominators):
+            for task, used, denominator in zip(tasks, direction.tensors, denominators, strict=True):
                 used = used * direction.scale
                 self.observer(task, used, used / denominator, clip)
         _apply(params, direction, denominators, lr, clip)
@@ -243,16 +245,16 @@ class AdaPM(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state saved by AdaPM or by ``torch.optim.AdamW``.
 
-        Hyperparameters come from the checkpoint, as in torch. What shapes the state (``rank``, ``second_moment``, policies,
-        ``state_dtype``, roles) is this optimizer's: a state saved with other settings is converted.
+        Hyperparameters come from the checkpoint, as in torch. What shapes the state (``rank``, ``second_moment``,
+        policies, ``state_dtype``, roles) is this optimizer's: a state saved with other settings is converted.
 
         Raises:
             ValueError: the state has no meaning here; nothing has been changed then.
         """
         loaded: dict[Tensor, dict[str, Any]] = {}
 
-        # Temporary hooks, innermost on both sides: torch casts floating-point state to the parameter's dtype, which would
-        # round a float32 second moment of a bfloat16 parameter.
+        # Temporary hooks, innermost on both sides: torch casts floating-point state to the parameter's dtype, which
+        # would round a float32 second moment of a bfloat16 parameter.
         def before(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             kept = options.kept_settings(saved, self.param_groups, FORMAT_VERSION)
             loaded.update(restored_state(self, saved))
@@ -261,7 +263,10 @@ class AdaPM(Optimizer):
         def after(_: Optimizer) -> None:
             self.state = defaultdict(dict, loaded)
 
-        handles = self.register_load_state_dict_pre_hook(before), self.register_load_state_dict_post_hook(after, prepend=True)
+        handles = (
+            self.register_load_state_dict_pre_hook(before),
+            self.register_load_state_dict_post_hook(after, prepend=True),
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -287,7 +292,7 @@ def _apply(
         torch._foreach_div_(tensors, denominators)
     else:
         tensors = list(torch._foreach_div(tensors, denominators))
-    for param, update in zip(params, tensors):
+    for param, update in zip(params, tensors, strict=True):
         if clip is not None:
             update.clamp_(-clip / direction.scale, clip / direction.scale)
         param.add_(update.view(param.shape), alpha=-lr * direction.scale)

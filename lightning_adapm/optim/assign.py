@@ -12,8 +12,9 @@ from lightning_adapm.params import read_params
 from lightning_adapm.roles import FUSED, ROLES, UNMATCHED, Named, Piece, describe, find_role, link, normalize
 
 _HOW_TO_NAME = (
-    "AdaPM needs to know what each parameter is. Pass model.named_parameters(), or model.parameters() itself and not a list"
-    ' made from it; in a parameter group {"params": [(name, parameter), ...]}, or a role: {"params": [...], "role": "mlp"}'
+    "AdaPM needs to know what each parameter is. Pass model.named_parameters(), or model.parameters() itself and not a"
+    ' list made from it; in a parameter group {"params": [(name, parameter), ...]}, or a role:'
+    ' {"params": [...], "role": "mlp"}'
 )
 
 _HEADS = ("n_head", "n_query_groups", "head_size")
@@ -37,11 +38,11 @@ def assign_roles(
     described = [_describe(group, index) for index, group in enumerate(groups)]
     if len(described) > 1:  # a fused weight and the output projection beside it may be in different groups
         link(item for items in described for item in items)
-    for group, items in zip(groups, described):
+    for group, items in zip(groups, described, strict=True):
         options = {key: value for key, value in group.items() if key not in ("role", *_HEADS)}
         found = [group.get("role") or find_role(item, rules)[0] for item in items]
         stated = Heads(*(group.get(key) for key in _HEADS))
-        for item, role in zip(items, found):
+        for item, role in zip(items, found, strict=True):
             if item.param.is_complex():
                 raise TypeError(f"{item.name} is complex; AdaPM supports real parameters only")
             if role is None and item.param.requires_grad:
@@ -56,14 +57,16 @@ def assign_roles(
         raise ValueError(_unmatched_message(missing))
     if missing:
         names = ", ".join(f"{item.name} {tuple(item.param.shape)}" for item in missing)
-        warnings.warn(f"AdaPM gives {unmatched} momentum to matrices whose role it does not know: {names}", stacklevel=4)
+        warnings.warn(
+            f"AdaPM gives {unmatched} momentum to matrices whose role it does not know: {names}", stacklevel=4
+        )
     return assigned, pieces
 
 
 def _describe(group: Mapping[str, Any], index: int) -> list[Named]:
     items, module = read_params(group["params"])
     role = group.get("role")
-    named: list[tuple[str, Tensor]] = []
+    named: list[Any] = []
     for position, item in enumerate(items):
         if not isinstance(item, Tensor):
             named.append(item)
@@ -72,7 +75,9 @@ def _describe(group: Mapping[str, Any], index: int) -> list[Named]:
         else:
             named.append((f"group{index}.{role}.{position}", item))
     for item in named:
-        if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], Tensor)):
+        if not (
+            isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], Tensor)
+        ):
             raise TypeError(f"params holds {item!r}. {_HOW_TO_NAME}")
     return describe(named, module)
 
@@ -84,10 +89,10 @@ def _check_heads(item: Named, pieces: tuple[Piece, ...]) -> None:
         rows = piece.matrix(item.param).shape[int(piece.transposed)]
         if not piece.heads or rows % piece.heads:
             raise ValueError(
-                f"second_moment='block' keeps one value per head of {item.name} {tuple(item.param.shape)}, but its {rows}"
-                f" {piece.role} rows have {piece.heads or 'an unknown number of'} heads. Pass model.named_parameters() itself,"
-                " of a model whose attention modules or config say their number of heads, or give the parameter group"
-                " n_head= and n_query_groups="
+                f"second_moment='block' keeps one value per head of {item.name} {tuple(item.param.shape)}, but its"
+                f" {rows} {piece.role} rows have {piece.heads or 'an unknown number of'} heads. Pass"
+                " model.named_parameters() itself, of a model whose attention modules or config say their number of"
+                " heads, or give the parameter group n_head= and n_query_groups="
             )
 
 

@@ -49,7 +49,7 @@ def restored_state(optimizer: "AdaPM", saved: Mapping[str, Any]) -> dict[Tensor,
 def _check_order(saved: list[str] | None, current: list[str]) -> None:
     before, now = [normalize(name) for name in saved or current], [normalize(name) for name in current]
     if before != now and sorted(before) == sorted(now):
-        moved = next((a, b) for a, b in zip(before, now) if a != b)
+        moved = next((a, b) for a, b in zip(before, now, strict=True) if a != b)
         raise ValueError(
             f"the saved optimizer holds the same parameters in another order: {moved[0]} where this one has {moved[1]};"
             " build the parameter groups in the order they were saved in"
@@ -60,8 +60,8 @@ def _check_keys(name: str, entry: Mapping[str, Any], pieces: tuple[Piece, ...]) 
     known = {"step", *_FIRST, *_SECOND} | {piece.prefix + key for piece in pieces for key in _FIRST + _SECOND}
     if unknown := sorted(set(entry) - known):
         raise ValueError(
-            f"the saved state of {name} holds {', '.join(unknown)}, which AdaPM has no meaning for; it loads states of AdaPM"
-            " with the same roles and of torch.optim.AdamW"
+            f"the saved state of {name} holds {', '.join(unknown)}, which AdaPM has no meaning for; it loads states of"
+            " AdaPM with the same roles and of torch.optim.AdamW"
         )
 
 

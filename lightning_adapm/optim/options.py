@@ -84,7 +84,8 @@ def dtype_name(dtype: torch.dtype | str | None) -> str | None:
 
 
 def check_trainable(name: str, piece: Piece, param: Tensor, group: Mapping[str, Any]) -> None:
-    """Refuse a parameter that was unfrozen without a role, or that a sharding strategy has replaced by a part of itself.
+    """Refuse a parameter that was unfrozen without a role, or that a sharding strategy has replaced by a part of
+    itself.
 
     Raises:
         ValueError: no role.
@@ -92,18 +93,18 @@ def check_trainable(name: str, piece: Piece, param: Tensor, group: Mapping[str, 
     """
     if piece.role == UNMATCHED and UNMATCHED not in group["momentum"]:
         raise ValueError(
-            f"{name} {tuple(param.shape)} now requires a gradient, but AdaPM did not know its role when it was frozen; pass"
-            f" roles={{{name!r}: ...}} with its role or a policy, or unmatched='full'"
+            f"{name} {tuple(param.shape)} now requires a gradient, but AdaPM did not know its role when it was frozen;"
+            f" pass roles={{{name!r}: ...}} with its role or a policy, or unmatched='full'"
         )
     if isinstance(param, DTensor):
         raise TypeError(
-            f"{name} is a DTensor (FSDP2 or tensor parallelism), which AdaPM does not support yet; use a single device or"
-            " DDP"
+            f"{name} is a DTensor (FSDP2 or tensor parallelism), which AdaPM does not support yet; use a single device"
+            " or DDP"
         )
     if piece.dim >= 2 and param.dim() < 2:
         raise TypeError(
-            f"{name} has become one-dimensional, as FSDP1 makes it, which AdaPM does not support yet; use a single device"
-            " or DDP"
+            f"{name} has become one-dimensional, as FSDP1 makes it, which AdaPM does not support yet; use a single"
+            " device or DDP"
         )
 
 
@@ -130,11 +131,11 @@ def kept_settings(saved: Mapping[str, Any], groups: list[dict[str, Any]], versio
     if sizes != wanted:
         raise ValueError(f"the saved optimizer has parameter groups of {sizes} parameters, this one of {wanted}")
     kept = []
-    for old, new in zip(found, groups):
+    for old, new in zip(found, groups, strict=True):
         if old.get("format_version", version) > version:
             raise ValueError(
-                f"the saved state has format version {old['format_version']}, newer than {version}, the newest that this"
-                " version of lightning-adapm reads; update it"
+                f"the saved state has format version {old['format_version']}, newer than {version}, the newest that"
+                " this version of lightning-adapm reads; update it"
             )
         if old.get("amsgrad"):
             raise ValueError("the saved state is AdamW's with amsgrad=True, which AdaPM has no counterpart for")
