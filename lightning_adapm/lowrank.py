@@ -23,7 +23,8 @@ def starting_rows(rank: int, n: int, like: Tensor) -> Tensor:
     bits = torch.arange(1, rank * n + 1, dtype=torch.int64, device=like.device)
     for shift, multiplier in ((16, 0x45D9F3B), (15, 0x2C1B3C6D), (16, 0x297A2D39)):
         bits = ((bits ^ (bits >> shift)) * multiplier) & 0xFFFFFFFF
-    return (bits.to(torch.float64) / 2**31 - 1).to(like.dtype).view(rank, n)
+    # through 24 bits, which float32 holds exactly: not every device has float64
+    return ((bits >> 8).to(like.dtype) / 2**23 - 1).view(rank, n)
 
 
 def orthonormal_rows(rows: Tensor) -> Tensor:

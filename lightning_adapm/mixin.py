@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 from lightning.pytorch import strategies
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import Optimizer
@@ -202,15 +203,19 @@ class AdaPMMixin(_Module):
 
     def _log_settings(self, config: AdaPMConfig, optimizer: AdaPM) -> None:
         """What the optimizer resolved the settings to, beside the module's own hyperparameters."""
-        if self._trainer is None or not self._trainer.enable_autolog_hparams:
+        trainer = self._trainer
+        if trainer is None or not trainer.enable_autolog_hparams:
             return
+        callbacks = getattr(trainer, "callbacks", ())
+        if any(isinstance(callback, LearningRateFinder) and callback._early_exit for callback in callbacks):
+            return  # Tuner.lr_find tries out: the run to log comes later, with another learning rate
         settings = {
             **vars(config),
             **optimizer.defaults,
             "roles": dict(config.roles or {}),
             "betas": list(config.betas),
         }
-        for logger in self._trainer.loggers:
+        for logger in trainer.loggers:
             logger.log_hyperparams({"adapm_settings": settings})
 
 

@@ -12,7 +12,7 @@ from lightning_adapm.optim import AdaPM
 from lightning_adapm.policy import momentum_for
 
 # How optimizers of torch and the peers call their first and second moments.
-_MOMENTUM = ("exp_avg", "exp_avg_l", "exp_avg_r", "momentum_buffer", "m", "mu", "mu_product")
+_MOMENTUM = ("exp_avg", "exp_avg_l", "exp_avg_r", "momentum_buffer", "m", "mu", "mu_product", "state1")
 _SECOND_MOMENT = (
     "exp_avg_sq",
     "max_exp_avg_sq",
@@ -23,6 +23,7 @@ _SECOND_MOMENT = (
     "variance",
     "v",
     "vmean",
+    "state2",  # bitsandbytes
 )
 
 
@@ -67,6 +68,8 @@ def state_bytes(state: Mapping[str, Any]) -> StateBytes:
     for key, value in state.items():
         if isinstance(value, Mapping):
             total += state_bytes(value)
+        elif isinstance(value, (list, tuple)):
+            total += state_bytes({f"{key}.{index}": item for index, item in enumerate(value)})
         elif isinstance(value, Tensor):
             size, kind = value.numel() * value.element_size(), key.rpartition(".")[2]
             if kind.startswith(_SECOND_MOMENT[0]) or kind in _SECOND_MOMENT:

@@ -77,7 +77,7 @@ def test_the_starting_rows_are_fixed_and_well_mixed():
     # Of an integer hash: the same on every device, in every process and in every version that can resume an older run.
     first = lowrank.starting_rows(1, 3, torch.empty((), dtype=torch.float64))
     torch.testing.assert_close(
-        first, torch.tensor([[0.493781002, 0.664905041, -0.993538336]], dtype=torch.float64), rtol=0, atol=1e-9
+        first, torch.tensor([[0.493781, 0.664905, -0.993538]], dtype=torch.float64), rtol=0, atol=1e-6
     )
 
 

@@ -66,11 +66,11 @@ class RunResult:
         Raises:
             ValueError: It is not one.
         """
-        values = json.loads(path.read_text(encoding="utf-8"))
         known = {field.name for field in fields(cls)}
         try:
+            values = json.loads(path.read_text(encoding="utf-8"))
             return cls(**{key: value for key, value in values.items() if key in known})
-        except (AttributeError, TypeError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not the result of a run: {error}") from error
 
     def differences(self, other: "RunResult") -> str:

@@ -46,7 +46,8 @@ class Pool(Metric):
             place = self.places[name]
             total[place] += value * share
             weight[place] += share
-            largest[place] = value if math.isnan(value) else max(value, largest[place])
+            if not (value <= largest[place] or math.isnan(largest[place])):  # NaN wins, whenever it comes
+                largest[place] = value
         self.total += self.total.new_tensor(total)
         self.weight += self.weight.new_tensor(weight)
         self.largest = torch.maximum(self.largest, self.largest.new_tensor(largest))
@@ -76,7 +77,8 @@ class ResidualFigures:
                     if momentum_for(piece, piece.matrix(param).shape, group).name == "low_rank":
                         low_rank.append((name, role_label(piece.role)))
         self.layers = layer_labels(name for name, _ in low_rank)
-        self.names = [f"norm_by_layer/{label}" for label in dict.fromkeys(self.layers.values())]
+        numbered_first = sorted(dict.fromkeys(self.layers.values()), key=lambda label: not label[-1].isdigit())
+        self.names = [f"norm_by_layer/{label}" for label in numbered_first]
         low_rank_roles = [role for _, role in low_rank]
         kinds = {"norm": low_rank_roles, "stationarity": low_rank_roles, "update_max": all_roles, "clamped": all_roles}
         self.names += [f"{kind}/{role}" for kind, roles in kinds.items() for role in dict.fromkeys(["all", *roles])]

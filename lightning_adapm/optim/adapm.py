@@ -134,7 +134,7 @@ class AdaPM(Optimizer):
             "debias": debias,
             "second_moment": second_moment,
             "momentum": momentum_table(momentum, unmatched),
-            "no_decay": list(no_decay),
+            "no_decay": [no_decay] if isinstance(no_decay, str) else list(no_decay or ()),
             "state_dtype": options.dtype_name(state_dtype),
             "clip_threshold": clip_threshold,
             "maximize": maximize,

@@ -22,7 +22,7 @@ def check(group: Mapping[str, Any]) -> None:
     Raises:
         ValueError: an option out of range, named with what was found and what to write instead.
     """
-    _check(group, "lr", "a number >= 0", lambda lr: float(lr) >= 0)
+    _check(group, "lr", "a number >= 0", lambda lr: not isinstance(lr, str) and float(lr) >= 0)
     _check(group, "betas", "two numbers in [0, 1)", lambda betas: len(betas) == 2 and all(0 <= b < 1 for b in betas))
     _check(group, "eps", "a number >= 0", lambda eps: eps >= 0)
     _check(group, "weight_decay", "a number >= 0", lambda decay: decay >= 0)
@@ -89,13 +89,15 @@ def check_trainable(name: str, piece: Piece, param: Tensor, group: Mapping[str, 
 
     Raises:
         ValueError: no role.
-        TypeError: naming the strategy.
+        TypeError: naming the device or the strategy.
     """
     if piece.role == UNMATCHED and UNMATCHED not in group["momentum"]:
         raise ValueError(
             f"{name} {tuple(param.shape)} now requires a gradient, but AdaPM did not know its role when it was frozen;"
             f" pass roles={{{name!r}: ...}} with its role or a policy, or unmatched='full'"
         )
+    if param.device.type == "mps":
+        raise TypeError("AdaPM finds its subspaces in float64, which MPS devices do not have; train on a CPU or a GPU")
     if isinstance(param, DTensor):
         raise TypeError(
             f"{name} is a DTensor (FSDP2 or tensor parallelism), which AdaPM does not support yet; use a single device"

@@ -15,6 +15,20 @@ def configs(path):
     return [*configs(base), path]
 
 
+class StrictLoader(yaml.SafeLoader):
+    """YAML keeps the last of two equal keys and says nothing; in a recipe that is a mistake."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        assert len(keys) == len(set(keys)), f"twice the same key{node.start_mark}"
+        return super().construct_mapping(node, deep)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(RECIPES).as_posix())
+def test_no_key_is_given_twice(path):
+    yaml.load(path.read_text(), StrictLoader)
+
+
 def test_there_are_recipes():
     assert {"quickstart", "quickstart-adamw"} <= {path.stem for path in FILES}
 
