@@ -1,0 +1,266 @@
+"""Roles and rows of real architectures, on the meta device: nothing is downloaded and no memory is used."""
+
+import copy
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from litgpt import GPT, Config
+from litgpt.adapter import GPT as AdapterGPT
+from litgpt.adapter import Config as AdapterConfig
+from litgpt.config import configs
+from litgpt.lora import GPT as LoRAGPT
+from litgpt.lora import Config as LoRAConfig
+from models import relative_difference
+from torch import nn
+
+from lightning_adapm import AdaPM
+
+SHAPES = {}  # one configuration for each combination of what decides the names and the rows
+for fields in configs:
+    keys = (
+        "n_head",
+        "n_query_groups",
+        "head_size",
+        "mlp_class_name",
+        "n_expert",
+        "norm_qk",
+        "bias",
+        "latent_attention",
+    )
+    SHAPES.setdefault(tuple(str(fields.get(key)) for key in keys), fields["name"])
+
+
+def shrunk(name, **more):
+    config = Config.from_name(name)
+    return Config.from_name(name, n_layer=min(2, config.n_layer), **more)
+
+
+def optimizer_of(model, **options):
+    return AdaPM(model.parameters(), **options)
+
+
+def roles_of(model, **options):
+    optimizer = optimizer_of(model, **options)
+    return {n: r for g in optimizer.param_groups for n, r in zip(g["param_names"], g["roles"], strict=True)}
+
+
+def rows_of(optimizer, param):
+    return [(p.role, p.start, p.stop, p.groups, p.heads) for p in optimizer.pieces[param]]
+
+
+@pytest.mark.parametrize("name", sorted(SHAPES.values()))
+def test_every_litgpt_family(name):
+    config = Config.from_name(name)
+    with torch.device("meta"):
+        model = GPT(config if config.sliding_window_indices else shrunk(name))
+    optimizer = optimizer_of(model, second_moment="block")
+    config, roles = model.config, roles_of(model)
+    expected = {
+        "lm_head.weight": "lm_head",
+        "transformer.wte.weight": "embedding",
+        "transformer.h.0.attn.proj.weight": "attn_out",
+        "transformer.h.0.norm_1.weight": "norm",
+    }
+    assert expected.items() <= {k: v for k, v in roles.items() if k in expected}.items() or not config.bias
+    assert all(role == "mlp" for n, role in roles.items() if ".mlp." in n and n.endswith("weight"))
+    assert {n.rpartition(".")[2] for n, role in roles.items() if role == "bias"} <= {"bias"}
+    if hasattr(model.transformer.h[0].attn, "qkv"):
+        q, kv = config.n_head * config.head_size, config.n_query_groups * config.head_size
+        assert rows_of(optimizer, model.transformer.h[0].attn.qkv.weight) == [
+            ("query", 0, q, 1, config.n_head),
+            ("key", q, q + kv, 1, config.n_query_groups),
+            ("value", q + kv, q + 2 * kv, 1, None),
+        ]
+
+
+LATENT = {
+    "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 6
+}  # fmt: skip
+
+
+def test_multi_head_latent_attention():
+    config = Config(
+        n_layer=1, n_embd=32, n_head=4, padded_vocab_size=64, block_size=16, bias=False, attn_bias=False,
+        norm_class_name="RMSNorm", latent_attention=LATENT,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = GPT(config)
+    optimizer, attn = optimizer_of(model, second_moment="block"), model.transformer.h[0].attn
+    assert rows_of(optimizer, attn.q_a_proj.weight)[0][0] == "query"
+    assert rows_of(optimizer, attn.q_b_proj.weight)[0][0] == "query"
+    assert rows_of(optimizer, attn.kv_a_proj_with_mqa.weight) == [("value", 0, 16, 1, None), ("key", 16, 20, 1, 1)]
+    assert rows_of(optimizer, attn.kv_b_proj.weight) == [("key", 0, 8, 4, 4), ("value", 8, 14, 4, None)]
+
+
+@pytest.mark.parametrize("kind", ["lora", "adapter"])
+def test_adapters_keep_full_momentum_and_a_frozen_base_costs_nothing(kind):
+    fields = {"n_layer": 3, "n_embd": 32, "n_head": 4, "n_query_groups": 2, "padded_vocab_size": 64, "block_size": 16}
+    if kind == "lora":
+        targets = {f"lora_{part}": True for part in ("query", "key", "value", "projection", "mlp", "head")}
+        model = LoRAGPT(LoRAConfig(**fields, lora_r=2, lora_alpha=4, **targets))
+        trained = lambda name: "lora_" in name  # noqa: E731
+    else:
+        model = AdapterGPT(AdapterConfig(**fields, adapter_start_layer=0))
+        trained = lambda name: "adapter_wte" in name or "gating_factor" in name  # noqa: E731
+    for name, param in model.named_parameters():
+        param.requires_grad_(trained(name))
+    optimizer = optimizer_of(model)
+    F.cross_entropy(model(torch.arange(12)[None]).flatten(0, 1), torch.arange(12)).backward()
+    optimizer.step()
+    held = {n for n, p in model.named_parameters() if optimizer.state.get(p)}
+    assert held == {n for n, _ in model.named_parameters() if trained(n)}
+    assert all("exp_avg" in state for state in optimizer.state.values())
+    assert roles_of(model)["transformer.h.0.attn.proj.linear.weight" if kind == "lora" else "lm_head.weight"] in (
+        "attn_out", "lm_head"
+    )  # fmt: skip
+
+
+def test_multihead_attention_and_encoder_layer():
+    with torch.device("meta"):
+        model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64), 2)
+        apart = nn.MultiheadAttention(32, 4, kdim=16, vdim=8)
+    roles = {re.sub(r"^layers\.\d\.", "", n): r for n, r in roles_of(model).items()}
+    assert roles["self_attn.in_proj_weight"] == "qkv"
+    assert roles["self_attn.out_proj.weight"] == "attn_out"
+    assert roles["linear1.weight"] == roles["linear2.weight"] == "mlp"
+    optimizer = optimizer_of(model, second_moment="block")
+    assert rows_of(optimizer, model.layers[0].self_attn.in_proj_weight) == [
+        ("query", 0, 32, 1, 4), ("key", 32, 64, 1, 4), ("value", 64, 96, 1, None)
+    ]  # fmt: skip
+    assert [roles_of(apart)[f"{x}_proj_weight"] for x in "qkv"] == ["query", "key", "value"]
+
+
+class ViTBlock(nn.Module):
+    """As timm's."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn = nn.Module()
+        self.attn.num_heads = num_heads
+        self.attn.qkv, self.attn.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Module()
+        self.mlp.fc1, self.mlp.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+
+
+class ViT(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cls_token, self.pos_embed = nn.Parameter(torch.zeros(1, 1, 32)), nn.Parameter(torch.zeros(1, 17, 32))
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = nn.Conv2d(3, 32, 4, 4)
+        self.blocks = nn.ModuleList(ViTBlock(32, 4) for _ in range(2))
+        self.norm, self.head = nn.LayerNorm(32), nn.Linear(32, 10)
+
+
+def test_vision_transformer():
+    with torch.device("meta"):
+        model = ViT()
+    roles = roles_of(model, second_moment="block")
+    assert roles["cls_token"] == "norm"
+    assert roles["pos_embed"] == "embedding"
+    assert roles["patch_embed.proj.weight"] == "mlp"
+    assert roles["blocks.1.attn.qkv.weight"] == "qkv"
+    assert roles["blocks.1.attn.proj.weight"] == "attn_out"
+    assert roles["blocks.1.mlp.fc1.weight"] == "mlp"
+    assert roles["head.weight"] == "lm_head"
+
+
+class NanoGPTAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.n_head, self.n_embd = 4, 32
+        self.c_attn, self.c_proj = nn.Linear(32, 96), nn.Linear(32, 32)
+
+
+def test_nanogpt():
+    model = nn.ModuleDict({"h": nn.ModuleList(nn.ModuleDict({"attn": NanoGPTAttention()}) for _ in range(2))})
+    optimizer = optimizer_of(model, second_moment="block")
+    assert rows_of(optimizer, model["h"][0]["attn"].c_attn.weight)[1] == ("key", 32, 64, 1, 4)
+
+
+@pytest.mark.parametrize("optimizer_options", [{"unmatched": "low_rank"}, {"unmatched": "full"}])
+@pytest.mark.filterwarnings("ignore:AdaPM gives")
+def test_convolutions_and_recurrent_networks_train(optimizer_options):
+    torch.manual_seed(0)
+    conv = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(16 * 16, 4))
+    conv = conv.to(memory_format=torch.channels_last)
+    lstm = nn.LSTM(8, 24, batch_first=True)
+    images, sequence = torch.randn(16, 3, 8, 8), torch.randn(4, 9, 8)
+    for model, loss_of in (
+        (conv, lambda: F.cross_entropy(conv(images), torch.arange(16) % 4)),
+        (lstm, lambda: (lstm(sequence)[0][..., :8] - sequence.roll(1, 1)).square().mean()),
+    ):
+        with pytest.raises(ValueError, match="does not know the role"):
+            optimizer_of(model)
+        for second_moment in ("elementwise", "block", "factored"):
+            net_losses = []
+            twin = copy.deepcopy(model.state_dict())
+            optimizer = optimizer_of(model, lr=1e-2, second_moment=second_moment, **optimizer_options)
+            for _ in range(30):
+                optimizer.zero_grad()
+                loss = loss_of()
+                loss.backward()
+                optimizer.step()
+                net_losses.append(loss.item())
+            assert net_losses[-1] < 0.8 * net_losses[0]
+            model.load_state_dict(twin)
+    weight = conv[2].weight
+    optimizer = optimizer_of(conv, rank=2, unmatched="low_rank")
+    weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    assert optimizer.state[weight]["exp_avg_r"].shape == (2, 16 * 9)
+
+
+LAYOUTS = {
+    # name of the weight, its users' attributes, and how its 48 rows of 16 read: the test's own words for each layout
+    "contiguous": ("qkv", {"n_head": 4}, lambda q, k, v: torch.cat([q, k, v])),
+    "interleaved by head": ("query_key_value", {"num_heads": 4}, lambda q, k, v: torch.stack(
+        [x.unflatten(0, (4, 4)) for x in (q, k, v)], dim=1).flatten(0, 2)),
+    "transposed": ("c_attn", {"num_heads": 4}, lambda q, k, v: torch.cat([q, k, v]).T.contiguous()),
+}  # fmt: skip
+
+
+class Conv1D(nn.Module):
+    """As Hugging Face's: a linear layer with its weight transposed."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("second_moment", ["elementwise", "block", "factored"])
+def test_fused_is_separate_in_every_layout(layout, second_moment):
+    torch.manual_seed(0)
+    child, attributes, fuse = LAYOUTS[layout]
+    transposed = layout == "transposed"
+    parts = [torch.randn(16, 16, dtype=torch.float64) for _ in range(3)]
+
+    def attention(**weights):
+        module = nn.Module()
+        for key, value in attributes.items():
+            setattr(module, key, value)
+        for name, weight in weights.items():
+            holder = Conv1D(weight) if transposed else nn.Linear(1, 1, bias=False)
+            holder.weight = nn.Parameter(weight)
+            setattr(module, name, holder)
+        return nn.ModuleDict({"attn": module})
+
+    fused = attention(**{child: fuse(*parts)})
+    stored = [p.T.contiguous() if transposed else p.clone() for p in parts]
+    apart = attention(**dict(zip(("q_proj", "k_proj", "v_proj"), stored, strict=True)))
+    options = {"rank": 3, "update_proj_gap": 4, "second_moment": second_moment, "lr": 1e-2}
+    ours, theirs = optimizer_of(fused, **options), optimizer_of(apart, **options)
+    for _ in range(9):
+        grads = [torch.randn(16, 16, dtype=torch.float64) for _ in range(3)]
+        getattr(fused["attn"], child).weight.grad = fuse(*grads)
+        for name, grad in zip(("q_proj", "k_proj", "v_proj"), grads, strict=True):
+            getattr(apart["attn"], name).weight.grad = grad.T.contiguous() if transposed else grad
+        ours.step()
+        theirs.step()
+    weights = [getattr(apart["attn"], name).weight.detach() for name in ("q_proj", "k_proj", "v_proj")]
+    wanted = fuse(*[w.T if transposed else w for w in weights])
+    assert relative_difference(getattr(fused["attn"], child).weight.detach(), wanted) < 1e-9
