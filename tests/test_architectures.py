@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from litgpt import GPT, Config
-from litgpt.adapter import GPT as AdapterGPT
+from litgpt.adapter import GPT as AdapterGPT  # noqa: N811
 from litgpt.adapter import Config as AdapterConfig
 from litgpt.config import configs
-from litgpt.lora import GPT as LoRAGPT
+from litgpt.lora import GPT as LoRAGPT  # noqa: N811
 from litgpt.lora import Config as LoRAConfig
 from models import relative_difference
 from torch import nn
