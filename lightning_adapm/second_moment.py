@@ -78,7 +78,7 @@ class BlockSecondMoment:
 
     def _means(self, grad: Tensor) -> Tensor:
         if grad.dim() < 2:
-            return grad.square().mean()
+            return mean_square(grad, None)
         means = mean_square(grad, -3 - self.outputs)
         return means if self.blocks is None else block_means(means, self.blocks, self.outputs)
 
@@ -113,9 +113,14 @@ def block_means(means: Tensor, blocks: int, dim: int) -> Tensor:
     return means.unflatten(dim, (blocks, -1)).mean(dim=dim)
 
 
-def mean_square(grad: Tensor, dim: int) -> Tensor:
-    """Mean of squares along ``dim``, kept as a dimension of one; no temporary of the gradient's size."""
-    return torch.linalg.vector_norm(grad, dim=dim, keepdim=True).square_().div_(grad.shape[dim])
+def mean_square(grad: Tensor, dim: int | None) -> Tensor:
+    """Mean of squares along ``dim``, kept as a dimension of one, or over everything; no temporary of ``grad``'s size.
+
+    Bounded so that no average of such means overflows: an infinite block could never be divided by another.
+    """
+    count = grad.numel() if dim is None else grad.shape[dim]
+    means = torch.linalg.vector_norm(grad, dim=dim, keepdim=dim is not None).square_().div_(max(1, count))
+    return means.clamp_max_(torch.finfo(means.dtype).max * 2.0**-30)
 
 
 def _average(averages: list[Tensor], means: list[Tensor], beta2: float) -> None:

@@ -301,3 +301,18 @@ def test_sparse_and_complex_are_refused():
         optimizer.step()
     with pytest.raises(TypeError, match="mlp.weight is complex"):
         AdaPM([("mlp.weight", nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64)))])
+
+
+def test_pieces_that_factors_would_not_shrink_keep_full_momentum():
+    small, large = nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.randn(60, 50))
+    optimizer = AdaPM([("mlp.0.weight", small), ("mlp.1.weight", large)], rank=4)
+    for p in (small, large):
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert "exp_avg" in optimizer.state[small]
+    assert optimizer.state[large]["exp_avg_l"].shape == (60, 4)
+
+
+def test_a_step_without_any_gradient_says_so():
+    with pytest.warns(UserWarning, match="found no gradient on any of its parameters"):
+        AdaPM(PlainLM().parameters()).step()

@@ -1,5 +1,6 @@
 """AdaPM: AdamW whose momentum depends on a parameter's role in the transformer."""
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -23,6 +24,13 @@ FORMAT_VERSION = 1
 # Pieces of one shape are taken through a step together while their gradients hold at most this many elements: small
 # matrices share kernels, large ones (which fill a device alone) are not copied and bound the temporaries.
 _BATCH_NUMEL = {"cpu": 1 << 16, "cuda": 1 << 24}
+
+
+_NO_GRADIENT = (
+    "AdaPM.step() found no gradient on any of its parameters, so nothing is trained. If this goes on: a strategy that"
+    " replaces parameters (FSDP2, ModelParallelStrategy) needs an optimizer that is built after it, in"
+    " configure_optimizers"
+)
 
 
 class Task(NamedTuple):
@@ -177,6 +185,8 @@ class AdaPM(Optimizer):
                     for piece in self.pieces[param]:
                         options.check_trainable(name, piece, param, group)
                     self.state[param] = self.make_state(param, group, param)
+        if not any(param.grad is not None for group in self.param_groups for param in group["params"]):
+            warnings.warn(_NO_GRADIENT, stacklevel=3)
         for group in self.param_groups:
             for (momentum, second_moment, step, decay, *_), tasks in self._gather(group).items():
                 for batch in _batches(tasks):
