@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 # Where another process takes one of two cores, threads that spin while they wait make every step ten times slower.
-pretrain: export GOMP_SPINCOUNT ?= 10000
+pretrain: export GOMP_SPINCOUNT ?= 1000
 pretrain: $(STAMP)
 	$(BIN)/lightning-adapm fit --config $(RECIPE)/quickstart.yaml --config $(RECIPE)/quickstart-adamw.yaml
 	$(BIN)/lightning-adapm fit --config $(RECIPE)/quickstart.yaml

@@ -213,10 +213,6 @@ class AdaPM(Optimizer):
             if grad is None or param.numel() == 0:
                 continue
             options.check_gradient(name, grad)
-            if grad.dtype not in (torch.float32, torch.float64):
-                grad = grad.float()
-            if group["maximize"]:
-                grad = -grad
             state = self.state[param]
             state["step"] += 1
             step = int(state["step"])
@@ -238,6 +234,8 @@ class AdaPM(Optimizer):
         decay: float,
         group: Mapping[str, Any],
     ) -> None:
+        # only now, batch by batch: copies of all gradients in float32 would be larger than the state that is saved
+        tasks = [task._replace(grad=_descent(task.grad, group["maximize"])) for task in tasks]
         params, grads = [task.param for task in tasks], [task.grad for task in tasks]
         states = [task.state for task in tasks]
         lr = float(group["lr"])
@@ -288,6 +286,12 @@ def _batches(tasks: list[Task]) -> Iterable[list[Task]]:
     grad = tasks[0].grad
     size = max(1, _BATCH_NUMEL.get(grad.device.type, _BATCH_NUMEL["cuda"]) // grad.numel())
     return (tasks[start : start + size] for start in range(0, len(tasks), size))
+
+
+def _descent(grad: Tensor, maximize: bool) -> Tensor:
+    """The gradient to descend along, in float32 at least."""
+    exact = grad if grad.dtype == torch.float64 else grad.float()
+    return -exact if maximize else exact
 
 
 def _apply(
