@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from lightning_adapm import lowrank
 from lightning_adapm.attention import cut
 from lightning_adapm.optim import AdaPM
-from lightning_adapm.optim.adapm import Task
+from lightning_adapm.optim.tasks import Task
 from lightning_adapm.planner import StateBytes, adamw_bytes, state_bytes
 from lightning_adapm.roles import ROLES, Piece, describe, find_role
 
@@ -153,7 +153,7 @@ class ResidualProbe:
         self._sketches: dict[str, Tensor] = {}
 
     def __call__(self, task: Task, direction: Tensor, update: Tensor, clip_threshold: float | None) -> None:
-        """Take in one piece of one step; see :class:`lightning_adapm.optim.adapm.Observer`."""
+        """Take in one piece of one step; see :class:`lightning_adapm.optim.tasks.Observer`."""
         figures = {"update_max": torch.linalg.vector_norm(update, ord=torch.inf)}
         if clip_threshold is not None:
             figures["clamped"] = (update.abs() > clip_threshold).sum() / update.numel()

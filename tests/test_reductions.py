@@ -165,3 +165,14 @@ def test_a_stack_of_experts_is_its_matrices():
                 single[i].grad = stack.grad[i].clone()
                 optimizer.step()
         torch.testing.assert_close(stack.detach(), torch.stack([p.detach() for p in single]))
+
+
+def test_a_callers_autocast_does_not_reach_the_step():
+    plain = PlainLM()
+    twin = copy.deepcopy(plain)
+    for model, enabled in ((plain, False), (twin, True)):
+        optimizer = AdaPM(model.parameters(), rank=2)
+        model(token_batches(1)[0]).backward()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            optimizer.step()
+    assert_same_weights(plain, twin, 0.0)

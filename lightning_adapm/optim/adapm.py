@@ -3,7 +3,7 @@
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from lightning_adapm.momentum import Direction, Momentum
 from lightning_adapm.optim import options
 from lightning_adapm.optim.assign import assign_roles
 from lightning_adapm.optim.convert import restored_state
+from lightning_adapm.optim.tasks import Observer, PieceState, Task, batches
 from lightning_adapm.params import read_groups
 from lightning_adapm.policy import momentum_for, momentum_table, second_moment_for
 from lightning_adapm.roles import Piece
@@ -21,52 +22,11 @@ from lightning_adapm.second_moment import SecondMoment
 FORMAT_VERSION = 1
 """Of the optimizer's state, kept in every parameter group."""
 
-# Pieces of one shape are taken through a step together while their gradients hold at most this many elements: small
-# matrices share kernels, large ones (which fill a device alone) are not copied and bound the temporaries.
-_BATCH_NUMEL = {"cpu": 1 << 16, "cuda": 1 << 24}
-
-
 _NO_GRADIENT = (
     "AdaPM.step() found no gradient on any of its parameters, so nothing is trained. If this goes on: a strategy that"
     " replaces parameters (FSDP2, ModelParallelStrategy) needs an optimizer that is built after it, in"
     " configure_optimizers"
 )
-
-
-class Task(NamedTuple):
-    """One piece in one step. ``param`` is a view to update, ``grad`` the gradient as a matrix."""
-
-    name: str
-    piece: Piece
-    param: Tensor
-    grad: Tensor
-    state: "PieceState"
-
-
-class Observer(Protocol):
-    """Sees every piece of a step from inside it; see :class:`lightning_adapm.diagnostics.ResidualProbe`."""
-
-    def __call__(self, task: Task, direction: Tensor, update: Tensor, clip_threshold: float | None) -> None:
-        """``direction`` is the momentum used, ``update`` the normalised update before any clamp, in units of lr."""
-        ...
-
-
-class PieceState:
-    """The entries of a parameter's state that belong to one piece, without their prefix."""
-
-    __slots__ = ("_prefix", "_state")
-
-    def __init__(self, state: dict[str, Any], prefix: str) -> None:
-        self._state, self._prefix = state, prefix
-
-    def __getitem__(self, key: str) -> Any:
-        return self._state[self._prefix + key]
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        self._state[self._prefix + key] = value
-
-    def get(self, key: str) -> Any:
-        return self._state.get(self._prefix + key)
 
 
 class AdaPM(Optimizer):
@@ -181,16 +141,18 @@ class AdaPM(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for name, param in zip(group["param_names"], group["params"], strict=True):
-                if param.requires_grad and not self.state.get(param):
+                if (param.requires_grad or param.grad is not None) and not self.state.get(param):
                     for piece in self.pieces[param]:
                         options.check_trainable(name, piece, param, group)
                     self.state[param] = self.make_state(param, group, param)
         if not any(param.grad is not None for group in self.param_groups for param in group["params"]):
             warnings.warn(_NO_GRADIENT, stacklevel=3)
-        for group in self.param_groups:
-            for (momentum, second_moment, step, decay, *_), tasks in self._gather(group).items():
-                for batch in _batches(tasks):
-                    self._update(batch, momentum, second_moment, step, decay, group)
+        # a caller's autocast would take the products to half precision
+        with torch.autocast(self.param_groups[0]["params"][0].device.type, enabled=False):
+            for group in self.param_groups:
+                for (momentum, second_moment, step, decay, *_), tasks in self._gather(group).items():
+                    for batch in batches(tasks):
+                        self._update(batch, momentum, second_moment, step, decay, group)
         return loss
 
     def make_state(self, param: Tensor, group: Mapping[str, Any], like: Tensor) -> dict[str, Any]:
@@ -280,12 +242,6 @@ class AdaPM(Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _batches(tasks: list[Task]) -> Iterable[list[Task]]:
-    grad = tasks[0].grad
-    size = max(1, _BATCH_NUMEL.get(grad.device.type, _BATCH_NUMEL["cuda"]) // grad.numel())
-    return (tasks[start : start + size] for start in range(0, len(tasks), size))
 
 
 def _descent(grad: Tensor, maximize: bool) -> Tensor:
