@@ -17,6 +17,7 @@ import statistics
 import sysconfig
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ STEPS, WARMUP, BATCH, BLOCK = 400, 40, 16, 128
 
 RUNS: dict[str, Callable[..., Optimizer]] = {
     "AdamW": lambda p, lr: torch.optim.AdamW(p, lr=lr, weight_decay=0.1),
+    "AdamW, beta2 = 0.95": lambda p, lr: torch.optim.AdamW(p, lr=lr, weight_decay=0.1, betas=(0.9, 0.95)),
     "AdaPM, every 100, no clamp": lambda p, lr: adapm(p, lr, 100, None),
     "AdaPM, every 100, clamp 1": lambda p, lr: adapm(p, lr, 100, 1.0),
     "AdaPM, every 10, no clamp": lambda p, lr: adapm(p, lr, 10, None),
@@ -87,14 +89,26 @@ def train(make: Callable[..., Optimizer], lr: float, seed: int, text: tuple[Tens
         return statistics.fmean(loss_of(model, batch(text[1], fixed)).item() for _ in range(20))
 
 
-def report(results: dict[str, dict[str, list[float]]], rates: list[float], seeds: int, command: str) -> str:
+def sweep(seed: int, rates: list[float]) -> dict[tuple[str, float], float]:
+    torch.set_num_threads(1)
+    text, losses = read_text(), {}
+    for lr in rates:
+        for name, make in RUNS.items():
+            start = time.monotonic()
+            losses[name, lr] = train(make, lr, seed, text)
+            seconds = time.monotonic() - start
+            print(f"{name:30s} lr {lr:g} seed {seed}: {losses[name, lr]:.4f} in {seconds:.0f} s", flush=True)
+    return losses
+
+
+def report(results: dict[str, dict[str, list[float]]], rates: list[float], seeds: list[int], command: str) -> str:
     cpu = platform.processor() or platform.machine()
     head = [
-        f"Measured on {datetime.date.today()}, {cpu}, {os.cpu_count()} cores (1 thread used), Python"
+        f"Measured on {datetime.date.today()}, {cpu}, {os.cpu_count()} cores (1 thread per seed), Python"
         f" {platform.python_version()}, torch {torch.__version__}: `{command}`.",
         "",
         f"Final validation loss in nats per byte after {STEPS} steps of {BATCH} x {BLOCK} bytes,"
-        f" seeds 0 to {seeds - 1}.",
+        f" seeds {', '.join(map(str, seeds))}.",
         "",
         "| run | " + " | ".join(f"lr {lr:g}" for lr in rates) + " | mean at its best lr |",
         "|---" * (len(rates) + 2) + "|",
@@ -109,20 +123,15 @@ def report(results: dict[str, dict[str, list[float]]], rates: list[float], seeds
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="path of the .json and .md, without a suffix")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="one process and thread for each")
     parser.add_argument("--lr", type=float, nargs="+", default=[3e-3, 6e-3])
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    text = read_text()
-    results: dict[str, dict[str, list[float]]] = {name: {f"{lr:g}": [] for lr in args.lr} for name in RUNS}
-    for seed in range(args.seeds):
-        for lr in args.lr:
-            for name, make in RUNS.items():
-                start = time.monotonic()
-                results[name][f"{lr:g}"].append(loss := train(make, lr, seed, text))
-                print(f"{name:30s} lr {lr:g} seed {seed}: {loss:.4f} in {time.monotonic() - start:.0f} s", flush=True)
+    with ProcessPoolExecutor(len(args.seeds), torch.multiprocessing.get_context("spawn")) as pool:
+        by_seed = list(pool.map(sweep, args.seeds, [args.lr] * len(args.seeds)))
+    results = {name: {f"{lr:g}": [losses[name, lr] for losses in by_seed] for lr in args.lr} for name in RUNS}
     args.output.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
-    command = f"python benchmarks/defaults.py --seeds {args.seeds} --lr {' '.join(f'{lr:g}' for lr in args.lr)}"
+    seeds, rates = " ".join(map(str, args.seeds)), " ".join(f"{lr:g}" for lr in args.lr)
+    command = f"python benchmarks/defaults.py --output {args.output} --seeds {seeds} --lr {rates}"
     args.output.with_suffix(".md").write_text(
         "# Refresh interval and clamp\n\n" + report(results, args.lr, args.seeds, command)
     )
