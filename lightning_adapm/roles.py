@@ -162,11 +162,11 @@ def find_role(item: Named, rules: Mapping[str, str] | None = None) -> tuple[str 
     """The role of one parameter (one of :data:`ROLES` or :data:`FUSED`; None where nothing matches), and why.
 
     ``rules`` (regular expressions on the normalised name, searched in order) come before everything else; their values
-    are roles or policies.
+    are roles, which apply to matrices, or policies.
     """
     name, stem = normalize(item.name), item.path.lower()
     for pattern, role in (rules or {}).items():
-        if re.search(pattern, name):
+        if re.search(pattern, name) and fits(role, item.param):
             return role, f"roles[{pattern!r}]"
     if re.search(NAME_RULES[0][1], stem):
         return "adapter", "name"
@@ -188,6 +188,11 @@ def find_role(item: Named, rules: Mapping[str, str] | None = None) -> tuple[str 
     if item.in_block and not is_attention(item.beside):
         return "mlp", "in a transformer block, outside its attention"
     return None, "nothing matches"
+
+
+def fits(role: str, param: Tensor) -> bool:
+    """Whether a parameter can have this role or policy: a bias is no MLP, though a rule for the MLP may match its name."""
+    return param.dim() >= 2 or role in POLICIES or role in ("norm", "bias", "adapter")
 
 
 def describe(named: Iterable[tuple[str, Tensor]], module: nn.Module | None) -> list[Named]:

@@ -316,3 +316,13 @@ def test_pieces_that_factors_would_not_shrink_keep_full_momentum():
 def test_a_step_without_any_gradient_says_so():
     with pytest.warns(UserWarning, match="found no gradient on any of its parameters"):
         AdaPM(PlainLM().parameters()).step()
+
+
+def test_a_taught_role_is_for_matrices_and_leaves_their_biases_alone():
+    model = nn.ModuleDict({"fused": nn.Linear(16, 48)})
+    optimizer = AdaPM(model.named_parameters(), roles={"fused": "qkv"})
+    assert roles_of(optimizer) == {"fused.weight": "qkv", "fused.bias": "bias"}
+    optimizer = AdaPM([{"params": list(model.parameters()), "role": "mlp"}])
+    assert list(roles_of(optimizer).values()) == ["mlp", "bias"]
+    optimizer = AdaPM(model.named_parameters(), roles={"fused": "none"})
+    assert set(roles_of(optimizer).values()) == {"none"}

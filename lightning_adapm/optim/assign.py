@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_adapm.attention import Heads, cut
 from lightning_adapm.params import read_params
-from lightning_adapm.roles import FUSED, ROLES, UNMATCHED, Named, Piece, describe, find_role, link, normalize
+from lightning_adapm.roles import FUSED, ROLES, UNMATCHED, Named, Piece, describe, find_role, fits, link, normalize
 
 _HOW_TO_NAME = (
     "AdaPM needs to know what each parameter is. Pass model.named_parameters(), or model.parameters() itself and not a"
@@ -40,7 +40,7 @@ def assign_roles(
         link(item for items in described for item in items)
     for group, items in zip(groups, described, strict=True):
         options = {key: value for key, value in group.items() if key not in ("role", *_HEADS)}
-        found = [group.get("role") or find_role(item, rules)[0] for item in items]
+        found = [_role(item, group.get("role"), rules) for item in items]
         stated = Heads(*(group.get(key) for key in _HEADS))
         for item, role in zip(items, found, strict=True):
             if item.param.is_complex():
@@ -80,6 +80,14 @@ def _describe(group: Mapping[str, Any], index: int) -> list[Named]:
         ):
             raise TypeError(f"params holds {item!r}. {_HOW_TO_NAME}")
     return describe(named, module)
+
+
+def _role(item: Named, stated: str | None, rules: Mapping[str, str]) -> str | None:
+    """The role that the group states, where it can be this parameter's; else the one that is found."""
+    if stated is not None and fits(stated, item.param):
+        return stated
+    # a vector in a group of matrices: most likely their bias, and the elementwise rules of a bias are safe for any
+    return find_role(item, rules)[0] if stated is None else "bias"
 
 
 def _check_heads(item: Named, pieces: tuple[Piece, ...]) -> None:
