@@ -191,7 +191,7 @@ def find_role(item: Named, rules: Mapping[str, str] | None = None) -> tuple[str 
 
 
 def fits(role: str, param: Tensor) -> bool:
-    """Whether a parameter can have this role or policy: a bias is no MLP, though a rule for the MLP may match its name."""
+    """Whether a parameter can have this role or policy: a bias is no MLP, though an MLP's rule may match its name."""
     return param.dim() >= 2 or role in POLICIES or role in ("norm", "bias", "adapter")
 
 

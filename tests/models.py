@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from litgpt import GPT, Config
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 
 class Attention(nn.Module):
@@ -62,6 +63,20 @@ class PlainLM(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return F.cross_entropy(self.lm_head(self.norm(x)).flatten(0, 1), tokens[:, 1:].flatten())
+
+
+class PlainTraining:
+    """Makes a LightningModule, as a base class before it, train a :class:`PlainLM` for up to 30 batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = PlainLM()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.net(batch[0])
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(token_batches(30), batch_size=1)
 
 
 def tiny_gpt(**fields: object) -> GPT:

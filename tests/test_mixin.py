@@ -10,27 +10,14 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from models import PlainLM, token_batches
-from torch.utils.data import DataLoader
+from models import PlainTraining, token_batches
 
 from lightning_adapm import AdaPM, AdaPMConfig, AdaPMMixin
 from lightning_adapm.data import TrainLoader
 from lightning_adapm.mixin import check_strategy, lr_factor
 
 
-class Plain(L.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.net = PlainLM()
-
-    def training_step(self, batch, batch_idx):
-        return self.net(batch[0])
-
-    def train_dataloader(self):
-        return DataLoader(token_batches(8), batch_size=1, shuffle=False)
-
-
-class Module(AdaPMMixin, Plain):
+class Module(AdaPMMixin, PlainTraining, L.LightningModule):
     pass
 
 

@@ -9,9 +9,8 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from models import PlainLM, token_batches, train
+from models import PlainLM, PlainTraining, token_batches, train
 from test_callbacks import Foreign, fit
-from torch.utils.data import DataLoader
 
 from lightning_adapm import AdaPM, AdaPMMixin, ClosingTable, OptimizerStateMonitor, OptimizerSummary
 from lightning_adapm.callbacks import run
@@ -164,18 +163,8 @@ def test_settings_are_logged_once_and_not_while_looking_for_a_learning_rate(tmp_
         def log_hyperparams(self, params=None):
             self.seen.append(params)
 
-    class Module(AdaPMMixin, L.LightningModule):
+    class Module(AdaPMMixin, PlainTraining, L.LightningModule):
         adapm: ClassVar = {"no_decay": ("norm",), "state_dtype": torch.float32}
-
-        def __init__(self):
-            super().__init__()
-            self.net = PlainLM()
-
-        def training_step(self, batch, batch_idx):
-            return self.net(batch[0])
-
-        def train_dataloader(self):
-            return DataLoader(token_batches(30), batch_size=1)
 
     module, logger = Module(), Logger(tmp_path)
     trainer = L.Trainer(

@@ -7,9 +7,8 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from models import PlainLM, token_batches
+from models import PlainLM, PlainTraining, token_batches
 from test_callbacks import CLI_PROJECT, run_script
-from torch.utils.data import DataLoader
 
 from lightning_adapm import AdaPM
 
@@ -27,16 +26,8 @@ def test_the_mixin(tmp_path):
     names = {}
     exec(SNIPPETS["python"][0], names)
 
-    class Project(names["MyModule"]):
-        def __init__(self):
-            super().__init__()
-            self.net = PlainLM()
-
-        def training_step(self, batch, batch_idx):
-            return self.net(batch[0])
-
-        def train_dataloader(self):
-            return DataLoader(token_batches(6), batch_size=1)
+    class Project(PlainTraining, names["MyModule"]):
+        pass
 
     options = {"max_steps": 5, "logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
     trainer = L.Trainer(default_root_dir=tmp_path, enable_checkpointing=False, **options)
