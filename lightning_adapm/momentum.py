@@ -6,6 +6,7 @@ matrices only ever get :class:`NoMomentum` or :class:`FullMomentum`, which do no
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -96,8 +97,9 @@ class LowRankMomentum:
             gradient, the others at the steps ``1 + k * update_proj_gap`` of the parameter's own count.
         debias: add what the subspace does not see (the paper's residual correction). Without it the direction is the
             plain low-rank moving average.
-        flush: at a refresh, pay out at once what the old subspace held and the new one does not: ``beta1 / (1 -
-        beta1)`` times it, the sum of its future contributions to a full average. Without it that part is dropped.
+        flush: at a refresh, pay out at once what the old subspace held and the new one does not:
+            ``beta1 / (1 - beta1)`` times it, the sum of its future contributions to a full average. Without it that
+            part is dropped.
 
     The state also holds the number ``seeded``: 1 once every matrix of the piece has a basis. Until then each step looks
     for the first non-zero gradient, which reads one value back from the device; afterwards no step does.
@@ -157,7 +159,7 @@ class LowRankMomentum:
         seeded = iter(new_right.any(dim=-1).any(dim=-1).tolist())
         for state in states:
             matrices = state["exp_avg_r"].shape[0] if state["exp_avg_r"].dim() == 3 else 1
-            state["seeded"] = int(all(next(seeded) for _ in range(matrices)))
+            state["seeded"] = int(sum(islice(seeded, matrices)) == matrices)
         return new_right
 
 

@@ -32,7 +32,7 @@ def read_params(params: Any) -> tuple[list[Any], nn.Module | None]:
 
     Args:
         params: ``module.parameters()``, ``module.named_parameters()``, an iterable of ``(name, tensor)``, of
-        tensors, or one tensor.
+            tensors, or one tensor.
     """
     if isinstance(params, nn.Module):
         raise TypeError("params is a module: pass its named_parameters() instead, AdaPM(model.named_parameters(), ...)")

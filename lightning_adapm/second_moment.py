@@ -1,8 +1,8 @@
 """Second moments: elementwise (AdamW), block (Adam-mini), factored (Adafactor).
 
-Each makes its state for a piece of a given shape and turns gradients into denominators ``sqrt(v / (1 - beta2**t)) +
-eps`` that broadcast against them. The state is never kept below float32: with ``beta2 = 0.999`` a bfloat16 average
-stops decaying. ``step`` counts from 1.
+Each makes its state for a piece of a given shape and turns gradients into denominators
+``sqrt(v / (1 - beta2**t)) + eps`` that broadcast against them. The state is never kept below float32: with
+``beta2 = 0.999`` a bfloat16 average stops decaying. ``step`` counts from 1.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ class BlockSecondMoment:
 
     Args:
         blocks: blocks per matrix: a number of equal blocks of outputs (heads), or None for one block per output.
-        Tensors that are not matrices are one block.
+            Tensors that are not matrices are one block.
         outputs: the dimension that counts outputs: rows (-2), or columns (-1) of a transposed weight.
     """
 

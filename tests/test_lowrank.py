@@ -111,3 +111,16 @@ def test_compiles_without_a_graph_break(function):
     arguments = (grad, left, right, 0.9) if function == "refresh_basis" else (grad, grad @ right.mT, left, right, 0.5)
     eager = getattr(lowrank, function)
     torch.testing.assert_close(torch.compile(eager, fullgraph=True, backend="eager")(*arguments), eager(*arguments))
+
+
+def test_every_stack_of_experts_is_seeded_by_itself():
+    """Two stacks in one batch, of which the first waits for an expert that no token reaches."""
+    momentum, shape = LowRankMomentum(2, 0.9, 100), torch.Size((3, 12, 10))
+    states = [momentum.make(shape, torch.empty(())) for _ in range(2)]
+    grads = [torch.randn(shape) for _ in range(2)]
+    grads[0][0] = 0.0
+    momentum.direction(grads, states, 1)
+    assert [state["seeded"] for state in states] == [0, 1]
+    assert not states[0]["exp_avg_r"][0].any()
+    momentum.direction([torch.randn(shape)], states[:1], 2)
+    assert states[0]["seeded"] == 1
