@@ -66,7 +66,7 @@ class AdaPMConfig:
     unmatched: str = "error"
     no_decay: Sequence[str] = ()
     state_dtype: torch.dtype | str | None = None
-    clip_threshold: float | None = 1.0
+    clip_threshold: float | None = 3.0
     maximize: bool = False
     warmup_steps: int | float = 0
     schedule: str = "cosine"

@@ -88,7 +88,7 @@ class AdaPM(Optimizer):
         unmatched: str = "error",
         no_decay: Iterable[str] = (),
         state_dtype: torch.dtype | str | None = None,
-        clip_threshold: float | None = 1.0,
+        clip_threshold: float | None = 3.0,
         maximize: bool = False,
     ) -> None:
         options.check_roles(roles, unmatched)
