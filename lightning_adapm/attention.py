@@ -11,7 +11,6 @@ from lightning_adapm.roles import FUSED, Named, Piece, child_role
 # How attention modules and their configurations call the same numbers.
 N_HEAD = ("n_head", "n_heads", "num_heads", "num_attention_heads", "nhead")
 N_QUERY_GROUPS = ("n_query_groups", "num_key_value_heads", "n_kv_heads", "num_kv_heads", "n_kv_head", "kv_n_heads")
-HEAD_SIZE = ("head_size", "head_dim", "attention_head_size", "d_kv")
 
 # Fused weights whose rows are interleaved by head, (query..., key, value) for each query group; all others hold all
 # queries, then all keys, then all values. By the projection's name and a part of the attention module's class name.
@@ -27,7 +26,7 @@ CODEGEN_PARTITIONS = 4  # CodeGen's qkv_proj: (query, value, key) in each of fou
 
 @dataclass(frozen=True)
 class Heads:
-    """Attention heads, in litgpt's words; None is not known."""
+    """Attention heads, in litgpt's words; None is not known. ``head_size`` is only ever the caller's: rows show it."""
 
     n_head: int | None = None
     n_query_groups: int | None = None
@@ -40,7 +39,7 @@ def find_heads(around: Iterable[nn.Module]) -> Heads:
         holders = (module, getattr(module, "config", None))
         n_head = _first(holders, N_HEAD)
         if n_head:
-            return Heads(n_head, _first(holders, N_QUERY_GROUPS), _first(holders, HEAD_SIZE))
+            return Heads(n_head, _first(holders, N_QUERY_GROUPS))
     return Heads()
 
 
@@ -86,7 +85,8 @@ def _cut_qkv(item: Named, heads: Heads, transposed: bool) -> tuple[Piece, ...]:
     total, inner = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
     query = _query_rows(item, heads, total, inner)
     key = (total - query) // 2
-    if query <= 0 or key <= 0 or query + 2 * key != total:
+    wanted = (heads.n_query_groups or heads.n_head or 0) * (heads.head_size or 0)
+    if query <= 0 or key <= 0 or query + 2 * key != total or wanted not in (0, key):
         raise ValueError(_unknown_rows(item, heads))
     n_head = heads.n_head
     groups = max(1, key * n_head // query) if n_head else None
@@ -112,6 +112,8 @@ def _query_rows(item: Named, heads: Heads, total: int, inner: int) -> int:
 
     What the output projection takes in is what the query's heads give, whatever a configuration says.
     """
+    if heads.n_head and heads.head_size:
+        return heads.n_head * heads.head_size
     out = _roles_beside(item).get("attn_out")
     if out is not None:
         conv = any(type(user).__name__ == "Conv1D" for user in out.users)

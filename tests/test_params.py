@@ -101,6 +101,13 @@ def test_block_needs_heads_and_takes_them_from_the_group():
     assert [p.heads for p in optimizer.pieces[model.transformer.h[0].attn.qkv.weight]] == [6, 2, None]
 
 
+def test_stated_heads_that_do_not_fit_the_rows_are_refused():
+    named = list(tiny_gpt(n_head=6, n_query_groups=2, head_size=8).named_parameters())
+    for wrong in ({"head_size": 9}, {"n_query_groups": 3}):
+        with pytest.raises(ValueError, match="which rows are whose"):
+            AdaPM([{"params": named, "n_head": 6, "n_query_groups": 2, "head_size": 8} | wrong])
+
+
 def test_a_fused_weight_that_cannot_be_cut_is_refused():
     weight = nn.Parameter(torch.zeros(40, 16))
     with pytest.raises(ValueError, match=r"attn.qkv.weight of shape \(40, 16\).*n_query_groups="):
