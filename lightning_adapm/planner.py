@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_adapm.optim import AdaPM
-from lightning_adapm.policy import momentum_for
 
 # How optimizers of torch and the peers call their first and second moments.
 _MOMENTUM = ("exp_avg", "exp_avg_l", "exp_avg_r", "momentum_buffer", "m", "mu", "mu_product", "state1")
@@ -108,7 +107,7 @@ def plan(optimizer: AdaPM) -> list[Row]:
             counters = StateBytes(other=state_bytes({"step": state["step"]}).other)
             for piece in optimizer.pieces[param]:
                 shape = piece.matrix(param).shape
-                momentum = momentum_for(piece, shape, group)
+                momentum = optimizer.momentum_for(piece, shape, group)
                 own = {k: v for k, v in state.items() if k != "step" and k.startswith(piece.prefix)}
                 adamw = adamw_bytes([shape])
                 if counters == StateBytes():  # one counter a parameter, in its first row

@@ -10,7 +10,6 @@ from torchmetrics import Metric
 
 from lightning_adapm.diagnostics import Reading, role_label
 from lightning_adapm.optim import AdaPM
-from lightning_adapm.policy import momentum_for
 from lightning_adapm.roles import normalize
 
 _LAYER = re.compile(r"(?P<stack>(?:[^.]*[^.\d][^.]*\.)*)(?P<number>\d+)\.")
@@ -74,7 +73,7 @@ class ResidualFigures:
             for name, param in zip(group["param_names"], group["params"], strict=True):
                 for piece in optimizer.pieces[param]:
                     all_roles.append(role_label(piece.role))
-                    if momentum_for(piece, piece.matrix(param).shape, group).name == "low_rank":
+                    if optimizer.momentum_for(piece, piece.matrix(param).shape, group).name == "low_rank":
                         low_rank.append((name, role_label(piece.role)))
         self.layers = layer_labels(name for name, _ in low_rank)
         numbered_first = sorted(dict.fromkeys(self.layers.values()), key=lambda label: not label[-1].isdigit())

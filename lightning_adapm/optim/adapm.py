@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_adapm import policy
 from lightning_adapm.momentum import Direction, Momentum
 from lightning_adapm.optim import options
 from lightning_adapm.optim.assign import assign_roles
 from lightning_adapm.optim.convert import restored_state
 from lightning_adapm.optim.tasks import Observer, PieceState, Task, batches
 from lightning_adapm.params import read_groups
-from lightning_adapm.policy import momentum_for, momentum_table, second_moment_for
+from lightning_adapm.policy import momentum_table
 from lightning_adapm.roles import Piece
 from lightning_adapm.second_moment import SecondMoment
 
@@ -155,6 +156,14 @@ class AdaPM(Optimizer):
                         self._update(batch, momentum, second_moment, step, decay, group)
         return loss
 
+    def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:
+        """The momentum of a piece whose matrix has ``shape``; all that a subclass with another one overrides."""
+        return policy.momentum_for(piece, shape, group)
+
+    def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
+        """The second moment of a piece whose matrix has ``shape``; as open to subclasses."""
+        return policy.second_moment_for(piece, shape, group)
+
     def make_state(self, param: Tensor, group: Mapping[str, Any], like: Tensor) -> dict[str, Any]:
         """Zero state of one parameter of ``group``, on ``like``'s device; every key that it will ever have."""
         exact = torch.float64 if param.dtype == torch.float64 else torch.float32
@@ -162,8 +171,8 @@ class AdaPM(Optimizer):
         state: dict[str, Any] = {"step": torch.tensor(0.0, dtype=torch.float32)}
         for piece in self.pieces[param]:
             shape = piece.matrix(param).shape
-            made = momentum_for(piece, shape, group).make(shape, like.new_empty((), dtype=stored))
-            made |= second_moment_for(piece, shape, group).make(shape, like.new_empty((), dtype=exact))
+            made = self.momentum_for(piece, shape, group).make(shape, like.new_empty((), dtype=stored))
+            made |= self.second_moment_for(piece, shape, group).make(shape, like.new_empty((), dtype=exact))
             state |= {piece.prefix + key: value for key, value in made.items()}
         return state
 
@@ -182,7 +191,8 @@ class AdaPM(Optimizer):
                 task = Task(name, piece, piece.view(param), piece.matrix(grad), PieceState(state, piece.prefix))
                 shape = task.grad.shape
                 decay = 0.0 if piece.role in group["no_decay"] else group["weight_decay"]
-                momentum, second = momentum_for(piece, shape, group), second_moment_for(piece, shape, group)
+                momentum = self.momentum_for(piece, shape, group)
+                second = self.second_moment_for(piece, shape, group)
                 key = (momentum, second, step, decay, shape, param.dtype, param.device, task.state.get("seeded"))
                 buckets[key].append(task)
         return buckets
