@@ -56,7 +56,8 @@ def refresh_basis(grad: Tensor, left: Tensor, right: Tensor, beta1: float) -> Te
     """The next basis: one warm-started subspace iteration on ``M~ = beta1 left right + (1 - beta1) grad``.
 
     ``right_new = orth((M~ᵀ M~ rightᵀ)ᵀ)``, without forming ``M~``. Directions that are still zero are sketched with
-    :func:`starting_rows`. Where ``M~`` is zero or not finite the old basis stays; that is decided on the device.
+    :func:`starting_rows`. Where the gradient shows nothing (it is zero) or the products are not finite, the old basis
+    stays; that is decided on the device.
     """
     rank, n = right.shape[-2:]
     empty = ~right.any(dim=-1, keepdim=True)
@@ -66,8 +67,9 @@ def refresh_basis(grad: Tensor, left: Tensor, right: Tensor, beta1: float) -> Te
     tiny = torch.finfo(seen.dtype).tiny
     seen = seen / seen.abs().amax(dim=-2, keepdim=True).clamp_min(tiny)
     seen = seen / torch.linalg.vector_norm(seen, dim=-2, keepdim=True).clamp_min(tiny)
-    rows = torch.baddbmm((1 - beta1) * (seen.mT @ grad), seen.mT @ left, right, beta=1, alpha=beta1)
-    usable = rows.isfinite().all(dim=(-2, -1), keepdim=True) & (rows != 0).any(dim=-1, keepdim=True).any(-2, True)
+    fresh = (1 - beta1) * (seen.mT @ grad)
+    rows = torch.baddbmm(fresh, seen.mT @ left, right, beta=1, alpha=beta1)
+    usable = rows.isfinite().all(dim=(-2, -1), keepdim=True) & fresh.any(dim=-1, keepdim=True).any(-2, keepdim=True)
     return torch.where(usable, orthonormal_rows(torch.where(usable, rows, 0.0)), right)
 
 

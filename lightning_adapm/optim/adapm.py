@@ -14,6 +14,7 @@ from lightning_adapm.momentum import Direction, Momentum
 from lightning_adapm.optim import options
 from lightning_adapm.optim.assign import assign_roles
 from lightning_adapm.optim.convert import restored_state
+from lightning_adapm.optim.gradients import NonFiniteGradients
 from lightning_adapm.optim.tasks import Observer, PieceState, Task, batches
 from lightning_adapm.params import read_groups
 from lightning_adapm.policy import momentum_table
@@ -68,6 +69,9 @@ class AdaPM(Optimizer):
     State of a parameter: ``step``; ``exp_avg`` or ``exp_avg_l``, ``exp_avg_r`` and ``seeded``; ``exp_avg_sq`` or
     ``exp_avg_sq_row`` and ``exp_avg_sq_col``. A fused weight has these per piece, as ``query.exp_avg_l``. All are made
     in the first step, for every parameter that requires a gradient.
+
+    A gradient with an infinity or a NaN is taken as zero, for the whole piece, and counted: see
+    :meth:`nonfinite_gradients`.
     """
 
     observer: Observer | None = None
@@ -113,6 +117,7 @@ class AdaPM(Optimizer):
         self.name_rules = dict(roles or {})
         self.unmatched = unmatched
         self.pieces: dict[Tensor, tuple[Piece, ...]] = {}
+        self._nonfinite = NonFiniteGradients()
         super().__init__(self._assign(read_groups(params), defaults), defaults)
 
     def _assign(self, groups: list[dict[str, Any]], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -130,7 +135,7 @@ class AdaPM(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps only defaults, state and groups through pickling and deepcopy
-        own = {key: self.__dict__[key] for key in ("name_rules", "unmatched", "pieces")}
+        own = {key: self.__dict__[key] for key in ("name_rules", "unmatched", "pieces", "_nonfinite")}
         return {**super().__getstate__(), **own}
 
     @torch.no_grad()
@@ -207,7 +212,7 @@ class AdaPM(Optimizer):
         group: Mapping[str, Any],
     ) -> None:
         # only now, batch by batch: copies of all gradients in float32 would be larger than the state that is saved
-        tasks = [task._replace(grad=_descent(task.grad, group["maximize"])) for task in tasks]
+        tasks = self._nonfinite.replace(tasks, group["maximize"])
         params, grads = [task.param for task in tasks], [task.grad for task in tasks]
         states = [task.state for task in tasks]
         lr = float(group["lr"])
@@ -221,6 +226,10 @@ class AdaPM(Optimizer):
                 used = used * direction.scale
                 self.observer(task, used, used / denominator, clip)
         _apply(params, direction, denominators, lr, clip)
+
+    def nonfinite_gradients(self) -> dict[str, int]:
+        """Names of the parameters whose gradient was not finite, with the number of steps; waits for the device."""
+        return self._nonfinite.read()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state saved by AdaPM or by ``torch.optim.AdamW``.
@@ -252,12 +261,6 @@ class AdaPM(Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _descent(grad: Tensor, maximize: bool) -> Tensor:
-    """The gradient to descend along, in float32 at least."""
-    exact = grad if grad.dtype == torch.float64 else grad.float()
-    return -exact if maximize else exact
 
 
 def _apply(
