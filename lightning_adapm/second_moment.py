@@ -1,18 +1,39 @@
 """Second moments: elementwise (AdamW), block (Adam-mini), factored (Adafactor).
 
 Each makes its state for a piece of a given shape and turns gradients into denominators
-``sqrt(v / (1 - beta2**t)) + eps`` that broadcast against them. The state is never kept below float32: with
+``sqrt(v) / sqrt(1 - beta2**t) + eps`` that broadcast against them. The state is never kept below float32: with
 ``beta2 = 0.999`` a bfloat16 average stops decaying. ``step`` counts from 1.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_adapm.momentum import State
+
+
+class Denominators(NamedTuple):
+    """What to divide by: ``roots[i] / correction + eps``, which broadcasts against the gradients."""
+
+    roots: list[Tensor]
+    correction: float
+    """Of the bias: ``sqrt(1 - beta2**t)``."""
+    eps: float
+
+    def settle(self, as_adamw: bool) -> tuple[list[Tensor], float]:
+        """Divisors and what to multiply the quotients by; overwrites the roots.
+
+        By AdamW's operations in AdamW's order, or with a pass less over the roots.
+        """
+        if not as_adamw:
+            torch._foreach_add_(self.roots, self.eps * self.correction)
+            return self.roots, self.correction
+        torch._foreach_div_(self.roots, self.correction)
+        torch._foreach_add_(self.roots, self.eps)
+        return self.roots, 1.0
 
 
 class SecondMoment(Protocol):
@@ -22,8 +43,8 @@ class SecondMoment(Protocol):
         """Zero state for a piece of ``shape``, on ``like``'s device and in ``like``'s dtype."""
         ...
 
-    def denominators(self, grads: list[Tensor], states: Sequence[State], step: int) -> list[Tensor]:
-        """Take one gradient per piece into the states; new tensors that broadcast against the gradients."""
+    def denominators(self, grads: list[Tensor], states: Sequence[State], step: int) -> Denominators:
+        """Take one gradient per piece into the states; the tensors given back are new."""
         ...
 
 
@@ -37,11 +58,11 @@ class ElementwiseSecondMoment:
     def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
         return {"exp_avg_sq": like.new_zeros(shape)}
 
-    def denominators(self, grads: list[Tensor], states: Sequence[State], step: int) -> list[Tensor]:
+    def denominators(self, grads: list[Tensor], states: Sequence[State], step: int) -> Denominators:
         averages = [state["exp_avg_sq"] for state in states]
         torch._foreach_mul_(averages, self.beta2)
         torch._foreach_addcmul_(averages, grads, grads, 1 - self.beta2)
-        return _roots(averages, self.beta2, self.eps, step)
+        return Denominators(list(torch._foreach_sqrt(averages)), _correction(self.beta2, step), self.eps)
 
 
 @dataclass(frozen=True)
@@ -68,13 +89,14 @@ class BlockSecondMoment:
         blocks = self.blocks or shape[self.outputs]
         return (*shape[:-2], blocks, 1) if self.outputs == -2 else (*shape[:-2], 1, blocks)
 
-    def denominators(self, grads: list[Tensor], states: Sequence[State], step: int) -> list[Tensor]:
+    def denominators(self, grads: list[Tensor], states: Sequence[State], step: int) -> Denominators:
         averages = [state["exp_avg_sq"] for state in states]
         _average(averages, [self._means(grad) for grad in grads], self.beta2)
-        roots = _roots(averages, self.beta2, self.eps, step)
-        if grads[0].dim() < 2 or self.blocks is None:
-            return roots
-        return [root.repeat_interleave(grads[0].shape[self.outputs] // self.blocks, dim=self.outputs) for root in roots]
+        roots = list(torch._foreach_sqrt(averages))
+        if grads[0].dim() >= 2 and self.blocks is not None:
+            size = grads[0].shape[self.outputs] // self.blocks
+            roots = [root.repeat_interleave(size, dim=self.outputs) for root in roots]
+        return Denominators(roots, _correction(self.beta2, step), self.eps)
 
     def _means(self, grad: Tensor) -> Tensor:
         if grad.dim() < 2:
@@ -96,16 +118,14 @@ class FactoredSecondMoment:
         *batch, m, n = shape
         return {"exp_avg_sq_row": like.new_zeros(*batch, m, 1), "exp_avg_sq_col": like.new_zeros(*batch, 1, n)}
 
-    def denominators(self, grads: list[Tensor], states: Sequence[State], step: int) -> list[Tensor]:
+    def denominators(self, grads: list[Tensor], states: Sequence[State], step: int) -> Denominators:
         rows, columns = ([state[key] for state in states] for key in ("exp_avg_sq_row", "exp_avg_sq_col"))
         _average(rows, [mean_square(grad, -1) for grad in grads], self.beta2)
         _average(columns, [mean_square(grad, -2) for grad in grads], self.beta2)
         tiny = torch.finfo(rows[0].dtype).tiny
-        shares = [row / row.mean(dim=-2, keepdim=True).clamp_min(tiny) for row in rows]
-        return [
-            share.sqrt() * root + self.eps
-            for share, root in zip(shares, _roots(columns, self.beta2, 0.0, step), strict=True)
-        ]
+        shares = [(row / row.mean(dim=-2, keepdim=True).clamp_min(tiny)).sqrt_() for row in rows]
+        roots = [share * column.sqrt() for share, column in zip(shares, columns, strict=True)]
+        return Denominators(roots, _correction(self.beta2, step), self.eps)
 
 
 def block_means(means: Tensor, blocks: int, dim: int) -> Tensor:
@@ -128,9 +148,5 @@ def _average(averages: list[Tensor], means: list[Tensor], beta2: float) -> None:
     torch._foreach_add_(averages, means, alpha=1 - beta2)
 
 
-def _roots(averages: list[Tensor], beta2: float, eps: float, step: int) -> list[Tensor]:
-    roots = list(torch._foreach_sqrt(averages))
-    torch._foreach_div_(roots, (1 - beta2**step) ** 0.5)
-    if eps:
-        torch._foreach_add_(roots, eps)
-    return roots
+def _correction(beta2: float, step: int) -> float:
+    return float((1 - beta2**step) ** 0.5)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_adapm import policy
-from lightning_adapm.momentum import Direction, Momentum
+from lightning_adapm.momentum import Momentum
 from lightning_adapm.optim import options
 from lightning_adapm.optim.assign import assign_roles
 from lightning_adapm.optim.convert import restored_state
@@ -220,12 +220,13 @@ class AdaPM(Optimizer):
         direction = momentum.direction(grads, states, step)
         if decay:
             torch._foreach_mul_(params, 1 - lr * decay)
+        divisors, scale = denominators.settle(as_adamw=not direction.clamped)
         clip = group["clip_threshold"] if direction.clamped else None
         if self.observer is not None:
-            for task, used, denominator in zip(tasks, direction.tensors, denominators, strict=True):
+            for task, used, divisor in zip(tasks, direction.tensors, divisors, strict=True):
                 used = used * direction.scale
-                self.observer(task, used, used / denominator, clip)
-        _apply(params, direction, denominators, lr, clip)
+                self.observer(task, used, used * scale / divisor, clip)
+        _apply(params, direction.tensors, divisors, direction.scale * scale, lr, clip, direction.scratch)
 
     def nonfinite_gradients(self) -> dict[str, int]:
         """Names of the parameters whose gradient was not finite, with the number of steps; waits for the device."""
@@ -264,18 +265,23 @@ class AdaPM(Optimizer):
 
 
 def _apply(
-    params: list[Tensor], direction: Direction, denominators: list[Tensor], lr: float, clip: float | None
+    params: list[Tensor],
+    used: list[Tensor],
+    divisors: list[Tensor],
+    scale: float,
+    lr: float,
+    clip: float | None,
+    scratch: bool,
 ) -> None:
-    """``param -= lr * clamp(direction / denominator)``."""
-    tensors, same = direction.tensors, direction.tensors[0].shape == params[0].shape
-    if clip is None and same and tensors[0].dtype == params[0].dtype:
-        torch._foreach_addcdiv_(params, tensors, denominators, value=-lr * direction.scale)
+    """``param -= lr * clamp(scale * used / divisor)``; overwrites ``used`` where it is scratch."""
+    if clip is None and used[0].shape == params[0].shape and used[0].dtype == params[0].dtype:
+        torch._foreach_addcdiv_(params, used, divisors, value=-lr * scale)
         return
-    if direction.scratch:
-        torch._foreach_div_(tensors, denominators)
+    if scratch:
+        torch._foreach_div_(used, divisors)
     else:
-        tensors = list(torch._foreach_div(tensors, denominators))
-    for param, update in zip(params, tensors, strict=True):
+        used = list(torch._foreach_div(used, divisors))
+    for param, update in zip(params, used, strict=True):
         if clip is not None:
-            update.clamp_(-clip / direction.scale, clip / direction.scale)
-        param.add_(update.view(param.shape), alpha=-lr * direction.scale)
+            update.clamp_(-clip / scale, clip / scale)
+        param.add_(update.view(param.shape), alpha=-lr * scale)
