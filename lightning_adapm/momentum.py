@@ -5,7 +5,7 @@ matrices only ever get :class:`NoMomentum` or :class:`FullMomentum`, which do no
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -35,10 +35,14 @@ class Direction(NamedTuple):
 
 
 class Momentum(Protocol):
-    """Two functions make a momentum."""
+    """Two functions make a momentum, and one says which pieces can go through a step together."""
 
     name: ClassVar[str]
     """Of the policy."""
+
+    def due(self, step: int) -> bool:
+        """Whether this step does what only some steps do; the pieces of one call agree in it."""
+        ...
 
     def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
         """Zero state for a matrix of ``shape``, on ``like``'s device and in ``like``'s dtype."""
@@ -55,6 +59,9 @@ class NoMomentum:
 
     name: ClassVar[str] = "none"
 
+    def due(self, step: int) -> bool:
+        return False
+
     def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
         return {}
 
@@ -68,6 +75,9 @@ class FullMomentum:
 
     beta1: float
     name: ClassVar[str] = "full"
+
+    def due(self, step: int) -> bool:
+        return False
 
     def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
         return {"exp_avg": like.new_zeros(shape)}
@@ -94,12 +104,13 @@ class LowRankMomentum:
         rank: ``r``. With ``r >= n`` the basis is the identity, is never refreshed, and the result is AdamW's.
         beta1: decay of the moving average.
         update_proj_gap: steps from one refresh of the basis to the next. The first comes with the first non-zero
-            gradient, the others at the steps ``1 + k * update_proj_gap`` of the parameter's own count.
+            gradient, the others at the steps ``1 + offset + k * update_proj_gap`` of the parameter's own count.
         debias: add what the subspace does not see (the paper's residual correction). Without it the direction is the
             plain low-rank moving average.
         flush: at a refresh, pay out at once what the old subspace held and the new one does not:
             ``beta1 / (1 - beta1)`` times it, the sum of its future contributions to a full average. Without it that
             part is dropped.
+        offset: staggers the refreshes of pieces that are otherwise alike, so that no step pays for all of them.
 
     The state also holds the number ``seeded``: 1 once every matrix of the piece has a basis. Until then each step looks
     for the first non-zero gradient, which reads one value back from the device; afterwards no step does.
@@ -110,7 +121,11 @@ class LowRankMomentum:
     update_proj_gap: int
     debias: bool = True
     flush: bool = True
+    offset: int = field(default=0, compare=False)
     name: ClassVar[str] = "low_rank"
+
+    def due(self, step: int) -> bool:
+        return (step - 1 - self.offset) % self.update_proj_gap == 0
 
     def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
         *batch, m, n = shape
@@ -147,7 +162,7 @@ class LowRankMomentum:
         """The basis of this step: ``right`` itself where nothing changes."""
         if right.shape[-2] == right.shape[-1]:
             return right
-        due = (step - 1) % self.update_proj_gap == 0
+        due = self.due(step)
         if all(state["seeded"] for state in states):
             return lowrank.refresh_basis(grad, left, right, self.beta1) if due else right
         without = ~right.any(dim=-1, keepdim=True).any(dim=-2, keepdim=True)

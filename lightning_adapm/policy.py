@@ -67,7 +67,8 @@ def momentum_for(piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> M
         m, n = shape[-2:]
         rank = rank_for(group["rank"], shape)
         if rank * (m + n) < m * n:
-            return LowRankMomentum(rank, beta1, group["update_proj_gap"], group["debias"])
+            gap = group["update_proj_gap"]
+            return LowRankMomentum(rank, beta1, gap, group["debias"], offset=piece.block % gap)
     return FullMomentum(beta1)
 
 

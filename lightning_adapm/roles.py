@@ -73,7 +73,7 @@ class Piece:
     ``heads`` is how many equal row blocks it consists of, for Adam-mini's second moment, where that is known; ``flat``
     says that all dimensions but the first are one (a convolution), where a third dimension is else a stack of matrices;
     ``transposed`` says that outputs are columns (Hugging Face's ``Conv1D``); ``dim`` is how many dimensions the
-    parameter had when its role was found.
+    parameter had when its role was found; ``block`` is the number of the transformer block around it, 0 outside.
     """
 
     role: str
@@ -84,6 +84,7 @@ class Piece:
     flat: bool = False
     transposed: bool = False
     dim: int = 2
+    block: int = 0
 
     @property
     def whole(self) -> bool:
@@ -132,6 +133,12 @@ class Named:
     def path(self) -> str:
         """The normalised name without ``.weight``."""
         return re.sub(r"(\.(linear|inner_linear))?\.weight$", "", normalize(self.name))
+
+    @property
+    def block(self) -> int:
+        """The first number in the path that does not number experts; 0 where there is none."""
+        number = re.search(r"(?:^|(?<!experts)\.)(\d+)(?=\.|$)", self.path)
+        return int(number[1]) if number else 0
 
     @property
     def parent(self) -> str:

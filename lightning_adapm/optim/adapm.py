@@ -48,7 +48,7 @@ class AdaPM(Optimizer):
         weight_decay: decoupled weight decay, as in AdamW.
         rank: of the low-rank momentum; an int, or a float in (0, 1] for a share of the smaller dimension of the unfused
             matrix. A piece that factors would not make smaller keeps full momentum.
-        update_proj_gap: steps between two refreshes of a subspace.
+        update_proj_gap: steps between two refreshes of a subspace, staggered over the transformer's blocks.
         debias: add the residual correction to the low-rank momentum.
         second_moment: ``"elementwise"`` (AdamW), ``"block"`` (Adam-mini) or ``"factored"`` (Adafactor).
         momentum: policies by role that differ from the default, ``{"mlp": "full", "lm_head": "none"}``, or one policy
@@ -198,8 +198,8 @@ class AdaPM(Optimizer):
                 decay = 0.0 if piece.role in group["no_decay"] else group["weight_decay"]
                 momentum = self.momentum_for(piece, shape, group)
                 second = self.second_moment_for(piece, shape, group)
-                key = (momentum, second, step, decay, shape, param.dtype, param.device, task.state.get("seeded"))
-                buckets[key].append(task)
+                key = (momentum, second, step, decay, shape, param.dtype, param.device)
+                buckets[*key, momentum.due(step), task.state.get("seeded")].append(task)
         return buckets
 
     def _update(

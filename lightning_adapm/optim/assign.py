@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -47,7 +48,8 @@ def assign_roles(
                 raise TypeError(f"{item.name} is complex; AdaPM supports real parameters only")
             if role is None and item.param.requires_grad:
                 missing.append(item)
-            pieces[item.param] = cut(item, role or UNMATCHED, stated)
+            cuts = cut(item, role or UNMATCHED, stated)
+            pieces[item.param] = tuple(replace(piece, block=item.block) for piece in cuts)
             if (options.get("second_moment") or defaults["second_moment"]) == "block":
                 _check_heads(item, pieces[item.param])
         options["params"] = [(item.name, item.param) for item in items]
