@@ -107,6 +107,20 @@ def test_residual_monitor_counts_optimizer_steps_under_accumulation(tmp_path):
     assert len(logged(trainer, "residual/norm_mean/all")) == 2
 
 
+def test_residual_monitor_names_parameters_whose_gradients_are_not_finite(tmp_path):
+    class Breaking(Foreign):
+        def on_before_optimizer_step(self, optimizer):
+            if self.global_step in (1, 2, 9):
+                self.net.layers[1].mlp[0].weight.grad[0, 0] = float("nan")
+
+    with pytest.warns(UserWarning, match="taken as zero") as caught:
+        trainer = fit(tmp_path, Breaking(AdaPM, rank=2), [ResidualNormMonitor(every_n_steps=4)])
+    said = [str(w.message) for w in caught if "taken as zero" in str(w.message)]
+    assert [s.rpartition(": ")[2] for s in said] == [f"net.layers.1.mlp.0.weight ({n})" for n in (2, 1)]
+    assert logged(trainer, "residual/nonfinite_gradients") == {0: 0, 4: 2, 8: 2}
+    assert all(p.isfinite().all() for p in trainer.lightning_module.parameters())
+
+
 @pytest.mark.parametrize("options", [{"optimizer": torch.optim.AdamW}, {"optimizer": AdaPM, "momentum": "full"}])
 def test_residual_monitor_says_that_there_is_no_residual(tmp_path, options):
     with pytest.warns(UserWarning, match="has no low-rank momentum") as caught:

@@ -187,3 +187,31 @@ def test_what_rounding_to_bfloat16_costs():
         for step in range(1, 300):
             momentum.direction([grad], [state], step)
         assert low <= relative_difference(state["exp_avg"], grad) <= high
+
+
+def test_refreshes_are_staggered_over_the_blocks():
+    """The subspaces of a block change in one step of every ``update_proj_gap``, those of each block in another."""
+    model = tiny_gpt(n_layer=5)
+    optimizer = AdaPM(model.named_parameters(), rank=2, update_proj_gap=7)
+    changes: dict[int, set[tuple[int, ...]]] = {}
+    steps: dict[str, list[int]] = {name: [] for name, _ in model.named_parameters() if ".h." in name}
+    for step, tokens in enumerate(token_batches(22), start=1):
+        old = {key: value.clone() for key, value in bases(model, optimizer).items()}
+        train(model, optimizer, [tokens])
+        for (name, key), basis in bases(model, optimizer).items():
+            if step > 1 and not torch.equal(basis, old[name, key]) and step not in steps[name]:
+                steps[name].append(step)
+    for name, changed in steps.items():
+        if changed:
+            changes.setdefault(int(name.split(".")[2]), set()).add(tuple(changed))
+    assert changes == {block: {tuple(range(1 + block, 23, 7)[block == 0 :])} for block in range(5)}
+
+
+def bases(model, optimizer):
+    """Every basis by its parameter's name and its key, in the blocks."""
+    return {
+        (name, key): value
+        for name, param in model.named_parameters()
+        for key, value in optimizer.state[param].items()
+        if key.endswith("exp_avg_r") and ".h." in name
+    }

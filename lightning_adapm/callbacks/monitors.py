@@ -80,9 +80,10 @@ class ResidualNormMonitor(L.Callback):
     ``‖G - G RᵀR‖_F / ‖M^‖_F``; ``stationarity/<role>``, the cosine between this residual and the one logged before;
     ``update_max/<role>``, the largest ``|update| / lr`` before any clamp; ``clamped/<role>``, the share of entries
     beyond ``clip_threshold``. ``all`` stands for all roles together. Pieces and processes are averaged (``max``: the
-    largest).
+    largest). ``nonfinite_gradients`` counts parameters and steps, all of them, whose gradient held an infinity or a
+    NaN, which AdaPM takes as zero; a warning names the parameters.
 
-    The figures are taken from inside the steps that log; other steps do no extra work. The figure is
+    The other figures are taken from inside the steps that log; other steps do no extra work. The figure is
     ``residual_norm.png`` in the run's folder, and goes to TensorBoard. With several AdaPM optimizers their number
     follows the prefix. An optimizer without a low-rank momentum has no residual: the callback says so once.
 
@@ -131,7 +132,10 @@ class ResidualNormMonitor(L.Callback):
             monitored.due = False
             names = ResidualFigures(monitored.optimizer)
             pool = _pool(names.names, trainer.strategy.root_device)
-            pool.update(names.figures(monitored.probe.read()))
+            readings = monitored.probe.read()
+            pool.update(names.figures(readings))
+            if readings:
+                pool.update([("nonfinite_gradients", monitored.count_nonfinite(), 1.0)])
             figures = names.logged(pool.compute())
             if figures:  # none, for example, where a gradient scaler skipped the step
                 figures = {monitored.prefix + name: value for name, value in figures.items()}
@@ -139,8 +143,9 @@ class ResidualNormMonitor(L.Callback):
                 log_figures(trainer, figures)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw the figures."""
+        """Draw the figures, and warn of what came after the last log."""
         for index, monitored in enumerate(self._monitored):
+            monitored.count_nonfinite()
             history = [
                 (step, figures) for step, figures in self.history if monitored.prefix + "norm_mean/all" in figures
             ]
@@ -156,10 +161,21 @@ class _Monitored:
         self.optimizer, self.prefix, self.clock = optimizer, prefix, clock
         self.probe = ResidualProbe()
         self.due = False
+        self._nonfinite = optimizer.nonfinite_gradients()
 
     def insert_probe(self) -> None:
         self.due = True
         self.optimizer.observer = self.probe
+
+    def count_nonfinite(self) -> int:
+        """Gradients that were not finite since the optimizer was built; warns of those that are new."""
+        found = self.optimizer.nonfinite_gradients()
+        if found != self._nonfinite:
+            new = {name: steps - self._nonfinite.get(name, 0) for name, steps in found.items()}
+            steps = ", ".join(f"{name} ({count})" for name, count in new.items() if count)
+            rank_zero_warn(f"Gradients with an infinity or a NaN, taken as zero, by parameter (steps): {steps}")
+            self._nonfinite = found
+        return sum(found.values())
 
     def remove_probe(self) -> None:
         if self.optimizer.observer is self.probe:

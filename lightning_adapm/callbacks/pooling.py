@@ -77,7 +77,7 @@ class ResidualFigures:
                         low_rank.append((name, role_label(piece.role)))
         self.layers = layer_labels(name for name, _ in low_rank)
         numbered_first = sorted(dict.fromkeys(self.layers.values()), key=lambda label: not label[-1].isdigit())
-        self.names = [f"norm_by_layer/{label}" for label in numbered_first]
+        self.names = ["nonfinite_gradients", *(f"norm_by_layer/{label}" for label in numbered_first)]
         low_rank_roles = [role for _, role in low_rank]
         kinds = {"norm": low_rank_roles, "stationarity": low_rank_roles, "update_max": all_roles, "clamped": all_roles}
         self.names += [f"{kind}/{role}" for kind, roles in kinds.items() for role in dict.fromkeys(["all", *roles])]

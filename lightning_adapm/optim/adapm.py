@@ -96,6 +96,7 @@ class AdaPM(Optimizer):
         clip_threshold: float | None = 3.0,
         maximize: bool = False,
     ) -> None:
+        options.check_caller()
         options.check_roles(roles, unmatched)
         defaults = {
             "lr": lr,
@@ -146,6 +147,7 @@ class AdaPM(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            options.check_held(group, self.pieces)
             for name, param in zip(group["param_names"], group["params"], strict=True):
                 if (param.requires_grad or param.grad is not None) and not self.state.get(param):
                     for piece in self.pieces[param]:
@@ -156,7 +158,7 @@ class AdaPM(Optimizer):
         # a caller's autocast would take the products to half precision
         with torch.autocast(self.param_groups[0]["params"][0].device.type, enabled=False):
             for group in self.param_groups:
-                for (momentum, second_moment, step, decay, *_), tasks in self._gather(group).items():
+                for (momentum, second_moment, step, decay, _), tasks in self._gather(group).items():
                     for batch in batches(tasks):
                         self._update(batch, momentum, second_moment, step, decay, group)
         return loss
@@ -198,8 +200,8 @@ class AdaPM(Optimizer):
                 decay = 0.0 if piece.role in group["no_decay"] else group["weight_decay"]
                 momentum = self.momentum_for(piece, shape, group)
                 second = self.second_moment_for(piece, shape, group)
-                key = (momentum, second, step, decay, shape, param.dtype, param.device)
-                buckets[*key, momentum.due(step), task.state.get("seeded")].append(task)
+                alike = (shape, param.dtype, param.device, momentum.due(step), task.state.get("seeded"))
+                buckets[momentum, second, step, decay, alike].append(task)
         return buckets
 
     def _update(
@@ -229,7 +231,10 @@ class AdaPM(Optimizer):
         _apply(params, direction.tensors, divisors, direction.scale * scale, lr, clip, direction.scratch)
 
     def nonfinite_gradients(self) -> dict[str, int]:
-        """Names of the parameters whose gradient was not finite, with the number of steps; waits for the device."""
+        """Parameters whose gradient was not finite since this optimizer was built, with the number of steps.
+
+        A fused weight has its pieces, ``"attn.qkv.weight (query)"``. Waits for the device.
+        """
         return self._nonfinite.read()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -13,15 +13,11 @@ class NonFiniteGradients:
     """
 
     def __init__(self) -> None:
-        self._counts: dict[tuple[str, str], Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
 
     def read(self) -> dict[str, int]:
-        """Steps per parameter that had any; waits for the device."""
-        counted: dict[str, int] = {}
-        for (name, _), count in self._counts.items():
-            if steps := int(count):
-                counted[name] = max(steps, counted.get(name, 0))
-        return counted
+        """Names with their number of steps, where there were any; waits for the device."""
+        return {name: steps for name, count in self._counts.items() if (steps := int(count))}
 
     def replace(self, tasks: list[Task], maximize: bool) -> list[Task]:
         """The tasks with the gradients to descend along: tasks of one shape, dtype and device."""
@@ -37,8 +33,8 @@ class NonFiniteGradients:
         return [task._replace(grad=grad) for task, grad in zip(tasks, exact, strict=True)]
 
     def _count(self, tasks: list[Task], found: Tensor) -> None:
-        keys = [(task.name, task.piece.prefix) for task in tasks]
-        for key in keys:
-            if key not in self._counts:
-                self._counts[key] = torch.zeros((), dtype=torch.int32, device=found.device)
-        torch._foreach_add_([self._counts[key] for key in keys], list(found.to(torch.int32).unbind()))
+        names = [task.name if task.piece.whole else f"{task.name} ({task.piece.role})" for task in tasks]
+        for name in names:
+            if name not in self._counts:
+                self._counts[name] = torch.zeros((), dtype=torch.int32, device=found.device)
+        torch._foreach_add_([self._counts[name] for name in names], list(found.to(torch.int32).unbind()))

@@ -1,5 +1,6 @@
 """What AdaPM refuses, and the words it refuses it with."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,6 +84,38 @@ def dtype_name(dtype: torch.dtype | str | None) -> str | None:
     return str(found).removeprefix("torch.")
 
 
+def check_caller() -> None:
+    """Refuse torch's ZeroRedundancyOptimizer, which builds its optimizer from tensors without their names.
+
+    Raises:
+        TypeError: naming it and what to use instead.
+    """
+    zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    frame = sys._getframe(1) if zero is not None else None
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), zero.ZeroRedundancyOptimizer):  # type: ignore[union-attr]
+            raise TypeError(
+                "ZeroRedundancyOptimizer does not work with AdaPM: it hands over parameters without the names that tell"
+                " their roles. Build AdaPM itself under DDP; its state is small enough to be kept on every process"
+            )
+        frame = frame.f_back
+
+
+def check_held(group: Mapping[str, Any], pieces: Mapping[Tensor, Any]) -> None:
+    """Refuse a group whose parameters were replaced after AdaPM was built, as DeepSpeed's ZeRO does.
+
+    Raises:
+        TypeError: naming the first of them.
+    """
+    for index, param in enumerate(group["params"]):
+        if param not in pieces:
+            raise TypeError(
+                f"params[{index}] of shape {tuple(param.shape)} was put into AdaPM's parameter group after it was"
+                " built, so that its role is unknown. DeepSpeed replaces parameters like this and is not supported; add"
+                " parameters with add_param_group"
+            )
+
+
 def check_trainable(name: str, piece: Piece, param: Tensor, group: Mapping[str, Any]) -> None:
     """Refuse a parameter that was unfrozen without a role, or that a sharding strategy has replaced by a part of
     itself.
@@ -96,6 +129,8 @@ def check_trainable(name: str, piece: Piece, param: Tensor, group: Mapping[str, 
             f"{name} {tuple(param.shape)} now requires a gradient, but AdaPM did not know its role when it was frozen;"
             f" pass roles={{{name!r}: ...}} with its role or a policy, or unmatched='full'"
         )
+    if param.device.type == "xla":
+        raise TypeError("AdaPM does not support XLA devices (TPUs) yet; train on a CPU or a GPU")
     if param.device.type == "mps":
         raise TypeError("AdaPM finds its subspaces in float64, which MPS devices do not have; train on a CPU or a GPU")
     if isinstance(param, DTensor):

@@ -1,0 +1,45 @@
+"""What AdaPM cannot do, it says by name."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import PlainLM
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from lightning_adapm import AdaPM
+from lightning_adapm.optim import options
+from lightning_adapm.roles import Piece
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("groups", [False, True], ids=["tensors", "groups with a role"])
+def test_zero_redundancy_optimizer(one_process, groups):
+    params = list(PlainLM().parameters())
+    with pytest.raises(TypeError, match="ZeroRedundancyOptimizer does not work with AdaPM.*under DDP"):
+        ZeroRedundancyOptimizer([{"params": params, "role": "mlp"}] if groups else params, optimizer_class=AdaPM)
+
+
+def test_parameters_replaced_after_construction():
+    """As DeepSpeed's ZeRO does: one flat float32 tensor instead of the group's parameters."""
+    model = PlainLM()
+    optimizer = AdaPM(model.named_parameters())
+    flat = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    optimizer.param_groups[0]["params"] = [flat]
+    flat.grad = torch.ones_like(flat)
+    with pytest.raises(TypeError, match=r"params\[0\] of shape .* put into AdaPM's parameter group.*DeepSpeed"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("device", "reason"), [("mps", "float64, which MPS"), ("xla", "does not support XLA")])
+def test_devices(device, reason):
+    param = SimpleNamespace(device=torch.device(device), shape=(2, 2))
+    with pytest.raises(TypeError, match=reason):
+        options.check_trainable("mlp.weight", Piece("mlp"), param, {"momentum": {}})
