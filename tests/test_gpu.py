@@ -1,0 +1,107 @@
+"""On a CUDA device: the same numbers as on the CPU, and no step that waits for the device."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_adapm import AdaPM
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def model(dtype=torch.float32):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 4, 160, batch_first=True)
+    blocks = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+    return nn.ModuleDict({"embed": nn.Embedding(50, 64), "blocks": blocks, "lm_head": nn.Linear(64, 40)}).to(dtype)
+
+
+def gradients(net, step):
+    """The same on every device: drawn on the CPU."""
+    generator = torch.Generator().manual_seed(step)
+    for param in net.parameters():
+        param.grad = torch.randn(param.shape, generator=generator, dtype=torch.float64).to(param)
+
+
+@pytest.mark.parametrize("second_moment", ["elementwise", "block", "factored"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-3)])
+def test_the_same_weights_as_on_a_cpu(second_moment, dtype, tolerance):
+    nets = [model(dtype), model(dtype).cuda()]
+    for net in nets:
+        optimizer = AdaPM(net.named_parameters(), rank=3, update_proj_gap=5, second_moment=second_moment)
+        for step in range(22):
+            gradients(net, step)
+            if step == 7:
+                net["lm_head"].weight.grad[0, 0] = float("inf")
+            optimizer.step()
+        assert optimizer.nonfinite_gradients() == {"lm_head.weight": 1}
+    for (name, p), q in zip(nets[0].named_parameters(), nets[1].parameters(), strict=True):
+        assert (p - q.cpu()).norm() <= tolerance * p.norm(), name
+
+
+@pytest.mark.parametrize("second_moment", ["elementwise", "block", "factored"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_step_after_the_first_waits_for_the_device(second_moment, dtype):
+    """Neither a normal step, nor a refresh, nor one with a gradient that is not finite."""
+    net = model(dtype).cuda()
+    optimizer = AdaPM(net.named_parameters(), rank=3, update_proj_gap=3, second_moment=second_moment)
+    for step in range(12):
+        gradients(net, step)
+        if step == 5:
+            net["lm_head"].weight.grad[0, 0] = float("nan")
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(param.isfinite().all() for param in net.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_parameters_keep_a_float32_state(dtype):
+    net = model(dtype).cuda()
+    optimizer = AdaPM(net.named_parameters(), rank=3)
+    for step in range(12):
+        gradients(net, step)
+        optimizer.step()
+    assert all(param.isfinite().all() for param in net.parameters())
+    held = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    assert {value.dtype for value in held} == {torch.float32}
+
+
+def test_tf32_does_not_reach_the_orthonormalisation():
+    """litgpt and Lightning switch TF32 on; the bases stay orthonormal to float32's precision."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        net = model().cuda()
+        optimizer = AdaPM(net.named_parameters(), rank=8, update_proj_gap=2)
+        for step in range(9):
+            gradients(net, step)
+            optimizer.step()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    bases = [value for state in optimizer.state.values() for key, value in state.items() if key.endswith("exp_avg_r")]
+    assert bases
+    for basis in bases:
+        torch.testing.assert_close(basis @ basis.mT, torch.eye(8, device="cuda"), rtol=0, atol=2e-6)
+
+
+def test_a_state_saved_on_a_gpu_loads_on_a_cpu(tmp_path):
+    net = model().cuda()
+    optimizer = AdaPM(net.named_parameters(), rank=3)
+    gradients(net, 0)
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    twin = copy.deepcopy(net).cpu()
+    loaded = AdaPM(twin.named_parameters(), rank=3)
+    loaded.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        for key, value in optimizer.state[p].items():
+            assert torch.equal(torch.as_tensor(value).cpu(), torch.as_tensor(loaded.state[q][key])), key
