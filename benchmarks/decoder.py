@@ -1,0 +1,131 @@
+"""The small decoders that every benchmark trains: GPT-2-like or Llama-like, one file, torch alone."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a decoder.
+
+    ``llama``: RMSNorm, SwiGLU, rotary positions, an untied head and no biases; otherwise GPT-2's LayerNorm, GELU,
+    learned positions, tied head and biases. ``n_query_groups`` key and value heads, ``n_head`` if None.
+    """
+
+    layers: int
+    width: int
+    n_head: int
+    context: int
+    llama: bool = False
+    n_query_groups: int | None = None
+    vocab: int = 256
+
+    @property
+    def hidden(self) -> int:
+        """Rows of the MLP: 4 widths, or 8/3 (rounded up to 64) where there is a gate as well."""
+        return math.ceil(self.width * 8 / 3 / 64) * 64 if self.llama else 4 * self.width
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, of operations that vmap knows."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * self.weight
+
+
+def norm(shape: Shape) -> nn.Module:
+    return RMSNorm(shape.width) if shape.llama else nn.LayerNorm(shape.width)
+
+
+class Attention(nn.Module):
+    """Causal attention; the rows of ``qkv`` are all queries, all keys, all values."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.n_head, self.n_query_groups = shape.n_head, shape.n_query_groups or shape.n_head
+        self.head_size, self.rotary, bias = shape.width // shape.n_head, shape.llama, not shape.llama
+        self.qkv = nn.Linear(shape.width, (self.n_head + 2 * self.n_query_groups) * self.head_size, bias=bias)
+        self.proj = nn.Linear(self.n_head * self.head_size, shape.width, bias=bias)
+
+    def forward(self, x: Tensor, batch: int) -> Tensor:
+        heads = self.qkv(x).view(batch, -1, self.n_head + 2 * self.n_query_groups, self.head_size).transpose(1, 2)
+        q, k, v = heads.split((self.n_head, self.n_query_groups, self.n_query_groups), dim=1)
+        if self.rotary:
+            q, k = rotate(q), rotate(k)
+        shared = self.n_head // self.n_query_groups
+        if shared > 1:
+            k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.proj(y.transpose(1, 2).reshape(x.shape[0], -1))
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Rotary positions (arXiv 2104.09864) on ``(batch, heads, time, head_size)``."""
+    half = x.shape[-1] // 2
+    rates = 10000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angles = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)[:, None] * rates
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    a, b = x.split(half, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+class MLP(nn.Module):
+    """GELU, or SwiGLU."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.gate = nn.Linear(shape.width, shape.hidden, bias=False) if shape.llama else None
+        self.up = nn.Linear(shape.width, shape.hidden, bias=not shape.llama)
+        self.down = nn.Linear(shape.hidden, shape.width, bias=not shape.llama)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(self.up(x)) if self.gate is None else F.silu(self.gate(x)) * self.up(x)
+        return self.down(hidden)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP on the residual stream."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.norm_1, self.attn, self.norm_2, self.mlp = norm(shape), Attention(shape), norm(shape), MLP(shape)
+
+    def forward(self, x: Tensor, batch: int) -> Tensor:
+        x = x + self.attn(self.norm_1(x), batch)
+        return x + self.mlp(self.norm_2(x))
+
+
+class Decoder(nn.Module):
+    """From tokens ``(batch, time)`` to logits ``(batch * time, vocab)``."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(shape.vocab, shape.width)
+        self.wpe = None if shape.llama else nn.Embedding(shape.context, shape.width)
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.norm = norm(shape)
+        self.lm_head = nn.Linear(shape.width, shape.vocab, bias=False) if shape.llama else None
+        for name, param in self.named_parameters():
+            if param.dim() == 2:  # GPT-2's: outputs on the residual stream start smaller
+                on_stream = name.endswith(("proj.weight", "down.weight"))
+                nn.init.normal_(param, std=0.02 / math.sqrt(2 * shape.layers) if on_stream else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(param)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        batch, time = tokens.shape
+        x = self.wte(tokens)
+        if self.wpe is not None:
+            x = x + self.wpe.weight[:time]
+        x = x.flatten(0, 1)  # so that under vmap a linear layer is one batched product
+        for block in self.blocks:
+            x = block(x, batch)
+        return F.linear(self.norm(x), self.wte.weight if self.lm_head is None else self.lm_head.weight)

@@ -1,0 +1,84 @@
+"""Results on disk: one JSON file per study, a line per run, which other studies read as well."""
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.training import Run
+
+
+class Entry(NamedTuple):
+    """One result: of which run, and what it was made with (command, date, hardware, versions)."""
+
+    run: dict[str, Any]
+    result: dict[str, Any]
+    session: dict[str, str]
+
+
+class Store:
+    """The runs of one study's file, and those of the other files in its folder. Every addition is written at once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.own: dict[str, Entry] = {}
+        self.known: dict[str, Entry] = {}
+        for file in sorted(path.parent.glob("*.json")):
+            found = read(file)
+            self.known |= found
+            if file == path:
+                self.own = found
+        self.known |= self.own
+
+    def __contains__(self, run: Run) -> bool:
+        return run.key in self.known
+
+    def __getitem__(self, run: Run) -> dict[str, Any]:
+        return self.known[run.key].result
+
+    def add(self, run: Run, result: dict[str, Any], session: dict[str, str]) -> None:
+        self.own[run.key] = self.known[run.key] = Entry(json.loads(run.key), result, session)
+        sessions: list[dict[str, str]] = []
+        lines = []
+        for entry in self.own.values():
+            if entry.session not in sessions:
+                sessions.append(entry.session)
+            line = {"run": entry.run, "result": entry.result, "session": sessions.index(entry.session)}
+            lines.append(json.dumps(line, separators=(",", ":")))
+        header = ",\n".join(map(json.dumps, sessions))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path.with_suffix(".part")
+        body = ",\n".join(lines)
+        unfinished.write_text(f'{{"sessions":[\n{header}\n],\n"runs":[\n{body}\n]}}\n')
+        unfinished.replace(self.path)  # in one move: whoever is killed meanwhile loses nothing
+
+
+def read(file: Path) -> dict[str, Entry]:
+    """The results in a file; none in one that is not a study's."""
+    content = json.loads(file.read_text())
+    if not isinstance(content, dict) or "sessions" not in content:
+        return {}
+    return {
+        json.dumps(line["run"], sort_keys=True): Entry(
+            line["run"], line["result"], content["sessions"][line["session"]]
+        )
+        for line in content["runs"]
+    }
+
+
+def hardware(device: str) -> str:
+    """The processor that trained, in words."""
+    cpu = platform.processor() or platform.machine()
+    if platform.system() == "Linux":
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), cpu)
+    cores = f"{os.cpu_count()} cores of {cpu}"
+    return f"{torch.cuda.get_device_name()}, {cores}" if device == "cuda" else cores
+
+
+def versions() -> str:
+    """Of what the results depend on."""
+    return f"Python {platform.python_version()}, torch {torch.__version__}"

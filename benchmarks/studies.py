@@ -1,0 +1,213 @@
+"""The studies, as data: what is asked, which variants answer it, and at which learning rates."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.decoder import Shape
+from benchmarks.training import Setting
+
+GPT2_SMALL = Setting(Shape(layers=4, width=192, n_head=6, context=128))
+LLAMA_SMALL = Setting(Shape(layers=4, width=192, n_head=6, context=128, llama=True, n_query_groups=2))
+GPT2_124M = Setting(
+    Shape(layers=12, width=768, n_head=12, context=1024), steps=800, batch=32, val_windows=64, bf16=True
+)
+
+
+@dataclass(frozen=True)
+class Study:
+    """One question. ``variants``: label to optimizer and options; ``baselines``: labels that every other variant is
+    compared with, those of one name together (the best of them counts); ``edge``: learning rates added to a variant
+    whose best is the highest tried so far.
+    """
+
+    question: str
+    variants: Mapping[str, tuple[str, Mapping[str, Any]]]
+    lrs: tuple[float, ...] = (2e-3, 3e-3, 4e-3, 6e-3)
+    edge: tuple[float, ...] = (8e-3, 12e-3)
+    seeds: int = 4
+    setting: Setting = GPT2_SMALL
+    needs_data: bool = False
+    pretrained: bool = False
+    baselines: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    finding: str = "Not yet drawn."
+
+
+def adamw(beta1: float = 0.9, beta2: float = 0.999) -> tuple[str, Mapping[str, Any]]:
+    return "AdamW", {"betas": [beta1, beta2]}
+
+
+def adapm(**options: Any) -> tuple[str, Mapping[str, Any]]:
+    return "AdaPM", options
+
+
+def trial(**options: Any) -> tuple[str, Mapping[str, Any]]:
+    return "trial", options
+
+
+BETAS95 = [0.9, 0.95]
+ADAMW = {"AdamW": adamw(), "AdamW, betas .9 .95": adamw(0.9, 0.95)}
+ADAM_MINI = {
+    "Adam-mini": adapm(momentum="full", second_moment="block"),
+    "Adam-mini, betas .9 .95": adapm(momentum="full", second_moment="block", betas=BETAS95),
+}
+KEY_ROWS = {
+    **ADAMW,
+    "AdaPM": adapm(),
+    "AdaPM, betas .9 .95": adapm(betas=BETAS95),
+    **ADAM_MINI,
+    "AdaPM block": adapm(second_moment="block"),
+    "AdaPM block, betas .9 .95": adapm(second_moment="block", betas=BETAS95),
+}
+BOTH = {"AdamW": tuple(ADAMW), "Adam-mini": tuple(ADAM_MINI)}
+BESIDE_ADAMW = {"AdamW": tuple(ADAMW)}
+
+
+def main() -> Study:
+    more = {f"AdamW, betas {b1:g} {b2:g}".replace("0.", "."): adamw(b1, b2) for b1, b2 in ((0.95, 0.95), (0.95, 0.99))}
+    variants = {
+        **KEY_ROWS,
+        **more,
+        "AdaPM, no residual correction": adapm(debias=False),
+        "no momentum": adapm(momentum="none"),
+    }
+    return Study(
+        "Is AdaPM as good as AdamW at AdamW's best learning rate and betas, and AdaPM block as Adam-mini at its best?",
+        variants,
+        lrs=(1e-3, 2e-3, 3e-3, 4e-3, 6e-3),
+        baselines={"AdamW": (*ADAMW, *more), "Adam-mini": tuple(ADAM_MINI)},
+    )
+
+
+def refresh() -> Study:
+    rows = {f"every {gap}": adapm(update_proj_gap=gap) for gap in (1, 2, 5, 10, 20, 50, 100)}
+    return Study("How often should the subspace be refreshed?", {**ADAMW, **rows}, seeds=3, baselines=BESIDE_ADAMW)
+
+
+def clamp() -> Study:
+    rows = {f"clamp {clip or 'none'}": adapm(clip_threshold=clip) for clip in (None, 1.0, 2.0, 3.0, 5.0)}
+    return Study(
+        "Which bound on the update gives the lowest loss, and which the widest range of learning rates?",
+        {**ADAMW, **rows},
+        lrs=(2e-3, 3e-3, 4e-3, 6e-3, 8e-3, 12e-3),
+        edge=(),
+        seeds=3,
+        baselines=BESIDE_ADAMW,
+    )
+
+
+def leaving() -> Study:
+    rows = {
+        "flushed, average divided": adapm(),
+        "dropped, average divided": trial(low_rank={"flush": False}),
+        "flushed, all divided (published)": trial(divide_all=True),
+        "dropped, all divided": trial(low_rank={"flush": False}, divide_all=True),
+    }
+    return Study(
+        "What becomes of momentum that leaves the subspace at a refresh, and what is divided by 1 - beta1**t?",
+        {**ADAMW, **rows},
+        baselines=BESIDE_ADAMW,
+    )
+
+
+def rank() -> Study:
+    rows = {
+        f"rank {share:.0%}{', bf16 factors' if dtype else ''}": adapm(rank=share, state_dtype=dtype)
+        for dtype in (None, "bfloat16")
+        for share in (0.01, 0.02, 0.03, 0.05, 0.1)
+    }
+    return Study(
+        "How small may the rank be, and do bfloat16 factors cost anything?",
+        {**ADAMW, **rows},
+        lrs=(3e-3, 4e-3, 6e-3),
+        seeds=3,
+        baselines=BESIDE_ADAMW,
+    )
+
+
+def roles() -> Study:
+    rows = {"default": adapm()}
+    for role, policies in {
+        "value": ("low_rank", "none"),
+        "lm_head": ("none", "full"),
+        "embedding": ("low_rank", "full"),
+        "attn_out": ("low_rank", "full"),
+        "mlp": ("none", "full"),
+    }.items():
+        rows |= {f"{role}: {policy}": adapm(momentum={role: policy}) for policy in policies}
+    return Study(
+        "Which momentum does each role need? (Llama-like, untied head)",
+        {**ADAMW, **rows},
+        lrs=(3e-3, 4e-3, 6e-3),
+        seeds=3,
+        setting=LLAMA_SMALL,
+        baselines=BESIDE_ADAMW,
+    )
+
+
+def second() -> Study:
+    rows = {f"AdaPM {kind}": adapm(second_moment=kind) for kind in ("elementwise", "block", "factored")}
+    fast = {f"{label}, betas .9 .95": adapm(betas=BETAS95, **options) for label, (_, options) in rows.items()}
+    return Study(
+        "What does a smaller second moment cost?", {**ADAMW, **ADAM_MINI, **rows, **fast}, seeds=3, baselines=BOTH
+    )
+
+
+def beta1() -> Study:
+    rows = {f"low-rank beta1 {beta:g}": trial(low_rank={"beta1": beta}) for beta in (0.8, 0.95, 0.98, 0.99)}
+    scales = {f"beta1 .9 and {slow:g}": trial(slow_beta1=slow) for slow in (0.98, 0.99)}
+    return Study(
+        "Is a slower low-rank momentum better, or two at two time scales?",
+        {**ADAMW, "low-rank beta1 0.9": adapm(), "rank 10%": adapm(rank=0.1), **rows, **scales},
+        seeds=3,
+        baselines=BESIDE_ADAMW,
+    )
+
+
+def llama() -> Study:
+    question = "Do the main findings hold on a Llama-like model (RMSNorm, SwiGLU, rotary, query groups, untied head)?"
+    return Study(question, KEY_ROWS, setting=LLAMA_SMALL, baselines=BOTH)
+
+
+def text() -> Study:
+    return Study("Do the main findings hold on another text?", KEY_ROWS, needs_data=True, baselines=BOTH)
+
+
+def longer() -> Study:
+    setting = dataclasses.replace(GPT2_SMALL, steps=4 * GPT2_SMALL.steps)
+    question = "Do the main findings hold over four times the steps?"
+    return Study(question, KEY_ROWS, lrs=(1e-3, 2e-3, 3e-3, 4e-3), seeds=3, setting=setting, baselines=BOTH)
+
+
+def finetune() -> Study:
+    return Study(
+        "Do the main findings hold when weights pretrained with AdamW are finetuned on another text?",
+        KEY_ROWS,
+        lrs=(3e-4, 6e-4, 1e-3, 2e-3),
+        edge=(3e-3, 4e-3),
+        setting=dataclasses.replace(GPT2_SMALL, steps=300),
+        needs_data=True,
+        pretrained=True,
+        baselines=BOTH,
+    )
+
+
+def gpt2() -> Study:
+    rows = {label: KEY_ROWS[label] for label in KEY_ROWS if label.endswith("betas .9 .95")}
+    return Study(
+        "Do the main findings hold for a GPT-2 of 86 million parameters (124M with its own vocabulary) on a GPU?",
+        rows,
+        lrs=(6e-4, 1.2e-3, 2.4e-3),
+        edge=(),
+        seeds=1,
+        setting=GPT2_124M,
+        needs_data=True,
+        baselines={"AdamW": ("AdamW, betas .9 .95",), "Adam-mini": ("Adam-mini, betas .9 .95",)},
+    )
+
+
+STUDIES = {
+    make.__name__: make()
+    for make in (main, refresh, clamp, leaving, rank, roles, second, beta1, llama, text, longer, finetune, gpt2)
+}
