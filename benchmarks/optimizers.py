@@ -99,6 +99,9 @@ class TwoTimeScales:
     slow: LowRankMomentum
     name: ClassVar[str] = "low_rank"
 
+    def due(self, step: int) -> bool:
+        return self.fast.due(step)
+
     def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
         made = {"fast.": self.fast.make(shape, like), "slow.": self.slow.make(shape, like)}
         return {prefix + key: value for prefix, state in made.items() for key, value in state.items()}

@@ -82,6 +82,7 @@ def main() -> Study:
 
 def refresh() -> Study:
     rows = {f"every {gap}": adapm(update_proj_gap=gap) for gap in (1, 2, 5, 10, 20, 50, 100)}
+    rows["every 10, all blocks in one step"] = trial(low_rank={"offset": 0})
     return Study("How often should the subspace be refreshed?", {**ADAMW, **rows}, seeds=3, baselines=BESIDE_ADAMW)
 
 

@@ -7,6 +7,7 @@ import shlex
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from benchmarks.optimizers import resolve
 from benchmarks.store import Store, hardware, versions
 from benchmarks.studies import Study, adamw
 from benchmarks.text import Text, read_text
-from benchmarks.training import Device, Run, train
+from benchmarks.training import Device, Run, Setting, train
 
 PRETRAINING_LR, PRETRAINING_STEPS = 2e-3, 600
 
@@ -80,17 +81,19 @@ def sweep(
     with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         place = Place(device, data, store.path.parent / "weights", deadline)
         queue = Queue(pool, store, place, jobs, session)
-        if study.pretrained:
-            study = pretrain(study, queue, stack)
-        plan = Sweep(study, store, load_text(data).name, stack)
-        if queue.work(list(plan.missing())):
-            while more := list(plan.beyond()):
-                if not queue.work(more):
-                    break
+        setting = starting(study, queue, stack) if study.pretrained else study.setting
+        plan = Sweep(replace(study, setting=setting), store, load_text(data).name, stack)
+        queue.work(list(plan.missing()))
+        while queue.complete and (more := list(plan.beyond())):
+            queue.work(more)
+    if queue.failed:
+        raise SystemExit(f"{queue.failed} runs failed: see the errors above")
+    if not queue.complete:
+        print("Out of time; the same command goes on from here.")
 
 
-def pretrain(study: Study, queue: "Queue", stack: int) -> Study:
-    """Train the weights that the study starts from, where they are missing, on Python's sources; the study with them
+def starting(study: Study, queue: "Queue", stack: int) -> Setting:
+    """Train the weights that the study starts from on Python's sources, where they are missing; its setting with them
     named.
     """
     text = load_text(None).name
@@ -99,7 +102,7 @@ def pretrain(study: Study, queue: "Queue", stack: int) -> Study:
     runs = [Run(optimizer, PRETRAINING_LR, seed, setting, text) for seed in range(study.seeds)]
     runs = [run for run in runs if not weights_file(queue.place.weights, start, run.seed).exists()]
     queue.work([runs[first : first + stack] for first in range(0, len(runs), stack)], save=start)
-    return replace(study, setting=replace(study.setting, start=start))
+    return replace(study.setting, start=start)
 
 
 def weights_file(folder: Path, start: str, seed: int) -> Path:
@@ -117,21 +120,19 @@ class Place:
 
 
 class Queue:
-    """Hands groups of runs to the workers, and stops in time."""
+    """Hands groups of runs to the workers, and begins none that would not end before the deadline."""
 
     def __init__(
         self, pool: ProcessPoolExecutor, store: Store, place: Place, jobs: int, session: dict[str, str]
     ) -> None:
         self.pool, self.store, self.place, self.jobs, self.session = pool, store, place, jobs, session
-        self.longest = 0.0
+        self.complete, self.failed, self.latest = True, 0, 0.0
 
-    def work(self, groups: list[list[Run]], save: str | None = None) -> bool:
-        """Train groups of runs, and keep their results, or under the name ``save`` their weights.
-
-        Returns:
-            False if time ran out first.
+    def work(self, groups: list[list[Run]], save: str | None = None) -> None:
+        """Train groups of runs, and keep their results, or under the name ``save`` their weights. Once time has run
+        out or a run has failed, ``complete`` is False and no more groups are begun in another call.
         """
-        waiting, done = list(reversed(groups)), 0
+        waiting, done = list(reversed(groups if self.complete else [])), 0
         running: dict[Future[list[dict[str, Any]] | None], tuple[list[Run], float]] = {}
         while running or (waiting and self._fits()):
             while waiting and len(running) < self.jobs and self._fits():
@@ -139,19 +140,26 @@ class Queue:
                 running[self.pool.submit(work, group, self.place, save)] = group, time.time()
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 group, since = running.pop(future)
-                self.longest = max(self.longest, time.time() - since)
-                for run, result in zip(group, future.result() or (), strict=False):
-                    done += 1
-                    if save is None:
-                        self.store.add(run, result, self.session)
-                    print(f"[{done}/{sum(map(len, groups))}]", describe(run, result), flush=True)
-        complete = done == sum(map(len, groups))
-        if not complete:
-            print("Out of time; the same command goes on from here.", flush=True)
-        return complete
+                self.latest = time.time() - since
+                done += self._finish(group, future, save)
+                print(f"{len(groups) - done} of {len(groups)} groups of runs to go", flush=True)
+        self.complete = self.complete and done == len(groups)
+
+    def _finish(self, group: list[Run], future: "Future[list[dict[str, Any]] | None]", save: str | None) -> bool:
+        try:
+            results = future.result()
+        except Exception:  # the other runs are worth having
+            traceback.print_exc()
+            self.failed += len(group)
+            return False
+        for run, result in zip(group, results or (), strict=False):
+            if save is None:
+                self.store.add(run, result, self.session)
+            print(describe(run, result), flush=True)
+        return results is not None
 
     def _fits(self) -> bool:
-        return time.time() + 1.1 * self.longest < self.place.deadline
+        return time.time() + 1.2 * self.latest < self.place.deadline
 
 
 def load_text(data: Path | None) -> Text:

@@ -96,7 +96,8 @@ class Copies:
         return each.view_as(targets).mean(dim=1)
 
     def _alone(self, tokens: Tensor) -> Tensor:
-        return self.single(tokens[0]).unsqueeze(0)
+        model = self.single if torch.is_grad_enabled() else self.models[0]  # compiled for one batch size
+        return model(tokens[0]).unsqueeze(0)
 
     def _together(self, tokens: Tensor) -> Tensor:
         def one(params: dict[str, Tensor], own: Tensor) -> Tensor:
