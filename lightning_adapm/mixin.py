@@ -57,7 +57,7 @@ class AdaPMConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 1e-2
-    rank: int | float = 0.05
+    rank: int | float = 0.015
     update_proj_gap: int = 10
     debias: bool = True
     second_moment: str = "elementwise"
@@ -66,7 +66,7 @@ class AdaPMConfig:
     unmatched: str = "error"
     no_decay: Sequence[str] = ()
     state_dtype: torch.dtype | str | None = None
-    clip_threshold: float | None = 3.0
+    clip_threshold: float | None = 1.0
     maximize: bool = False
     warmup_steps: int | float = 0
     schedule: str = "cosine"

@@ -30,8 +30,8 @@ class Direction(NamedTuple):
     scale: float
     scratch: bool
     """The tensors are temporaries, free to be overwritten."""
-    clamped: bool
-    """Entries may be far larger than AdamW's, so ``clip_threshold`` applies."""
+    clamp: float | None
+    """Entries may be far larger than AdamW's, so ``clip_threshold`` times this bounds them; None: they may not."""
 
 
 class Momentum(Protocol):
@@ -55,8 +55,13 @@ class Momentum(Protocol):
 
 @dataclass(frozen=True)
 class NoMomentum:
-    """No first moment: the direction is the gradient."""
+    """No first moment: the direction is the gradient.
 
+    Args:
+        clamp: times ``clip_threshold`` bounds the entries of the update.
+    """
+
+    clamp: float = 1.0
     name: ClassVar[str] = "none"
 
     def due(self, step: int) -> bool:
@@ -66,7 +71,7 @@ class NoMomentum:
         return {}
 
     def direction(self, grads: list[Tensor], states: Sequence[State], step: int) -> Direction:
-        return Direction(grads, 1.0, scratch=False, clamped=True)
+        return Direction(grads, 1.0, scratch=False, clamp=self.clamp)
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ class FullMomentum:
                 for average, grad in zip(averages, grads, strict=True)
             ]
             torch._foreach_copy_(averages, used)
-        return Direction(used, 1 / (1 - self.beta1**step), scratch=used is not averages, clamped=False)
+        return Direction(used, 1 / (1 - self.beta1**step), scratch=used is not averages, clamp=None)
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,7 @@ class LowRankMomentum:
         _store(new_left, [state["exp_avg_l"] for state in states])
         if new_right is not right:
             _store(new_right, [state["exp_avg_r"] for state in states])
-        return Direction(_split(used, grads), 1.0, scratch=True, clamped=True)
+        return Direction(_split(used, grads), 1.0, scratch=True, clamp=1.0)
 
     def _next_basis(self, grad: Tensor, left: Tensor, right: Tensor, states: Sequence[State], step: int) -> Tensor:
         """The basis of this step: ``right`` itself where nothing changes."""

@@ -62,7 +62,7 @@ def momentum_for(piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> M
     policy = piece.role if piece.role in POLICIES else group["momentum"].get(piece.role, "full")
     beta1 = group["betas"][0]
     if policy == "none":
-        return NoMomentum()
+        return NoMomentum(clamp=1 / (1 - beta1) if piece.role == "embedding" else 1.0)
     if policy == "low_rank" and len(shape) >= 2:
         m, n = shape[-2:]
         rank = rank_for(group["rank"], shape)

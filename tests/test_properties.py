@@ -105,7 +105,8 @@ def test_no_gradient_breaks_a_step(group, dtype, rank, gap, second_moment, debia
             assert not torch.as_tensor(value).isnan().any(), (kind, key)
         if not any(key.rpartition(".")[2] == "exp_avg" for key in state):
             rounding = torch.finfo(dtype).eps * before.abs().max() * 2
-            assert (weight.double() - before).abs().max() <= lr * clip * (1 + 1e-6) + rounding
+            bound = lr * clip * (10 if group.get("role") == "embedding" and policy in (None, "none") else 1)
+            assert (weight.double() - before).abs().max() <= bound * (1 + 1e-6) + rounding
         for key in (key for key in state if key.endswith("exp_avg_r")):
             basis = state[key].double()
             gram = basis @ basis.mT

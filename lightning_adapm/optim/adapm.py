@@ -59,7 +59,9 @@ class AdaPM(Optimizer):
         state_dtype: dtype of momentum and factors; default float32 (float64 for float64 parameters). The second moment
             is never kept below float32.
         clip_threshold: bound on each entry of the update in units of ``lr``, where the momentum is not full: a low-rank
-            average mixes columns, so that entries can exceed AdamW's by orders of magnitude. None: no bound.
+            average mixes columns, so that entries can exceed AdamW's by orders of magnitude. Embeddings without
+            momentum have ``1 / (1 - beta1)`` times that bound: the one step of a rare token is all of its update,
+            which AdamW spreads over as many. None: no bound.
         maximize: maximise the objective.
 
     Raises:
@@ -84,7 +86,7 @@ class AdaPM(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        rank: int | float = 0.05,
+        rank: int | float = 0.015,
         update_proj_gap: int = 10,
         debias: bool = True,
         second_moment: str = "elementwise",
@@ -93,7 +95,7 @@ class AdaPM(Optimizer):
         unmatched: str = "error",
         no_decay: Iterable[str] = (),
         state_dtype: torch.dtype | str | None = None,
-        clip_threshold: float | None = 3.0,
+        clip_threshold: float | None = 1.0,
         maximize: bool = False,
     ) -> None:
         options.check_caller()
@@ -222,8 +224,9 @@ class AdaPM(Optimizer):
         direction = momentum.direction(grads, states, step)
         if decay:
             torch._foreach_mul_(params, 1 - lr * decay)
-        divisors, scale = denominators.settle(as_adamw=not direction.clamped)
-        clip = group["clip_threshold"] if direction.clamped else None
+        divisors, scale = denominators.settle(as_adamw=direction.clamp is None)
+        clip = group["clip_threshold"]
+        clip = None if clip is None or direction.clamp is None else clip * direction.clamp
         if self.observer is not None:
             for task, used, divisor in zip(tasks, direction.tensors, divisors, strict=True):
                 used = used * direction.scale
