@@ -181,7 +181,8 @@ def report(name: str, study: Study, store: Store) -> None:
         if not table:
             continue
         page += [f"## {text}", "", *losses_table(table), ""]
-        page += ["Bold: each row's best learning rate. There:", "", *best_table(study, table), ""]
+        page += ["Bold: each row's best learning rate, chosen on the same seeds for every row. There:", ""]
+        page += [*best_table(study, table), ""]
         page += [f"Stable: no seed diverged and the mean is within {STABLE} of the row's best.", ""]
         image = store.path.with_name(f"{name}{index or ''}.svg")
         if plot(table, image) or image.exists():

@@ -1,5 +1,6 @@
 """Results on disk: one JSON file per study, a line per run, which other studies read as well."""
 
+import hashlib
 import json
 import os
 import platform
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+import lightning_adapm
 from benchmarks.training import Run
 
 
@@ -80,5 +82,8 @@ def hardware(device: str) -> str:
 
 
 def versions() -> str:
-    """Of what the results depend on."""
-    return f"Python {platform.python_version()}, torch {torch.__version__}"
+    """Of what the results depend on; of this package also a digest of its sources, which change between versions."""
+    folder = Path(lightning_adapm.__file__).parent
+    sources = b"".join(file.read_bytes() for file in sorted((*folder.glob("*.py"), *folder.glob("optim/*.py"))))
+    digest = hashlib.sha256(sources).hexdigest()[:8]
+    return f"Python {platform.python_version()}, torch {torch.__version__}, lightning-adapm sources {digest}"

@@ -43,6 +43,16 @@ def test_seeds_that_train_side_by_side_train_as_alone(text, setting, kind):
     assert len({round(result["val_loss"], 6) for result in alone}) == 3
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("setting", [TINY, TINY_LLAMA])
+@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
+def test_a_recorded_graph_trains_as_the_cpu_does(text, setting, seeds):
+    runs = runs_of(setting, seeds)
+    for a, b in zip(train(runs, text, Device("cuda")), train(runs, text, CPU), strict=True):
+        assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-3)
+
+
 def test_a_run_is_stopped_by_its_deadline_and_marked_where_it_diverges(text):
     assert train(runs_of(TINY, [0]), text, CPU, deadline=time.time() - 1) is None
     (diverged,) = train(runs_of(TINY, [0], "AdamW", lr=1e20), text, CPU)
