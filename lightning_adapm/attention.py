@@ -1,5 +1,6 @@
 """Attention structure: head counts, and which rows of a fused weight are query, key and value."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,8 @@ INTERLEAVED: tuple[tuple[str, str], ...] = (
 )
 CONTIGUOUS_AFTER_ALL: tuple[tuple[str, str], ...] = (("query_key_value", "GLM"),)
 CODEGEN_PARTITIONS = 4  # CodeGen's qkv_proj: (query, value, key) in each of four partitions
+
+GATE_UP = r"gate_up(_proj)?|gate_and_up_proj"  # an MLP's gate and up projections, one after the other: Phi-3, GLM
 
 # Modules whose weights have outputs as columns, beside those that shapes tell.
 TRANSPOSED = ("Conv1D", "AriaGroupedExpertsGemm")
@@ -71,6 +74,9 @@ def cut(item: Named, role: str, stated: Heads = Heads()) -> tuple[Piece, ...]:
         return _cut_kv(item, heads)
     if role in FUSED:
         return _cut_qkv(item, heads)
+    if role == "mlp" and item.param.dim() == 2 and re.fullmatch(GATE_UP, item.child):
+        half = item.param.shape[0] // 2
+        return (Piece(role, 0, half, part="gate"), Piece(role, half, 2 * half, part="up"))
     dim = item.param.dim()
     count = heads.n_head if role == "query" else (heads.n_query_groups or heads.n_head) if role == "key" else None
     if count and dim == 2 and role == "key" and not heads.n_query_groups and "query" in _roles_beside(item):

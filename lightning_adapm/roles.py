@@ -37,7 +37,8 @@ class Piece:
     ``heads`` is how many equal row blocks it consists of, for Adam-mini's second moment, where that is known; ``flat``
     says that all dimensions but the first are one (a convolution), where a third dimension is else a stack of matrices;
     ``transposed`` says that outputs are columns (Hugging Face's ``Conv1D``); ``dim`` is how many dimensions the
-    parameter had when its role was found; ``block`` is the number of the transformer block around it, 0 outside.
+    parameter had when its role was found; ``block`` is the number of the transformer block around it, 0 outside;
+    ``part`` is its name where several pieces have one role (a fused gate and up projection).
     """
 
     role: str
@@ -49,6 +50,7 @@ class Piece:
     transposed: bool = False
     dim: int = 2
     block: int = 0
+    part: str = ""
 
     @property
     def whole(self) -> bool:
@@ -57,7 +59,7 @@ class Piece:
     @property
     def prefix(self) -> str:
         """Of this piece's keys in the optimizer's state."""
-        return "" if self.whole else f"{self.role}."
+        return "" if self.whole else f"{self.part or self.role}."
 
     def view(self, tensor: Tensor) -> Tensor:
         """This piece of a tensor of the parameter's shape; shares memory with it."""
@@ -129,6 +131,12 @@ class Named:
         return held or bool(re.search(rules.ATTENTION, inner))
 
     @property
+    def in_adapter(self) -> bool:
+        """What peft adds to a layer; not the layer itself."""
+        bases = {base.__name__ for module in self.around[:3] for base in type(module).__mro__}
+        return "BaseTunerLayer" in bases and ".base_layer." not in self.name
+
+    @property
     def in_mixer(self) -> bool:
         """In a recurrent or state-space mixer."""
         if any(isinstance(user, nn.RNNBase) for user in self.users):
@@ -172,6 +180,8 @@ def find_role(item: Named, taught: Mapping[str, str] | None = None) -> tuple[str
 
 def _by_type(item: Named) -> tuple[str | None, str] | None:
     stem, kinds = item.path.lower(), [type(user).__name__ for user in item.users]
+    if item.in_adapter:
+        return "adapter", "held by an adapter"
     if re.search(rules.ADAPTER, stem):
         return "adapter", "name"
     if any(isinstance(user, nn.Embedding) for user in item.users):

@@ -27,7 +27,10 @@ CHILD_RULES: tuple[tuple[str, str], ...] = (
 OUTPUT_ONLY = r"w?_?o|o_?(proj|lin|net)|out_?(proj|lin)|to_out|attn_out|attention_out"
 
 # Searched in the name, for what is found before any structure.
-ADAPTER = r"lora_|(^|\.|_)adapter|gating_factor|prompt_(encoder|embeddings)|(^|\.)ia3_|prefix_"
+ADAPTER = (
+    r"lora_|vera_|hada_|lokr_|oft_|hra_|(^|\.)ia3_|adaption_|trainable_tokens|gating_factor|adapter_(wte|scale|bias|down|up)"
+    r"|(^|[._])adapters?\.(\w+\.)*\w*(down|up)|prompt_encoder\.\w+\.(embedding|transform|mlp_head|lstm_head)"
+)
 BIASES = r"bias(es)?(_table)?$|(^|[._])bias_[a-z]$"
 
 # Recurrent and state-space mixers: AdaPM's table has nothing for them. By name and by the class of a module around.
