@@ -26,7 +26,7 @@ N_QUERY_GROUPS = (
 INTERLEAVED: tuple[tuple[str, str], ...] = (
     ("query_key_value", ""),  # GPT-NeoX, Bloom, Falcon, Persimmon
     ("attn", ""),  # litgpt before 0.5.3
-    ("in_proj", "Deberta"),
+    ("in_proj", "Disentangled"),  # DeBERTa
     ("c_attn", "GPTBigCode"),
     ("wqkv", "InternLM2"),
 )

@@ -161,7 +161,7 @@ def is_attention(children: Iterable[str]) -> bool:
     """Whether matrices of these names, lying beside each other, are those of an attention module."""
     roles = {child_role(child) for child in children}
     if "query" in roles:
-        return bool(roles & {"key", "value", "kv"})
+        return bool(roles & {"key", "value", "kv", "qkv"})
     return "qkv" in roles or {"key", "value", "attn_out"} <= roles  # the latter ask with a learned vector
 
 

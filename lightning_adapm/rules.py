@@ -12,8 +12,8 @@ CHILD_RULES: tuple[tuple[str, str], ...] = (
     ("qkv", r"w?_?qkv(_?proj|_linear|_net)?|c_attn|att_proj|query_key_value|w_pack|to_qkv|mixed_qkv|in_proj_weight"),
     ("query", rf"{_BEFORE}(q|query|query_key){_AFTER}"),  # query_key: Reformer's, shared by both
     ("key", rf"{_BEFORE}(k|key){_AFTER}"),
-    # what relative positions are compared by: DeBERTa, Conformer, Transformer-XL, XLNet, Funnel
-    ("key", r"pos_proj|linear_pos|relative_k_proj|r|r_net|r_kernel"),
+    # what relative positions are compared by: Conformer, Transformer-XL, XLNet, Funnel
+    ("key", r"linear_pos|relative_k_proj|r|r_net|r_kernel"),
     ("value", rf"{_BEFORE}(v|value){_AFTER}"),
     ("kv", r"w?_?kv(_proj|_linear)?|to_kv|key_value|c_enc_kv|w?kv_[ab](_proj)?(_with_mqa)?"),
     (
@@ -55,12 +55,14 @@ NAME_RULES: tuple[tuple[str | None, str], ...] = (
     ("attn_out", r"attention\.experts\.output_linear$"),
     (None, rf"{_ATTENTION}(\w+\.)*experts\."),
     ("kv", rf"{_ATTENTION}kv_proj$"),
+    ("key", rf"{_ATTENTION}(\w+\.)*pos_(key_)?proj$"),  # DeBERTa's and Gemma 3n's relative positions
+    ("query", rf"{_ATTENTION}(\w+\.)*pos_q(uery)?_proj$"),
     ("qkv", rf"{_ATTENTION}(attn|(self\.)?in_proj)$"),
     (
         "attn_out",
         rf"{_ATTENTION}(((\w+_)?output|module)\.)*(o|w_?o|o_?proj|out_?proj|out_?lin|proj|c_proj|dense|to_out|output)$",
     ),
-    ("mlp", rf"{_ATTENTION}(self\.)?sr$"),  # what shrinks images before keys and values: PVT, SegFormer
+    ("mlp", rf"{_ATTENTION}(self\.)?(sr|(sequence|spatial)_reduction)$"),  # what shrinks images before keys and values: PVT, SegFormer
     (
         "mlp",
         r"(^|\.|_)(mlps?|ffns?|ff|feed_?forward|feed_forward_\w+|densereludense|moe|block_sparse_moe|experts?)(\.|_|$|\d)",

@@ -41,96 +41,97 @@ def is_a(node, names):
 
 
 class Graph:
-    def __init__(self, roots):
-        self.nodes, stack = {}, [tensor.grad_fn for tensor in roots]
+    """The autograd graph behind some results. An edge is a node and the number of one of its outputs."""
+
+    def __init__(self, results):
+        self.edges, stack = {}, [tensor.grad_fn for tensor in results]
         while stack:
             node = stack.pop()
-            if node is not None and node not in self.nodes:
-                self.nodes[node] = [n for n, _ in node.next_functions if n is not None]
-                stack.extend(self.nodes[node])
-        self.weights = {node: self._split(node) for node in self.nodes if is_a(node, PRODUCTS)}
+            if node is not None and node not in self.edges:
+                self.edges[node] = [edge for edge in node.next_functions if edge[0] is not None]
+                stack.extend(behind for behind, _ in self.edges[node])
+        self.products = {node: self._operands(node) for node in self.edges if is_a(node, PRODUCTS)}
+        self.attentions = {node: scores for node in self.edges if (scores := self._scores(node))}
 
-    def _split(self, node):
-        """The matrix that a product multiplies with (None: both are activations), and its other operands."""
+    def _operands(self, node):
+        """The matrix parameter that a product multiplies with (None where there is none), and its other operands."""
         weight, rest = None, []
-        for operand in self.nodes[node]:
-            end = operand
-            while is_a(end, VIEWS) and self.nodes[end]:
-                end = self.nodes[end][0]
-            if end.name().startswith("torch::autograd::AccumulateGrad"):
-                if end.variable.dim() >= 2:
-                    weight = end.variable
-            else:
-                rest.append(operand)
+        for edge in self.edges[node]:
+            end = edge[0]
+            while is_a(end, VIEWS) and self.edges[end]:
+                end = self.edges[end][0][0]
+            if not is_a(end, ("torch::autograd::AccumulateGrad",)):
+                rest.append(edge)
+            elif end.variable.dim() >= 2:
+                weight = end.variable
         return weight, rest
 
-    def back(self, start):
-        """What lies behind ``start``, up to the first product with a weight: those products and all nodes passed."""
-        found, passed, stack = [], set(), [start]
+    def _scores(self, node):
+        """The products of two activations that a softmax is taken of; empty where there is none."""
+        if "Softmax" not in node.name():
+            return []
+        reached = self._reach([behind for behind, _ in self.edges[node]], lambda n: n in self.products)
+        return [n for n in reached if n in self.products and self.products[n][0] is None]
+
+    def _reach(self, start, stop):
+        """All nodes behind ``start``, those where ``stop`` says so without what is behind them."""
+        reached, stack = set(), list(start)
         while stack:
             node = stack.pop()
-            if node in passed:
-                continue
-            passed.add(node)
-            if self.weights.get(node, (None,))[0] is not None:
-                found.append(self.weights[node][0])
-            else:
-                stack.extend(self.nodes[node])
-        return found, passed
+            if node not in reached:
+                reached.add(node)
+                if not stop(node):
+                    stack.extend(behind for behind, _ in self.edges[node])
+        return reached
+
+    def _weighted(self, node):
+        return node in self.products and self.products[node][0] is not None
+
+    def weights(self, edge):
+        """The nearest matrices behind an edge."""
+        return [self.products[n][0] for n in self._reach([edge[0]], self._weighted) if self._weighted(n)]
+
+    def operands(self):
+        """Every operand of an attention: its role and its edge."""
+        for score in {score for scores in self.attentions.values() for score in scores}:
+            yield from zip(("query", "key"), self.products[score][1][-2:], strict=False)
+        for weight, operands in self.products.values():
+            for edge in operands if weight is None else ():
+                if self.attentions.keys() & self._reach([edge[0]], lambda n: n in self.products):
+                    yield from (("value", other) for other in operands if other is not edge)
+
+    def outputs(self):
+        """The weights that multiply an attention's result."""
+        for weight, operands in self.products.values():
+            if weight is not None and operands:
+                if self.attentions.keys() & self._reach([operands[-1][0]], self._weighted):
+                    yield weight
 
 
-def observed_roles(roots):
-    """For each weight of an attention the roles it was seen in."""
-    graph, seen = Graph(roots), defaultdict(set)
-    attentions = {}
-    for node in graph.nodes:
-        if "Softmax" not in node.name():
-            continue
-        _, passed = graph.back(node)
-        scores = [p for p in passed if graph.weights.get(p, (0,))[0] is None and _nearest_product(graph, node, p)]
-        if scores:
-            attentions[node] = scores
-    for scores in attentions.values():
-        for product in scores:
-            operands = graph.weights[product][1][-2:]
-            for role, operand in zip(("query", "key"), operands, strict=False):
-                for weight in graph.back(operand)[0]:
-                    seen[weight].add(role)
-    for node, (weight, rest) in graph.weights.items():
-        if weight is None:
-            for index, operand in enumerate(rest):
-                if attentions.keys() & _same_tensor(graph, operand):
-                    for value in (other for at, operands in enumerate(rest) if at != index for other in graph.back(operands)[0]):
-                        seen[value].add("value")
-        elif rest and attentions.keys() & graph.back(rest[-1])[1]:
-            seen[weight].add("attn_out")
+def observed_roles(results):
+    """For each weight of an attention the roles that it was seen in."""
+    graph, seen = Graph(results), defaultdict(set)
+    for role, edge in graph.operands():
+        for weight in graph.weights(edge):
+            seen[weight].add(role)
+    for weight in graph.outputs():
+        seen[weight].add("attn_out")
     return seen
 
 
-def _nearest_product(graph, softmax, product):
-    """Whether ``product`` of two activations is the first behind the softmax."""
-    stack, passed = list(graph.nodes[softmax]), set()
-    while stack:
-        node = stack.pop()
-        if node is product:
-            return True
-        if node in passed or node in graph.weights:
+def observed_rows(results, weight, axis=0):
+    """Which rows (of ``axis``) of a weight the queries, the keys and the values are made of, by their derivatives."""
+    graph, rows = Graph(results), {}
+    for role, (node, number) in graph.operands():
+        if not any(weight is found for found in graph.weights((node, number))):
             continue
-        passed.add(node)
-        stack.extend(graph.nodes[node])
-    return False
-
-
-def _same_tensor(graph, start):
-    """Nodes behind ``start`` up to the next product."""
-    stack, passed = [start], set()
-    while stack:
-        node = stack.pop()
-        if node not in passed:
-            passed.add(node)
-            if node not in graph.weights:
-                stack.extend(graph.nodes[node])
-    return passed
+        shape = node._input_metadata[number].shape
+        edge = torch.autograd.graph.GradientEdge(node, number)
+        (grad,) = torch.autograd.grad([edge], [weight], [torch.randn(*shape, dtype=weight.dtype)], retain_graph=True)
+        found = grad.flatten(1).abs().sum(1 - axis).nonzero().flatten()
+        assert role not in rows or rows[role].equal(found)
+        rows[role] = found
+    return rows
 
 
 def made_up_inputs(model, images):
