@@ -29,6 +29,7 @@ INTERLEAVED: tuple[tuple[str, str], ...] = (
     ("in_proj", "Disentangled"),  # DeBERTa
     ("c_attn", "GPTBigCode"),
     ("wqkv", "InternLM2"),
+    ("qkv_proj", "MiniMaxLightning"),
 )
 CONTIGUOUS_AFTER_ALL: tuple[tuple[str, str], ...] = (("query_key_value", "GLM"),)
 CODEGEN_PARTITIONS = 4  # CodeGen's qkv_proj: (query, value, key) in each of four partitions
@@ -180,7 +181,7 @@ def _cut_kv(item: Named, heads: Heads) -> tuple[Piece, ...]:
     holders = (module, getattr(module, "config", None))
     nope, head = _first(holders, ("qk_nope_head_dim",)), _first(holders, ("v_head_dim",))
     rope = _first(holders, ("qk_rope_head_dim",))
-    if "_a" in item.child:
+    if "kv_a" in item.child:
         # The latent that keys and values are made from, then the one rotary key that all heads share.
         if rope is None or rope >= total:
             raise ValueError(_unknown_rows(item, heads))
@@ -191,7 +192,7 @@ def _cut_kv(item: Named, heads: Heads) -> tuple[Piece, ...]:
     if nope and head and total % (nope + head) == 0:
         groups = total // (nope + head)
         return _in_groups(groups, {"key": (groups * nope, groups), "value": (groups * head, None)}, item)
-    if total % 2 or "_b" in item.child:
+    if total % 2 or "kv_b" in item.child:
         raise ValueError(_unknown_rows(item, heads))
     return _in_groups(1, {"key": (total // 2, groups), "value": (total // 2, None)}, item)
 

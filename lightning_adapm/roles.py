@@ -215,6 +215,8 @@ def _by_name(item: Named) -> tuple[str | None, str] | None:
     if (role := _named_role(stem)) != UNMATCHED:
         return role, "name"
     if item.in_attention:
+        if (role := child_role(item.child)) in ("query", "key", "value"):  # without the others beside it
+            return role, "name"
         return None, "in an attention module, of an unknown name"
     for role, pattern in rules.NAME_RULES_OUTSIDE:
         if re.search(pattern, stem):

@@ -60,7 +60,7 @@ NAME_RULES: tuple[tuple[str | None, str], ...] = (
     ("qkv", rf"{_ATTENTION}(attn|(self\.)?in_proj)$"),
     (
         "attn_out",
-        rf"{_ATTENTION}(((\w+_)?output|module)\.)*(o|w_?o|o_?proj|out_?proj|out_?lin|proj|c_proj|dense|to_out|output)$",
+        rf"{_ATTENTION}(((\w+_)?output|module)\.)*(o|w_?o|o_?proj|out_?lin|out(put)?_?proj|proj|c_proj|dense|to_out|output)$",
     ),
     ("mlp", rf"{_ATTENTION}(self\.)?(sr|(sequence|spatial)_reduction)$"),  # what shrinks images before keys and values: PVT, SegFormer
     (

@@ -178,7 +178,6 @@ def examine(model, look=True):
         optimizer = assign(model)
     except ValueError as error:
         result.outcome, result.names = "refused", refused_names(str(error))
-        optimizer = AdaPM(model.parameters(), unmatched="full")
         for taught in TEACHINGS:
             try:
                 optimizer = assign(model, roles=taught)
@@ -186,11 +185,17 @@ def examine(model, look=True):
                 continue
             result.outcome, result.taught = "taught", taught
             break
+        else:
+            try:
+                optimizer = AdaPM(model.parameters(), unmatched="full")
+            except ValueError:  # rows that cannot be told apart
+                return result
     check(model, optimizer, result, look)
     return result
 
 
 def refused_names(message):
+    """The parameters that an error of AdaPM names."""
     names = re.findall(r"^  (\S+)  \(.*\)$", message, re.MULTILINE) or [message.partition(" of shape")[0]]
     return list(dict.fromkeys(re.sub(r"\d+", "N", name) for name in names))
 

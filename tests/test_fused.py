@@ -100,6 +100,15 @@ class Encoder(nn.Module):
         return self.head(x)
 
 
+class CrossAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = causal("GPT2LMHeadModel", add_cross_attention=True, **GPT2)()
+
+    def forward(self, tokens):
+        return self.model(tokens, encoder_hidden_states=self.model.transformer.wte(tokens))
+
+
 def litgpt_model():
     fields = {"n_layer": 2, "n_head": 4, "n_query_groups": 2, "n_embd": WIDTH, "head_size": 12, "block_size": 16}
     return litgpt.GPT(litgpt.Config(**fields, padded_vocab_size=VOCAB))
@@ -115,6 +124,7 @@ LATENT = decoder(
 # name: how to make it, the fused weight's name, heads of queries and of keys
 LAYOUTS = {
     "GPT-2": (causal("GPT2LMHeadModel", **GPT2), "c_attn", 4, 4),
+    "GPT-2, across": (CrossAttention, "crossattention.c_attn", 4, 4),
     "GPT-NeoX": (causal("GPTNeoXForCausalLM", **decoder()), "query_key_value", 4, 4),
     "BLOOM": (causal("BloomForCausalLM", hidden_size=WIDTH, n_layer=2, n_head=4), "query_key_value", 4, 4),
     "Falcon, one key": (causal("FalconForCausalLM", multi_query=True, **FALCON), "query_key_value", 4, 1),
