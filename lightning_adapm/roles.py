@@ -1,10 +1,10 @@
 """Roles: what a parameter is in the transformer.
 
 Found by module type first (an ``nn.Embedding``'s weight is an embedding, whatever its name), then by attention
-structure (projections that lie beside each other), then by name; the tables are in :mod:`lightning_adapm.rules`. A linear
-layer of a transformer that is neither in an attention module nor in a recurrent mixer is an MLP's: projections between
-widths, poolers, connectors. A matrix that nothing matches is reported, never guessed. Which rows of a fused weight are
-whose is the business of :mod:`lightning_adapm.attention`.
+structure (projections that lie beside each other), then by name; the tables are in :mod:`lightning_adapm.rules`. A
+linear layer of a transformer that is neither in an attention module nor in a recurrent mixer is an MLP's: projections
+between widths, poolers, connectors. A matrix that nothing matches is reported, never guessed. Which rows of a fused
+weight are whose is the business of :mod:`lightning_adapm.attention`.
 """
 
 import re
@@ -28,6 +28,7 @@ _WRAPPERS = re.compile(
     r"(^|(?<=\.))(_forward_module|_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer"
     r"|original_module|modules_to_save\.\w+)\."
 )
+
 
 @dataclass(frozen=True)
 class Piece:

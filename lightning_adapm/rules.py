@@ -62,7 +62,8 @@ NAME_RULES: tuple[tuple[str | None, str], ...] = (
         "attn_out",
         rf"{_ATTENTION}(((\w+_)?output|module)\.)*(o|w_?o|o_?proj|out_?lin|out(put)?_?proj|proj|c_proj|dense|to_out|output)$",
     ),
-    ("mlp", rf"{_ATTENTION}(self\.)?(sr|(sequence|spatial)_reduction)$"),  # what shrinks images before keys and values: PVT, SegFormer
+    # what shrinks an image before its keys and values: PVT, SegFormer
+    ("mlp", rf"{_ATTENTION}(self\.)?(sr|(sequence|spatial)_reduction)$"),
     (
         "mlp",
         r"(^|\.|_)(mlps?|ffns?|ff|feed_?forward|feed_forward_\w+|densereludense|moe|block_sparse_moe|experts?)(\.|_|$|\d)",

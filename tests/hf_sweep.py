@@ -20,7 +20,9 @@ from transformers.models.auto import configuration_auto, modeling_auto
 
 from lightning_adapm import AdaPM
 
-LAYERS = r"(num_(hidden_|encoder_|decoder_)?layers|n_layers?|(encoder|decoder)_(num_(hidden_)?)?layers|depth|num_blocks)$"
+LAYERS = (
+    r"(num_(hidden_|encoder_|decoder_)?layers|n_layers?|(encoder|decoder)_(num_(hidden_)?)?layers|depth|num_blocks)$"
+)
 EXPERTS = r"(num_experts|num_local_experts|n_routed_experts|moe_num_experts)$"
 ROPE = {"rope_scaling": {"rope_type": "default", "mrope_section": [8, 4, 4]}}
 
@@ -76,6 +78,7 @@ def composite(kind):
 MIXERS = {r"\.(mamba|mixer|mlstm_layer|linear_attn|temporal_block|mega_layer)\.": "full"}
 CONVOLUTIONS = {r"conv|\.parametrizations\.": "full"}
 TEACHINGS = (
+    {r"post_attention\.conv1d": "attn_out"},
     MIXERS,
     CONVOLUTIONS,
     CONVOLUTIONS | {r"gru_rel_pos_linear|project_q|label_embeddings_concat": "full"},
@@ -86,7 +89,6 @@ TEACHINGS = (
     {r"relative_pos_embeddings": "query"},
     {r"cluster_weight": "lm_head"},
     {r"subsampling\.layers": "full"},
-    {r"post_attention\.conv1d": "attn_out"},
     {r"embeddings\.projection|output\.dense|transform\.dense|seq_relationship": "mlp"},
 )
 

@@ -103,9 +103,9 @@ class Graph:
     def outputs(self):
         """The weights that multiply an attention's result."""
         for weight, operands in self.products.values():
-            if weight is not None and operands:
-                if self.attentions.keys() & self._reach([operands[-1][0]], self._weighted):
-                    yield weight
+            data = [edge[0] for edge in operands[-1:]]
+            if weight is not None and self.attentions.keys() & self._reach(data, self._weighted):
+                yield weight
 
 
 def observed_roles(results):

@@ -12,14 +12,15 @@ import litgpt
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from models import relative_difference
 from observed import Keep, observed_rows
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers.pytorch_utils import Conv1D
 
 from lightning_adapm import AdaPM
+
+transformers = pytest.importorskip("transformers")
+Conv1D = transformers.pytorch_utils.Conv1D
 
 VOCAB, WIDTH = 48, 32
 
@@ -151,7 +152,8 @@ LAYOUTS = {
     "nn.MultiheadAttention": (Encoder, "in_proj_weight", 4, 4),
     "DeepSeek-V3, latent to keys and values": (causal("DeepseekV3ForCausalLM", **LATENT), "kv_b_proj", 4, 4),
     "JetMoE": (
-        causal("JetMoeForCausalLM", **decoder(num_key_value_heads=2, kv_channels=8, num_local_experts=2)), "kv_proj", 4, 2
+        causal("JetMoeForCausalLM", **decoder(num_key_value_heads=2, kv_channels=8, num_local_experts=2)),
+        "kv_proj", 4, 2,
     ),
 }  # fmt: skip
 
@@ -257,8 +259,11 @@ def test_rows_and_heads_are_those_of_the_forward(layout):
         assert {piece.role: piece.heads for piece in pieces} == {role: heads[role] for role in ours}
 
 
-@pytest.mark.parametrize("second_moment", ["elementwise", "block"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "second_moment"),
+    [(layout, kind) for layout in LAYOUTS for kind in ("elementwise", "block")]
+    + [(layout, "factored") for layout in ("GPT-2", "GPT-NeoX", "litgpt")],
+)
 def test_training_fused_is_training_separate(layout, second_moment):
     model, names, _ = made(layout)
     axis = int(any(isinstance(module, Conv1D) for module in model.modules()))
@@ -283,4 +288,3 @@ def test_training_fused_is_training_separate(layout, second_moment):
     others = dict(twin.named_parameters())
     differences = {n: relative_difference(p, others[n]) for n, p in model.named_parameters() if n in others}
     assert max(differences.values()) < 1e-8, differences
-

@@ -6,9 +6,9 @@ import pytest
 
 pytest.importorskip("transformers")
 
-import hf_sweep  # noqa: E402
+import hf_sweep
 
-from lightning_adapm import AdaPM  # noqa: E402
+from lightning_adapm import AdaPM
 
 CLASSES = hf_sweep.model_classes()
 
@@ -119,3 +119,14 @@ def test_gate_and_up_are_two_weights():
     gate, up = pieces["model.layers.N.mlp.gate_up_proj.weight"]
     assert (gate.role, gate.prefix, up.role, up.prefix) == ("mlp", "gate.", "mlp", "up.")
     assert (gate.start, gate.stop, up.start, up.stop) == (0, 8192, 8192, 16384)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_class_and_the_page_that_lists_them():
+    """The page is written by ``python tests/architectures.py``."""
+    import architectures
+
+    results = hf_sweep.sweep()
+    assert {name: result.wrong for name, result in results.items() if result.wrong} == {}
+    assert architectures.PAGE.read_text(encoding="utf-8") == architectures.page(results)
