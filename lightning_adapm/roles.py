@@ -95,6 +95,10 @@ class Named:
     """Some attention module was found."""
     block_path: str | None = None
     """Of the transformer block that it is in."""
+    output_found: bool = False
+    """The attention of its block has its output projection beside it."""
+    holds_attention: bool = False
+    """An attention module lies inside the module that it is in."""
     in_stem: bool = False
     """In a module that holds transformer blocks, beside them."""
     is_head: bool = False
@@ -216,7 +220,8 @@ def _by_name(item: Named) -> tuple[str | None, str] | None:
     if (role := _named_role(stem)) != UNMATCHED:
         return role, "name"
     if item.in_attention:
-        if (role := child_role(item.child)) in ("query", "key", "value"):  # without the others beside it
+        role = child_role(item.child)
+        if role in ("query", "key", "value") or (role == "attn_out" and item.holds_attention):
             return role, "name"
         return None, "in an attention module, of an unknown name"
     for role, pattern in rules.NAME_RULES_OUTSIDE:
@@ -238,7 +243,7 @@ def _by_place(item: Named) -> tuple[str | None, str] | None:
     if is_attention(item.beside):
         return None, "beside an attention's projections, of an unknown name"
     role = child_role(item.child)
-    if role not in (None, "attn_out") or re.fullmatch(rules.OUTPUT_ONLY, item.child):
+    if role not in (None, "attn_out") or (re.fullmatch(rules.OUTPUT_ONLY, item.child) and not item.output_found):
         return None, "called as in attention, but not found in one"
     if item.block_path is not None:
         return "mlp", "in a transformer block, outside its attention"
@@ -281,14 +286,24 @@ def link(items: Iterable[Named]) -> None:
             embeddings.add(item.param.shape)
     attentions = [path for path, children in modules.items() if is_attention(children)]
     attentions += [item.parent for item in items if _named_role(item.path.lower()) in FUSED]
-    blocks = {match.group() for path in attentions if (match := re.match(r".*\.\d+(?=\.|$)|^\d+(?=\.|$)", path))}
+    blocks = {block for path in attentions if (block := _block_around(path))}
+    complete = {_block_around(path) for path in attentions if "attn_out" in map(child_role, modules.get(path, ()))}
+    inside = {prefix for path in attentions for prefix in _prefixes(path)}
     stems = {prefix for block in blocks for prefix in ("", *_prefixes(block))}
     for item in items:
         item.beside = modules.get(item.parent, {})
         item.in_transformer = bool(attentions)
         item.block_path = max(_prefixes(item.path) & blocks, key=len, default=None)
+        item.output_found = item.block_path in complete
+        item.holds_attention = item.parent in inside
         item.in_stem = item.parent in stems
         item.is_head = item.param.dim() == 2 and item.block_path is None and item.param.shape in embeddings
+
+
+def _block_around(path: str) -> str | None:
+    """Of an attention: up to the last number in its path."""
+    match = re.match(r"(.*\.)?\d+(?=\.|$)", path)
+    return match.group() if match else None
 
 
 def _prefixes(path: str) -> set[str]:

@@ -10,21 +10,21 @@ _AFTER = r"(?:_?(?:proj|project|projection|lin|linear|layer|head|net|global|attn
 # Full matches of a projection's own name, for weights that lie beside each other in one attention module.
 CHILD_RULES: tuple[tuple[str, str], ...] = (
     ("qkv", r"w?_?qkv(_?proj|_linear|_net)?|c_attn|att_proj|query_key_value|w_pack|to_qkv|mixed_qkv|in_proj_weight"),
-    ("query", rf"{_BEFORE}(q|query|query_key){_AFTER}"),  # query_key: Reformer's, shared by both
-    ("key", rf"{_BEFORE}(k|key){_AFTER}"),
+    ("query", rf"{_BEFORE}(q|quer(y|ies)|query_key){_AFTER}"),  # query_key: Reformer's, shared by both
+    ("key", rf"{_BEFORE}(k|keys?){_AFTER}"),
     # what relative positions are compared by: Conformer, Transformer-XL, XLNet, Funnel
     ("key", r"linear_pos|relative_k_proj|r|r_net|r_kernel"),
-    ("value", rf"{_BEFORE}(v|value){_AFTER}"),
+    ("value", rf"{_BEFORE}(v|values?){_AFTER}"),
     ("kv", r"w?_?kv(_proj|_linear)?|to_kv|key_value|c_enc_kv|w?kv_[ab](_proj)?(_with_mqa)?"),
     (
         "attn_out",
-        r"w?_?o|o_?(proj|lin|net)|out_?(proj|lin|linear)|(linear|to|attention|attn)_out|out|output(_proj)?|wo"
+        r"(w|fc)?_?o|o_?(proj|lin|net)|out_?(proj|lin|linear)|(linear|to|fc|attention|attn)_out|out|output(_proj)?"
         r"|proj|c_proj|post|post_proj|projection(_layer)?|dense|linear|final_linear",
     ),
 )
 
 # Of those, names that a layer outside any attention is hardly given.
-OUTPUT_ONLY = r"w?_?o|o_?(proj|lin|net)|out_?(proj|lin)|to_out|attn_out|attention_out"
+OUTPUT_ONLY = r"(w|fc)?_?o|o_?(proj|lin|net)|out_?(proj|lin)|to_out|attn_out|attention_out"
 
 # Searched in the name, for what is found before any structure.
 ADAPTER = (

@@ -26,7 +26,7 @@ lists for its Auto classes, in its default configuration with fewer layers, on t
 {counts}
 
 - **Right by rule**: `AdaPM(model.parameters())` works, with elementwise and block second moments. Embeddings and norms
-  are compared with the modules' types. Of the model types marked * a forward was run as well, as far as one runs without
+  are compared with the modules' types. Of the model types marked * a forward was run as well, as far as it runs without
   data, and every query, key, value and attention output in it was what the rules say: what goes into the softmax, what
   it weighs, and what comes next.
 - **Taught**: some matrices have no role in AdaPM's table (state-space and recurrent mixers, convolutions that are not
