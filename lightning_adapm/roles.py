@@ -215,7 +215,7 @@ def _by_structure(item: Named) -> tuple[str | None, str] | None:
 
 def _by_name(item: Named) -> tuple[str | None, str] | None:
     stem = item.path.lower()
-    if not (item.is_linear or _is_convolution(item)) and re.search(rules.EMBEDDINGS, stem):
+    if _is_table(item) and re.search(rules.EMBEDDINGS, stem):
         return "embedding", "name"
     if (role := _named_role(stem)) != UNMATCHED:
         return role, "name"
@@ -308,6 +308,13 @@ def _block_around(path: str) -> str | None:
 
 def _prefixes(path: str) -> set[str]:
     return {path[: dot.start()] for dot in re.finditer(r"\.", path)}
+
+
+def _is_table(item: Named) -> bool:
+    """Rows that are looked up or learned, as far as the modules that use them, or the shape alone, say."""
+    if item.users:
+        return not (item.is_linear or _is_convolution(item))
+    return item.param.dim() == 2 or item.param.shape[0] == 1
 
 
 def _is_convolution(item: Named) -> bool:

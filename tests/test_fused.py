@@ -268,10 +268,30 @@ def test_training_fused_is_training_separate(layout, second_moment):
     model, names, _ = made(layout)
     axis = int(any(isinstance(module, Conv1D) for module in model.modules()))
     rows = rows_in(model, names[0], axis)
+    train_both(
+        model, names, rows, {rf"\.{role}\.weight$|{role[0]}_proj_weight$": role for role in rows}, second_moment, axis
+    )
+
+
+@pytest.mark.parametrize("second_moment", ["elementwise", "block"])
+def test_a_gate_and_up_projection_is_two(second_moment):
+    model, _, _ = made("Phi-3")
+    mlp, inputs = model.model.layers[0].mlp, []
+    handle = mlp.activation_fn.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    loss_of(model, torch.randint(VOCAB, (2, 9)))
+    handle.remove()
+    (grad,) = torch.autograd.grad(inputs[0].sum(), mlp.gate_up_proj.weight)
+    is_gate = grad.abs().sum(1) > 0
+    rows = {"gate": is_gate.nonzero().flatten(), "up": (~is_gate).nonzero().flatten()}
+    names = [f"model.layers.{index}.mlp.gate_up_proj" for index in range(2)]
+    train_both(model, names, rows, {r"gate_up_proj\.(gate|up)\.weight$": "mlp"}, second_moment)
+
+
+def train_both(model, names, rows, taught, second_moment, axis=0):
+    """Train ``model`` and its twin with separate weights on the same tokens; every weight must agree."""
     twin = separated(model, names, rows)
     # eps: a bias of all keys has no gradient but rounding errors, which must not be divided by their own size
     options = {"lr": 1e-2, "eps": 1e-6, "rank": 3, "update_proj_gap": 10, "second_moment": second_moment}
-    taught = {rf"\.{role}\.weight$|{role[0]}_proj_weight$": role for role in rows}
     ours = AdaPM(model.named_parameters(), **options)
     theirs = AdaPM(twin.named_parameters(), roles=taught, **options)
     generator = torch.Generator().manual_seed(1)

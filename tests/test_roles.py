@@ -21,7 +21,8 @@ def tree(**children):
 
 def model_of(**block):
     """Two equal blocks between an embedding and a head."""
-    return tree(emb=nn.Embedding(20, 16), layers=nn.ModuleList(copy.deepcopy(tree(**block)) for _ in range(2)), head=nn.Linear(16, 20))
+    layers = nn.ModuleList(copy.deepcopy(tree(**block)) for _ in range(2))
+    return tree(emb=nn.Embedding(20, 16), layers=layers, head=nn.Linear(16, 20))
 
 
 def linear(**sizes):
