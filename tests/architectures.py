@@ -1,5 +1,6 @@
 """Writes docs/architectures.md: ``PYTHONPATH=tests python tests/architectures.py``."""
 
+import re
 from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
@@ -58,9 +59,9 @@ def page(results):
     for name, result in results.items():
         key = {
             "by rule": "",
-            "taught": "<br>".join(f"`r{pattern!r}: {role!r}`" for pattern, role in result.taught.items()),
+            "taught": "<br>".join(_code(f'r"{pattern}": "{role}"') for pattern, role in result.taught.items()),
             "refused": _names(result.names),
-            "not built": result.names[0].replace("|", "\\|")[:110] if result.names else "",
+            "not built": _reason(result.names[0]) if result.names else "",
         }[result.outcome]
         groups[result.outcome][key].append(name)
     by_rule = defaultdict(list)
@@ -74,7 +75,18 @@ def page(results):
     return text
 
 
+def _code(text):
+    return "`" + text.replace("|", "\\|") + "`"
+
+
+def _reason(error):
+    needs = re.search(r"requires the (\S+) library", error)
+    return f"needs {needs[1]}" if needs else error.replace("|", "\\|")[:110]
+
+
 def _names(names, most=8):
+    """The ends of names, which classes with and without a head have in common."""
+    names = list(dict.fromkeys(".".join(name.split(".")[-4:]) for name in names))
     shown = ", ".join(f"`{name}`" for name in names[:most])
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 

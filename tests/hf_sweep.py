@@ -85,6 +85,7 @@ TEACHINGS = (
     CONVOLUTIONS | {r"\.lstm\.": "full"},
     {r"blocks\.\d+\.attention\.": "full"},  # RWKV's time mixing
     {r"self_attn\.output_gate": "mlp"},
+    {r"cross_attn\.linear": "attn_out"},
     {r"self_attn\.dt_proj": "full"},
     {r"relative_pos_embeddings": "query"},
     {r"cluster_weight": "lm_head"},
@@ -198,7 +199,8 @@ def examine(model, look=True):
 
 def refused_names(message):
     """The parameters that an error of AdaPM names."""
-    names = re.findall(r"^  (\S+)  \(.*\)$", message, re.MULTILINE) or [message.partition(" of shape")[0]]
+    names = re.findall(r"^  (\S+)  \(.*\)$", message, re.MULTILINE)
+    names = names or re.findall(r"per head of (\S+)", message) or [message.partition(" of shape")[0]]
     return list(dict.fromkeys(re.sub(r"\d+", "N", name) for name in names))
 
 
