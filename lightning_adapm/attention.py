@@ -32,6 +32,7 @@ INTERLEAVED: tuple[tuple[str, str], ...] = (
     ("qkv_proj", "MiniMaxLightning"),
 )
 CONTIGUOUS_AFTER_ALL: tuple[tuple[str, str], ...] = (("query_key_value", "GLM"),)
+AMBIGUOUS = ("in_proj", "wqkv")  # read in either way: only the module tells
 CODEGEN_PARTITIONS = 4  # CodeGen's qkv_proj: (query, value, key) in each of four partitions
 
 GATE_UP = r"gate_up(_proj)?|gate_and_up_proj"  # an MLP's gate and up projections, one after the other: Phi-3, GLM
@@ -75,7 +76,7 @@ def cut(item: Named, role: str, stated: Heads = Heads()) -> tuple[Piece, ...]:
         return _cut_kv(item, heads)
     if role in FUSED:
         return _cut_qkv(item, heads)
-    if role == "mlp" and item.param.dim() == 2 and re.fullmatch(GATE_UP, item.child):
+    if role == "mlp" and re.fullmatch(GATE_UP, item.child) and item.param.dim() == 2 and item.param.shape[0] % 2 == 0:
         half = item.param.shape[0] // 2
         return (Piece(role, 0, half, part="gate"), Piece(role, half, 2 * half, part="up"))
     dim = item.param.dim()
@@ -128,7 +129,8 @@ def _cut_qkv(item: Named, heads: Heads) -> tuple[Piece, ...]:
     query = _query_rows(item, heads, total, inner)
     key = (total - query) // 2
     wanted = (heads.n_query_groups or heads.n_head or 0) * (heads.head_size or 0)
-    if query <= 0 or key <= 0 or query + 2 * key != total or wanted not in (0, key):
+    untold = not item.users and item.child in AMBIGUOUS
+    if query <= 0 or key <= 0 or query + 2 * key != total or wanted not in (0, key) or untold:
         raise ValueError(_unknown_rows(item, heads))
     n_head, groups = heads.n_head, None
     if n_head:

@@ -308,3 +308,9 @@ def train_both(model, names, rows, taught, second_moment, axis=0):
     others = dict(twin.named_parameters())
     differences = {n: relative_difference(p, others[n]) for n, p in model.named_parameters() if n in others}
     assert max(differences.values()) < 1e-8, differences
+
+
+def test_a_list_of_names_does_not_tell_every_layout():
+    model, _, _ = made("DeBERTa")
+    with pytest.raises(ValueError, match=r"attention.self.in_proj.weight .*Pass model.named_parameters\(\) itself"):
+        AdaPM(list(model.named_parameters()))
