@@ -102,7 +102,7 @@ class Named:
     in_stem: bool = False
     """In a module that holds transformer blocks, beside them."""
     is_head: bool = False
-    """Outside every block, and of an embedding's shape."""
+    """Outside every block, and of the shape of the largest embedding of its width."""
 
     @property
     def path(self) -> str:
@@ -145,6 +145,8 @@ class Named:
     def in_mixer(self) -> bool:
         """In a recurrent or state-space mixer."""
         if any(isinstance(user, nn.RNNBase) for user in self.users):
+            return True
+        if any(name in module._parameters for module in self.around[:2] for name in rules.MIXER_PARAMETERS):
             return True
         return bool(re.search(rules.MIXERS, self.path.lower())) or self._held_by(rules.MIXER_CLASSES)
 
@@ -224,12 +226,25 @@ def _by_name(item: Named) -> tuple[str | None, str] | None:
         if role in ("query", "key", "value") or (role == "attn_out" and item.holds_attention):
             return role, "name"
         return None, "in an attention module, of an unknown name"
+    if item.is_head:
+        return "lm_head", "has the shape of an embedding"
+    if item.block_path is None and re.search(rules.HEADS, stem):
+        return "lm_head", "name"
+    if re.fullmatch(rules.INPUT_ONLY, item.child) or _holds_more(item):
+        return None, "may hold an attention's inputs or outputs as well as an MLP's"
     for role, pattern in rules.NAME_RULES_OUTSIDE:
         if re.search(pattern, stem):
             return role, "name"
-    if item.block_path is None and re.search(rules.HEADS, stem):
-        return "lm_head", "name"
     return _by_place(item)
+
+
+def _holds_more(item: Named) -> bool:
+    """Whether the first layer of two gives other than the second takes: Flux fuses attention into both of them."""
+    first, second = item.beside.get("linear1"), item.beside.get("linear2")
+    if first is None or second is None or first.param.dim() != 2 or second.param.dim() != 2:
+        return False
+    width = second.param.shape[1]
+    return (item is first or item is second) and first.param.shape[0] not in (width, 2 * width)
 
 
 def _named_role(stem: str) -> str | None:
@@ -238,8 +253,6 @@ def _named_role(stem: str) -> str | None:
 
 
 def _by_place(item: Named) -> tuple[str | None, str] | None:
-    if item.is_head:
-        return "lm_head", "has the shape of an embedding"
     if is_attention(item.beside):
         return None, "beside an attention's projections, of an unknown name"
     role = child_role(item.child)
@@ -278,12 +291,13 @@ def link(items: Iterable[Named]) -> None:
     """Tell each parameter what lies beside it, and whether it is inside a transformer block."""
     items = list(items)
     modules: dict[str, dict[str, Named]] = {}
-    embeddings = set()
+    embeddings: dict[int, int] = {}  # rows by width, of the largest: positions and token types tell no head
     for item in items:
         if item.param.dim() >= 2 and not item.name.endswith("bias"):
             modules.setdefault(item.parent, {})[item.child] = item
-        if any(isinstance(user, nn.Embedding) for user in item.users):
-            embeddings.add(item.param.shape)
+        if item.param.dim() == 2 and any(isinstance(user, nn.Embedding) for user in item.users):
+            rows, width = item.param.shape
+            embeddings[width] = max(rows, embeddings.get(width, 0))
     attentions = [path for path, children in modules.items() if is_attention(children)]
     attentions += [item.parent for item in items if _named_role(item.path.lower()) in FUSED]
     blocks = {block for path in attentions if (block := _block_around(path))}
@@ -297,7 +311,12 @@ def link(items: Iterable[Named]) -> None:
         item.output_found = item.block_path in complete
         item.holds_attention = item.parent in inside
         item.in_stem = item.parent in stems
-        item.is_head = item.param.dim() == 2 and item.block_path is None and item.param.shape in embeddings
+        item.is_head = item.block_path is None and item.param.dim() == 2 and _is_head(item.param, embeddings)
+
+
+def _is_head(param: Tensor, embeddings: Mapping[int, int]) -> bool:
+    rows, width = param.shape
+    return rows != width and embeddings.get(width) == rows
 
 
 def _block_around(path: str) -> str | None:

@@ -26,6 +26,9 @@ CHILD_RULES: tuple[tuple[str, str], ...] = (
 # Of those, names that a layer outside any attention is hardly given.
 OUTPUT_ONLY = r"(w|fc)?_?o|o_?(proj|lin|net)|out_?(proj|lin)|to_out|attn_out|attention_out"
 
+# What holds an attention's inputs, and in parallel blocks an MLP's too; the name alone says neither.
+INPUT_ONLY = r"in_proj"
+
 # Searched in the name, for what is found before any structure.
 ADAPTER = (
     r"lora_|vera_|hada_|lokr_|oft_|hra_|(^|\.)ia3_|adaption_|trainable_tokens|gating_factor|adapter_(wte|scale|bias|down|up)"
@@ -40,8 +43,10 @@ MIXERS = (
 )
 MIXER_CLASSES = (
     r"Mamba\w*Mixer$|^Mamba2?$|SSM|LSTM(Layer|Block|Cell)?$|GRU|RNN|RecurrentBlock$|Rwkv\w*Attention|DeltaNet$|ShortConv$"
-    r"|LinearAttention$|Retention$|Hyena"
+    r"|LinearAttention$|Retention$|Hyena|RWKV_?T(ime)?_?[Mm]ix"
 )
+# Parameters that only a state-space module has: Mamba, Mamba-2, S4, Gated DeltaNet.
+MIXER_PARAMETERS = ("A_log", "A_logs", "dt_bias")
 
 # Anything else that calls itself attention: what is not known in there is refused.
 _ATTENTION = r"(attn|attention|mha|_att(?=\.))\w*\."
@@ -64,9 +69,12 @@ NAME_RULES: tuple[tuple[str | None, str], ...] = (
     ),
     # what shrinks an image before its keys and values: PVT, SegFormer
     ("mlp", rf"{_ATTENTION}(self\.)?(sr|(sequence|spatial)_reduction)$"),
+    # fused with an MLP's, as in PaLM's parallel blocks, or of an attention whose other projections were not found
+    (None, r"(^|\.)(\w+_)?(attn|attention|qkv)_(\w+_)?(ffn?|mlp|out|output|proj|projection)$"),
+    ("lm_head", r"(^|\.)transformer\.ff_out$"),  # OLMo's own code
     (
         "mlp",
-        r"(^|\.|_)(mlps?|ffns?|ff|feed_?forward|feed_forward_\w+|densereludense|moe|block_sparse_moe|experts?)(\.|_|$|\d)",
+        r"(^|\.|_)(mlps?(?!_heads?(\.|$))|ffns?|ff|feed_?forward|feed_forward_\w+|densereludense|moe|block_sparse_moe|experts?)(\.|_|$|\d)",
     ),
 )
 # The same, for weights outside everything that calls itself attention.
@@ -87,7 +95,7 @@ EMBEDDINGS = (
 )
 # Outside transformer blocks.
 HEADS = (
-    r"(^|\.)(embed_out|output|unembed|output_layer|(\w+_)?heads?|score|classifier|qa_outputs|proj_out"
-    r"|lm_output|objective)$"
-    r"|(^|\.)(classifier|cls|lm_head|predictions|score|head|\w*_head)\.(\w+\.)*(out_proj|decoder|\d+)$"
+    r"(^|\.)(embed_out|output|unembed|output_layer|(\w+_)?heads?|score|(?!pre_)(\w+_)?classifier|qa_outputs|proj_out"
+    r"|lm_output|objective|to_logits|seq_relationship)$"
+    r"|(^|\.)(classifier|cls|lm_head|predictions|score|head|\w*_head|to_logits)\.(\w+\.)*(out_proj|decoder|fc|\d+)$"
 )

@@ -149,3 +149,73 @@ def test_a_fused_weight_whose_values_are_wider_is_refused_where_heads_are_known(
     attention.num_heads = 4
     with pytest.raises(ValueError, match="which rows are whose"):
         AdaPM(model_of(attn=attention).parameters())
+
+
+@pytest.mark.parametrize(
+    ("block", "names"),
+    [
+        ({"in_proj": (16, 112), "attn_out_proj": SQUARE, "mlp_out_proj": (64, 16)}, "in_proj attn_out_proj"),  # timm
+        ({"fused_attn_ff_proj": (16, 96), "attn_out": SQUARE}, "fused_attn_ff_proj attn_out"),  # PaLM
+        ({"to_qkv_mlp_proj": (16, 112), "to_out": (80, 16)}, "to_qkv_mlp_proj to_out"),
+        ({"linear1": (16, 112), "linear2": (80, 16)}, "linear1 linear2"),  # Flux
+    ],
+)
+def test_attention_fused_with_an_mlp_is_refused(block, names):
+    model = model_of(self_attn=tree(**QKVO))
+    model.single_blocks = nn.ModuleList([tree(**linear(**block))])
+    for name in names.split():
+        assert f"single_blocks.0.{name}.weight" in refused(model)
+
+
+@pytest.mark.parametrize("hidden", [64, 128])
+def test_the_two_layers_of_an_mlp_fit_gated_or_not(hidden):
+    model = model_of(self_attn=tree(**QKVO), **linear(linear1=(16, hidden), linear2=(64, 16)))
+    assert role_of(model, "linear1") == role_of(model, "linear2") == "mlp"
+
+
+@pytest.mark.parametrize("parameter", ["A_log", "dt_bias"])
+def test_mixers_of_unknown_names_are_refused_by_their_parameters(parameter):
+    mixer = tree(**linear(in_proj=(16, 64), out_proj=(32, 16)))
+    setattr(mixer, parameter, nn.Parameter(torch.zeros(8)))
+    message = refused(model_of(self_attn=tree(**QKVO), token=mixer))
+    assert "token.in_proj.weight" in message and "token.out_proj.weight" in message
+
+
+@pytest.mark.parametrize(
+    ("path", "role"),
+    [
+        ("output_projection", "lm_head"),  # fairseq
+        ("transformer.ff_out", "lm_head"),  # OLMo
+        ("lm_head.out_proj", "lm_head"),  # T5Gemma
+        ("classifier.out_proj", "lm_head"),  # RoBERTa
+        ("cls.seq_relationship", "lm_head"),  # BERT
+        ("distillation_classifier", "lm_head"),  # DeiT
+        ("mlp_head", "lm_head"),
+        ("to_logits.1", "lm_head"),
+        ("head.fc", "lm_head"),  # timm
+        ("pre_classifier", "mlp"),  # DistilBERT
+        ("classifier.dense", "mlp"),  # RoBERTa
+        ("predictions.transform.dense", "mlp"),  # BERT
+    ],
+)
+def test_heads_and_what_lies_before_them(path, role):
+    model = model_of(self_attn=tree(**QKVO))
+    size = SQUARE if role == "mlp" else (16, 20) if path == "output_projection" else (16, 5)  # its shape tells that one
+    *parents, child = path.split(".")
+    module = nn.Linear(*size)
+    for name in reversed([*parents, child]):
+        module = tree(**{name: module})
+    model.add_module((parents or [child])[0], next(module.children()))
+    optimizer = AdaPM(model.parameters())
+    roles = {n: r for g in optimizer.param_groups for n, r in zip(g["param_names"], g["roles"], strict=True)}
+    assert roles[f"{path}.weight"] == role
+
+
+@pytest.mark.parametrize("positions", [16, 12])
+def test_a_table_of_positions_tells_no_head(positions):
+    """MobileBERT's is square, as a layer before the head is; Chinese-CLIP's has as many rows as its projections."""
+    model = model_of(self_attn=tree(**QKVO))
+    model.positions, model.transform = nn.Embedding(positions, 16), nn.Linear(16, positions)
+    optimizer = AdaPM(model.parameters())
+    roles = {n: r for g in optimizer.param_groups for n, r in zip(g["param_names"], g["roles"], strict=True)}
+    assert roles["transform.weight"] == "mlp" and roles["head.weight"] == "lm_head"
