@@ -1,8 +1,10 @@
 """Roles: what a parameter is in the transformer.
 
 Found by module type first (an ``nn.Embedding``'s weight is an embedding, whatever its name), then by attention
-structure (projections that lie beside each other), then by name. The rules are data. A matrix that nothing matches
-is reported, never guessed. Which rows of a fused weight are whose is the business of :mod:`lightning_adapm.attention`.
+structure (projections that lie beside each other), then by name; the tables are in :mod:`lightning_adapm.rules`. A
+linear layer of a transformer that is neither in an attention module nor in a recurrent mixer is an MLP's: projections
+between widths, poolers, connectors. A matrix that nothing matches is reported, never guessed. Which rows of a fused
+weight are whose is the business of :mod:`lightning_adapm.attention`.
 """
 
 import re
@@ -10,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+
+from lightning_adapm import rules
 
 ROLES = ("embedding", "query", "key", "value", "attn_out", "mlp", "lm_head", "norm", "bias", "adapter")
 """What a piece of a parameter can be."""
@@ -25,45 +29,6 @@ _WRAPPERS = re.compile(
     r"|original_module|modules_to_save\.\w+)\."
 )
 
-# Full matches of a projection's own name, lower case, for weights that lie beside each other in one attention module.
-CHILD_RULES: tuple[tuple[str, str], ...] = (
-    ("qkv", r"qkv|qkv_?proj|c_attn|query_key_value|wqkv|w_pack|to_qkv|in_proj_weight|mixed_qkv|qkv_linear"),
-    ("query", r"q|w_?q|q_?proj|q_?lin|to_q|query(_proj|_layer)?|linear_q|q_attn|q_[ab]_proj|w?q_[ab]|q_proj_weight"),
-    ("key", r"k|w_?k|k_?proj|k_?lin|to_k|key(_proj|_layer)?|linear_k|k_proj_weight"),
-    ("value", r"v|w_?v|v_?proj|v_?lin|to_v|value(_proj|_layer)?|linear_v|v_proj_weight"),
-    ("kv", r"kv|w_?kv|kv_?proj|to_kv|key_value|kv_[ab]_proj|kv_a_proj_with_mqa|w?kv_[ab]"),
-    ("attn_out", r"o|w_?o|o_?proj|out_?proj|out_?lin|proj|c_proj|dense|to_out(\.0)?|linear_out|out|wo"),
-)
-
-# Searched in this order in the normalised name without ".weight", lower case.
-NAME_RULES: tuple[tuple[str, str], ...] = (
-    ("adapter", r"lora_|(^|\.|_)adapter|gating_factor|prompt_encoder|(^|\.)ia3_"),
-    ("qkv", r"(attn|attention)\w*\.(attn|in_proj)$"),
-    ("attn_out", r"(attn|attention)\w*\.(\w+\.)*(o|w_?o|o_?proj|out_?proj|out_?lin|proj|c_proj|dense|to_out(\.0)?)$"),
-    (
-        "mlp",
-        r"(^|\.|_)(mlps?|ffn?|ff|feed_?forward|feed_forward_\w+|densereludense|moe|block_sparse_moe|experts?|router)(\.|_|$|\d)",
-    ),
-    ("query", r"(^|\.)(w_?q|q_?proj|q_lin|to_q|query(_proj)?)$"),
-    ("key", r"(^|\.)(w_?k|k_?proj|k_lin|to_k|key(_proj)?)$"),
-    ("value", r"(^|\.)(w_?v|v_?proj|v_lin|to_v|value(_proj)?)$"),
-    ("attn_out", r"(^|\.)(o_?proj|w_?o|out_lin)$"),
-    (
-        "embedding",
-        r"(^|\.|_)(wte|wpe|embed_tokens|embed_positions|tok_embeddings|pos(ition)?_embed\w*|\w*embeddings?|\w*embed)$",
-    ),
-    (
-        "lm_head",
-        r"(^|\.)(lm_head|embed_out|output|unembed|output_layer|head|score|classifier|qa_outputs|proj_out|lm_output)$",
-    ),
-    ("lm_head", r"(^|\.)(classifier|cls|lm_head|predictions|score|head)\.(\w+\.)*(dense|out_proj|decoder|linear|\d+)$"),
-    (
-        "mlp",
-        r"(^|\.)(fc_?\d?|gate|gate_proj|up_proj|down_proj|gate_up_proj|c_fc|w[123]|linear_?[12]|dense_h_to_4h|dense_4h_to_h)$",
-    ),
-    ("mlp", r"(^|\.|_)(patch_embed\w*|project_(in|out)|embed\w*_(projection|proj|hidden_mapping_in)|pooler)\."),
-)
-
 
 @dataclass(frozen=True)
 class Piece:
@@ -73,7 +38,8 @@ class Piece:
     ``heads`` is how many equal row blocks it consists of, for Adam-mini's second moment, where that is known; ``flat``
     says that all dimensions but the first are one (a convolution), where a third dimension is else a stack of matrices;
     ``transposed`` says that outputs are columns (Hugging Face's ``Conv1D``); ``dim`` is how many dimensions the
-    parameter had when its role was found; ``block`` is the number of the transformer block around it, 0 outside.
+    parameter had when its role was found; ``block`` is the number of the transformer block around it, 0 outside;
+    ``part`` is its name where several pieces have one role (a fused gate and up projection).
     """
 
     role: str
@@ -85,6 +51,7 @@ class Piece:
     transposed: bool = False
     dim: int = 2
     block: int = 0
+    part: str = ""
 
     @property
     def whole(self) -> bool:
@@ -93,7 +60,7 @@ class Piece:
     @property
     def prefix(self) -> str:
         """Of this piece's keys in the optimizer's state."""
-        return "" if self.whole else f"{self.role}."
+        return "" if self.whole else f"{self.part or self.role}."
 
     def view(self, tensor: Tensor) -> Tensor:
         """This piece of a tensor of the parameter's shape; shares memory with it."""
@@ -124,15 +91,23 @@ class Named:
     around: list[nn.Module] = field(default_factory=list)
     beside: dict[str, "Named"] = field(default_factory=dict)
     """Matrices in the same module, by their own names: of a query projection the key's, the value's, the output's."""
-    in_block: bool = False
-    """Inside a transformer block, outside its attention."""
+    in_transformer: bool = False
+    """Some attention module was found."""
+    block_path: str | None = None
+    """Of the transformer block that it is in."""
+    output_found: bool = False
+    """The attention of its block has its output projection beside it."""
+    holds_attention: bool = False
+    """An attention module lies inside the module that it is in."""
+    in_stem: bool = False
+    """In a module that holds transformer blocks, beside them."""
     is_head: bool = False
-    """Outside every block, and of an embedding's shape."""
+    """Outside every block, and of the shape of the largest embedding of its width."""
 
     @property
     def path(self) -> str:
         """The normalised name without ``.weight``."""
-        return re.sub(r"(\.(linear|inner_linear))?\.weight$", "", normalize(self.name))
+        return re.sub(r"(\.(linear|inner_linear)|(?<=to_out)\.0)?\.weight$", "", normalize(self.name))
 
     @property
     def block(self) -> int:
@@ -148,6 +123,36 @@ class Named:
     def child(self) -> str:
         return self.path.rpartition(".")[2].lower()
 
+    @property
+    def is_linear(self) -> bool:
+        """Used by a linear layer, or by a convolution that is one: pointwise, or on patches that do not overlap."""
+        return any(_is_linear(user) for user in self.users)
+
+    @property
+    def in_attention(self) -> bool:
+        """In something that calls itself attention and is not the whole block."""
+        inner = self.path.removeprefix(f"{self.block_path}.").lower()
+        held = self.parent != self.block_path and self._held_by(rules.ATTENTION_CLASSES)
+        return held or bool(re.search(rules.ATTENTION, inner))
+
+    @property
+    def in_adapter(self) -> bool:
+        """What peft adds to a layer; not the layer itself."""
+        bases = {base.__name__ for module in self.around[:3] for base in type(module).__mro__}
+        return "BaseTunerLayer" in bases and ".base_layer." not in self.name
+
+    @property
+    def in_mixer(self) -> bool:
+        """In a recurrent or state-space mixer."""
+        if any(isinstance(user, nn.RNNBase) for user in self.users):
+            return True
+        if any(name in module._parameters for module in self.around[:2] for name in rules.MIXER_PARAMETERS):
+            return True
+        return bool(re.search(rules.MIXERS, self.path.lower())) or self._held_by(rules.MIXER_CLASSES)
+
+    def _held_by(self, classes: str) -> bool:
+        return any(re.search(classes, type(module).__name__) for module in self.around[:2])
+
 
 def normalize(name: str) -> str:
     """A parameter's name without what wrappers (FSDP, ``torch.compile``, Fabric, peft and others) put into it."""
@@ -156,45 +161,110 @@ def normalize(name: str) -> str:
 
 def child_role(child: str) -> str | None:
     """What a projection would be if it lay in an attention module, by its own name."""
-    return next((role for role, pattern in CHILD_RULES if re.fullmatch(pattern, child)), None)
+    return next((role for role, pattern in rules.CHILD_RULES if re.fullmatch(pattern, child)), None)
 
 
 def is_attention(children: Iterable[str]) -> bool:
     """Whether matrices of these names, lying beside each other, are those of an attention module."""
     roles = {child_role(child) for child in children}
-    return "qkv" in roles or ("query" in roles and bool(roles & {"key", "kv"}))
+    if "query" in roles:
+        return bool(roles & {"key", "value", "kv", "qkv"})
+    return "qkv" in roles or {"key", "value", "attn_out"} <= roles  # the latter ask with a learned vector
 
 
-def find_role(item: Named, rules: Mapping[str, str] | None = None) -> tuple[str | None, str]:
+def find_role(item: Named, taught: Mapping[str, str] | None = None) -> tuple[str | None, str]:
     """The role of one parameter (one of :data:`ROLES` or :data:`FUSED`; None where nothing matches), and why.
 
-    ``rules`` (regular expressions on the normalised name, searched in order) come before everything else; their values
+    ``taught`` (regular expressions on the normalised name, searched in order) come before everything else; their values
     are roles, which apply to matrices, or policies.
     """
-    name, stem = normalize(item.name), item.path.lower()
-    for pattern, role in (rules or {}).items():
+    name = normalize(item.name)
+    for pattern, role in (taught or {}).items():
         if re.search(pattern, name) and fits(role, item.param):
             return role, f"roles[{pattern!r}]"
-    if re.search(NAME_RULES[0][1], stem):
+    return _by_type(item) or _by_structure(item) or _by_name(item) or (None, "nothing matches")
+
+
+def _by_type(item: Named) -> tuple[str | None, str] | None:
+    stem, kinds = item.path.lower(), [type(user).__name__ for user in item.users]
+    if item.in_adapter:
+        return "adapter", "held by an adapter"
+    if re.search(rules.ADAPTER, stem):
         return "adapter", "name"
     if any(isinstance(user, nn.Embedding) for user in item.users):
         return "embedding", "used by nn.Embedding"
     if item.param.dim() < 2 or item.param.numel() == max(item.param.shape):
         return ("bias" if stem.endswith("bias") else "norm"), "a vector"
-    if is_attention(item.beside):
-        role_here = child_role(item.child)
-        if role_here == "qkv" and "q_attn" in item.beside:  # GPT-2's cross-attention
-            role_here = "kv"
-        if role_here:
-            return role_here, "lies in an attention module"
-    for role, pattern in NAME_RULES:
-        if re.search(pattern, stem):
+    if any(re.search(r"norm(\dd)?$", kind, re.IGNORECASE) for kind in kinds):
+        return "norm", "used by a norm"
+    if re.search(rules.BIASES, stem):
+        return "bias", "name"
+    if item.name.endswith(".weight") and any(kind.endswith("Embedding") for kind in kinds):
+        return "embedding", "used by an embedding"
+    return None
+
+
+def _by_structure(item: Named) -> tuple[str | None, str] | None:
+    if item.in_mixer:
+        return None, "in a recurrent or state-space mixer"
+    if not is_attention(item.beside):
+        return None
+    role = child_role(item.child)
+    if role == "qkv" and "q_attn" in item.beside:  # GPT-2's cross-attention
+        role = "kv"
+    return (role, "lies in an attention module") if role else None
+
+
+def _by_name(item: Named) -> tuple[str | None, str] | None:
+    stem = item.path.lower()
+    if _is_table(item) and re.search(rules.EMBEDDINGS, stem):
+        return "embedding", "name"
+    if (role := _named_role(stem)) != UNMATCHED:
+        return role, "name"
+    if item.in_attention:
+        role = child_role(item.child)
+        if role in ("query", "key", "value") or (role == "attn_out" and item.holds_attention):
             return role, "name"
+        return None, "in an attention module, of an unknown name"
     if item.is_head:
         return "lm_head", "has the shape of an embedding"
-    if item.in_block and not is_attention(item.beside):
+    if item.block_path is None and re.search(rules.HEADS, stem):
+        return "lm_head", "name"
+    if re.fullmatch(rules.INPUT_ONLY, item.child) or _holds_more(item):
+        return None, "may hold an attention's inputs or outputs as well as an MLP's"
+    for role, pattern in rules.NAME_RULES_OUTSIDE:
+        if re.search(pattern, stem):
+            return role, "name"
+    return _by_place(item)
+
+
+def _holds_more(item: Named) -> bool:
+    """Whether the first layer of two gives other than the second takes: Flux fuses attention into both of them."""
+    first, second = item.beside.get("linear1"), item.beside.get("linear2")
+    if first is None or second is None or first.param.dim() != 2 or second.param.dim() != 2:
+        return False
+    width = second.param.shape[1]
+    return (item is first or item is second) and first.param.shape[0] not in (width, 2 * width)
+
+
+def _named_role(stem: str) -> str | None:
+    """The role that the name alone gives: None where it refuses, :data:`UNMATCHED` where it says nothing."""
+    return next((role for role, pattern in rules.NAME_RULES if re.search(pattern, stem)), UNMATCHED)
+
+
+def _by_place(item: Named) -> tuple[str | None, str] | None:
+    if is_attention(item.beside):
+        return None, "beside an attention's projections, of an unknown name"
+    role = child_role(item.child)
+    if role not in (None, "attn_out") or (re.fullmatch(rules.OUTPUT_ONLY, item.child) and not item.output_found):
+        return None, "called as in attention, but not found in one"
+    if item.block_path is not None:
         return "mlp", "in a transformer block, outside its attention"
-    return None, "nothing matches"
+    if item.in_transformer and item.is_linear:
+        return "mlp", "a linear layer of a transformer, outside attention"
+    if item.in_stem and _is_convolution(item):
+        return "mlp", "a convolution beside transformer blocks"
+    return None
 
 
 def fits(role: str, param: Tensor) -> bool:
@@ -221,19 +291,60 @@ def link(items: Iterable[Named]) -> None:
     """Tell each parameter what lies beside it, and whether it is inside a transformer block."""
     items = list(items)
     modules: dict[str, dict[str, Named]] = {}
-    embeddings = set()
+    embeddings: dict[int, int] = {}  # rows by width, of the largest: positions and token types tell no head
     for item in items:
         if item.param.dim() >= 2 and not item.name.endswith("bias"):
             modules.setdefault(item.parent, {})[item.child] = item
-        if any(isinstance(user, nn.Embedding) for user in item.users):
-            embeddings.add(item.param.shape)
+        if item.param.dim() == 2 and any(isinstance(user, nn.Embedding) for user in item.users):
+            rows, width = item.param.shape
+            embeddings[width] = max(rows, embeddings.get(width, 0))
     attentions = [path for path, children in modules.items() if is_attention(children)]
-    blocks = {match.group() for path in attentions if (match := re.match(r".*\.\d+(?=\.|$)|^\d+(?=\.|$)", path))}
+    attentions += [item.parent for item in items if _named_role(item.path.lower()) in FUSED]
+    blocks = {block for path in attentions if (block := _block_around(path))}
+    complete = {_block_around(path) for path in attentions if "attn_out" in map(child_role, modules.get(path, ()))}
+    inside = {prefix for path in attentions for prefix in _prefixes(path)}
+    stems = {prefix for block in blocks for prefix in ("", *_prefixes(block))}
     for item in items:
         item.beside = modules.get(item.parent, {})
-        prefixes = {item.path[: dot.start()] for dot in re.finditer(r"\.", item.path)}
-        item.in_block = bool(prefixes & blocks)
-        item.is_head = item.param.dim() == 2 and not item.in_block and item.param.shape in embeddings
+        item.in_transformer = bool(attentions)
+        item.block_path = max(_prefixes(item.path) & blocks, key=len, default=None)
+        item.output_found = item.block_path in complete
+        item.holds_attention = item.parent in inside
+        item.in_stem = item.parent in stems
+        item.is_head = item.block_path is None and item.param.dim() == 2 and _is_head(item.param, embeddings)
+
+
+def _is_head(param: Tensor, embeddings: Mapping[int, int]) -> bool:
+    rows, width = param.shape
+    return rows != width and embeddings.get(width) == rows
+
+
+def _block_around(path: str) -> str | None:
+    """Of an attention: up to the last number in its path."""
+    match = re.match(r"(.*\.)?\d+(?=\.|$)", path)
+    return match.group() if match else None
+
+
+def _prefixes(path: str) -> set[str]:
+    return {path[: dot.start()] for dot in re.finditer(r"\.", path)}
+
+
+def _is_table(item: Named) -> bool:
+    """Rows that are looked up or learned, as far as the modules that use them, or the shape alone, say."""
+    if item.users:
+        return not (item.is_linear or _is_convolution(item))
+    return item.param.dim() == 2 or item.param.shape[0] == 1
+
+
+def _is_convolution(item: Named) -> bool:
+    return any(isinstance(user, nn.modules.conv._ConvNd) for user in item.users)
+
+
+def _is_linear(user: nn.Module) -> bool:
+    if isinstance(user, nn.modules.conv._ConvNd):
+        padded = user.padding != "valid" and any(user.padding)
+        return user.kernel_size == user.stride and user.groups == 1 and not padded and not user.transposed
+    return isinstance(user, nn.Linear) or type(user).__name__.endswith(("Linear", "Conv1D"))
 
 
 def _ancestors(path: str, modules: Mapping[str, nn.Module]) -> list[nn.Module]:

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from litgpt import GPT, Config
+from litgpt.config import configs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -97,6 +98,33 @@ def tiny_gpt(**fields: object) -> GPT:
     model = GPT(Config(**config))
     model.apply(model._init_weights)
     return model
+
+
+def litgpt_families() -> list[str]:
+    """One configuration of litgpt for each combination of what decides the names and the rows."""
+    keys = (
+        "n_head",
+        "n_query_groups",
+        "head_size",
+        "mlp_class_name",
+        "n_expert",
+        "norm_qk",
+        "bias",
+        "latent_attention",
+    )
+    shapes: dict[tuple[str, ...], str] = {}
+    for fields in configs:
+        shapes.setdefault(tuple(str(fields.get(key)) for key in keys), fields["name"])
+    return sorted(shapes.values())
+
+
+def litgpt_on_meta(name: str) -> GPT:
+    """A litgpt configuration with at most two layers, without memory."""
+    config = Config.from_name(name)
+    if not config.sliding_window_indices:  # these say something of every layer
+        config = Config.from_name(name, n_layer=min(2, config.n_layer))
+    with torch.device("meta"):
+        return GPT(config)
 
 
 class SeparateQKV(nn.Module):

@@ -1,0 +1,95 @@
+"""Writes docs/architectures.md: ``PYTHONPATH=tests python tests/architectures.py``."""
+
+import re
+from collections import defaultdict
+from importlib.metadata import version
+from pathlib import Path
+
+import hf_sweep
+import torch
+import transformers
+from litgpt.config import configs
+from models import litgpt_families, litgpt_on_meta
+
+from lightning_adapm import AdaPM
+
+PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
+
+HEAD = """\
+# Architectures
+
+What AdaPM makes of every configuration of litgpt {litgpt}, and of every model class that transformers {transformers}
+lists for its Auto classes, in its default configuration with fewer layers, on the meta device (torch {torch}).
+`PYTHONPATH=tests python tests/architectures.py` writes this page; `make test-slow` checks that it is true.
+
+| result | classes of transformers |
+|---|---|
+{counts}
+
+- **Right by rule**: `AdaPM(model.parameters())` works, with elementwise and block second moments. Embeddings and norms
+  are compared with the modules' types. Of the model types marked * a forward was run as well, as far as it runs without
+  data, and every query, key, value and attention output in it was what the rules say: what goes into the softmax, what
+  it weighs, and what comes next.
+- **Taught**: some matrices have no role in AdaPM's table (state-space and recurrent mixers, convolutions that are not
+  patches) or a name that says too little. They are refused until `roles=` says what they are; the page shows what is
+  enough. Where it says `"full"`, those matrices are trained as AdamW trains them, which is always right.
+- **Refused**: convolutional networks for the most part. `unmatched="full"` or `unmatched="low_rank"` trains them too.
+
+All {litgpt_count} configurations of litgpt are right by rule ({litgpt_shapes} different architectures).
+"""
+
+
+def page(results):
+    """The page for the results of :func:`hf_sweep.sweep`."""
+    for name in litgpt_families():
+        AdaPM(litgpt_on_meta(name).parameters(), second_moment="block")
+    outcomes = ("by rule", "taught", "refused", "not built")
+    count = {outcome: sum(result.outcome == outcome for result in results.values()) for outcome in outcomes}
+    text = HEAD.format(
+        litgpt=version("litgpt"),
+        transformers=transformers.__version__,
+        torch=torch.__version__.partition("+")[0],
+        counts="\n".join(f"| {outcome} | {number} |" for outcome, number in count.items()),
+        litgpt_count=len(configs),
+        litgpt_shapes=len(litgpt_families()),
+    )
+    kinds = hf_sweep.model_classes()
+    seen = {kinds[name] for name, result in results.items() if result.confirmed}
+    groups = defaultdict(lambda: defaultdict(list))
+    for name, result in results.items():
+        key = {
+            "by rule": "",
+            "taught": "<br>".join(_code(f'r"{pattern}": "{role}"') for pattern, role in result.taught.items()),
+            "refused": _names(result.names),
+            "not built": _reason(result.names[0]) if result.names else "",
+        }[result.outcome]
+        groups[result.outcome][key].append(name)
+    by_rule = defaultdict(list)
+    for name in groups["by rule"].get("", []):
+        by_rule[kinds[name]].append(name)
+    text += "\n## Right by rule\n\n| model type | classes |\n|---|---|\n"
+    text += "".join(f"| {kind}{'*' * (kind in seen)} | {', '.join(names)} |\n" for kind, names in by_rule.items())
+    for outcome, column in (("taught", "`roles=`"), ("refused", "matrices"), ("not built", "why")):
+        text += f"\n## {outcome.capitalize()}\n\n| {column} | classes |\n|---|---|\n"
+        text += "".join(f"| {key} | {', '.join(names)} |\n" for key, names in groups[outcome].items())
+    return text
+
+
+def _code(text):
+    return "`" + text.replace("|", "\\|") + "`"
+
+
+def _reason(error):
+    needs = re.search(r"requires the (\S+) library", error)
+    return f"needs {needs[1]}" if needs else error.replace("|", "\\|")[:110]
+
+
+def _names(names, most=8):
+    """The ends of names, which classes with and without a head have in common."""
+    names = list(dict.fromkeys(".".join(name.split(".")[-4:]) for name in names))
+    shown = ", ".join(f"`{name}`" for name in names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(hf_sweep.sweep()), encoding="utf-8")

@@ -1,0 +1,221 @@
+"""Names that mislead: a role that is wrong in silence is worse than an error."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_adapm import AdaPM
+
+QKVO = {name: nn.Linear(16, 16) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+
+
+def tree(**children):
+    """A module of linear layers and modules, by name."""
+    module = nn.Module()
+    for name, child in children.items():
+        module.add_module(name, child)
+    return module
+
+
+def model_of(**block):
+    """Two equal blocks between an embedding and a head."""
+    layers = nn.ModuleList(copy.deepcopy(tree(**block)) for _ in range(2))
+    return tree(emb=nn.Embedding(20, 16), layers=layers, head=nn.Linear(16, 20))
+
+
+def linear(**sizes):
+    return {name: nn.Linear(*size) for name, size in sizes.items()}
+
+
+def role_of(model, name):
+    optimizer = AdaPM(model.parameters())
+    roles = {n: r for g in optimizer.param_groups for n, r in zip(g["param_names"], g["roles"], strict=True)}
+    return roles[f"layers.1.{name}.weight"]
+
+
+def refused(model):
+    with pytest.raises(ValueError, match="does not know the role") as error:
+        AdaPM(model.parameters())
+    return str(error.value)
+
+
+SQUARE = (16, 16)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "q_proj k_proj v_proj o_proj",
+        "q k v o",
+        "wq wk wv wo",
+        "Wq Wk Wv Wo",
+        "W_query W_key W_value out_proj",
+        "query key value proj",
+        "query key value dense",
+        "queries keys values out",
+        "to_q to_k to_v to_out",
+        "fc_q fc_k fc_v fc_o",
+        "linear_q linear_k linear_v linear_out",
+        "q_lin k_lin v_lin out_lin",
+        "q_linear k_linear v_linear out",
+        "project_q project_k project_v attention_out",
+        "query_proj key_proj value_proj output_proj",
+    ],
+)
+def test_ways_to_call_the_projections(names):
+    model = model_of(att=tree(**{name: nn.Linear(16, 16) for name in names.split()}), ff=nn.Linear(16, 16))
+    found = [role_of(model, f"att.{name}") for name in names.split()]
+    assert found == ["query", "key", "value", "attn_out"]
+    assert role_of(model, "ff") == "mlp"
+
+
+@pytest.mark.parametrize("child", ["wo", "out_proj", "o_proj", "proj", "c_proj", "dense", "fc", "w1", "output", "out"])
+def test_outputs_of_an_mlp_are_no_attention_outputs(child):
+    model = model_of(attn=tree(**QKVO), glu=tree(**linear(wi=(16, 32), **{child: (32, 16)})))
+    assert role_of(model, f"glu.{child}") == "mlp"
+    assert role_of(model, "attn.o_proj") == "attn_out"
+
+
+def test_heads_as_modules_with_one_output_around_them():
+    class MultiHeadAttention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads = nn.ModuleList(tree(**linear(key=(16, 4), query=(16, 4), value=(16, 4))) for _ in range(4))
+            self.proj = nn.Linear(16, 16)
+
+    model = model_of(sa=MultiHeadAttention(), ffwd=tree(net=nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 16))))
+    assert role_of(model, "sa.proj") == "attn_out"
+    assert role_of(model, "sa.heads.2.value") == "value"
+    assert role_of(model, "ffwd.net.1") == "mlp"
+
+
+def test_an_attention_of_unknown_names_is_refused_beside_a_known_one():
+    class MultiHeadAttention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    message = refused(model_of(attn=tree(**QKVO), across=MultiHeadAttention()))
+    assert "layers.0.across.one.weight" in message
+    assert "q_proj" not in message
+
+
+@pytest.mark.parametrize("name", ["mamba", "mixer", "ssm", "linear_attn", "time_mixing", "retention"])
+def test_mixers_are_refused_even_in_a_block_with_attention(name):
+    mixer = tree(**linear(in_proj=(16, 64), x_proj=(32, 8), out_proj=(32, 16)))
+    message = refused(model_of(attn=tree(**QKVO), **{name: mixer}, mlp=nn.Linear(16, 16)))
+    assert f"layers.1.{name}.in_proj.weight" in message
+    assert "mlp" not in message.partition("Teach")[0]
+
+
+def test_recurrent_layers_are_refused_by_their_type():
+    message = refused(model_of(attn=tree(**QKVO), memory=nn.LSTM(16, 16)))
+    assert "layers.0.memory.weight_ih_l0" in message
+
+
+def test_norms_of_two_dimensions_over_heads():
+    model = model_of(attn=tree(**QKVO, q_norm=nn.LayerNorm((4, 4))))
+    assert role_of(model, "attn.q_norm") == "norm"
+
+
+def test_a_gate_inside_attention_is_not_guessed():
+    assert "attn.gate.weight" in refused(model_of(attn=tree(**QKVO, gate=nn.Linear(16, 16))))
+
+
+def test_convolutions_are_linear_layers_where_they_are_one():
+    model = model_of(attn=tree(**QKVO))
+    model.patches = nn.Conv2d(3, 16, 4, stride=4)
+    model.pointwise = nn.Conv1d(16, 16, 1)
+    AdaPM(model.parameters())
+    model.stem = tree(conv=nn.Conv2d(3, 16, 7, stride=2, padding=3))
+    assert "stem.conv.weight" in refused(model)
+
+
+def test_bare_parameters():
+    model = model_of(attn=tree(**QKVO))
+    model.query_tokens = nn.Parameter(torch.zeros(1, 8, 16))
+    model.relative_position_bias_table = nn.Parameter(torch.zeros(49, 4))
+    optimizer = AdaPM(model.parameters())
+    assert optimizer.pieces[model.query_tokens][0].role == "embedding"
+    assert optimizer.pieces[model.relative_position_bias_table][0].role == "bias"
+    model.gadget = nn.Parameter(torch.zeros(5, 5))
+    assert "gadget" in refused(model)
+
+
+def test_a_fused_weight_whose_values_are_wider_is_refused_where_heads_are_known():
+    attention = tree(qkv=nn.Linear(16, 64), proj=nn.Linear(32, 16))  # LeViT: 16 + 16 + 32 rows
+    attention.num_heads = 4
+    with pytest.raises(ValueError, match="which rows are whose"):
+        AdaPM(model_of(attn=attention).parameters())
+
+
+@pytest.mark.parametrize(
+    ("block", "names"),
+    [
+        ({"in_proj": (16, 112), "attn_out_proj": SQUARE, "mlp_out_proj": (64, 16)}, "in_proj attn_out_proj"),  # timm
+        ({"fused_attn_ff_proj": (16, 96), "attn_out": SQUARE}, "fused_attn_ff_proj attn_out"),  # PaLM
+        ({"to_qkv_mlp_proj": (16, 112), "to_out": (80, 16)}, "to_qkv_mlp_proj to_out"),
+        ({"linear1": (16, 112), "linear2": (80, 16)}, "linear1 linear2"),  # Flux
+    ],
+)
+def test_attention_fused_with_an_mlp_is_refused(block, names):
+    model = model_of(self_attn=tree(**QKVO))
+    model.single_blocks = nn.ModuleList([tree(**linear(**block))])
+    for name in names.split():
+        assert f"single_blocks.0.{name}.weight" in refused(model)
+
+
+@pytest.mark.parametrize("hidden", [64, 128])
+def test_the_two_layers_of_an_mlp_fit_gated_or_not(hidden):
+    model = model_of(self_attn=tree(**QKVO), **linear(linear1=(16, hidden), linear2=(64, 16)))
+    assert role_of(model, "linear1") == role_of(model, "linear2") == "mlp"
+
+
+@pytest.mark.parametrize("parameter", ["A_log", "dt_bias"])
+def test_mixers_of_unknown_names_are_refused_by_their_parameters(parameter):
+    mixer = tree(**linear(in_proj=(16, 64), out_proj=(32, 16)))
+    setattr(mixer, parameter, nn.Parameter(torch.zeros(8)))
+    message = refused(model_of(self_attn=tree(**QKVO), token=mixer))
+    assert "token.in_proj.weight" in message and "token.out_proj.weight" in message
+
+
+@pytest.mark.parametrize(
+    ("path", "role"),
+    [
+        ("output_projection", "lm_head"),  # fairseq
+        ("transformer.ff_out", "lm_head"),  # OLMo
+        ("lm_head.out_proj", "lm_head"),  # T5Gemma
+        ("classifier.out_proj", "lm_head"),  # RoBERTa
+        ("cls.seq_relationship", "lm_head"),  # BERT
+        ("distillation_classifier", "lm_head"),  # DeiT
+        ("mlp_head", "lm_head"),
+        ("to_logits.1", "lm_head"),
+        ("head.fc", "lm_head"),  # timm
+        ("pre_classifier", "mlp"),  # DistilBERT
+        ("classifier.dense", "mlp"),  # RoBERTa
+        ("predictions.transform.dense", "mlp"),  # BERT
+    ],
+)
+def test_heads_and_what_lies_before_them(path, role):
+    model = model_of(self_attn=tree(**QKVO))
+    size = SQUARE if role == "mlp" else (16, 20) if path == "output_projection" else (16, 5)  # its shape tells that one
+    *parents, child = path.split(".")
+    module = nn.Linear(*size)
+    for name in reversed([*parents, child]):
+        module = tree(**{name: module})
+    model.add_module((parents or [child])[0], next(module.children()))
+    optimizer = AdaPM(model.parameters())
+    roles = {n: r for g in optimizer.param_groups for n, r in zip(g["param_names"], g["roles"], strict=True)}
+    assert roles[f"{path}.weight"] == role
+
+
+@pytest.mark.parametrize("positions", [16, 12])
+def test_a_table_of_positions_tells_no_head(positions):
+    """MobileBERT's is square, as a layer before the head is; Chinese-CLIP's has as many rows as its projections."""
+    model = model_of(self_attn=tree(**QKVO))
+    model.positions, model.transform = nn.Embedding(positions, 16), nn.Linear(16, positions)
+    optimizer = AdaPM(model.parameters())
+    roles = {n: r for g in optimizer.param_groups for n, r in zip(g["param_names"], g["roles"], strict=True)}
+    assert roles["transform.weight"] == "mlp" and roles["head.weight"] == "lm_head"
