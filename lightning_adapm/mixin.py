@@ -127,7 +127,7 @@ class AdaPMMixin(_Module):
     """
 
     adapm: AdaPMConfig | Mapping[str, Any] | None = None
-    __jit_unused_properties__ = ["lr", *L.LightningModule.__jit_unused_properties__]  # noqa: RUF012
+    __jit_unused_properties__ = ["lr", "adapm_options", *L.LightningModule.__jit_unused_properties__]  # noqa: RUF012
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -147,6 +147,11 @@ class AdaPMMixin(_Module):
     @lr.setter
     def lr(self, lr: float | None) -> None:
         self.__dict__["_adapm_lr"] = lr
+
+    @property
+    def adapm_options(self) -> dict[str, Any]:
+        """The keyword arguments of :class:`~lightning_adapm.AdaPM` that the settings mean."""
+        return AdaPMConfig.resolve(self.adapm).optimizer_options | {"lr": self.lr}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdaPM over all parameters of the module, with the schedule of its settings.

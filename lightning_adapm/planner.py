@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_adapm.optim import AdaPM
+from lightning_adapm.roles import Piece
 
 # How optimizers of torch and the peers call their first and second moments.
 _MOMENTUM = ("exp_avg", "exp_avg_l", "exp_avg_r", "momentum_buffer", "m", "mu", "mu_product", "state1")
@@ -46,19 +47,33 @@ class StateBytes:
 
 @dataclass(frozen=True)
 class Row:
-    """One piece of one parameter in a plan."""
+    """One piece of one parameter in a plan.
+
+    ``shape`` is the piece's, as the matrix that the optimizer works on; ``rows`` says which part of a fused weight it
+    is, empty for a whole parameter; ``why`` names the rule that found the role; ``dtype`` is the parameter's; ``bytes``
+    of state stand beside AdamW's in float32.
+    """
 
     name: str
     role: str
     shape: tuple[int, ...]
+    rows: str
+    why: str
     policy: str
     rank: int | None
+    dtype: torch.dtype
     bytes: StateBytes
     adamw: StateBytes
 
     @property
     def numel(self) -> int:
         return torch.Size(self.shape).numel()
+
+    @property
+    def adamw_in_dtype(self) -> StateBytes:
+        """AdamW's bytes as ``torch.optim.AdamW`` keeps them, its moments in the parameter's dtype."""
+        moment = self.numel * self.dtype.itemsize
+        return StateBytes(moment, moment, self.adamw.other)
 
 
 def state_bytes(state: Mapping[str, Any]) -> StateBytes:
@@ -112,9 +127,28 @@ def plan(optimizer: AdaPM) -> list[Row]:
                 adamw = adamw_bytes([shape])
                 if counters == StateBytes():  # one counter a parameter, in its first row
                     adamw = StateBytes(adamw.momentum, adamw.second_moment)
-                rank = getattr(momentum, "rank", None)
                 rows.append(
-                    Row(name, piece.role, tuple(shape), momentum.name, rank, state_bytes(own) + counters, adamw)
+                    Row(
+                        name,
+                        piece.role,
+                        tuple(shape),
+                        _rows(piece, param),
+                        optimizer.reasons[param],
+                        momentum.name,
+                        getattr(momentum, "rank", None),
+                        param.dtype,
+                        state_bytes(own) + counters,
+                        adamw,
+                    )
                 )
                 counters = StateBytes()
     return rows
+
+
+def _rows(piece: Piece, param: Tensor) -> str:
+    """Which rows of ``param`` a piece is, for people; columns where the weight is transposed."""
+    if piece.whole:
+        return ""
+    kind = "columns" if piece.transposed else "rows"
+    every = f" of every {param.shape[int(piece.transposed)] // piece.groups}" if piece.groups > 1 else ""
+    return f"{kind} {piece.start}:{piece.stop}{every}"
