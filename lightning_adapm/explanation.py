@@ -1,7 +1,7 @@
 """The table of roles of any model before training, and what other optimizers would hold beside AdaPM."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,12 @@ from lightning_adapm.planner import Row, StateBytes, plan
 from lightning_adapm.roles import UNMATCHED
 from lightning_adapm.tables import as_text, pieces_table, show_count
 
-ADAM_MINI = {"momentum": "full", "second_moment": "block"}
-"""AdaPM's options that make it Adam-mini (arXiv 2406.16793)."""
+VARIANTS: Mapping[str, Mapping[str, str]] = {
+    "Adam-mini": {"momentum": "full", "second_moment": "block"},  # arXiv 2406.16793
+    "AdaPM": {},
+    "AdaPM block": {"second_moment": "block"},
+}
+"""What :func:`compare` compares, as AdaPM's options."""
 
 
 @dataclass(frozen=True)
@@ -105,18 +109,18 @@ def explain(model: nn.Module | AdaPM, **adapm_options: Any) -> Explanation:
 
 
 def compare(model: nn.Module, **adapm_options: Any) -> dict[str, StateBytes]:
-    """Bytes of state of AdamW (in the parameters' dtype), Adam-mini, AdaPM and AdaPM with block second moments.
+    """Bytes of state of AdamW (its moments in the parameters' dtype) and of each of :data:`VARIANTS`, by name.
 
-    The options are AdaPM's; Adam-mini and the block variant have the same but for what makes them what they are. Takes
-    and raises what :func:`explain` does.
+    The options are AdaPM's, and the variants' but for what makes them what they are. Takes and raises what
+    :func:`explain` does. Variants with block second moments are left out where the number of heads is not known.
     """
-    ours = explain(model, **adapm_options)
-    return {
-        "AdamW": ours.adamw_in_dtype,
-        "Adam-mini": explain(model, **adapm_options | ADAM_MINI).total,
-        "AdaPM": ours.total,
-        "AdaPM block": explain(model, **adapm_options | {"second_moment": "block"}).total,
-    }
+    totals = {"AdamW": explain(model, **adapm_options).adamw_in_dtype}
+    for name, settings in VARIANTS.items():
+        try:
+            totals[name] = explain(model, **adapm_options | settings).total
+        except ValueError:  # the given options are fine: they were tried above
+            continue
+    return totals
 
 
 def _frozen(params: Iterable[Tensor]) -> int:

@@ -116,7 +116,18 @@ def litgpt_config(model_name: str | None, config: dict[str, Any] | None) -> Conf
     except (AssertionError, ValueError) as error:
         # litgpt checks some fields by bare assertions, which say nothing.
         reason = str(error) or "n_embd must be a multiple of n_head, and n_head of n_query_groups"
+        if "not a supported config name" in reason:
+            raise ValueError(_unknown_name(str(model_name))) from error
         raise ValueError(f"litgpt cannot build `model_name` {model_name!r} with `config` {config}: {reason}") from error
+
+
+def _unknown_name(model_name: str) -> str:
+    from litgpt.config import name_to_config
+
+    lower = {name.lower(): name for name in name_to_config}
+    close = difflib.get_close_matches(model_name.rpartition("/")[2].lower(), lower, n=3)
+    hint = f"did you mean {', '.join(lower[name] for name in close)}?" if close else "`litgpt pretrain list` lists them"
+    return f"litgpt has no model_name {model_name!r}; {hint}"
 
 
 def _build(config: Config, tie_embeddings: bool) -> GPT:
