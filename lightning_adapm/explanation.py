@@ -8,17 +8,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_adapm.optim import AdaPM
-from lightning_adapm.optim.assign import unmatched_message
+from lightning_adapm.optim.assign import check_heads, unmatched_message
 from lightning_adapm.planner import Row, StateBytes, plan
-from lightning_adapm.roles import UNMATCHED
+from lightning_adapm.policy import momentum_table
+from lightning_adapm.roles import UNMATCHED, Named
 from lightning_adapm.tables import as_text, pieces_table, show_count
 
-VARIANTS: Mapping[str, Mapping[str, str]] = {
-    "Adam-mini": {"momentum": "full", "second_moment": "block"},  # arXiv 2406.16793
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "Adam-mini": {"momentum": momentum_table("full", "full"), "second_moment": "block"},  # arXiv 2406.16793
     "AdaPM": {},
     "AdaPM block": {"second_moment": "block"},
 }
-"""What :func:`compare` compares, as AdaPM's options."""
+"""What :func:`compare` compares, as changes to AdaPM's parameter groups."""
 
 
 @dataclass(frozen=True)
@@ -100,27 +101,41 @@ def explain(model: nn.Module | AdaPM, **adapm_options: Any) -> Explanation:
         return Explanation(tuple(plan(model)), _frozen(params))
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain needs a module or an AdaPM optimizer, but got {type(model).__name__}")
+    optimizer, refuses = _optimizer(model, adapm_options)
+    return Explanation(tuple(plan(optimizer)), _frozen(model.parameters()), refuses)
+
+
+def compare(model: nn.Module, **adapm_options: Any) -> dict[str, Explanation]:
+    """What each of :data:`VARIANTS` would hold, by name; the one with these very options is ``"AdaPM"``.
+
+    Takes and raises what :func:`explain` does. Variants with block second moments are left out where the number of
+    heads is not known.
+    """
+    optimizer, refuses = _optimizer(model, adapm_options)
+    frozen, heads_known = _frozen(model.parameters()), _heads_are_known(optimizer)
+    explanations = {}
+    for name, changes in VARIANTS.items():
+        if heads_known or "second_moment" not in changes:
+            explanations[name] = Explanation(tuple(plan(optimizer, changes)), frozen, refuses)
+    return explanations
+
+
+def _optimizer(model: nn.Module, adapm_options: Mapping[str, Any]) -> tuple[AdaPM, bool]:
+    """AdaPM over a model, and whether it took matrices without a role only because nothing is trained here."""
     options = {**getattr(model, "adapm_options", {}), **adapm_options}
     refuses = options.get("unmatched", "error") == "error"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="AdaPM gives")  # the table shows them
-        optimizer = AdaPM(model.named_parameters(), **options | ({"unmatched": "full"} if refuses else {}))
-    return Explanation(tuple(plan(optimizer)), _frozen(model.parameters()), refuses)
+        return AdaPM(model.named_parameters(), **options | ({"unmatched": "full"} if refuses else {})), refuses
 
 
-def compare(model: nn.Module, **adapm_options: Any) -> dict[str, StateBytes]:
-    """Bytes of state of AdamW (its moments in the parameters' dtype) and of each of :data:`VARIANTS`, by name.
-
-    The options are AdaPM's, and the variants' but for what makes them what they are. Takes and raises what
-    :func:`explain` does. Variants with block second moments are left out where the number of heads is not known.
-    """
-    totals = {"AdamW": explain(model, **adapm_options).adamw_in_dtype}
-    for name, settings in VARIANTS.items():
-        try:
-            totals[name] = explain(model, **adapm_options | settings).total
-        except ValueError:  # the given options are fine: they were tried above
-            continue
-    return totals
+def _heads_are_known(optimizer: AdaPM) -> bool:
+    try:
+        for param, pieces in optimizer.pieces.items():
+            check_heads(Named("", param), pieces)
+    except ValueError:
+        return False
+    return True
 
 
 def _frozen(params: Iterable[Tensor]) -> int:

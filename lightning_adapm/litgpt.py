@@ -134,7 +134,8 @@ def _build(config: Config, tie_embeddings: bool) -> GPT:
     from litgpt import GPT
 
     model = GPT(config)
-    model.apply(model._init_weights)
+    if not model.lm_head.weight.is_meta:  # there, thousands of slow calls that change nothing
+        model.apply(model._init_weights)
     if tie_embeddings:
         model.lm_head.weight = model.transformer.wte.weight
     return model

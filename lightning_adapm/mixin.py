@@ -107,7 +107,8 @@ class AdaPMConfig:
                 close = difflib.get_close_matches(str(key), known, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"the options are {', '.join(known)}"
                 raise ValueError(f"adapm has no option {key!r}; {hint}")
-        return cls(**settings or {})
+        # "None": what jsonargparse makes of `--model.adapm.clip_threshold=null`
+        return cls(**{key: None if value == "None" else value for key, value in (settings or {}).items()})
 
     @property
     def optimizer_options(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from torch import nn
 
-from lightning_adapm.explanation import VARIANTS, Explanation, compare, explain
+from lightning_adapm.explanation import VARIANTS, Explanation, compare
 from lightning_adapm.optim import AdaPM
 from lightning_adapm.optim.assign import name_patterns
 from lightning_adapm.tables import as_text, comparison_table, pieces_table, show_count, summarise, summary_table
@@ -44,14 +44,16 @@ def run(words: list[str]) -> int:
     peek = argparse.ArgumentParser(prog=parser.prog, usage=parser.usage, add_help=False, allow_abbrev=False)
     peek.add_argument("--model_name")
     peek.add_argument("--config", action="append")
+    peek.add_argument("--model")
+    peek.add_argument("-h", "--help", action="store_true")
     source, _ = peek.parse_known_args(words)
     if source.model_name and source.config:
         parser.error("--model_name and --config both describe the model; give one of them")
+    if not (source.model_name or source.config or source.model or source.help):
+        parser.error("which model? Give --model_name NAME (of litgpt), --config FILE or --model CLASS")
     recipe = _named(source.model_name) if source.model_name else _merged(source.config or [])
     model = _model_section(recipe, source.config)
     settings = parser.parse_args([*([f"--model={json.dumps(model)}"] if model else []), *words], defaults=False)
-    if not settings.get("model"):
-        parser.error("which model? Give --model_name NAME (of litgpt), --config FILE or --model CLASS")
     options = _optimizer_options(recipe) | {name: settings[name] for name in _SHAPE_THE_STATE if name in settings}
     dtype = settings.get("dtype") or _recipe_dtype(recipe)
     with torch.device("meta"):
@@ -67,17 +69,18 @@ def _parser() -> ArgumentParser:
         prog="lightning-adapm plan",
         usage="lightning-adapm plan (--model_name NAME | --config FILE | --model CLASS) [options]",
         description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # type: ignore[arg-type]
     )
     parser.add_argument("--model_name", type=str, help="one of litgpt's names")
     parser.add_argument(
-        "--config", action="append", help="a recipe, for `lightning-adapm fit` or `litgpt pretrain`; later ones override"
+        "--config",
+        action="append",
+        help="a recipe, of `lightning-adapm fit` or `litgpt pretrain`; several apply in order",
     )
-    parser.add_subclass_arguments(
-        nn.Module,
-        "model",
-        fail_untyped=False,
-        required=False,
+    parser.add_argument(
+        "--model",
+        type=nn.Module,
+        required=True,
         help="a module's class path; --model.ARGUMENT overrides what --model_name or --config say",
     )
     parser.add_argument(
@@ -86,7 +89,7 @@ def _parser() -> ArgumentParser:
         help="of the parameters (default: the recipe's precision, else float32)",
     )
     parser.add_argument("--explain", action="store_true", help="also every parameter: its role, why, and its bytes")
-    others = set(inspect.signature(AdaPM).parameters) - set(_SHAPE_THE_STATE)
+    others: set[str | int] = {name for name in inspect.signature(AdaPM).parameters if name not in _SHAPE_THE_STATE}
     parser.add_class_arguments(AdaPM, skip=others, fail_untyped=False)
     return parser
 
@@ -128,7 +131,9 @@ def _model_section(recipe: Mapping[str, Any], files: list[str] | None) -> dict[s
     if files and not isinstance(section, dict):
         raise ValueError(f"--config: {', '.join(files)} does not say `model`, with its `class_path` and `init_args`")
     if isinstance(section, dict) and "class_path" not in section:
-        raise ValueError("--config: `model` does not say its class_path; write model: {class_path: ..., init_args: ...}")
+        raise ValueError(
+            "--config: `model` does not say its class_path; write model: {class_path: ..., init_args: ...}"
+        )
     return section
 
 
@@ -149,13 +154,15 @@ def _recipe_dtype(recipe: Mapping[str, Any]) -> str:
 
 
 def _report(model: nn.Module, label: str, options: Mapping[str, Any], every_parameter: bool) -> int:
-    ours, totals = explain(model, **options), compare(model, **options)
+    variants = compare(model, **options)
+    ours = variants["AdaPM"]
+    totals = {"AdamW": ours.adamw_in_dtype} | {name: variant.total for name, variant in variants.items()}
     dtypes = ", ".join(dict.fromkeys(str(row.dtype).removeprefix("torch.") for row in ours))
     frozen = f", and {show_count(ours.frozen)} frozen" if ours.frozen else ""
     print(f"{label}: {show_count(ours.parameters)} parameters in {dtypes}{frozen}")
     references = {"AdamW in float32": ours.adamw} | {f"AdamW in {dtypes}": ours.adamw_in_dtype}
     print(as_text(comparison_table(totals, references)))
-    if missing := [name for name in VARIANTS if name not in totals]:
+    if missing := [name for name in VARIANTS if name not in variants]:
         print(f"No {' and '.join(missing)}: the attention modules do not say their number of heads")
     print(as_text(summary_table(summarise(ours), "role", max_rows=len(ours))))
     if every_parameter:

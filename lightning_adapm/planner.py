@@ -1,7 +1,7 @@
 """Bytes of optimizer state: planned from shapes before training, and measured from what an optimizer holds."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -107,41 +107,50 @@ def adamw_bytes(shapes: Iterable[torch.Size], element_size: int = 4) -> StateByt
     return StateBytes(moment, moment, 4 * len(numels))
 
 
-def plan(optimizer: AdaPM) -> list[Row]:
+def plan(optimizer: AdaPM, changes: Mapping[str, Any] | None = None) -> list[Row]:
     """What the state of every trained parameter is or will be: one row per piece, none for frozen parameters.
 
     The state is made on the meta device by the function that makes it in training, so the sum of the rows is what
-    training allocates.
+    training allocates. ``changes`` are entries of a parameter group to plan with instead of the optimizer's own.
     """
-    rows = []
-    for group in optimizer.param_groups:
+    rows: list[Row] = []
+    for group in (own | dict(changes or {}) for own in optimizer.param_groups):
+        known: dict[Any, list[Row]] = {}  # parameters that are alike have the same rows: experts come in thousands
         for name, param in zip(group["param_names"], group["params"], strict=True):
             if not param.requires_grad:
                 continue
-            state = optimizer.make_state(param, group, torch.empty(0, device="meta"))
-            counters = StateBytes(other=state_bytes({"step": state["step"]}).other)
-            for piece in optimizer.pieces[param]:
-                shape = piece.matrix(param).shape
-                momentum = optimizer.momentum_for(piece, shape, group)
-                own = {k: v for k, v in state.items() if k != "step" and k.startswith(piece.prefix)}
-                adamw = adamw_bytes([shape])
-                if counters == StateBytes():  # one counter a parameter, in its first row
-                    adamw = StateBytes(adamw.momentum, adamw.second_moment)
-                rows.append(
-                    Row(
-                        name,
-                        piece.role,
-                        tuple(shape),
-                        _rows(piece, param),
-                        optimizer.reasons[param],
-                        momentum.name,
-                        getattr(momentum, "rank", None),
-                        param.dtype,
-                        state_bytes(own) + counters,
-                        adamw,
-                    )
-                )
-                counters = StateBytes()
+            alike = (param.shape, param.dtype, optimizer.pieces[param])
+            if alike not in known:
+                known[alike] = _plan_one(optimizer, group, name, param)
+            rows += [replace(row, name=name, why=optimizer.reasons[param]) for row in known[alike]]
+    return rows
+
+
+def _plan_one(optimizer: AdaPM, group: Mapping[str, Any], name: str, param: Tensor) -> list[Row]:
+    """The rows of one parameter."""
+    rows = []
+    state = optimizer.make_state(param, group, torch.empty(0, device="meta"))
+    counters = StateBytes(other=state_bytes({"step": state["step"]}).other)  # in the first row
+    for piece in optimizer.pieces[param]:
+        shape = piece.matrix(param).shape
+        momentum = optimizer.momentum_for(piece, shape, group)
+        own = {k: v for k, v in state.items() if k != "step" and k.startswith(piece.prefix)}
+        adamw = adamw_bytes([shape])
+        rows.append(
+            Row(
+                name,
+                piece.role,
+                tuple(shape),
+                _rows(piece, param),
+                optimizer.reasons[param],
+                momentum.name,
+                getattr(momentum, "rank", None),
+                param.dtype,
+                state_bytes(own) + counters,
+                StateBytes(adamw.momentum, adamw.second_moment, counters.other),
+            )
+        )
+        counters = StateBytes()
     return rows
 
 

@@ -8,6 +8,7 @@ is reported, never guessed. Which rows of a fused weight are whose is the busine
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor, nn
 
@@ -129,7 +130,7 @@ class Named:
     is_head: bool = False
     """Outside every block, and of an embedding's shape."""
 
-    @property
+    @cached_property
     def path(self) -> str:
         """The normalised name without ``.weight``."""
         return re.sub(r"(\.(linear|inner_linear))?\.weight$", "", normalize(self.name))

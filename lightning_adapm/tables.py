@@ -31,14 +31,11 @@ def show_saving(held: int, reference: int) -> str:
 
 def show_count(number: int) -> str:
     """A number of parameters for people: ``"1.5 B"``."""
-    size = float(number)
-    for unit in ("", " K", " M"):
-        if size < 1000:
-            break
-        size /= 1000
-    else:
-        unit = " B"
-    return f"{size:,.0f}{unit}" if size >= 100 or not unit else f"{size:.1f}{unit}"
+    if number < 1000:
+        return str(number)
+    power = min(3, (len(str(number)) - 1) // 3)
+    size = number / 1000**power
+    return f"{size:,.{size < 100:d}f} {' KMB'[power]}"
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def assign_roles(
             roles.append(role or UNMATCHED)
             pieces[item.param] = tuple(replace(piece, block=item.block) for piece in cuts)
             if (options.get("second_moment") or defaults["second_moment"]) == "block":
-                _check_heads(item, pieces[item.param])
+                check_heads(item, pieces[item.param])
         options["params"] = [(item.name, item.param) for item in items]
         options["roles"] = roles
         assigned.append(options)
@@ -104,7 +104,12 @@ def _role(item: Named, stated: str | None, rules: Mapping[str, str]) -> tuple[st
     return "bias", "a vector in a group of matrices"
 
 
-def _check_heads(item: Named, pieces: tuple[Piece, ...]) -> None:
+def check_heads(item: Named, pieces: tuple[Piece, ...]) -> None:
+    """Refuse block second moments where it is not known which rows are a head's.
+
+    Raises:
+        ValueError: naming the parameter, and how to say its heads.
+    """
     for piece in pieces:
         if piece.role not in ("query", "key") or item.param.dim() != 2:
             continue
