@@ -108,7 +108,8 @@ class AdaPMConfig:
                 hint = f"did you mean {close[0]!r}?" if close else f"the options are {', '.join(known)}"
                 raise ValueError(f"adapm has no option {key!r}; {hint}")
         # "None": what jsonargparse makes of `--model.adapm.clip_threshold=null`
-        return cls(**{key: None if value == "None" else value for key, value in (settings or {}).items()})
+        given: dict[str, Any] = {k: None if v == "None" else v for k, v in (settings or {}).items()}
+        return cls(**given)
 
     @property
     def optimizer_options(self) -> dict[str, Any]:

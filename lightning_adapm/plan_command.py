@@ -77,12 +77,8 @@ def _parser() -> ArgumentParser:
         action="append",
         help="a recipe, of `lightning-adapm fit` or `litgpt pretrain`; several apply in order",
     )
-    parser.add_argument(
-        "--model",
-        type=nn.Module,
-        required=True,
-        help="a module's class path; --model.ARGUMENT overrides what --model_name or --config say",
-    )
+    # a function, because add_argument refuses classes with an argument that has no type
+    parser.add_function_arguments(_describe_model, fail_untyped=False)
     parser.add_argument(
         "--dtype",
         type=Literal["float32", "bfloat16", "float16", "float64"],
@@ -92,6 +88,14 @@ def _parser() -> ArgumentParser:
     others: set[str | int] = {name for name in inspect.signature(AdaPM).parameters if name not in _SHAPE_THE_STATE}
     parser.add_class_arguments(AdaPM, skip=others, fail_untyped=False)
     return parser
+
+
+def _describe_model(model: nn.Module) -> None:
+    """The model.
+
+    Args:
+        model: a module's class path; --model.ARGUMENT overrides what --model_name or --config say.
+    """
 
 
 def _named(model_name: str) -> dict[str, Any]:

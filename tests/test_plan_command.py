@@ -133,7 +133,7 @@ def test_a_recipe_of_litgpts_own(plan, tmp_path, recipe):
 
 
 def test_gpt2_xl_by_its_fields(plan):
-    """1.5 billion parameters: 48 layers of width 1600, 25 heads, biases, a tied head; no learned positions in litgpt."""
+    """1.5 billion parameters: 48 layers of width 1600, 25 heads, biases, a tied head."""
     fields = {
         "n_layer": 48, "n_embd": 1600, "n_head": 25, "padded_vocab_size": 50257, "block_size": 1024, "bias": True
     }  # fmt: skip
