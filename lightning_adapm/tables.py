@@ -26,7 +26,9 @@ def show_bytes(size: float) -> str:
 
 def show_saving(held: int, reference: int) -> str:
     """How much smaller ``held`` is, in per cent; a dash without a reference."""
-    return f"{100 * (1 - held / reference):.1f} %" if reference else "-"
+    if not reference:
+        return "-"
+    return f"{round(100 * (1 - held / reference), 1) + 0.0:.1f} %"  # + 0.0: not "-0.0 %"
 
 
 def show_count(number: int) -> str:

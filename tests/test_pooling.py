@@ -92,7 +92,7 @@ def test_bytes_for_people():
         "3.0 GiB",
         "2.00 TiB",
     ]
-    assert (show_saving(1, 4), show_saving(3, 0)) == ("75.0 %", "-")
+    assert [show_saving(*pair) for pair in ((1, 4), (3, 0), (100_001, 100_000))] == ["75.0 %", "-", "0.0 %"]
     assert [show_count(n) for n in (7, 1_730, 786_432, 3_100_000, 405_853_388_800)] == [
         "7",
         "1.7 K",
