@@ -47,9 +47,10 @@ def run(words: list[str]) -> int:
     peek.add_argument("--model")
     peek.add_argument("-h", "--help", action="store_true")
     source, _ = peek.parse_known_args(words)
-    if source.model_name and source.config:
-        parser.error("--model_name and --config both describe the model; give one of them")
-    if not (source.model_name or source.config or source.model or source.help):
+    sources = [f"--{name}" for name in ("model_name", "config", "model") if getattr(source, name)]
+    if len(sources) > 1:
+        parser.error(f"{' and '.join(sources)} each describe the model; give one of them")
+    if not sources and not source.help:
         parser.error("which model? Give --model_name NAME (of litgpt), --config FILE or --model CLASS")
     recipe = _named(source.model_name) if source.model_name else _merged(source.config or [])
     model = _model_section(recipe, source.config)

@@ -167,7 +167,8 @@ def test_unmatched_matrices_end_with_status_1_and_what_to_write(plan):
     [
         ([], "which model? Give --model_name NAME"),
         (["--rank=3"], "which model?"),
-        (["--model_name=pythia-14m", f"--config={QUICKSTART}"], "--model_name and --config both describe the model"),
+        (["--model_name=pythia-14m", f"--config={QUICKSTART}"], "--model_name and --config each describe the model"),
+        (["--model_name=pythia-14m", "--model=models.PlainLM"], "--model_name and --model each describe the model"),
         (["--model_name=pythia-14n"], "no model_name 'pythia-14n'; did you mean pythia-14m"),
         (["--model_name=meta-llama/llama-3-8b"], "did you mean Llama-3-8B"),
         (["--config=nowhere.yaml"], "there is no file 'nowhere.yaml'"),
