@@ -32,13 +32,16 @@ def assign_roles(
 
     Raises:
         TypeError: parameters without names or role, or complex ones.
-        ValueError: matrices that nothing matches, all of them; a fused weight or heads that cannot be told apart.
+        ValueError: no parameters; matrices that nothing matches, all of them; a fused weight or heads that cannot be
+            told apart.
     """
     assigned: list[dict[str, Any]] = []
     pieces: dict[Tensor, tuple[Piece, ...]] = {}
     reasons: dict[Tensor, str] = {}
     missing: list[Named] = []
     described = [_describe(group, index) for index, group in enumerate(groups)]
+    if not any(described):
+        raise ValueError("optimizer got an empty parameter list")  # torch's words
     if len(described) > 1:  # a fused weight and the output projection beside it may be in different groups
         link(item for items in described for item in items)
     for group, items in zip(groups, described, strict=True):
