@@ -107,9 +107,7 @@ class AdaPMConfig:
                 close = difflib.get_close_matches(str(key), known, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"the options are {', '.join(known)}"
                 raise ValueError(f"adapm has no option {key!r}; {hint}")
-        # "None": what jsonargparse makes of `--model.adapm.clip_threshold=null`
-        given: dict[str, Any] = {k: None if v == "None" else v for k, v in (settings or {}).items()}
-        return cls(**given)
+        return cls(**without_text_none(settings or {}))
 
     @property
     def optimizer_options(self) -> dict[str, Any]:
@@ -224,6 +222,11 @@ class AdaPMMixin(_Module):
         }
         for logger in trainer.loggers:
             logger.log_hyperparams({"adapm_settings": settings})
+
+
+def without_text_none(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with None for the text ``"None"``, which jsonargparse makes of ``--model.adapm.clip_threshold=null``."""
+    return {key: None if value == "None" else value for key, value in options.items()}
 
 
 def lr_factor(step: int, *, warmup: int, total: int | None, min_ratio: float) -> float:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, get_loader
 from torch import nn
 
 from lightning_adapm.explanation import VARIANTS, Explanation, compare
@@ -109,7 +109,10 @@ def _merged(files: list[str]) -> dict[str, Any]:
     for file in files:
         if not Path(file).is_file():
             raise FileNotFoundError(f"--config: there is no file {file!r}")
-        recipe = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        try:
+            recipe = get_loader("yaml")(Path(file).read_text(encoding="utf-8"))  # as `fit` reads it: 1e-3 is a number
+        except yaml.YAMLError as error:
+            raise ValueError(f"--config: {file} is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(recipe, dict):
             raise ValueError(f"--config: {file} is not a recipe: its content is a {type(recipe).__name__}")
         merged = _overlaid(merged, recipe)

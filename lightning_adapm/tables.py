@@ -88,7 +88,7 @@ def summary_table(lines: list[Line], by: str, max_rows: int) -> Table:
     for index, (header, foot) in enumerate(zip(headers, footer, strict=True)):
         table.add_column(header, foot, justify="left" if index in (0, 2) else "right", overflow="fold")
     for line in lines[:max_rows]:
-        table.add_row(line.label, *_cells(line))
+        table.add_row(Text(line.label), *_cells(line))
     if len(lines) > max_rows:
         table.add_row(f"... {len(lines) - max_rows} more")
     table.caption = (
@@ -122,7 +122,9 @@ def pieces_table(rows: Iterable[Row]) -> Table:
     for row in rows:
         shape, rank = " x ".join(map(str, row.shape)), "" if row.rank is None else str(row.rank)
         role = row.role if row.role == UNMATCHED else role_label(row.role)
-        table.add_row(row.name, shape, row.rows, role, Text(row.why), row.policy, rank, show_bytes(row.bytes.total))
+        table.add_row(
+            Text(row.name), shape, row.rows, role, Text(row.why), row.policy, rank, show_bytes(row.bytes.total)
+        )
     return table
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from lightning_adapm import AdaPM, AdaPMMixin, explain
 from lightning_adapm.explanation import compare
 from lightning_adapm.planner import plan
+from lightning_adapm.tables import as_text, summarise, summary_table
 
 
 class Unknown(nn.Module):
@@ -179,6 +180,13 @@ def test_every_row_and_the_total_are_printed():
     for row in explanation:
         assert any(line.split()[0] == row.name and row.role in line for line in lines if line.strip())
     assert any(line.split()[:2] == ["total", "19.4"] for line in lines if line.strip())
+
+
+@pytest.mark.parametrize("name", ["[bold]", "[/red]", "a[0]"])
+def test_names_are_printed_as_they_are(name):
+    explanation = explain(nn.ModuleDict({name: nn.Embedding(4, 4)}))
+    by_parameter = as_text(summary_table(summarise(explanation, "parameter"), "parameter", 9))
+    assert f" {name}.weight " in str(explanation) and f" {name}.weight (embedding) " in by_parameter
 
 
 def test_compare_leaves_out_what_needs_unknown_heads():

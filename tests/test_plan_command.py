@@ -116,6 +116,24 @@ def test_a_recipe_with_adapm_as_its_optimizer_and_a_precision(plan, tmp_path):
     assert totals["AdaPM"] == show_bytes(explain(model, second_moment="block").total.total)
 
 
+def test_numbers_are_read_as_fit_reads_them(plan, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        "model_name: pythia-14m\noptimizer: {class_path: lightning_adapm.AdaPM, init_args: {lr: 1e-3, rank: 5e-2}}\n"
+    )
+    status, *_, totals = plan("--config", tmp_path / "recipe.yaml")
+    assert status == 0
+    assert totals["AdaPM"] == show_bytes(explain(on_meta("pythia-14m")).total.total)
+
+
+def test_null_is_a_fields_default(plan):
+    words = ["--model_name=pythia-14m", "--model.config.n_query_groups=null"]
+    assert plan(*words)[3] == plan("--model_name=pythia-14m")[3]
+
+
+def test_a_model_without_parameters(plan):
+    assert "empty parameter list" in plan("--model=torch.nn.Identity")[0]
+
+
 @pytest.mark.parametrize(
     "recipe",
     [
@@ -190,6 +208,7 @@ def test_bad_input_is_named_without_a_traceback(plan, words, message):
         ("trainer: {max_steps: 3}", "does not say `model`"),
         ("model: {n_layer: 3}", "`model` does not say its class_path"),
         ("- model", "is not a recipe"),
+        ("model: [1", "recipe.yaml is not YAML: while parsing a flow sequence"),
     ],
 )
 def test_a_file_that_is_no_recipe(plan, tmp_path, content, message):
