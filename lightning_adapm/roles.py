@@ -176,8 +176,8 @@ def find_role(item: Named, rules: Mapping[str, str] | None = None) -> tuple[str 
     for pattern, role in (rules or {}).items():
         if re.search(pattern, name) and fits(role, item.param):
             return role, f"roles[{pattern!r}]"
-    if re.search(NAME_RULES[0][1], stem):
-        return "adapter", "name"
+    if found := re.search(NAME_RULES[0][1], stem):
+        return "adapter", _by_name(found)
     if any(isinstance(user, nn.Embedding) for user in item.users):
         return "embedding", "used by nn.Embedding"
     if item.param.dim() < 2 or item.param.numel() == max(item.param.shape):
@@ -189,13 +189,17 @@ def find_role(item: Named, rules: Mapping[str, str] | None = None) -> tuple[str 
         if role_here:
             return role_here, "lies in an attention module"
     for role, pattern in NAME_RULES:
-        if re.search(pattern, stem):
-            return role, "name"
+        if found := re.search(pattern, stem):
+            return role, _by_name(found)
     if item.is_head:
         return "lm_head", "has the shape of an embedding"
     if item.in_block and not is_attention(item.beside):
         return "mlp", "in a transformer block, outside its attention"
     return None, "nothing matches"
+
+
+def _by_name(found: re.Match[str]) -> str:
+    return f"name {found.group().strip('._')!r}"
 
 
 def fits(role: str, param: Tensor) -> bool:

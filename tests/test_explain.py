@@ -46,6 +46,8 @@ def test_says_the_role_and_the_rule():
         "layers.0.self_attn.v_proj.weight": ("value", "lies in an attention module", "full"),
         "layers.1.norm_2.bias": ("bias", "a vector", "full"),
     }
+    assert rows["lm_head.weight"].why == "name 'lm_head'"
+    assert rows["layers.0.mlp.2.weight"].why == "name 'mlp'"
     taught = by_name(explain(PlainLM(), roles={r"^lm_head": "mlp"}))["lm_head.weight"]
     assert (taught.role, taught.why) == ("mlp", "roles['^lm_head']")
 
