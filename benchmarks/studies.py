@@ -146,9 +146,7 @@ def roles() -> Study:
 def second() -> Study:
     rows = {f"AdaPM {kind}": adapm(second_moment=kind) for kind in ("elementwise", "block", "factored")}
     fast = {f"{label}, betas .9 .95": adapm(betas=BETAS95, **options) for label, (_, options) in rows.items()}
-    return Study(
-        "What does a smaller second moment cost?", {**ADAMW, **ADAM_MINI, **rows, **fast}, baselines=BOTH
-    )
+    return Study("What does a smaller second moment cost?", {**ADAMW, **ADAM_MINI, **rows, **fast}, baselines=BOTH)
 
 
 def beta1() -> Study:

@@ -1,6 +1,7 @@
 """AdaPM for PyTorch Lightning and LitGPT: AdamW with a fraction of its momentum."""
 
 from lightning_adapm.callbacks import ClosingTable, OptimizerStateMonitor, OptimizerSummary, ResidualNormMonitor
+from lightning_adapm.explanation import explain
 from lightning_adapm.mixin import AdaPMConfig, AdaPMMixin
 from lightning_adapm.optim import AdaPM
 
@@ -12,4 +13,5 @@ __all__ = [
     "OptimizerStateMonitor",
     "OptimizerSummary",
     "ResidualNormMonitor",
+    "explain",
 ]

@@ -7,8 +7,9 @@ import sys
 import traceback
 
 USAGE = """\
-usage: lightning-adapm {fit,validate,test,predict} [--config FILE ...] [--OPTION VALUE ...]
+usage: lightning-adapm {plan,fit,validate,test,predict} [--config FILE ...] [--OPTION VALUE ...]
 
+  plan       what the optimizer's state will cost:  lightning-adapm plan --model_name Llama-3-8B
   fit        train a model:  lightning-adapm fit --config recipes/trainer/pretrain/quickstart.yaml
   validate   one pass over the validation data
   test       one pass over the test data
@@ -30,9 +31,14 @@ def main(args: list[str] | None = None) -> None:
     if not words or words[0] in ("-h", "--help"):
         print(USAGE, end="")
         return
-    from lightning_adapm.cli import AdaPMCLI  # after the help, which need not wait for Lightning
-
     try:
+        # after the help, which need not wait for Lightning
+        if words[0] == "plan":
+            from lightning_adapm import plan_command
+
+            sys.exit(plan_command.run(words[1:]))
+        from lightning_adapm.cli import AdaPMCLI
+
         AdaPMCLI(args)
     except Exception as error:
         if not _is_message_to_the_user(error):

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from lightning_adapm.mixin import AdaPMMixin
+from lightning_adapm.mixin import AdaPMMixin, without_text_none
 
 if TYPE_CHECKING:
     from litgpt import GPT, Config
@@ -111,19 +111,32 @@ def litgpt_config(model_name: str | None, config: dict[str, Any] | None) -> Conf
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f". Its fields: {', '.join(known)}."
             raise ValueError(f"`config`: litgpt.Config has no field {name!r}{hint}")
+    config = without_text_none(config or {})
     try:
-        return Config(**config or {}) if model_name is None else Config.from_name(model_name, **config or {})
-    except (AssertionError, ValueError) as error:
+        return Config(**config) if model_name is None else Config.from_name(model_name, **config)
+    except (AssertionError, TypeError, ValueError) as error:
         # litgpt checks some fields by bare assertions, which say nothing.
         reason = str(error) or "n_embd must be a multiple of n_head, and n_head of n_query_groups"
+        if "not a supported config name" in reason:
+            raise ValueError(_unknown_name(str(model_name))) from error
         raise ValueError(f"litgpt cannot build `model_name` {model_name!r} with `config` {config}: {reason}") from error
+
+
+def _unknown_name(model_name: str) -> str:
+    from litgpt.config import name_to_config
+
+    lower = {name.lower(): name for name in name_to_config}
+    close = difflib.get_close_matches(model_name.rpartition("/")[2].lower(), lower, n=3)
+    hint = f"did you mean {', '.join(lower[name] for name in close)}?" if close else "`litgpt pretrain list` lists them"
+    return f"litgpt has no model_name {model_name!r}; {hint}"
 
 
 def _build(config: Config, tie_embeddings: bool) -> GPT:
     from litgpt import GPT
 
     model = GPT(config)
-    model.apply(model._init_weights)
+    if not model.lm_head.weight.is_meta:  # there, thousands of slow calls that change nothing
+        model.apply(model._init_weights)
     if tie_embeddings:
         model.lm_head.weight = model.transformer.wte.weight
     return model

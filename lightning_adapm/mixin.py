@@ -107,7 +107,7 @@ class AdaPMConfig:
                 close = difflib.get_close_matches(str(key), known, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"the options are {', '.join(known)}"
                 raise ValueError(f"adapm has no option {key!r}; {hint}")
-        return cls(**settings or {})
+        return cls(**without_text_none(settings or {}))
 
     @property
     def optimizer_options(self) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class AdaPMMixin(_Module):
     """
 
     adapm: AdaPMConfig | Mapping[str, Any] | None = None
-    __jit_unused_properties__ = ["lr", *L.LightningModule.__jit_unused_properties__]  # noqa: RUF012
+    __jit_unused_properties__ = ["lr", "adapm_options", *L.LightningModule.__jit_unused_properties__]  # noqa: RUF012
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -147,6 +147,11 @@ class AdaPMMixin(_Module):
     @lr.setter
     def lr(self, lr: float | None) -> None:
         self.__dict__["_adapm_lr"] = lr
+
+    @property
+    def adapm_options(self) -> dict[str, Any]:
+        """The keyword arguments of :class:`~lightning_adapm.AdaPM` that the settings mean."""
+        return AdaPMConfig.resolve(self.adapm).optimizer_options | {"lr": self.lr}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdaPM over all parameters of the module, with the schedule of its settings.
@@ -217,6 +222,11 @@ class AdaPMMixin(_Module):
         }
         for logger in trainer.loggers:
             logger.log_hyperparams({"adapm_settings": settings})
+
+
+def without_text_none(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with None for the text ``"None"``, which jsonargparse makes of ``--model.adapm.clip_threshold=null``."""
+    return {key: None if value == "None" else value for key, value in options.items()}
 
 
 def lr_factor(step: int, *, warmup: int, total: int | None, min_ratio: float) -> float:

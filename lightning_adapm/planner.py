@@ -1,7 +1,7 @@
 """Bytes of optimizer state: planned from shapes before training, and measured from what an optimizer holds."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_adapm.optim import AdaPM
+from lightning_adapm.roles import Piece
 
 # How optimizers of torch and the peers call their first and second moments.
 _MOMENTUM = ("exp_avg", "exp_avg_l", "exp_avg_r", "momentum_buffer", "m", "mu", "mu_product", "state1")
@@ -46,19 +47,33 @@ class StateBytes:
 
 @dataclass(frozen=True)
 class Row:
-    """One piece of one parameter in a plan."""
+    """One piece of one parameter in a plan.
+
+    ``shape`` is the piece's, as the matrix that the optimizer works on; ``rows`` says which part of a fused weight it
+    is, empty for a whole parameter; ``why`` names the rule that found the role; ``dtype`` is the parameter's; ``bytes``
+    of state stand beside AdamW's in float32.
+    """
 
     name: str
     role: str
     shape: tuple[int, ...]
+    rows: str
+    why: str
     policy: str
     rank: int | None
+    dtype: torch.dtype
     bytes: StateBytes
     adamw: StateBytes
 
     @property
     def numel(self) -> int:
         return torch.Size(self.shape).numel()
+
+    @property
+    def adamw_in_dtype(self) -> StateBytes:
+        """AdamW's bytes as ``torch.optim.AdamW`` keeps them, its moments in the parameter's dtype."""
+        moment = self.numel * self.dtype.itemsize
+        return StateBytes(moment, moment, self.adamw.other)
 
 
 def state_bytes(state: Mapping[str, Any]) -> StateBytes:
@@ -92,29 +107,57 @@ def adamw_bytes(shapes: Iterable[torch.Size], element_size: int = 4) -> StateByt
     return StateBytes(moment, moment, 4 * len(numels))
 
 
-def plan(optimizer: AdaPM) -> list[Row]:
+def plan(optimizer: AdaPM, changes: Mapping[str, Any] | None = None) -> list[Row]:
     """What the state of every trained parameter is or will be: one row per piece, none for frozen parameters.
 
     The state is made on the meta device by the function that makes it in training, so the sum of the rows is what
-    training allocates.
+    training allocates. ``changes`` are entries of a parameter group to plan with instead of the optimizer's own.
     """
-    rows = []
-    for group in optimizer.param_groups:
+    rows: list[Row] = []
+    for group in (own | dict(changes or {}) for own in optimizer.param_groups):
+        known: dict[Any, list[Row]] = {}  # parameters that are alike have the same rows: experts come in thousands
         for name, param in zip(group["param_names"], group["params"], strict=True):
             if not param.requires_grad:
                 continue
-            state = optimizer.make_state(param, group, torch.empty(0, device="meta"))
-            counters = StateBytes(other=state_bytes({"step": state["step"]}).other)
-            for piece in optimizer.pieces[param]:
-                shape = piece.matrix(param).shape
-                momentum = optimizer.momentum_for(piece, shape, group)
-                own = {k: v for k, v in state.items() if k != "step" and k.startswith(piece.prefix)}
-                adamw = adamw_bytes([shape])
-                if counters == StateBytes():  # one counter a parameter, in its first row
-                    adamw = StateBytes(adamw.momentum, adamw.second_moment)
-                rank = getattr(momentum, "rank", None)
-                rows.append(
-                    Row(name, piece.role, tuple(shape), momentum.name, rank, state_bytes(own) + counters, adamw)
-                )
-                counters = StateBytes()
+            alike = (param.shape, param.dtype, optimizer.pieces[param])
+            if alike not in known:
+                known[alike] = _plan_one(optimizer, group, name, param)
+            rows += [replace(row, name=name, why=optimizer.reasons[param]) for row in known[alike]]
     return rows
+
+
+def _plan_one(optimizer: AdaPM, group: Mapping[str, Any], name: str, param: Tensor) -> list[Row]:
+    """The rows of one parameter."""
+    rows = []
+    state = optimizer.make_state(param, group, torch.empty(0, device="meta"))
+    counters = StateBytes(other=state_bytes({"step": state["step"]}).other)  # in the first row
+    for piece in optimizer.pieces[param]:
+        shape = piece.matrix(param).shape
+        momentum = optimizer.momentum_for(piece, shape, group)
+        own = {k: v for k, v in state.items() if k != "step" and k.startswith(piece.prefix)}
+        adamw = adamw_bytes([shape])
+        rows.append(
+            Row(
+                name,
+                piece.role,
+                tuple(shape),
+                _rows(piece, param),
+                optimizer.reasons[param],
+                momentum.name,
+                getattr(momentum, "rank", None),
+                param.dtype,
+                state_bytes(own) + counters,
+                StateBytes(adamw.momentum, adamw.second_moment, counters.other),
+            )
+        )
+        counters = StateBytes()
+    return rows
+
+
+def _rows(piece: Piece, param: Tensor) -> str:
+    """Which rows of ``param`` a piece is, for people; columns where the weight is transposed."""
+    if piece.whole:
+        return ""
+    kind = "columns" if piece.transposed else "rows"
+    every = f" of every {param.shape[int(piece.transposed)] // piece.groups}" if piece.groups > 1 else ""
+    return f"{kind} {piece.start}:{piece.stop}{every}"

@@ -10,6 +10,7 @@ weight are whose is the business of :mod:`lightning_adapm.attention`.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor, nn
 
@@ -104,7 +105,7 @@ class Named:
     is_head: bool = False
     """Outside every block, and of the shape of the largest embedding of its width."""
 
-    @property
+    @cached_property
     def path(self) -> str:
         """The normalised name without ``.weight``."""
         return re.sub(r"(\.(linear|inner_linear)|(?<=to_out)\.0)?\.weight$", "", normalize(self.name))
@@ -189,16 +190,16 @@ def _by_type(item: Named) -> tuple[str | None, str] | None:
     stem, kinds = item.path.lower(), [type(user).__name__ for user in item.users]
     if item.in_adapter:
         return "adapter", "held by an adapter"
-    if re.search(rules.ADAPTER, stem):
-        return "adapter", "name"
+    if found := re.search(rules.ADAPTER, stem):
+        return "adapter", _named(found)
     if any(isinstance(user, nn.Embedding) for user in item.users):
         return "embedding", "used by nn.Embedding"
     if item.param.dim() < 2 or item.param.numel() == max(item.param.shape):
         return ("bias" if stem.endswith("bias") else "norm"), "a vector"
     if any(re.search(r"norm(\dd)?$", kind, re.IGNORECASE) for kind in kinds):
         return "norm", "used by a norm"
-    if re.search(rules.BIASES, stem):
-        return "bias", "name"
+    if found := re.search(rules.BIASES, stem):
+        return "bias", _named(found)
     if item.name.endswith(".weight") and any(kind.endswith("Embedding") for kind in kinds):
         return "embedding", "used by an embedding"
     return None
@@ -217,25 +218,22 @@ def _by_structure(item: Named) -> tuple[str | None, str] | None:
 
 def _by_name(item: Named) -> tuple[str | None, str] | None:
     stem = item.path.lower()
-    if _is_table(item) and re.search(rules.EMBEDDINGS, stem):
-        return "embedding", "name"
-    if (role := _named_role(stem)) != UNMATCHED:
-        return role, "name"
+    if _is_table(item) and (found := re.search(rules.EMBEDDINGS, stem)):
+        return "embedding", _named(found)
+    if rule := _rule(rules.NAME_RULES, stem):
+        return rule
     if item.in_attention:
         role = child_role(item.child)
         if role in ("query", "key", "value") or (role == "attn_out" and item.holds_attention):
-            return role, "name"
+            return role, f"name {item.child!r}"
         return None, "in an attention module, of an unknown name"
     if item.is_head:
         return "lm_head", "has the shape of an embedding"
-    if item.block_path is None and re.search(rules.HEADS, stem):
-        return "lm_head", "name"
+    if item.block_path is None and (found := re.search(rules.HEADS, stem)):
+        return "lm_head", _named(found)
     if re.fullmatch(rules.INPUT_ONLY, item.child) or _holds_more(item):
         return None, "may hold an attention's inputs or outputs as well as an MLP's"
-    for role, pattern in rules.NAME_RULES_OUTSIDE:
-        if re.search(pattern, stem):
-            return role, "name"
-    return _by_place(item)
+    return _rule(rules.NAME_RULES_OUTSIDE, stem) or _by_place(item)
 
 
 def _holds_more(item: Named) -> bool:
@@ -247,9 +245,14 @@ def _holds_more(item: Named) -> bool:
     return (item is first or item is second) and first.param.shape[0] not in (width, 2 * width)
 
 
-def _named_role(stem: str) -> str | None:
-    """The role that the name alone gives: None where it refuses, :data:`UNMATCHED` where it says nothing."""
-    return next((role for role, pattern in rules.NAME_RULES if re.search(pattern, stem)), UNMATCHED)
+def _rule(table: Iterable[tuple[str | None, str]], stem: str) -> tuple[str | None, str] | None:
+    """The first rule of a table that a name matches; one whose role is None refuses it."""
+    matches = ((role, re.search(pattern, stem)) for role, pattern in table)
+    return next(((role, _named(found)) for role, found in matches if found), None)
+
+
+def _named(found: re.Match[str]) -> str:
+    return f"name {found.group().strip('._')!r}"
 
 
 def _by_place(item: Named) -> tuple[str | None, str] | None:
@@ -299,7 +302,8 @@ def link(items: Iterable[Named]) -> None:
             rows, width = item.param.shape
             embeddings[width] = max(rows, embeddings.get(width, 0))
     attentions = [path for path, children in modules.items() if is_attention(children)]
-    attentions += [item.parent for item in items if _named_role(item.path.lower()) in FUSED]
+    rules_met = ((item, _rule(rules.NAME_RULES, item.path.lower())) for item in items)
+    attentions += [item.parent for item, met in rules_met if met and met[0] in FUSED]
     blocks = {block for path in attentions if (block := _block_around(path))}
     complete = {_block_around(path) for path in attentions if "attn_out" in map(child_role, modules.get(path, ()))}
     inside = {prefix for path in attentions for prefix in _prefixes(path)}

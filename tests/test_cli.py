@@ -147,6 +147,20 @@ def test_precision_follows_the_hardware_unless_given(monkeypatch, has_bf16, opti
     assert parsed.value.args == (expected,)
 
 
+def test_null_turns_an_option_off(corpus, tmp_path, in_process, monkeypatch):
+    class BuiltError(Exception):
+        pass
+
+    def stop(self, *args, **kwargs):
+        raise BuiltError(self.adapm_options["clip_threshold"])
+
+    monkeypatch.setattr(cli.AdaPMMixin, "configure_optimizers", stop)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BuiltError) as built:
+        in_process("fit", "--config", QUICKSTART, *shrunk(corpus, tmp_path), "--model.adapm.clip_threshold=null")
+    assert built.value.args == (None,)
+
+
 # Schedule
 
 

@@ -49,6 +49,11 @@ def test_settings_reach_the_optimizer(tmp_path, settings):
     assert "query" in optimizer.param_groups[0]["roles"]
 
 
+def test_null_on_the_command_line_arrives_as_text():
+    config = AdaPMConfig.resolve({"clip_threshold": "None", "state_dtype": "None", "rank": 3})
+    assert (config.clip_threshold, config.state_dtype, config.rank) == (None, None, 3)
+
+
 def test_defaults_without_the_attribute(tmp_path):
     fit = trainer(tmp_path)
     fit.fit(Module())

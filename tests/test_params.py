@@ -149,6 +149,11 @@ def test_an_exhausted_or_started_generator_is_not_recognised():
         AdaPM(exhausted)
 
 
+def test_a_module_without_parameters_is_refused_as_by_torch():
+    with pytest.raises(ValueError, match="empty parameter list"):
+        AdaPM(torch.nn.Identity().parameters())
+
+
 def test_a_module_is_refused_with_advice():
     with pytest.raises(TypeError, match=r"named_parameters\(\)"):
         AdaPM(PlainLM())

@@ -3,9 +3,13 @@
 import pytest
 import torch
 from litgpt import GPT, Config
+from litgpt.lora import GPT as LoRAGPT  # noqa: N811
+from litgpt.lora import Config as LoRAConfig
+from litgpt.lora import mark_only_lora_as_trainable
 from models import PlainLM, tiny_gpt, token_batches, train
 
 from lightning_adapm import AdaPM
+from lightning_adapm.explanation import compare, explain
 from lightning_adapm.planner import StateBytes, adamw_bytes, measure, plan
 
 
@@ -60,3 +64,63 @@ def test_frozen_parameters_have_no_row():
     assert {row.name for row in plan(AdaPM(model.parameters()))} == {
         "embed_tokens.weight", "norm.weight", "norm.bias", "lm_head.weight"
     }  # fmt: skip
+
+
+def tied():
+    model = tiny_gpt()
+    model.lm_head.weight = model.transformer.wte.weight
+    return model
+
+
+def experts():
+    return tiny_gpt(mlp_class_name="LLaMAMoE", n_expert=3, n_expert_per_token=2)
+
+
+def with_lora():
+    config = tiny_gpt().config
+    lora = {"lora_r": 2, "lora_alpha": 4, "lora_query": True, "lora_value": True, "lora_mlp": True}
+    fields = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_query_groups", "n_embd", "block_size")}
+    model = LoRAGPT(LoRAConfig(**fields, **lora, padded_vocab_size=61, mlp_class_name="LLaMAMLP", intermediate_size=48))
+    mark_only_lora_as_trainable(model)
+    return model
+
+
+@pytest.mark.parametrize("state_dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [PlainLM, tiny_gpt, tied, experts, with_lora])
+def test_every_column_is_what_training_allocates(make, dtype, state_dtype):
+    model = make().to(dtype)
+    options = {"rank": 0.1, "state_dtype": state_dtype}
+    planned = compare(model, **options)
+    optimizers = {
+        "AdaPM": {},
+        "AdaPM block": {"second_moment": "block"},
+        "Adam-mini": {"second_moment": "block", "momentum": "full"},
+    }
+    assert planned.keys() == optimizers.keys()
+    for name, settings in optimizers.items():
+        optimizer = AdaPM(model.named_parameters(), **options, **settings)
+        # a gradient for every parameter, used in this batch or not
+        for param in model.parameters():
+            param.grad = torch.ones_like(param) if param.requires_grad else None
+        optimizer.step()
+        assert planned[name].total == measure(optimizer), name
+        assert list(planned[name]) == list(explain(model, **options, **settings)), name
+    adamw = torch.optim.AdamW(param for param in model.parameters() if param.requires_grad)
+    adamw.step()
+    assert planned["AdaPM"].adamw_in_dtype == measure(adamw)
+
+
+@pytest.mark.parametrize("make", [tiny_gpt, with_lora])
+def test_a_backward_pass_allocates_what_is_planned(make):
+    model = make()
+    optimizer = AdaPM(model.named_parameters())
+    train(model, optimizer, token_batches(1))
+    assert measure(optimizer) == explain(make()).total
+
+
+def test_planning_with_changes_leaves_the_optimizer_as_it_is():
+    optimizer = AdaPM(tiny_gpt().named_parameters())
+    before = plan(optimizer)
+    assert plan(optimizer, {"second_moment": "block"}) != before
+    assert plan(optimizer) == before

@@ -16,10 +16,10 @@ from lightning_adapm import AdaPM, AdaPMMixin, ClosingTable, OptimizerStateMonit
 from lightning_adapm.callbacks import run
 from lightning_adapm.callbacks.closing import RunResult, find_adamw
 from lightning_adapm.callbacks.pooling import Pool, ResidualFigures, layer_labels
-from lightning_adapm.callbacks.run import StepClock, show_bytes, show_saving
-from lightning_adapm.callbacks.summary import summarise
+from lightning_adapm.callbacks.run import StepClock
 from lightning_adapm.diagnostics import ResidualProbe
 from lightning_adapm.planner import plan
+from lightning_adapm.tables import show_bytes, show_count, show_saving, summarise
 
 
 def test_layers_are_numbers_where_there_is_one_stack():
@@ -92,7 +92,14 @@ def test_bytes_for_people():
         "3.0 GiB",
         "2.00 TiB",
     ]
-    assert (show_saving(1, 4), show_saving(3, 0)) == ("75.0 %", "-")
+    assert [show_saving(*pair) for pair in ((1, 4), (3, 0), (100_001, 100_000))] == ["75.0 %", "-", "0.0 %"]
+    assert [show_count(n) for n in (7, 1_730, 786_432, 3_100_000, 405_853_388_800)] == [
+        "7",
+        "1.7 K",
+        "786 K",
+        "3.1 M",
+        "406 B",
+    ]
 
 
 @pytest.mark.parametrize(

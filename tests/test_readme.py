@@ -11,7 +11,9 @@ from models import PlainLM, PlainTraining, token_batches
 from test_callbacks import CLI_PROJECT, run_script
 
 from lightning_adapm import AdaPM
+from lightning_adapm.__main__ import main
 
+DOCS = Path(__file__).parents[1] / "docs"
 README = (Path(__file__).parents[1] / "README.md").read_text()
 SNIPPETS = {kind: re.findall(rf"```{kind}\n(.*?)```", README, re.S) for kind in ("python", "yaml")}
 
@@ -55,3 +57,25 @@ def test_the_yaml(tmp_path):
     done = run_script(tmp_path, show + source, "fit", "--config", "config.yaml")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "lightning_adapm.optim.adapm.AdaPM" in done.stdout
+
+
+def shown(text, start):
+    """The first block of code whose first line is ``start``."""
+    (block,) = [block for block in re.findall(r"```\w*\n(.*?)```", text, re.S) if block.strip().startswith(start)]
+    return [line for line in block.splitlines() if line.strip()]
+
+
+def test_the_plan_that_is_shown_is_what_is_printed(capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "--model_name", "Llama-3-8B", "--dtype", "bfloat16"])
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    short = shown(README, "Llama-3-8B: ")
+    assert short == printed[: len(short)]
+    assert shown((DOCS / "choosing-a-policy.md").read_text(), "Llama-3-8B: ") == printed
+
+
+def test_the_table_of_roles_that_is_shown_is_what_is_printed(capsys):
+    page = (DOCS / "choosing-a-policy.md").read_text()
+    exec("\n".join(shown(page, "import torch")), {})
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert shown(page, "Parameter") == printed

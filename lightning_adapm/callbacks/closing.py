@@ -12,8 +12,9 @@ from rich import get_console
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from lightning_adapm.callbacks.run import optimizer_name, run_folder, show_bytes, show_saving, write_file
+from lightning_adapm.callbacks.run import optimizer_name, run_folder, write_file
 from lightning_adapm.diagnostics import StateReport
+from lightning_adapm.tables import show_bytes, show_saving
 
 RESULT_FILE = "result.json"
 ADAMW = "AdamW"

@@ -1,4 +1,4 @@
-"""What the callbacks share: which steps log, where a run writes, and how numbers of bytes are shown."""
+"""What the callbacks share: which steps log, and where a run writes."""
 
 import functools
 import importlib.util
@@ -102,17 +102,3 @@ def publish_figure(trainer: L.Trainer, name: str, draw: Callable[[], "Figure"]) 
 @functools.cache
 def _say_no_matplotlib() -> None:
     rank_zero_info("No figures of the optimizer: matplotlib is not installed (pip install 'lightning-adapm[plot]')")
-
-
-def show_bytes(size: float) -> str:
-    """A number of bytes for people: ``"12.3 MiB"``."""
-    for unit in ("B", "KiB", "MiB"):
-        if abs(size) < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB" if size < 1024 else f"{size / 1024:.2f} TiB"
-
-
-def show_saving(held: int, reference: int) -> str:
-    """How much smaller ``held`` is, in per cent; a dash without a reference."""
-    return f"{100 * (1 - held / reference):.1f} %" if reference else "-"

@@ -120,14 +120,16 @@ class AdaPM(Optimizer):
         self.name_rules = dict(roles or {})
         self.unmatched = unmatched
         self.pieces: dict[Tensor, tuple[Piece, ...]] = {}
+        self.reasons: dict[Tensor, str] = {}  # why a parameter has its role; like pieces, not part of a checkpoint
         self._nonfinite = NonFiniteGradients()
         super().__init__(self._assign(read_groups(params), defaults), defaults)
 
     def _assign(self, groups: list[dict[str, Any]], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
         for group in groups:
             options.check({**defaults, **group})
-        assigned, pieces = assign_roles(groups, defaults, self.name_rules, self.unmatched)
+        assigned, pieces, reasons = assign_roles(groups, defaults, self.name_rules, self.unmatched)
         self.pieces.update(pieces)
+        self.reasons.update(reasons)
         return assigned
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -138,7 +140,7 @@ class AdaPM(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps only defaults, state and groups through pickling and deepcopy
-        own = {key: self.__dict__[key] for key in ("name_rules", "unmatched", "pieces", "_nonfinite")}
+        own = {key: self.__dict__[key] for key in ("name_rules", "unmatched", "pieces", "reasons", "_nonfinite")}
         return {**super().__getstate__(), **own}
 
     @torch.no_grad()

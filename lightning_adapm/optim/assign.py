@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,46 +23,59 @@ _HEADS = ("n_head", "n_query_groups", "head_size")
 
 def assign_roles(
     groups: list[dict[str, Any]], defaults: Mapping[str, Any], rules: Mapping[str, str], unmatched: str
-) -> tuple[list[dict[str, Any]], dict[Tensor, tuple[Piece, ...]]]:
+) -> tuple[list[dict[str, Any]], dict[Tensor, tuple[Piece, ...]], dict[Tensor, str]]:
     """Give every parameter a role and its pieces.
 
     Returns:
-        The groups, each with ``params`` as ``(name, parameter)`` and a parallel list ``roles``; and the pieces.
+        The groups, each with ``params`` as ``(name, parameter)`` and a parallel list ``roles``; the pieces; and of each
+        parameter the rule that decided.
 
     Raises:
         TypeError: parameters without names or role, or complex ones.
-        ValueError: matrices that nothing matches, all of them; a fused weight or heads that cannot be told apart.
+        ValueError: no parameters; matrices that nothing matches, all of them; a fused weight or heads that cannot be
+            told apart.
     """
     assigned: list[dict[str, Any]] = []
     pieces: dict[Tensor, tuple[Piece, ...]] = {}
+    reasons: dict[Tensor, str] = {}
     missing: list[Named] = []
     described = [_describe(group, index) for index, group in enumerate(groups)]
+    if not any(described):
+        raise ValueError("optimizer got an empty parameter list")  # torch's words
     if len(described) > 1:  # a fused weight and the output projection beside it may be in different groups
         link(item for items in described for item in items)
     for group, items in zip(groups, described, strict=True):
         options = {key: value for key, value in group.items() if key not in ("role", *_HEADS)}
-        found = [_role(item, group.get("role"), rules) for item in items]
+        roles = []
         stated = Heads(*(group.get(key) for key in _HEADS))
-        for item, role in zip(items, found, strict=True):
+        for item in items:
             if item.param.is_complex():
                 raise TypeError(f"{item.name} is complex; AdaPM supports real parameters only")
+            role, reasons[item.param] = _role(item, group.get("role"), rules)
+            try:
+                cuts = cut(item, role or UNMATCHED, stated)
+            except ValueError:
+                if unmatched == "error" or stated != Heads():
+                    raise
+                role, reasons[item.param] = None, "query, key and value rows that cannot be told apart"
+                cuts = cut(item, UNMATCHED)
             if role is None and item.param.requires_grad:
                 missing.append(item)
-            cuts = cut(item, role or UNMATCHED, stated)
+            roles.append(role or UNMATCHED)
             pieces[item.param] = tuple(replace(piece, block=item.block) for piece in cuts)
             if (options.get("second_moment") or defaults["second_moment"]) == "block":
-                _check_heads(item, pieces[item.param])
+                check_heads(item, pieces[item.param])
         options["params"] = [(item.name, item.param) for item in items]
-        options["roles"] = [role or UNMATCHED for role in found]
+        options["roles"] = roles
         assigned.append(options)
     if missing and unmatched == "error":
-        raise ValueError(_unmatched_message(missing))
+        raise ValueError(unmatched_message((item.name, item.param.shape) for item in missing))
     if missing:
         names = ", ".join(f"{item.name} {tuple(item.param.shape)}" for item in missing)
         warnings.warn(
             f"AdaPM gives {unmatched} momentum to matrices whose role it does not know: {names}", stacklevel=4
         )
-    return assigned, pieces
+    return assigned, pieces, reasons
 
 
 def _describe(group: Mapping[str, Any], index: int) -> list[Named]:
@@ -84,15 +97,22 @@ def _describe(group: Mapping[str, Any], index: int) -> list[Named]:
     return describe(named, module)
 
 
-def _role(item: Named, stated: str | None, rules: Mapping[str, str]) -> str | None:
-    """The role that the group states, where it can be this parameter's; else the one that is found."""
-    if stated is not None and fits(stated, item.param):
-        return stated
-    # a vector in a group of matrices: most likely their bias, and the elementwise rules of a bias are safe for any
-    return find_role(item, rules)[0] if stated is None else "bias"
+def _role(item: Named, stated: str | None, rules: Mapping[str, str]) -> tuple[str | None, str]:
+    """The role that the group states, where it can be this parameter's; else the one that is found. And why."""
+    if stated is None:
+        return find_role(item, rules)
+    if fits(stated, item.param):
+        return stated, "said by its parameter group"
+    # most likely the bias of these matrices, and the elementwise rules of a bias are safe for any
+    return "bias", "a vector in a group of matrices"
 
 
-def _check_heads(item: Named, pieces: tuple[Piece, ...]) -> None:
+def check_heads(item: Named, pieces: tuple[Piece, ...]) -> None:
+    """Refuse block second moments where it is not known which rows are a head's.
+
+    Raises:
+        ValueError: naming the parameter, and how to say its heads.
+    """
     for piece in pieces:
         if piece.role not in ("query", "key") or item.param.dim() != 2:
             continue
@@ -106,12 +126,18 @@ def _check_heads(item: Named, pieces: tuple[Piece, ...]) -> None:
             )
 
 
-def _unmatched_message(missing: list[Named]) -> str:
-    lines = "\n".join(f"  {item.name}  {tuple(item.param.shape)}" for item in missing)
-    patterns = dict.fromkeys(re.sub(r"\d+", r"\\d+", re.escape(normalize(item.name))) for item in missing)
-    paste = ", ".join(f'r"^{pattern}$": "full"' for pattern in patterns)
+def unmatched_message(missing: Iterable[tuple[str, Sequence[int]]]) -> str:
+    """What to write for matrices, given by name and shape, whose role is not found."""
+    missing = list(missing)
+    lines = "\n".join(f"  {name}  {tuple(shape)}" for name, shape in missing)
+    paste = ", ".join(f'r"{pattern}": "full"' for pattern in name_patterns(name for name, _ in missing))
     return (
         f"AdaPM does not know the role of {len(missing)} matrices:\n{lines}\nTeach it, with the right role"
         f" ({', '.join((*ROLES, *FUSED))}) or a policy (full, low_rank, none) for each:\n  roles={{{paste}}}\n"
         'or pass unmatched="full" to give all of them AdamW\'s full momentum.'
     )
+
+
+def name_patterns(names: Iterable[str]) -> list[str]:
+    """Regular expressions for ``roles``: names that differ in their numbers share one."""
+    return list(dict.fromkeys("^" + re.sub(r"\d+", r"\\d+", re.escape(normalize(name))) + "$" for name in names))
