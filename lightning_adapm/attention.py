@@ -54,7 +54,7 @@ def cut(item: Named, role: str, stated: Heads = Heads()) -> tuple[Piece, ...]:
     Raises:
         ValueError: the rows of a fused weight cannot be told apart.
     """
-    dim = item.param.dim()
+    dim = len(item.shape)
     transposed = dim == 2 and any(type(user).__name__ == "Conv1D" for user in item.users)
     heads = stated if stated.n_head else find_heads(item.around)
     if role == "kv":
@@ -74,12 +74,12 @@ def _roles_beside(item: Named) -> dict[str | None, Named]:
 
 def _key_heads(item: Named, n_head: int) -> int:
     """Heads of a key whose module states only the query's: as many as fit rows of the query's head size."""
-    query = _roles_beside(item)["query"].param.shape[0]
-    return max(1, item.param.shape[0] * n_head // query)
+    query = _roles_beside(item)["query"].shape[0]
+    return max(1, item.shape[0] * n_head // query)
 
 
 def _cut_qkv(item: Named, heads: Heads, transposed: bool) -> tuple[Piece, ...]:
-    shape = item.param.shape
+    shape = item.shape
     if not any(type(user).__name__ in ("Conv1D", "Linear") for user in item.users) and shape[1] == 3 * shape[0]:
         transposed = True  # only the shape says so, as for GPT-2's c_attn given by name
     total, inner = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
@@ -117,7 +117,7 @@ def _query_rows(item: Named, heads: Heads, total: int, inner: int) -> int:
     out = _roles_beside(item).get("attn_out")
     if out is not None:
         conv = any(type(user).__name__ == "Conv1D" for user in out.users)
-        rows = out.param.shape[0] if conv else out.param.shape[-1]
+        rows = out.shape[0] if conv else out.shape[-1]
         if 0 < rows < total:
             return rows
     if heads.n_head:
@@ -129,7 +129,7 @@ def _query_rows(item: Named, heads: Heads, total: int, inner: int) -> int:
 
 def _cut_kv(item: Named, heads: Heads, transposed: bool) -> tuple[Piece, ...]:
     """Keys and values in one weight: halves, or multi-head latent attention (DeepSeek-V2, arXiv 2405.04434)."""
-    total, groups = item.param.shape[int(transposed)], heads.n_query_groups or heads.n_head
+    total, groups = item.shape[int(transposed)], heads.n_query_groups or heads.n_head
     module = item.around[1] if len(item.around) > 1 else None
     holders = (module, getattr(module, "config", None))
     nope, head = _first(holders, ("qk_nope_head_dim",)), _first(holders, ("v_head_dim",))
@@ -162,7 +162,7 @@ def _in_groups(groups: int, rows: dict[str, tuple[int, int | None]], transposed:
 
 def _unknown_rows(item: Named, heads: Heads) -> str:
     return (
-        f"{item.name} of shape {tuple(item.param.shape)} holds query, key and value rows, but which rows are whose is"
+        f"{item.name} of shape {tuple(item.shape)} holds query, key and value rows, but which rows are whose is"
         f" not known ({heads}). Pass model.named_parameters() itself rather than a list made from it, or give the"
         " parameter group n_head=, n_query_groups= and head_size=."
     )

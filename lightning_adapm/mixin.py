@@ -30,8 +30,6 @@ _SCHEDULE_FIELDS = ("warmup_steps", "schedule", "min_lr_ratio")
 
 # They replace parameters by parts of themselves, or run the step themselves.
 _UNSUPPORTED_STRATEGIES = (
-    strategies.FSDPStrategy,
-    strategies.ModelParallelStrategy,
     strategies.DeepSpeedStrategy,
     strategies.XLAStrategy,
     strategies.SingleDeviceXLAStrategy,

@@ -11,8 +11,10 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lightning_adapm import lowrank
+from lightning_adapm.sharding import ONE_PROCESS, Reduction
 
 
 class State(Protocol):
@@ -48,8 +50,14 @@ class Momentum(Protocol):
         """Zero state for a matrix of ``shape``, on ``like``'s device and in ``like``'s dtype."""
         ...
 
-    def direction(self, grads: list[Tensor], states: Sequence[State], step: int) -> Direction:
-        """Take one gradient per matrix into the states and give back the bias-corrected direction."""
+    def direction(
+        self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
+    ) -> Direction:
+        """Take one gradient per matrix into the states and give back the bias-corrected direction.
+
+        Where processes hold some rows each, ``grads`` and ``states`` are of this one's, ``make`` had their shape, and
+        ``reduction`` sums over all rows.
+        """
         ...
 
 
@@ -65,7 +73,9 @@ class NoMomentum:
     def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
         return {}
 
-    def direction(self, grads: list[Tensor], states: Sequence[State], step: int) -> Direction:
+    def direction(
+        self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
+    ) -> Direction:
         return Direction(grads, 1.0, scratch=False, clamped=True)
 
 
@@ -82,7 +92,9 @@ class FullMomentum:
     def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
         return {"exp_avg": like.new_zeros(shape)}
 
-    def direction(self, grads: list[Tensor], states: Sequence[State], step: int) -> Direction:
+    def direction(
+        self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
+    ) -> Direction:
         averages = [state["exp_avg"] for state in states]
         if averages[0].dtype == grads[0].dtype:
             torch._foreach_lerp_(averages, grads, 1 - self.beta1)
@@ -135,13 +147,16 @@ class LowRankMomentum:
             right.diagonal(dim1=-2, dim2=-1).fill_(1.0)
         return {"exp_avg_l": like.new_zeros(*batch, m, rank), "exp_avg_r": right, "seeded": int(rank == n)}
 
-    def direction(self, grads: list[Tensor], states: Sequence[State], step: int) -> Direction:
+    def direction(
+        self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
+    ) -> Direction:
         grad = _join(grads)
         left, right = (_join([state[key] for state in states]).to(grad.dtype) for key in ("exp_avg_l", "exp_avg_r"))
-        new_right = self._next_basis(grad, left, right, states, step)
+        new_right = self._next_basis(grad, left, right, states, step, reduction)
         moved = left if new_right is right else lowrank.move_left(left, right, new_right)
 
         projected = grad @ new_right.mT
+        reduction.rows(projected)
         new_left = torch.lerp(moved, projected, 1 - self.beta1)
         inside = new_left / (1 - self.beta1**step)
         if not self.debias:
@@ -158,17 +173,20 @@ class LowRankMomentum:
             _store(new_right, [state["exp_avg_r"] for state in states])
         return Direction(_split(used, grads), 1.0, scratch=True, clamped=True)
 
-    def _next_basis(self, grad: Tensor, left: Tensor, right: Tensor, states: Sequence[State], step: int) -> Tensor:
+    def _next_basis(
+        self, grad: Tensor, left: Tensor, right: Tensor, states: Sequence[State], step: int, reduction: Reduction
+    ) -> Tensor:
         """The basis of this step: ``right`` itself where nothing changes."""
         if right.shape[-2] == right.shape[-1]:
             return right
         due = self.due(step)
         if all(state["seeded"] for state in states):
-            return lowrank.refresh_basis(grad, left, right, self.beta1) if due else right
+            return lowrank.refresh_basis(grad, left, right, self.beta1, reduction) if due else right
         without = ~right.any(dim=-1, keepdim=True).any(dim=-2, keepdim=True)
-        if not due and not (without & (grad != 0).any(dim=-1, keepdim=True).any(dim=-2, keepdim=True)).any():
+        shows = reduction.any((grad != 0).any(dim=-1, keepdim=True).any(dim=-2, keepdim=True))
+        if not due and not (without & shows).any():
             return right
-        new_right = lowrank.refresh_basis(grad, left, right, self.beta1)
+        new_right = lowrank.refresh_basis(grad, left, right, self.beta1, reduction)
         if not due:
             new_right = torch.where(without, new_right, right)
         seeded = iter(new_right.any(dim=-1).any(dim=-1).tolist())
@@ -179,15 +197,22 @@ class LowRankMomentum:
 
 
 def _join(tensors: list[Tensor]) -> Tensor:
-    """Matrices and stacks of matrices of one shape as one ``(b, m, n)`` batch; no copy when there is only one."""
+    """Matrices and stacks of matrices as one ``(b, m, n)`` batch; no copy when there is only one.
+
+    They have one shape, but where a process holds parts of them: then rows of zero make the number of rows the same.
+    """
     batches = [tensor if tensor.dim() == 3 else tensor.unsqueeze(0) for tensor in tensors]
-    return batches[0] if len(batches) == 1 else torch.cat(batches)
+    if len(batches) == 1:
+        return batches[0]
+    most = max(batch.shape[-2] for batch in batches)
+    return torch.cat([pad(batch, (0, 0, 0, most - batch.shape[-2])) for batch in batches])
 
 
 def _split(batch: Tensor, like: list[Tensor]) -> list[Tensor]:
     """The inverse of :func:`_join`: views of ``batch``, shaped as ``like``."""
     sizes = [tensor.shape[0] if tensor.dim() == 3 else 1 for tensor in like]
-    return [part.view(tensor.shape) for part, tensor in zip(batch.split(sizes), like, strict=True)]
+    parts = zip(batch.split(sizes), like, strict=True)
+    return [part[:, : tensor.shape[-2]].view(tensor.shape) for part, tensor in parts]
 
 
 def _store(batch: Tensor, states: list[Tensor]) -> None:

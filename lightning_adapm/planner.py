@@ -105,8 +105,7 @@ def plan(optimizer: AdaPM) -> list[Row]:
                 continue
             state = optimizer.make_state(param, group, torch.empty(0, device="meta"))
             counters = StateBytes(other=state_bytes({"step": state["step"]}).other)
-            for piece in optimizer.pieces[param]:
-                shape = piece.matrix(param).shape
+            for piece, shape in zip(optimizer.pieces[param], optimizer.placement(param).shapes, strict=True):
                 momentum = optimizer.momentum_for(piece, shape, group)
                 own = {k: v for k, v in state.items() if k != "step" and k.startswith(piece.prefix)}
                 adamw = adamw_bytes([shape])

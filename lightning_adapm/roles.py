@@ -9,7 +9,10 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
+
+from lightning_adapm.layout import shape_of
 
 ROLES = ("embedding", "query", "key", "value", "attn_out", "mlp", "lm_head", "norm", "bias", "adapter")
 """What a piece of a parameter can be."""
@@ -104,6 +107,10 @@ class Piece:
             return tensor.narrow(axis, self.start, length)
         return tensor.unflatten(axis, (self.groups, -1)).narrow(axis + 1, self.start, length)
 
+    def shape(self, whole: torch.Size) -> torch.Size:
+        """Of the :meth:`matrix` of a parameter of shape ``whole``."""
+        return self.matrix(torch.empty(whole, device="meta")).shape
+
     def matrix(self, tensor: Tensor) -> Tensor:
         """:meth:`view` as a matrix or a stack of matrices; as it is where it has fewer than two dimensions."""
         view = self.view(tensor)
@@ -119,6 +126,8 @@ class Named:
 
     name: str
     param: Tensor
+    shape: torch.Size = field(init=False)
+    """Of the whole parameter, whatever this process holds of it."""
     users: list[nn.Module] = field(default_factory=list)
     """Modules that hold it, and those around them, from the inside out."""
     around: list[nn.Module] = field(default_factory=list)
@@ -128,6 +137,9 @@ class Named:
     """Inside a transformer block, outside its attention."""
     is_head: bool = False
     """Outside every block, and of an embedding's shape."""
+
+    def __post_init__(self) -> None:
+        self.shape = shape_of(self.param)
 
     @property
     def path(self) -> str:
@@ -173,13 +185,13 @@ def find_role(item: Named, rules: Mapping[str, str] | None = None) -> tuple[str 
     """
     name, stem = normalize(item.name), item.path.lower()
     for pattern, role in (rules or {}).items():
-        if re.search(pattern, name) and fits(role, item.param):
+        if re.search(pattern, name) and fits(role, item.shape):
             return role, f"roles[{pattern!r}]"
     if re.search(NAME_RULES[0][1], stem):
         return "adapter", "name"
     if any(isinstance(user, nn.Embedding) for user in item.users):
         return "embedding", "used by nn.Embedding"
-    if item.param.dim() < 2 or item.param.numel() == max(item.param.shape):
+    if len(item.shape) < 2 or item.shape.numel() == max(item.shape):
         return ("bias" if stem.endswith("bias") else "norm"), "a vector"
     if is_attention(item.beside):
         role_here = child_role(item.child)
@@ -197,9 +209,9 @@ def find_role(item: Named, rules: Mapping[str, str] | None = None) -> tuple[str 
     return None, "nothing matches"
 
 
-def fits(role: str, param: Tensor) -> bool:
+def fits(role: str, shape: torch.Size) -> bool:
     """Whether a parameter can have this role or policy: a bias is no MLP, though an MLP's rule may match its name."""
-    return param.dim() >= 2 or role in POLICIES or role in ("norm", "bias", "adapter")
+    return len(shape) >= 2 or role in POLICIES or role in ("norm", "bias", "adapter")
 
 
 def describe(named: Iterable[tuple[str, Tensor]], module: nn.Module | None) -> list[Named]:
@@ -223,17 +235,17 @@ def link(items: Iterable[Named]) -> None:
     modules: dict[str, dict[str, Named]] = {}
     embeddings = set()
     for item in items:
-        if item.param.dim() >= 2 and not item.name.endswith("bias"):
+        if len(item.shape) >= 2 and not item.name.endswith("bias"):
             modules.setdefault(item.parent, {})[item.child] = item
         if any(isinstance(user, nn.Embedding) for user in item.users):
-            embeddings.add(item.param.shape)
+            embeddings.add(item.shape)
     attentions = [path for path, children in modules.items() if is_attention(children)]
     blocks = {match.group() for path in attentions if (match := re.match(r".*\.\d+(?=\.|$)|^\d+(?=\.|$)", path))}
     for item in items:
         item.beside = modules.get(item.parent, {})
         prefixes = {item.path[: dot.start()] for dot in re.finditer(r"\.", item.path)}
         item.in_block = bool(prefixes & blocks)
-        item.is_head = item.param.dim() == 2 and not item.in_block and item.param.shape in embeddings
+        item.is_head = len(item.shape) == 2 and not item.in_block and item.shape in embeddings
 
 
 def _ancestors(path: str, modules: Mapping[str, nn.Module]) -> list[nn.Module]:

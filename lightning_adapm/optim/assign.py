@@ -58,7 +58,7 @@ def assign_roles(
     if missing and unmatched == "error":
         raise ValueError(_unmatched_message(missing))
     if missing:
-        names = ", ".join(f"{item.name} {tuple(item.param.shape)}" for item in missing)
+        names = ", ".join(f"{item.name} {tuple(item.shape)}" for item in missing)
         warnings.warn(
             f"AdaPM gives {unmatched} momentum to matrices whose role it does not know: {names}", stacklevel=4
         )
@@ -86,7 +86,7 @@ def _describe(group: Mapping[str, Any], index: int) -> list[Named]:
 
 def _role(item: Named, stated: str | None, rules: Mapping[str, str]) -> str | None:
     """The role that the group states, where it can be this parameter's; else the one that is found."""
-    if stated is not None and fits(stated, item.param):
+    if stated is not None and fits(stated, item.shape):
         return stated
     # a vector in a group of matrices: most likely their bias, and the elementwise rules of a bias are safe for any
     return find_role(item, rules)[0] if stated is None else "bias"
@@ -94,12 +94,12 @@ def _role(item: Named, stated: str | None, rules: Mapping[str, str]) -> str | No
 
 def _check_heads(item: Named, pieces: tuple[Piece, ...]) -> None:
     for piece in pieces:
-        if piece.role not in ("query", "key") or item.param.dim() != 2:
+        if piece.role not in ("query", "key") or len(item.shape) != 2:
             continue
-        rows = piece.matrix(item.param).shape[int(piece.transposed)]
+        rows = piece.shape(item.shape)[int(piece.transposed)]
         if not piece.heads or rows % piece.heads:
             raise ValueError(
-                f"second_moment='block' keeps one value per head of {item.name} {tuple(item.param.shape)}, but its"
+                f"second_moment='block' keeps one value per head of {item.name} {tuple(item.shape)}, but its"
                 f" {rows} {piece.role} rows have {piece.heads or 'an unknown number of'} heads. Pass"
                 " model.named_parameters() itself, of a model whose attention modules or config say their number of"
                 " heads, or give the parameter group n_head= and n_query_groups="
@@ -107,7 +107,7 @@ def _check_heads(item: Named, pieces: tuple[Piece, ...]) -> None:
 
 
 def _unmatched_message(missing: list[Named]) -> str:
-    lines = "\n".join(f"  {item.name}  {tuple(item.param.shape)}" for item in missing)
+    lines = "\n".join(f"  {item.name}  {tuple(item.shape)}" for item in missing)
     patterns = dict.fromkeys(re.sub(r"\d+", r"\\d+", re.escape(normalize(item.name))) for item in missing)
     paste = ", ".join(f'r"^{pattern}$": "full"' for pattern in patterns)
     return (

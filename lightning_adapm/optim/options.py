@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from lightning_adapm.layout import shape_of
 from lightning_adapm.policy import SECOND_MOMENTS
 from lightning_adapm.roles import FUSED, POLICIES, ROLES, UNMATCHED, Piece
 
@@ -133,15 +133,9 @@ def check_trainable(name: str, piece: Piece, param: Tensor, group: Mapping[str, 
         raise TypeError("AdaPM does not support XLA devices (TPUs) yet; train on a CPU or a GPU")
     if param.device.type == "mps":
         raise TypeError("AdaPM finds its subspaces in float64, which MPS devices do not have; train on a CPU or a GPU")
-    if isinstance(param, DTensor):
+    if piece.dim >= 2 and len(shape_of(param)) < 2:
         raise TypeError(
-            f"{name} is a DTensor (FSDP2 or tensor parallelism), which AdaPM does not support yet; use a single device"
-            " or DDP"
-        )
-    if piece.dim >= 2 and param.dim() < 2:
-        raise TypeError(
-            f"{name} has become one-dimensional, as FSDP1 makes it, which AdaPM does not support yet; use a single"
-            " device or DDP"
+            f"{name} has become one-dimensional after AdaPM was built, but not by FSDP, whose views it knows"
         )
 
 

@@ -1,0 +1,64 @@
+"""Starts real processes (gloo, CPU) that run a script of this folder, with a time limit."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import lightning_adapm
+
+FOLDER = Path(__file__).parent
+PATHS = [str(Path(lightning_adapm.__file__).parents[1]), str(FOLDER.parent), str(FOLDER)]
+
+
+def environment(**more):
+    paths = [*PATHS, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"} | more
+
+
+def run_processes(script, world_size, *words, timeout=240):
+    """``script word...`` on ``world_size`` processes that find each other by the file named in ``STORE``.
+
+    An error on one process would let the others wait: they are ended, and what all of them said is the error.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / f"{rank}.txt" for rank in range(world_size)]
+        processes = []
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        for rank, output in enumerate(outputs):
+            env = environment(
+                STORE=f"{folder}/store",
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+                RANK=str(rank),
+                WORLD_SIZE=str(world_size),
+                LOCAL_RANK=str(rank),
+            )
+            with output.open("w") as file:
+                command = [sys.executable, str(FOLDER / script), *map(str, words)]
+                processes.append(subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT))
+        try:
+            codes = _wait(processes, timeout)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        if any(codes):
+            said = "\n".join(f"--- process {rank}\n{output.read_text()[-6000:]}" for rank, output in enumerate(outputs))
+            raise AssertionError(f"{script} {' '.join(map(str, words))}: exit codes {codes}\n{said}")
+
+
+def _wait(processes, timeout):
+    """Exit codes, once all have ended or one has failed."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        codes = [process.poll() for process in processes]
+        if None not in codes or any(codes):
+            break
+        time.sleep(0.05)
+    return [process.poll() for process in processes]

@@ -1,0 +1,22 @@
+"""Runs jobs under one strategy and saves the weights: ``run_jobs.py STRATEGY OUTPUT JOB...``."""
+
+import sys
+
+import torch
+from jobs import JOBS, WRAP, processes, train_share, weights_of
+
+
+def main(strategy, output, *names):
+    weights = {}
+    with processes() as (rank, world_size):
+        for name in names:
+            job = JOBS[name]
+            wrapped = WRAP[strategy](job.build())
+            train_share(wrapped, job.optimizer(wrapped), job.batches(), rank, world_size)
+            weights[name] = weights_of(wrapped)
+        if rank == 0:
+            torch.save(weights, output)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

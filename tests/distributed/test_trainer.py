@@ -1,0 +1,53 @@
+"""Checkpoints of the Trainer, under every strategy, full and sharded, resumed under every other that AdamW's can be."""
+
+import json
+
+import pytest
+import torch
+from launch import run_processes
+from models import relative_difference
+from test_equality import one_device
+
+STRATEGIES = ("ddp", "fsdp1 full", "fsdp1 sharded", "fsdp2 full", "fsdp2 sharded")
+
+
+def can_load(origin, strategy):
+    """As Lightning has it for ``torch.optim.AdamW``: a sharded checkpoint is for the strategy that wrote it."""
+    return "sharded" not in origin or origin.split()[0] == strategy.split()[0]
+
+
+def fits(folder, world_size, *fits, **options):
+    run_processes("run_trainer.py", world_size, folder, *map(json.dumps, fits), **options)
+
+
+def assert_one_device(folder, job, files, tolerance=1e-9):
+    found = {}
+    for file in files:
+        weights = torch.load(folder / file)
+        for key, expected in one_device(job).items():
+            found[f"{file}: {key}"] = relative_difference(weights[key], expected)
+    assert found
+    assert not {key: value for key, value in found.items() if not value <= tolerance}
+
+
+@pytest.mark.parametrize("job", ["gpt block"])
+def test_resumed_under_any_strategy(tmp_path, job):
+    origins = {"single": 1} | dict.fromkeys(STRATEGIES, 2)
+    for world_size in (1, 2):
+        saves = [
+            {"strategy": origin, "job": job, "steps": 6, "save": f"{origin} of {size}"}
+            for origin, size in origins.items()
+            if size == world_size
+        ]
+        fits(tmp_path, world_size, *saves)
+    files = []
+    for world_size in (1, 2, 4):
+        loads = []
+        for strategy in ("single",) if world_size == 1 else STRATEGIES:
+            for origin, size in origins.items():
+                if can_load(origin, strategy):
+                    files.append(f"{strategy} of {world_size} from {origin} of {size}.pt")
+                    load = {"load": f"{origin} of {size}.ckpt", "weights": files[-1]}
+                    loads.append({"strategy": strategy, "job": job, "steps": 12, **load})
+        fits(tmp_path, world_size, *loads)
+    assert_one_device(tmp_path, job, files)
