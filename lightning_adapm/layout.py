@@ -39,14 +39,6 @@ class Layout:
         """This process's span."""
         return self.spans[self.rank]
 
-    @property
-    def local_shape(self) -> torch.Size:
-        """Of this process's part: whole entries of the first dimension, or one dimension where they are cut."""
-        inner = self.shape[1:].numel()
-        if all(edge % max(1, inner) == 0 for span in self.spans for edge in span):
-            return torch.Size(((self.held[1] - self.held[0]) // max(1, inner), *self.shape[1:]))
-        return torch.Size((self.held[1] - self.held[0],))
-
 
 def layout_of(param: Tensor) -> Layout | None:
     """Who holds which elements of a parameter; None for what every process holds whole.

@@ -97,6 +97,8 @@ def debiased_direction(grad: Tensor, projected: Tensor, left: Tensor, right: Ten
     return torch.baddbmm(grad, left / correction - projected, right)
 
 
-def residual(grad: Tensor, right: Tensor) -> Tensor:
+def residual(grad: Tensor, right: Tensor, reduction: Reduction = ONE_PROCESS) -> Tensor:
     """``grad - grad rightᵀ right``: the part of the gradient that the basis does not see."""
-    return torch.baddbmm(grad, grad @ right.mT, right, alpha=-1)
+    projected = grad @ right.mT
+    reduction.rows(projected)
+    return torch.baddbmm(grad, projected, right, alpha=-1)

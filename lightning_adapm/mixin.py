@@ -28,7 +28,7 @@ else:
 _SCHEDULES = ("cosine", "constant")
 _SCHEDULE_FIELDS = ("warmup_steps", "schedule", "min_lr_ratio")
 
-# They replace parameters by parts of themselves, or run the step themselves.
+# They replace parameters by others than the optimizer was given, or run the step themselves.
 _UNSUPPORTED_STRATEGIES = (
     strategies.DeepSpeedStrategy,
     strategies.XLAStrategy,
@@ -239,8 +239,8 @@ def check_strategy(strategy: strategies.Strategy) -> None:
     """
     if isinstance(strategy, _UNSUPPORTED_STRATEGIES):
         raise MisconfigurationException(
-            f"AdaPM does not support {type(strategy).__name__} yet: it needs whole matrices on every process. It works"
-            " on a single device and with DDP: Trainer(strategy='auto') or Trainer(strategy='ddp')"
+            f"AdaPM does not support {type(strategy).__name__} yet. It works on a single device and with DDP, FSDP and"
+            " FSDP2: Trainer(strategy='auto'), 'ddp', 'fsdp' or ModelParallelStrategy(...)"
         )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_adapm.layout import local
 from lightning_adapm.optim import AdaPM
 
 # How optimizers of torch and the peers call their first and second moments.
@@ -62,7 +63,7 @@ class Row:
 
 
 def state_bytes(state: Mapping[str, Any]) -> StateBytes:
-    """Bytes of the tensors in one parameter's state, nested ones included; keys may carry a piece's prefix."""
+    """Bytes on this process of the tensors in a parameter's state, nested ones too; keys may carry a piece's prefix."""
     total = StateBytes()
     for key, value in state.items():
         if isinstance(value, Mapping):
@@ -70,7 +71,7 @@ def state_bytes(state: Mapping[str, Any]) -> StateBytes:
         elif isinstance(value, (list, tuple)):
             total += state_bytes({f"{key}.{index}": item for index, item in enumerate(value)})
         elif isinstance(value, Tensor):
-            size, kind = value.numel() * value.element_size(), key.rpartition(".")[2]
+            size, kind = local(value).numel() * value.element_size(), key.rpartition(".")[2]
             if kind.startswith(_SECOND_MOMENT[0]) or kind in _SECOND_MOMENT:
                 total += StateBytes(second_moment=size)
             elif kind in _MOMENTUM:
@@ -95,8 +96,8 @@ def adamw_bytes(shapes: Iterable[torch.Size], element_size: int = 4) -> StateByt
 def plan(optimizer: AdaPM) -> list[Row]:
     """What the state of every trained parameter is or will be: one row per piece, none for frozen parameters.
 
-    The state is made on the meta device by the function that makes it in training, so the sum of the rows is what
-    training allocates.
+    Bytes are this process's, AdamW's too, where parameters are sharded. The state is made on the meta device by the
+    function that makes it in training, so the sum of the rows is what training allocates.
     """
     rows = []
     for group in optimizer.param_groups:
@@ -105,10 +106,11 @@ def plan(optimizer: AdaPM) -> list[Row]:
                 continue
             state = optimizer.make_state(param, group, torch.empty(0, device="meta"))
             counters = StateBytes(other=state_bytes({"step": state["step"]}).other)
-            for piece, shape in zip(optimizer.pieces[param], optimizer.placement(param).shapes, strict=True):
+            placement = optimizer.placement(param)
+            for index, (piece, shape) in enumerate(zip(optimizer.pieces[param], placement.shapes, strict=True)):
                 momentum = optimizer.momentum_for(piece, shape, group)
                 own = {k: v for k, v in state.items() if k != "step" and k.startswith(piece.prefix)}
-                adamw = adamw_bytes([shape])
+                adamw = adamw_bytes([torch.Size((placement.local_numel(index),))])
                 if counters == StateBytes():  # one counter a parameter, in its first row
                     adamw = StateBytes(adamw.momentum, adamw.second_moment)
                 rank = getattr(momentum, "rank", None)

@@ -95,6 +95,22 @@ class RowShard:
                 runs.append((low - first, high - first, at))
         return runs
 
+    @cached_property
+    def numel(self) -> int:
+        """Elements of the piece that this process holds."""
+        if self._columns is None:
+            return sum(high - low for low, high, _ in self._runs)
+        first, last = self.layout.held
+        return int(self.held_only(torch.ones(self.count, self.width)).sum()) if last > first else 0
+
+    def held_only(self, rows: Tensor) -> Tensor:
+        """Rows with zero where other processes hold them."""
+        if not (self.layout.held[0] % self._width or self.layout.held[1] % self._width):
+            return rows
+        first, last = self.layout.held
+        mine = self.take(torch.ones(last - first, dtype=torch.bool, device=rows.device))
+        return torch.where(mine.view(rows.shape), rows, 0.0)
+
     def take(self, part: Tensor) -> Tensor:
         """The rows of a local part ``(count, n)``, zero where others hold them; a view where that is possible."""
         rows = self._rows(part.reshape(-1))
@@ -152,6 +168,15 @@ def gradients(params: Sequence[Tensor], layouts: Sequence[Layout | None]) -> lis
             if exists and found[index] is None:
                 found[index] = torch.zeros_like(params[index])
     return found
+
+
+def total(values: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
+    """Sums over processes of tensors of one dtype, in place, by one collective."""
+    flat = torch.cat([value.flatten() for value in values])
+    dist.all_reduce(flat, group=group)
+    for value, summed in zip(values, flat.split([value.numel() for value in values]), strict=True):
+        value.copy_(summed.view(value.shape))
+    return values
 
 
 class Reduction:
@@ -236,11 +261,7 @@ class ProcessReduction(Reduction):
         return values
 
     def total(self, values: list[Tensor]) -> list[Tensor]:
-        flat = torch.cat([value.flatten() for value in values])
-        dist.all_reduce(flat, group=self._group)
-        for value, summed in zip(values, flat.split([value.numel() for value in values]), strict=True):
-            value.copy_(summed.view(value.shape))
-        return values
+        return total(values, self._group)
 
     def largest(self, values: Tensor) -> Tensor:
         found = super().largest(values) if values.shape[-2] else values.new_zeros(values.shape[0], 1, values.shape[-1])

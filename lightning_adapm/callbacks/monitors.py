@@ -29,8 +29,9 @@ class OptimizerStateMonitor(L.Callback):
     """Logs how many bytes the state of the optimizers holds, of any kind and number, and draws them at the end.
 
     Logged, per process (the mean over processes): ``momentum_bytes``, ``second_moment_bytes``, ``total_bytes``,
-    ``adamw_bytes`` (what ``torch.optim.AdamW`` would hold in float32), ``total_bytes_by_role/<role>``, and the ratio
-    ``ratio_to_adamw``. The figure is ``optimizer_state.png`` in the run's folder, and goes to TensorBoard.
+    ``adamw_bytes`` (what ``torch.optim.AdamW`` would hold in float32), ``total_bytes_by_role/<role>``, the ratio
+    ``ratio_to_adamw``; and ``total_bytes_all_processes``, their sum over processes. The figure is
+    ``optimizer_state.png`` in the run's folder, and goes to TensorBoard.
 
     Args:
         every_n_steps: Optimizer steps from one log to the next, the first step included.
@@ -61,6 +62,7 @@ class OptimizerStateMonitor(L.Callback):
         pool = _pool(sorted({*figures, *every_role}), trainer.strategy.root_device)
         pool.update((name, size, 1.0) for name, size in figures.items())
         logged = {name: mean for name, (mean, _) in pool.compute().items()}
+        logged["total_bytes_all_processes"] = logged["total_bytes"] * trainer.world_size
         logged["ratio_to_adamw"] = logged["total_bytes"] / max(1, logged["adamw_bytes"])
         logged = {self.log_key_prefix + name: value for name, value in logged.items()}
         self.history.append((logged_step(trainer), logged))

@@ -261,8 +261,10 @@ class AdaPM(Optimizer):
         clip = group["clip_threshold"] if direction.clamped else None
         if self.observer is not None:
             for task, used, divisor in zip(tasks, direction.tensors, divisors, strict=True):
-                used = used * direction.scale
-                self.observer(task, used, used * scale / divisor, clip)
+                used, update = used * direction.scale, used * (direction.scale * scale) / divisor
+                if task.shard is not None:
+                    used, update = task.shard.held_only(used), task.shard.held_only(update)
+                self.observer(task, used, update, clip)
         _apply(params, direction.tensors, divisors, direction.scale * scale, lr, clip, direction.scratch)
         for task, param in zip(held, params, strict=True):
             if task.shard is not None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_adapm.attention import Heads, cut
+from lightning_adapm.optim.options import check_layout
 from lightning_adapm.params import read_params
 from lightning_adapm.roles import FUSED, ROLES, UNMATCHED, Named, Piece, describe, find_role, fits, link, normalize
 
@@ -50,6 +51,7 @@ def assign_roles(
                 missing.append(item)
             cuts = cut(item, role or UNMATCHED, stated)
             pieces[item.param] = tuple(replace(piece, block=item.block) for piece in cuts)
+            check_layout(item.name, cuts[0], item.param)
             if (options.get("second_moment") or defaults["second_moment"]) == "block":
                 _check_heads(item, pieces[item.param])
         options["params"] = [(item.name, item.param) for item in items]

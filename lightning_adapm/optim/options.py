@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_adapm.layout import shape_of
+from lightning_adapm.layout import layout_of, shape_of
 from lightning_adapm.policy import SECOND_MOMENTS
 from lightning_adapm.roles import FUSED, POLICIES, ROLES, UNMATCHED, Piece
 
@@ -136,6 +136,21 @@ def check_trainable(name: str, piece: Piece, param: Tensor, group: Mapping[str, 
     if piece.dim >= 2 and len(shape_of(param)) < 2:
         raise TypeError(
             f"{name} has become one-dimensional after AdaPM was built, but not by FSDP, whose views it knows"
+        )
+    check_layout(name, piece, param)
+
+
+def check_layout(name: str, piece: Piece, param: Tensor) -> None:
+    """Refuse what FSDP1 makes of a stack of matrices.
+
+    Raises:
+        TypeError: it is cut inside its matrices.
+    """
+    layout = layout_of(param)
+    if layout is not None and layout.mesh is None and len(piece.shape(layout.shape)) == 3:
+        raise TypeError(
+            f"{name} {tuple(layout.shape)} is a stack of matrices, which FSDP1 cuts anywhere; use FSDP2"
+            " (ModelParallelStrategy), which keeps its matrices whole"
         )
 
 

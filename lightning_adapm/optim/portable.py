@@ -84,7 +84,7 @@ def localise(optimizer: "AdaPM", param: Tensor, group: Mapping[str, Any], whole:
             if isinstance(value, DTensor) and _aligned(piece, shard):
                 state[key].copy_(value.to_local())
             elif shard is not None:
-                state[key].copy_(_held(shard, _full(value), param))
+                state[key].copy_(_held(shard, _full(value)))
             elif layout is not None:  # a stack of matrices
                 inner = layout.shape[1:].numel()
                 state[key].copy_(_full(value)[layout.held[0] // inner : layout.held[1] // inner])
@@ -150,13 +150,9 @@ def _gather(shard: RowShard, rows: Tensor) -> Tensor:
     return full
 
 
-def _held(shard: RowShard, full: Tensor, param: Tensor) -> Tensor:
+def _held(shard: RowShard, full: Tensor) -> Tensor:
     rows = full[shard.first : shard.first + shard.count]
-    if full.shape[-1] != shard.width or full.dim() < 2:
-        return rows
-    first, last = shard.layout.held
-    mine = shard.take(torch.ones(last - first, dtype=torch.bool, device=full.device))
-    return torch.where(mine.flatten(1), rows, 0.0)
+    return shard.held_only(rows) if full.dim() == 2 and full.shape[-1] == shard.width else rows
 
 
 def _pack(
@@ -214,7 +210,9 @@ def _whole_entry(
     are the process's places in the parameter. No state of AdaPM is larger than its parameter: nothing is lost.
     """
     first, _ = layout.held
-    tensors = {key: value.flatten() for key, value in (entry or {}).items() if isinstance(value, Tensor) and value.dim()}
+    tensors = {
+        key: value.flatten() for key, value in (entry or {}).items() if isinstance(value, Tensor) and value.dim()
+    }
     mine = {key: first + value.numel() if value.numel() else 0 for key, value in tensors.items()}
     rest = {key: torch.as_tensor(value).item() for key, value in (entry or {}).items() if key not in tensors}
     found: list[Any] = [None] * len(layout.spans)
@@ -222,7 +220,9 @@ def _whole_entry(
     whole: dict[str, Any] = next((others for _, others in found if others), {})
     if not whole:
         return None
-    shapes = {key: value.shape for key, value in _whole_shapes(optimizer, param, group).items() if torch.is_tensor(value)}
+    shapes = {
+        key: value.shape for key, value in _whole_shapes(optimizer, param, group).items() if torch.is_tensor(value)
+    }
     for key in sorted({key for ends, _ in found for key in ends}):
         size = max(ends.get(key, 0) for ends, _ in found)
         shape = shapes.get(key)
@@ -230,9 +230,9 @@ def _whole_entry(
             shape = layout.shape
         if shape.numel() != size:
             raise ValueError(
-                f"{key} of the saved state has {size} elements, where this optimizer has {shapes.get(key, 'no such state')}:"
-                " it was saved with another rank, second moment or policy. FSDP1 does not say what shape it had; load it"
-                " with the settings it was saved with, or on a single device, with DDP or with FSDP2, where it is converted"
+                f"{key} of the saved state has {size} elements, where this optimizer has {shapes.get(key, 'none')}: it"
+                " was saved with another rank, second moment or policy, and FSDP1 does not say in what shape. Load it"
+                " with the settings it was saved with, or on a single device, with DDP or with FSDP2, which convert it"
             )
         flat = torch.zeros(size, dtype=torch.float64, device=param.device)
         if mine.get(key):

@@ -1,6 +1,6 @@
 """The pieces of one step: what is gathered of each, and which of them are processed together."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -25,7 +25,7 @@ class Placement(NamedTuple):
     """What of them this process holds; None for matrices that no other process holds a part of."""
 
     @classmethod
-    def of(cls, param: Tensor, pieces: tuple[Piece, ...]) -> "Placement":
+    def of(cls, param: Tensor, pieces: Sequence[Piece]) -> "Placement":
         """Found from what the tensor is.
 
         Raises:
@@ -35,11 +35,6 @@ class Placement(NamedTuple):
         shapes = tuple(piece.shape(param.shape if layout is None else layout.shape) for piece in pieces)
         if layout is None or len(layout.spans) == 1:
             return cls(layout, shapes, (None,) * len(pieces))
-        if layout.mesh is None and any(len(shape) == 3 for shape in shapes):
-            raise TypeError(
-                f"a stack of matrices of shape {tuple(layout.shape)} under FSDP1, which cuts it anywhere; use FSDP2"
-                " (ModelParallelStrategy), which keeps its matrices whole"
-            )
         return cls(
             layout,
             shapes,
@@ -54,7 +49,15 @@ class Placement(NamedTuple):
         shape, shard = self.shapes[index], self.shards[index]
         if shard is not None:
             return torch.Size((shard.count, *shape[1:]))
-        return shape if self.layout is None else torch.Size((self.layout.local_shape[0], *shape[1:]))
+        if self.layout is None or not shape:
+            return shape
+        first, last = self.layout.held  # a stack of matrices, or the only process
+        return torch.Size(((last - first) // max(1, shape[1:].numel()), *shape[1:]))
+
+    def local_numel(self, index: int) -> int:
+        """Elements of a piece that this process holds."""
+        shard = self.shards[index]
+        return self.local_shape(index).numel() if shard is None else shard.numel
 
 
 class Task(NamedTuple):

@@ -1,7 +1,8 @@
 """Fits under a Trainer: ``run_trainer.py FOLDER FIT...``, a fit as JSON.
 
 Keys of a fit: ``strategy``, ``job``, ``steps``, ``save`` (a name for the checkpoint at the last step), ``load`` (the
-checkpoint to resume from), ``weights`` (a file for the final weights) and ``trainer`` (more of its options).
+checkpoint to resume from), ``weights`` (a file for the final weights), ``log`` (a file for what the callbacks
+logged) and ``trainer`` (more of its options).
 """
 
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 import lightning as L
 import lightning.pytorch.strategies.fsdp as fsdp_module
 import torch
-from jobs import JOBS, blocks_of, loss_of, shard, weights_of
+from jobs import JOBS, loss_of, shard, weights_of
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
@@ -27,7 +28,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.utils.data import DataLoader
 
-from lightning_adapm import AdaPMMixin
+from lightning_adapm import AdaPMMixin, ClosingTable, OptimizerStateMonitor, OptimizerSummary, ResidualNormMonitor
 
 TIMEOUT = timedelta(seconds=60)
 
@@ -115,10 +116,12 @@ def strategy_of(name):
     return DDPStrategy(timeout=TIMEOUT) if kind == "ddp" else "auto"
 
 
-def fit(folder, strategy, job, steps, save=None, load=None, weights=None, trainer=None, optimizer="adapm"):
+def fit(folder, strategy, job, steps, save=None, load=None, weights=None, trainer=None, optimizer="adapm", log=None):
     callbacks = []
+    if log is not None:
+        callbacks = [OptimizerStateMonitor(3), ResidualNormMonitor(3), OptimizerSummary(), ClosingTable()]
     if save is not None:
-        callbacks = [ModelCheckpoint(folder, save, every_n_train_steps=steps, enable_version_counter=False)]
+        callbacks += [ModelCheckpoint(folder, save, every_n_train_steps=steps, enable_version_counter=False)]
     options = trainer or {}
     if strategy.startswith("fsdp1") and "precision" not in options:
         options["plugins"] = [AnyPrecision("32-true")]
@@ -138,6 +141,9 @@ def fit(folder, strategy, job, steps, save=None, load=None, weights=None, traine
     )
     module = Training(JOBS[job], optimizer)
     trainer.fit(module, ckpt_path=str(folder / load) if load else None)
+    if log is not None and trainer.is_global_zero:
+        state, residual = (callback.history for callback in callbacks[:2])
+        (folder / log).write_text(json.dumps({"state": state, "residual": residual}))
     if weights is not None:
         trained = weights_of(trainer.strategy.model)
         if trainer.is_global_zero:

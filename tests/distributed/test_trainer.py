@@ -30,6 +30,28 @@ def assert_one_device(folder, job, files, tolerance=1e-9):
     assert not {key: value for key, value in found.items() if not value <= tolerance}
 
 
+def test_callbacks_report_what_they_do_on_one_device(tmp_path):
+    job = {"job": "gpt block", "steps": 6}
+    fits(tmp_path, 1, job | {"strategy": "single", "log": "single.json"})
+    strategies = ("ddp", "fsdp1 full", "fsdp2 full")
+    fits(tmp_path, 4, *(job | {"strategy": strategy, "log": f"{strategy}.json"} for strategy in strategies))
+    logs = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("single", *strategies)}
+    whole = logs["single"]["state"][-1][1]
+    for name in strategies:
+        assert [step for step, _ in logs[name]["residual"]] == [0, 3]
+        for (_, ours), (_, expected) in zip(logs[name]["residual"], logs["single"]["residual"], strict=True):
+            assert ours == pytest.approx(expected, rel=1e-6)
+        state = logs[name]["state"][-1][1]
+        assert state["optimizer/total_bytes_all_processes"] == pytest.approx(4 * state["optimizer/total_bytes"])
+        if name == "ddp":
+            assert state["optimizer/total_bytes"] == whole["optimizer/total_bytes"]
+        else:
+            counters = 4 * 22  # each process counts the steps of all parameters
+            adamw = whole["optimizer/adamw_bytes"] - counters
+            assert 4 * (state["optimizer/adamw_bytes"] - counters) == pytest.approx(adamw)
+            assert state["optimizer/total_bytes"] < whole["optimizer/total_bytes"] / 2
+
+
 @pytest.mark.parametrize("job", ["gpt block"])
 def test_resumed_under_any_strategy(tmp_path, job):
     origins = {"single": 1} | dict.fromkeys(STRATEGIES, 2)
