@@ -162,7 +162,10 @@ class ResidualProbe:
         basis = task.state.get("exp_avg_r")
         if basis is not None:
             stack, basis = (t if t.dim() == 3 else t.unsqueeze(0) for t in (task.grad, basis.to(task.grad.dtype)))
-            unseen, tiny = lowrank.residual(stack, basis, reduction_of([task])), torch.finfo(stack.dtype).tiny
+            reduction, tiny = reduction_of([task]), torch.finfo(stack.dtype).tiny
+            if basis.shape[-1] < stack.shape[-1]:
+                basis = reduction.columns(basis, stack.shape[-1])
+            unseen = lowrank.residual(stack, basis, reduction)
             if task.shard is not None:
                 unseen = task.shard.held_only(unseen[0]).unsqueeze(0)
             values = [unseen.square().sum(), direction.square().sum(), sketch(unseen, *_place(task))]

@@ -64,6 +64,7 @@ class AdaPMConfig:
     unmatched: str = "error"
     no_decay: Sequence[str] = ()
     state_dtype: torch.dtype | str | None = None
+    basis: str = "auto"
     clip_threshold: float | None = 3.0
     maximize: bool = False
     warmup_steps: int | float = 0

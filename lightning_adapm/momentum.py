@@ -122,6 +122,8 @@ class LowRankMomentum:
         flush: at a refresh, pay out at once what the old subspace held and the new one does not:
             ``beta1 / (1 - beta1)`` times it, the sum of its future contributions to a full average. Without it that
             part is dropped.
+        columns: of the basis, first and end: those that this process keeps, where the processes that hold the rows
+            share it out. Each step then gathers it.
         offset: staggers the refreshes of pieces that are otherwise alike, so that no step pays for all of them.
 
     The state also holds the number ``seeded``: 1 once every matrix of the piece has a basis. Until then each step looks
@@ -133,6 +135,7 @@ class LowRankMomentum:
     update_proj_gap: int
     debias: bool = True
     flush: bool = True
+    columns: tuple[int, int] | None = None
     offset: int = field(default=0, compare=False)
     name: ClassVar[str] = "low_rank"
 
@@ -142,7 +145,8 @@ class LowRankMomentum:
     def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
         *batch, m, n = shape
         rank = min(self.rank, n)
-        right = like.new_zeros(*batch, rank, n)
+        first, last = self.columns or (0, n)
+        right = like.new_zeros(*batch, rank, last - first)
         if rank == n:
             right.diagonal(dim1=-2, dim2=-1).fill_(1.0)
         return {"exp_avg_l": like.new_zeros(*batch, m, rank), "exp_avg_r": right, "seeded": int(rank == n)}
@@ -151,7 +155,10 @@ class LowRankMomentum:
         self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
     ) -> Direction:
         grad = _join(grads)
-        left, right = (_join([state[key] for state in states]).to(grad.dtype) for key in ("exp_avg_l", "exp_avg_r"))
+        left, right = (_join([state[key] for state in states]) for key in ("exp_avg_l", "exp_avg_r"))
+        if self.columns is not None:
+            right = reduction.columns(right, grad.shape[-1])
+        left, right = left.to(grad.dtype), right.to(grad.dtype)
         new_right = self._next_basis(grad, left, right, states, step, reduction)
         moved = left if new_right is right else lowrank.move_left(left, right, new_right)
 
@@ -170,7 +177,8 @@ class LowRankMomentum:
 
         _store(new_left, [state["exp_avg_l"] for state in states])
         if new_right is not right:
-            _store(new_right, [state["exp_avg_r"] for state in states])
+            kept = new_right if self.columns is None else new_right[..., slice(*self.columns)]
+            _store(kept, [state["exp_avg_r"] for state in states])
         return Direction(_split(used, grads), 1.0, scratch=True, clamped=True)
 
     def _next_basis(

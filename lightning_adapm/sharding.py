@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lightning_adapm.layout import Layout
 
@@ -109,7 +110,7 @@ class RowShard:
             return rows
         first, last = self.layout.held
         mine = self.take(torch.ones(last - first, dtype=torch.bool, device=rows.device))
-        return torch.where(mine.view(rows.shape), rows, 0.0)
+        return torch.where(mine.reshape(rows.shape), rows, 0.0)
 
     def take(self, part: Tensor) -> Tensor:
         """The rows of a local part ``(count, n)``, zero where others hold them; a view where that is possible."""
@@ -150,6 +151,34 @@ class RowShard:
         return rows.unflatten(1, (groups, -1))[:, :, start:stop]
 
 
+def column_range(layout: Layout, n: int) -> tuple[int, int]:
+    """Of ``n`` columns, those that this process keeps: the first, and the one after the last."""
+    size = -(-n // len(layout.spans))
+    return min(size * layout.rank, n), min(size * (layout.rank + 1), n)
+
+
+class Traffic:
+    """What a process has given to collectives or got from gathering ones, in bytes, and how many there were."""
+
+    def __init__(self) -> None:
+        self.bytes = self.collectives = 0
+
+    def add(self, tensor: Tensor) -> None:
+        """Count one collective."""
+        self.bytes += tensor.numel() * tensor.element_size()
+        self.collectives += 1
+
+
+TRAFFIC = Traffic()
+"""Of the steps of all optimizers in this process."""
+
+
+def all_reduce(tensor: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
+    """Counted in :data:`TRAFFIC`."""
+    TRAFFIC.add(tensor)
+    dist.all_reduce(tensor, op, group=group)
+
+
 def gradients(params: Sequence[Tensor], layouts: Sequence[Layout | None]) -> list[Tensor | None]:
     """The gradient of every parameter, zero or empty where only other processes have one.
 
@@ -163,7 +192,7 @@ def gradients(params: Sequence[Tensor], layouts: Sequence[Layout | None]) -> lis
     for group, indices in by_group.items():
         there = torch.tensor([found[index] is not None for index in indices], dtype=torch.int32)
         there = there.to(params[indices[0]].device)
-        dist.all_reduce(there, dist.ReduceOp.MAX, group=group)
+        all_reduce(there, group, dist.ReduceOp.MAX)
         for index, exists in zip(indices, there.tolist(), strict=True):
             if exists and found[index] is None:
                 found[index] = torch.zeros_like(params[index])
@@ -173,7 +202,7 @@ def gradients(params: Sequence[Tensor], layouts: Sequence[Layout | None]) -> lis
 def total(values: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
     """Sums over processes of tensors of one dtype, in place, by one collective."""
     flat = torch.cat([value.flatten() for value in values])
-    dist.all_reduce(flat, group=group)
+    all_reduce(flat, group)
     for value, summed in zip(values, flat.split([value.numel() for value in values]), strict=True):
         value.copy_(summed.view(value.shape))
     return values
@@ -204,6 +233,10 @@ class Reduction:
     def any(self, flags: Tensor) -> Tensor:
         """Whether a flag is set on any process."""
         return flags
+
+    def columns(self, values: Tensor, n: int) -> Tensor:
+        """All columns ``(b, r, n)`` of matrices whose columns the processes share out by :func:`column_range`."""
+        return values
 
     def owned(self, values: Tensor) -> Tensor:
         """``(b, k, c)`` with zero in the rows that begin on another process: each row once over all processes."""
@@ -255,7 +288,7 @@ class ProcessReduction(Reduction):
                 place += 1
         for place, row_value in mine:
             parts[place] = row_value
-        dist.all_reduce(parts, group=self._group)
+        all_reduce(parts, self._group)
         for place, row_value in mine:
             row_value.copy_(parts[place])
         return values
@@ -265,7 +298,7 @@ class ProcessReduction(Reduction):
 
     def largest(self, values: Tensor) -> Tensor:
         found = super().largest(values) if values.shape[-2] else values.new_zeros(values.shape[0], 1, values.shape[-1])
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=self._group)
+        all_reduce(found, self._group, dist.ReduceOp.MAX)
         return found
 
     def length(self, values: Tensor) -> Tensor:
@@ -274,8 +307,16 @@ class ProcessReduction(Reduction):
 
     def any(self, flags: Tensor) -> Tensor:
         counts = flags.to(torch.int32)
-        dist.all_reduce(counts, dist.ReduceOp.MAX, group=self._group)
+        all_reduce(counts, self._group, dist.ReduceOp.MAX)
         return counts != 0
+
+    def columns(self, values: Tensor, n: int) -> Tensor:
+        count = len(self._shards[0].layout.spans)
+        part = pad(values, (0, -(-n // count) - values.shape[-1]))
+        parts = part.new_empty(count * part.numel())
+        TRAFFIC.add(parts)
+        dist.all_gather_into_tensor(parts, part.flatten(), group=self._group)
+        return torch.cat(parts.view(count, *part.shape).unbind(), dim=-1)[..., :n]
 
     def owned(self, values: Tensor) -> Tensor:
         others = [index for index, shard in enumerate(self._shards) if shard.count and not shard.owns_first]

@@ -1,8 +1,10 @@
 """AdaPM: AdamW whose momentum depends on a parameter's role in the transformer."""
 
 import warnings
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,27 +13,23 @@ from torch.optim import Optimizer
 
 from lightning_adapm import policy
 from lightning_adapm.layout import local
-from lightning_adapm.momentum import Momentum
+from lightning_adapm.momentum import LowRankMomentum, Momentum
 from lightning_adapm.optim import options
 from lightning_adapm.optim.assign import assign_roles
 from lightning_adapm.optim.convert import restored_state
 from lightning_adapm.optim.gradients import NonFiniteGradients
 from lightning_adapm.optim.portable import export_state
-from lightning_adapm.optim.tasks import Observer, PieceState, Placement, Task, batches, reduction_of
-from lightning_adapm.params import read_groups
+from lightning_adapm.optim.tasks import Observer, PieceState, Placement, Task, batches, reduction_of, shares_basis
+from lightning_adapm.params import read_groups, source_module
 from lightning_adapm.policy import momentum_table
 from lightning_adapm.roles import Piece
 from lightning_adapm.second_moment import SecondMoment
-from lightning_adapm.sharding import gradients
+from lightning_adapm.sharding import column_range, gradients
 
 FORMAT_VERSION = 1
 """Of the optimizer's state, kept in every parameter group."""
 
-_NO_GRADIENT = (
-    "AdaPM.step() found no gradient on any of its parameters, so nothing is trained. If this goes on: a strategy that"
-    " replaces parameters (FSDP2, ModelParallelStrategy) needs an optimizer that is built after it, in"
-    " configure_optimizers"
-)
+_NO_GRADIENT = "AdaPM.step() found no gradient on any of its parameters, so nothing is trained"
 
 
 class AdaPM(Optimizer):
@@ -61,6 +59,9 @@ class AdaPM(Optimizer):
         no_decay: roles exempt from weight decay, for instance ``("norm", "bias")``.
         state_dtype: dtype of momentum and factors; default float32 (float64 for float64 parameters). The second moment
             is never kept below float32.
+        basis: where processes that share the rows of a matrix keep the basis of its low-rank momentum: ``"replicate"``
+            is all of it on each of them, ``"shard"`` a part, gathered in every step; ``"auto"`` replicates on up to
+            two processes. Without sharding there is nothing to choose.
         clip_threshold: bound on each entry of the update in units of ``lr``, where the momentum is not full: a low-rank
             average mixes columns, so that entries can exceed AdamW's by orders of magnitude. None: no bound.
         maximize: maximise the objective.
@@ -96,6 +97,7 @@ class AdaPM(Optimizer):
         unmatched: str = "error",
         no_decay: Iterable[str] = (),
         state_dtype: torch.dtype | str | None = None,
+        basis: str = "auto",
         clip_threshold: float | None = 3.0,
         maximize: bool = False,
     ) -> None:
@@ -113,6 +115,7 @@ class AdaPM(Optimizer):
             "momentum": momentum_table(momentum, unmatched),
             "no_decay": [no_decay] if isinstance(no_decay, str) else list(no_decay or ()),
             "state_dtype": options.dtype_name(state_dtype),
+            "basis": basis,
             "clip_threshold": clip_threshold,
             "maximize": maximize,
             "format_version": FORMAT_VERSION,
@@ -123,6 +126,8 @@ class AdaPM(Optimizer):
         self.pieces: dict[Tensor, tuple[Piece, ...]] = {}
         self._placements: dict[Tensor, tuple[torch.Size, Placement]] = {}
         self._nonfinite = NonFiniteGradients()
+        module = source_module(params)
+        self._module = None if module is None else weakref.ref(module)
         super().__init__(self._assign(read_groups(params), defaults), defaults)
 
     def _assign(self, groups: list[dict[str, Any]], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -146,6 +151,7 @@ class AdaPM(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._placements = {}  # found again: process groups are not copied
+        self._module = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -166,6 +172,7 @@ class AdaPM(Optimizer):
             for group in self.param_groups
         ]
         if not any(grad is not None for found in grads for grad in found):
+            options.check_not_replaced(self._module, self.pieces)
             warnings.warn(_NO_GRADIENT, stacklevel=3)
         # a caller's autocast would take the products to half precision
         with torch.autocast(self.param_groups[0]["params"][0].device.type, enabled=False):
@@ -190,6 +197,15 @@ class AdaPM(Optimizer):
         """The momentum of a piece whose matrix has ``shape``; all that a subclass with another one overrides."""
         return policy.momentum_for(piece, shape, group)
 
+    def _placed_momentum(self, param: Tensor, index: int, group: Mapping[str, Any]) -> Momentum:
+        """The momentum of a piece, as far as this process keeps it."""
+        placement = self.placement(param)
+        shape, shard = placement.shapes[index], placement.shards[index]
+        momentum = self.momentum_for(self.pieces[param][index], shape, group)
+        if shard is None or not isinstance(momentum, LowRankMomentum) or not shares_basis(shard.layout, group["basis"]):
+            return momentum
+        return replace(momentum, columns=column_range(shard.layout, shape[-1]))
+
     def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
         """The second moment of a piece whose matrix has ``shape``; as open to subclasses."""
         return policy.second_moment_for(piece, shape, group)
@@ -206,7 +222,8 @@ class AdaPM(Optimizer):
         placement = self.placement(param)
         for index, (piece, shape) in enumerate(zip(self.pieces[param], placement.shapes, strict=True)):
             held = shape if whole else placement.local_shape(index)
-            made = self.momentum_for(piece, shape, group).make(held, like.new_empty((), dtype=stored))
+            momentum = self.momentum_for(piece, shape, group) if whole else self._placed_momentum(param, index, group)
+            made = momentum.make(held, like.new_empty((), dtype=stored))
             made |= self.second_moment_for(piece, shape, group).make(held, like.new_empty((), dtype=exact))
             state |= {piece.prefix + key: value for key, value in made.items()}
         return state
@@ -223,14 +240,15 @@ class AdaPM(Optimizer):
             state["step"] += 1
             step = int(state["step"])
             part, grad = local(param), local(grad)
-            for piece, shape, shard in zip(self.pieces[param], placement.shapes, placement.shards, strict=True):
+            for index, piece in enumerate(self.pieces[param]):
+                shape, shard = placement.shapes[index], placement.shards[index]
                 own = PieceState(state, piece.prefix)
                 if shard is None:
                     task = Task(name, piece, piece.view(part), piece.matrix(grad), own, placement.layout)
                 else:
                     task = Task(name, piece, part, grad, own, placement.layout, shard)
                 decay = 0.0 if piece.role in group["no_decay"] else group["weight_decay"]
-                momentum = self.momentum_for(piece, shape, group)
+                momentum = self._placed_momentum(param, index, group)
                 second = self.second_moment_for(piece, shape, group)
                 processes = None if shard is None else shard.layout.group
                 alike = (shape, param.dtype, param.device, processes, momentum.due(step), task.state.get("seeded"))

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_adapm.optim.tasks import Task
+from lightning_adapm.sharding import all_reduce
 
 
 class NonFiniteGradients:
@@ -37,7 +38,7 @@ class NonFiniteGradients:
                 by_group[task.layout.group].append(task)
         for group, together in by_group.items():
             flags = torch.stack([_finite([task.taken().grad])[0] for task in together]).to(torch.int32)
-            dist.all_reduce(flags, dist.ReduceOp.MIN, group=group)
+            all_reduce(flags, group, dist.ReduceOp.MIN)
             self._agreed.update(zip(map(_name, together), (flags != 0).unbind(), strict=True))
 
     def replace(self, tasks: list[Task], maximize: bool) -> list[Task]:

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from lightning_adapm.layout import Layout, shape_of
 from lightning_adapm.roles import Piece
-from lightning_adapm.sharding import RowShard
+from lightning_adapm.sharding import ProcessReduction, RowShard, column_range
 
 if TYPE_CHECKING:
     from lightning_adapm.optim.adapm import AdaPM
@@ -44,15 +44,18 @@ def export_state(
             if shard is not None and not _aligned(piece, shard):
                 size = -(-shard.size // len(layout.spans))  # what a DTensor keeps on each process
                 rows = _gather(shard, rows)[size * layout.rank : size * (layout.rank + 1)].clone()
-            exported[key] = DTensor.from_local(
-                rows,
-                param.device_mesh,
-                param.placements,
-                run_check=False,
-                shape=whole[key].shape,
-                stride=whole[key].stride(),
-            )
+            exported[key] = _dtensor(rows, param, 0, whole[key])
+        key = piece.prefix + "exp_avg_r"
+        if key in state and state[key].shape[-1] < whole[key].shape[-1]:
+            exported[key] = _dtensor(state[key], param, 1, whole[key])
     return exported
+
+
+def _dtensor(part: Tensor, param: DTensor, dim: int, whole: Tensor) -> DTensor:
+    placements = [Shard(dim) if kind == Shard(0) else kind for kind in param.placements]
+    return DTensor.from_local(
+        part, param.device_mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
 
 
 def import_entry(
@@ -93,7 +96,10 @@ def localise(optimizer: "AdaPM", param: Tensor, group: Mapping[str, Any], whole:
             rest[piece.prefix + "seeded"] = int(right.any(dim=-1).any(dim=-1).all())
     for key, value in rest.items():
         if isinstance(state[key], Tensor):
-            state[key].copy_(torch.as_tensor(value))
+            value = _full(torch.as_tensor(value))
+            if layout is not None and state[key].shape != value.shape:  # a basis that the processes share out
+                value = value[..., slice(*column_range(layout, value.shape[-1]))]
+            state[key].copy_(value)
         else:
             state[key] = int(value)
     return state
@@ -161,9 +167,12 @@ def _pack(
     """This process's part of all state of a parameter."""
     exact = torch.float64 if param.dtype == torch.float64 else torch.float32
     vectors: dict[str, Tensor] = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    for _, shard, keys in _pieces(optimizer, param, group):
+    for piece, shard, keys in _pieces(optimizer, param, group):
         assert shard is not None
         vectors |= {key: _gather(shard, state[key]) for key in keys}
+        right = piece.prefix + "exp_avg_r"
+        if right in vectors and vectors[right].shape[-1] < shard.width:
+            vectors[right] = ProcessReduction([shard]).columns(vectors[right], shard.width)
     numel = layout.shape.numel()
     packed = torch.zeros(_count(optimizer) * numel, dtype=exact, device=param.device)
     place = 0

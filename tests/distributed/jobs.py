@@ -209,5 +209,7 @@ JOBS = {
 JOBS |= {
     "plain gap 1": Job("plain", {"update_proj_gap": 1}),
     "gpt no debias": Job("gpt", {"debias": False}),
+    "gpt shard": Job("gpt", {"basis": "shard"}),
+    "gpt replicate": Job("gpt", {"basis": "replicate"}),
     "plain maximize": Job("plain", {"maximize": True, "no_decay": ("norm", "bias")}),
 }
