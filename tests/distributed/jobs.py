@@ -15,6 +15,7 @@ from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_adapm import AdaPM
+from lightning_adapm.layout import layout_of, local
 from lightning_adapm.roles import normalize
 
 
@@ -134,7 +135,8 @@ class Job:
     options: dict = field(default_factory=dict)
     steps: int = 12
     dtype: torch.dtype = torch.float64
-    world_sizes: tuple = (2, 4)
+    """Of the parameters."""
+    broken: str | None = None
 
     def build(self):
         torch.manual_seed(0)
@@ -156,11 +158,18 @@ def loss_of(model, tokens):
     return gpt_loss(model, tokens) if isinstance(inner, GPT) else model(tokens)
 
 
-def train_share(model, optimizer, batches, rank=0, world_size=1):
-    """Every process takes its share of each batch; strategies average the gradients."""
-    for tokens in batches:
+def train_share(model, optimizer, batches, rank=0, world_size=1, broken=None):
+    """Every process takes its share of each batch; strategies average the gradients.
+
+    At every third step, the gradient of the parameter whose name has ``broken`` in it is NaN in its first element.
+    """
+    for step, tokens in enumerate(batches):
         optimizer.zero_grad()
         loss_of(model, tokens.chunk(world_size)[rank]).backward()
+        for name, param in model.named_parameters() if broken and step % 3 == 0 else ():
+            layout = layout_of(param)
+            if broken in name and (layout is None or layout.held[0] == 0 < layout.held[1]):
+                local(param.grad).view(-1)[0] = float("nan")
         optimizer.step()
 
 
@@ -211,5 +220,7 @@ JOBS |= {
     "gpt no debias": Job("gpt", {"debias": False}),
     "gpt shard": Job("gpt", {"basis": "shard"}),
     "gpt replicate": Job("gpt", {"basis": "replicate"}),
+    "gpt float32": Job("gpt", dtype=torch.float32),
+    "gpt broken": Job("gpt", broken="qkv"),
     "plain maximize": Job("plain", {"maximize": True, "no_decay": ("norm", "bias")}),
 }

@@ -12,7 +12,7 @@ def main(strategy, output, *names):
         for name in names:
             job = JOBS[name]
             wrapped = WRAP[strategy](job.build())
-            train_share(wrapped, job.optimizer(wrapped), job.batches(), rank, world_size)
+            train_share(wrapped, job.optimizer(wrapped), job.batches(), rank, world_size, job.broken)
             weights[name] = weights_of(wrapped)
         if rank == 0:
             torch.save(weights, output)
