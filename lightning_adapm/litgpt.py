@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torchmetrics import MeanMetric
 
 from lightning_adapm.mixin import AdaPMMixin
@@ -48,6 +50,14 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
         # Not in `configure_model`: LightningCLI builds an optimizer over the parameters before there is a Trainer.
         self.model = _build(litgpt_config(model_name, config), tie_embeddings)
         self._val_loss = MeanMetric()
+
+    def configure_model(self) -> None:
+        """Shard every block, then the rest, where the strategy leaves that to the module (FSDP2)."""
+        if not isinstance(self.trainer.strategy, ModelParallelStrategy) or isinstance(self.model, FSDPModule):
+            return
+        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+        for part in (*self.model.transformer.h, self.model):
+            fully_shard(part, mesh=mesh)
 
     def setup(self, stage: str) -> None:
         """Check that the data's vocabulary and windows fit into the model."""

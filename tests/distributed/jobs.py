@@ -221,6 +221,7 @@ JOBS |= {
     "gpt shard": Job("gpt", {"basis": "shard"}),
     "gpt replicate": Job("gpt", {"basis": "replicate"}),
     "gpt float32": Job("gpt", dtype=torch.float32),
+    "gpt long": Job("gpt", {"second_moment": "block"}, steps=40),
     "gpt broken": Job("gpt", broken="qkv"),
     "plain maximize": Job("plain", {"maximize": True, "no_decay": ("norm", "bias")}),
 }

@@ -1,13 +1,15 @@
 """Fits under a Trainer: ``run_trainer.py FOLDER FIT...``, a fit as JSON.
 
 Keys of a fit: ``strategy``, ``job``, ``steps``, ``save`` (a name for the checkpoint at the last step), ``load`` (the
-checkpoint to resume from), ``weights`` (a file for the final weights), ``log`` (a file for what the callbacks
-logged) and ``trainer`` (more of its options).
+checkpoint to resume from), ``every`` (steps from one checkpoint to the next, with 0.1 s for each), ``weights`` (a file
+for the final weights), ``log`` (a file for what the callbacks logged), ``optimizer`` and ``trainer`` (more of its
+options).
 """
 
 import json
 import os
 import sys
+import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -89,6 +91,7 @@ class Training(AdaPMMixin, L.LightningModule):
         return super().configure_optimizers()
 
     def training_step(self, batch, index):
+        time.sleep(self.pause)
         return loss_of(self.net, batch[0].chunk(self.trainer.world_size)[self.global_rank])
 
     def train_dataloader(self):
@@ -116,12 +119,26 @@ def strategy_of(name):
     return DDPStrategy(timeout=TIMEOUT) if kind == "ddp" else "auto"
 
 
-def fit(folder, strategy, job, steps, save=None, load=None, weights=None, trainer=None, optimizer="adapm", log=None):
+def fit(
+    folder,
+    strategy,
+    job,
+    steps,
+    save=None,
+    load=None,
+    every=None,
+    weights=None,
+    log=None,
+    optimizer="adapm",
+    trainer=None,
+):
     callbacks = []
     if log is not None:
         callbacks = [OptimizerStateMonitor(3), ResidualNormMonitor(3), OptimizerSummary(), ClosingTable()]
     if save is not None:
         callbacks += [ModelCheckpoint(folder, save, every_n_train_steps=steps, enable_version_counter=False)]
+    if every is not None:
+        callbacks += [ModelCheckpoint(folder, "{step}", every_n_train_steps=every, save_top_k=-1)]
     options = trainer or {}
     if strategy.startswith("fsdp1") and "precision" not in options:
         options["plugins"] = [AnyPrecision("32-true")]
@@ -131,7 +148,7 @@ def fit(folder, strategy, job, steps, save=None, load=None, weights=None, traine
         strategy=strategy_of(strategy),
         max_steps=steps,
         callbacks=callbacks,
-        enable_checkpointing=save is not None,
+        enable_checkpointing=bool(save or every),
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -140,6 +157,7 @@ def fit(folder, strategy, job, steps, save=None, load=None, weights=None, traine
         **options,
     )
     module = Training(JOBS[job], optimizer)
+    module.pause = 0.1 if every else 0.0
     trainer.fit(module, ckpt_path=str(folder / load) if load else None)
     if log is not None and trainer.is_global_zero:
         state, residual = (callback.history for callback in callbacks[:2])

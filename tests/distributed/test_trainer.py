@@ -1,10 +1,12 @@
 """Checkpoints of the Trainer, under every strategy, full and sharded, resumed under every other that AdamW's can be."""
 
 import json
+import random
+import time
 
 import pytest
 import torch
-from launch import run_processes
+from launch import run_processes, started
 from models import relative_difference
 from test_equality import one_device
 
@@ -104,6 +106,35 @@ def test_precision(tmp_path, precision, floor):
             for name in ("adapm", "adamw")
         )
         assert max(ours) <= max(floor, 30 * max(theirs)), strategy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp1 full", "fsdp2 full"])
+@pytest.mark.parametrize("victims", [[0], [1], [0, 1]], ids=["first", "second", "both"])
+def test_killed_and_resumed(tmp_path, strategy, victims):
+    """SIGKILL at any moment, of training or of saving: the last complete checkpoint goes on to the same weights."""
+    run = {"strategy": strategy, "job": "gpt long", "steps": 40}
+    generator = random.Random(f"{strategy} {victims}")
+    with started("run_trainer.py", 2, tmp_path, json.dumps(run | {"every": 1})) as (processes, outputs):
+        end = time.monotonic() + 120
+        while not list(tmp_path.glob("*.ckpt")) and time.monotonic() < end:
+            time.sleep(0.02)
+        time.sleep(generator.uniform(0.0, 1.5))
+        alive = [process.poll() is None for process in processes]
+        for victim in victims:
+            processes[victim].kill()
+    assert alive == [True, True], outputs
+    last = max(filter(loads, tmp_path.glob("step=*.ckpt")), key=lambda path: int(path.stem[5:]))
+    fits(tmp_path, 2, run | {"load": last.name, "weights": "weights.pt"})
+    assert_one_device(tmp_path, "gpt long", ["weights.pt"])
+
+
+def loads(path):
+    """Whether a checkpoint is all there, and without code in it."""
+    try:
+        return bool(torch.load(path, weights_only=True))
+    except (EOFError, OSError, RuntimeError):
+        return False
 
 
 @pytest.mark.slow
