@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -53,11 +52,10 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
 
     def configure_model(self) -> None:
         """Shard every block, then the rest, where the strategy leaves that to the module (FSDP2)."""
-        if not isinstance(self.trainer.strategy, ModelParallelStrategy) or isinstance(self.model, FSDPModule):
+        if self.device_mesh is None or isinstance(self.model, FSDPModule):
             return
-        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
         for part in (*self.model.transformer.h, self.model):
-            fully_shard(part, mesh=mesh)
+            fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:
         """Check that the data's vocabulary and windows fit into the model."""
