@@ -137,6 +137,9 @@ class Job:
     dtype: torch.dtype = torch.float64
     """Of the parameters."""
     broken: str | None = None
+    """In the names of parameters whose gradients are NaN now and then."""
+    frozen: str | None = None
+    """In the names of parameters that are frozen for half of the steps, and then a parameter group of their own."""
 
     def build(self):
         torch.manual_seed(0)
@@ -147,7 +150,27 @@ class Job:
         return {"lr": 3e-3, "rank": 2, "update_proj_gap": 4, "weight_decay": 0.1} | self.options
 
     def optimizer(self, model):
-        return AdaPM(model.named_parameters(), **self.settings)
+        if self.frozen is None:
+            return AdaPM(model.named_parameters(), **self.settings)
+        return AdaPM(self._named(model, frozen=False), **self.settings)
+
+    def _named(self, model, frozen):
+        return [(name, param) for name, param in model.named_parameters() if (self.frozen in name) is frozen]
+
+    def train(self, model, rank=0, world_size=1):
+        """All of the steps; the optimizer."""
+        optimizer, batches, half = self.optimizer(model), self.batches(), self.steps // 2
+        if self.frozen is None:
+            train_share(model, optimizer, batches, rank, world_size, self.broken)
+            return optimizer
+        for _, param in self._named(model, frozen=True):
+            param.requires_grad_(False)
+        train_share(model, optimizer, batches[:half], rank, world_size)
+        for _, param in self._named(model, frozen=True):
+            param.requires_grad_(True)
+        optimizer.add_param_group({"params": self._named(model, frozen=True), "lr": 1e-3})
+        train_share(model, optimizer, batches[half:], rank, world_size)
+        return optimizer
 
     def batches(self):
         return token_batches(self.steps, size=(8, 9))
@@ -222,6 +245,7 @@ JOBS |= {
     "gpt replicate": Job("gpt", {"basis": "replicate"}),
     "gpt float32": Job("gpt", dtype=torch.float32),
     "gpt long": Job("gpt", {"second_moment": "block"}, steps=40),
+    "plain unfrozen": Job("plain", frozen="layers.0"),
     "gpt broken": Job("gpt", broken="qkv"),
     "plain maximize": Job("plain", {"maximize": True, "no_decay": ("norm", "bias")}),
 }

@@ -3,7 +3,7 @@
 import sys
 
 import torch
-from jobs import JOBS, WRAP, processes, train_share, weights_of
+from jobs import JOBS, WRAP, processes, weights_of
 
 
 def main(strategy, output, *names):
@@ -12,7 +12,7 @@ def main(strategy, output, *names):
         for name in names:
             job = JOBS[name]
             wrapped = WRAP[strategy](job.build())
-            train_share(wrapped, job.optimizer(wrapped), job.batches(), rank, world_size, job.broken)
+            job.train(wrapped, rank, world_size)
             weights[name] = weights_of(wrapped)
         if rank == 0:
             torch.save(weights, output)
