@@ -77,8 +77,8 @@ class RowShard:
     @cached_property
     def owns_first(self) -> bool:
         """Whether the first row held begins on this process."""
-        first = self.layout.held[0]
-        return not (first % self._width and self.first in self.cut)
+        row, cut = divmod(self.layout.held[0], self._width)
+        return not (cut and self._start <= row % self._period < self._stop)
 
     @cached_property
     def _runs(self) -> list[tuple[int, int, int]]:

@@ -157,9 +157,10 @@ class Job:
     def _named(self, model, frozen):
         return [(name, param) for name, param in model.named_parameters() if (self.frozen in name) is frozen]
 
-    def train(self, model, rank=0, world_size=1):
+    def train(self, model, rank=0, world_size=1, optimizer=None):
         """All of the steps; the optimizer."""
-        optimizer, batches, half = self.optimizer(model), self.batches(), self.steps // 2
+        batches, half = self.batches(), self.steps // 2
+        optimizer = optimizer or self.optimizer(model)
         if self.frozen is None:
             train_share(model, optimizer, batches, rank, world_size, self.broken)
             return optimizer

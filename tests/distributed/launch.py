@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parent
 PATHS = [str(Path(lightning_adapm.__file__).parents[1]), str(FOLDER.parent), str(FOLDER)]
 
 
-def run_processes(script, world_size, *words, timeout=240):
+def run_processes(script, world_size, *words, timeout=600):
     """``script word...`` on ``world_size`` processes that find each other by the file named in ``STORE``, or by port.
 
     An error on one process would let the others wait: they are ended, and what all of them said is the error.

@@ -11,8 +11,11 @@ def main(strategy, output, *names):
     with processes() as (rank, world_size):
         for name in names:
             job = JOBS[name]
-            wrapped = WRAP[strategy](job.build())
-            job.train(wrapped, rank, world_size)
+            model = job.build()
+            # as LightningCLI does: FSDP1 keeps the parameters, and makes them one-dimensional
+            early = job.optimizer(model) if strategy == "fsdp1 late" else None
+            wrapped = WRAP[strategy.split()[0]](model)
+            job.train(wrapped, rank, world_size, early)
             weights[name] = weights_of(wrapped)
         if rank == 0:
             torch.save(weights, output)

@@ -8,6 +8,8 @@ from jobs import JOBS
 from launch import run_processes
 from models import relative_difference
 
+pytestmark = pytest.mark.timeout(900)
+
 
 @functools.cache
 def one_device(name):
@@ -31,7 +33,7 @@ def assert_one_device(strategy, world_size, folder, names):
 QUICK = ("gpt block", "plain factored", "gpt broken", "transposed elementwise")
 
 
-@pytest.mark.parametrize(("strategy", "world_size"), [("fsdp1", 2), ("fsdp2", 4)])
+@pytest.mark.parametrize(("strategy", "world_size"), [("fsdp1", 2), ("fsdp1 late", 2), ("fsdp2", 4)])
 def test_equals_one_device(strategy, world_size, tmp_path):
     # FSDP1 and DDP themselves do not unfreeze
     assert_one_device(strategy, world_size, tmp_path, QUICK + ("plain unfrozen",) * (strategy == "fsdp2"))

@@ -36,7 +36,7 @@ def shards_of(shape, piece, spans):
     return [RowShard(layout, piece.start, piece.stop, piece.groups, piece.transposed) for layout in layouts]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(cuts())
 def test_the_parts_are_the_matrix(case):
     shape, piece, spans = case

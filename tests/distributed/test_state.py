@@ -8,6 +8,8 @@ from launch import run_processes
 from models import relative_difference
 from test_equality import one_device
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
 NAMES = ("gpt elementwise", "transposed block", "plain factored", "odd elementwise")
 
 

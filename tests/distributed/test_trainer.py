@@ -10,6 +10,8 @@ from launch import run_processes, started
 from models import relative_difference
 from test_equality import one_device
 
+pytestmark = pytest.mark.timeout(900)
+
 STRATEGIES = ("ddp", "fsdp1 full", "fsdp1 sharded", "fsdp2 full", "fsdp2 sharded")
 
 
@@ -52,6 +54,17 @@ def test_callbacks_report_what_they_do_on_one_device(tmp_path):
             adamw = whole["optimizer/adamw_bytes"] - counters
             assert 4 * (state["optimizer/adamw_bytes"] - counters) == pytest.approx(adamw)
             assert state["optimizer/total_bytes"] < whole["optimizer/total_bytes"] / 2
+
+
+def test_saved_under_one_sharding_resumed_under_the_other(tmp_path):
+    job = {"job": "gpt block"}
+    saved = [{"strategy": s, "steps": 6, "save": s} for s in ("fsdp1 full", "fsdp2 full")]
+    resumed = [
+        {"strategy": new, "steps": 12, "load": f"{old}.ckpt", "weights": f"{new}.pt"}
+        for new, old in (("fsdp1 sharded", "fsdp2 full"), ("fsdp2 sharded", "fsdp1 full"))
+    ]
+    fits(tmp_path, 2, *(job | each for each in saved + resumed))
+    assert_one_device(tmp_path, "gpt block", [each["weights"] for each in resumed])
 
 
 CLIP_VALUE = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}
