@@ -10,7 +10,8 @@ import torch.distributed as dist
 from litgpt import GPT
 from models import PlainLM, gpt_loss, tiny_gpt, token_batches
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -211,13 +212,26 @@ def shard(model, mesh=None):
     return fully_shard(model, mesh=mesh)
 
 
-def flatten(model):
+def flatten(model, **options):
     """FSDP1 on CPU, likewise: every block is one flat parameter, and the rest another."""
     policy = CustomPolicy(lambda module: any(module is block for block in blocks_of(model)))
-    return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"))
+    cpu = torch.device("cpu")
+    return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=cpu, **options)
 
 
-WRAP = {"single": lambda model: model, "ddp": DistributedDataParallel, "fsdp1": flatten, "fsdp2": shard}
+def pairs():
+    """Every two processes hold the model together, as on the nodes of a cluster."""
+    return init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("replicate", "shard"))
+
+
+WRAP = {
+    "single": lambda model: model,
+    "ddp": DistributedDataParallel,
+    "fsdp1": flatten,
+    "fsdp2": shard,
+    "hybrid1": lambda model: flatten(model, device_mesh=pairs(), sharding_strategy=ShardingStrategy.HYBRID_SHARD),
+    "hybrid2": lambda model: shard(model, pairs()),
+}
 
 
 def weights_of(model):

@@ -40,6 +40,13 @@ def test_equals_one_device(strategy, world_size, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["hybrid1", "hybrid2"])
+def test_hybrid_sharding(strategy, tmp_path):
+    """Sharded on two processes, replicated on two such pairs: litgpt pretrains with FSDP1's HYBRID_SHARD."""
+    assert_one_device(strategy, 4, tmp_path, QUICK)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp2"])
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_every_job_equals_one_device(strategy, world_size, tmp_path):
