@@ -37,7 +37,7 @@ def load(folder, rank, world_size, strategy, name, file, output):
     if file.endswith(".pt"):
         saved = torch.load(folder / file, weights_only=True)
         weights, state = saved["model"], saved["optimizer"]
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=strategy == "fsdp2")
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=strategy in ("fsdp2", "hybrid2"))
     else:
         weights, state = get_state_dict(model, optimizer)
         dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder / file)

@@ -14,7 +14,7 @@ NAMES = ("gpt elementwise", "transposed block", "plain factored", "odd elementwi
 
 
 def names(*strategies):
-    return [name for name in NAMES if "fsdp1" not in strategies or not name.startswith("odd")]
+    return [name for name in NAMES if not {"fsdp1", "hybrid1"} & {*strategies} or not name.startswith("odd")]
 
 
 def differences(weights, name):
@@ -39,13 +39,15 @@ def saved(tmp_path_factory):
         ("ddp", 2, ("single", "ddp", "fsdp1", "fsdp2")),
         ("fsdp2", 4, ("single", "ddp", "fsdp2")),
         ("fsdp1", 4, ("fsdp1",)),
+        ("hybrid2", 4, ("single", "fsdp2")),
+        ("hybrid1", 4, ("fsdp1",)),
     ],
 )
 def test_between_strategies_and_world_sizes(saved, strategy, world_size, origins):
     """Through torch.distributed.checkpoint; full files are loaded by every strategy, sharded ones where AdamW's are."""
     actions, outputs = [], []
     for origin, suffix in itertools.product(origins, ("", ".pt")):
-        if suffix == "" and (origin == "fsdp1") != (strategy == "fsdp1"):
+        if suffix == "" and (origin == "fsdp1") != (strategy in ("fsdp1", "hybrid1")):
             continue
         for name in names(strategy, origin):
             file = f"{origin} {name}{suffix}"
