@@ -15,6 +15,7 @@ from lightning_adapm.momentum import Direction, LowRankMomentum, Momentum, State
 from lightning_adapm.optim.tasks import PieceState
 from lightning_adapm.policy import momentum_table
 from lightning_adapm.roles import Piece
+from lightning_adapm.sharding import ONE_PROCESS, Reduction
 
 DECAY = 0.1
 """Weight decay of every optimizer, on every parameter."""
@@ -84,10 +85,12 @@ class Trial(AdaPM):
 class DivideAll(LowRankMomentum):
     """The published form: the whole direction, not only the average in it, is divided by ``1 - beta1**step``."""
 
-    def direction(self, grads: list[Tensor], states: Sequence[State], step: int) -> Direction:
+    def direction(
+        self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
+    ) -> Direction:
         # a step so late that nothing is left to correct, in the same phase of the refresh
         late = step + 10_000 * self.update_proj_gap
-        used = super().direction(grads, states, late)
+        used = super().direction(grads, states, late, reduction)
         return used._replace(scale=used.scale / (1 - self.beta1**step))
 
 
@@ -106,9 +109,16 @@ class TwoTimeScales:
         made = {"fast.": self.fast.make(shape, like), "slow.": self.slow.make(shape, like)}
         return {prefix + key: value for prefix, state in made.items() for key, value in state.items()}
 
-    def direction(self, grads: list[Tensor], states: Sequence[State], step: int) -> Direction:
+    def direction(
+        self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
+    ) -> Direction:
         fast, slow = (
-            momentum.direction(grads, [PieceState(state, prefix) for state in states], step)  # type: ignore[arg-type]
+            momentum.direction(
+                grads,
+                [PieceState(state, prefix) for state in states],  # type: ignore[arg-type]
+                step,
+                reduction,
+            )
             for prefix, momentum in (("fast.", self.fast), ("slow.", self.slow))
         )
         return fast._replace(tensors=list(torch._foreach_add(fast.tensors, slow.tensors)), scale=0.5 * fast.scale)

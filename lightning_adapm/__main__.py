@@ -40,10 +40,19 @@ def main(args: list[str] | None = None) -> None:
         from lightning_adapm.cli import AdaPMCLI
 
         AdaPMCLI(args)
+        _leave_process_group()
     except Exception as error:
         if not _is_message_to_the_user(error):
             raise
         sys.exit(f"lightning-adapm: error: {error}")
+
+
+def _leave_process_group() -> None:
+    """gloo's threads now and then abort a process that ends without this, after all its work is done."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _is_message_to_the_user(error: Exception) -> bool:

@@ -76,10 +76,10 @@ def cut(item: Named, role: str, stated: Heads = Heads()) -> tuple[Piece, ...]:
         return _cut_kv(item, heads)
     if role in FUSED:
         return _cut_qkv(item, heads)
-    if role == "mlp" and re.fullmatch(GATE_UP, item.child) and item.param.dim() == 2 and item.param.shape[0] % 2 == 0:
-        half = item.param.shape[0] // 2
+    if role == "mlp" and re.fullmatch(GATE_UP, item.child) and len(item.shape) == 2 and item.shape[0] % 2 == 0:
+        half = item.shape[0] // 2
         return (Piece(role, 0, half, part="gate"), Piece(role, half, 2 * half, part="up"))
-    dim = item.param.dim()
+    dim = len(item.shape)
     count = heads.n_head if role == "query" else (heads.n_query_groups or heads.n_head) if role == "key" else None
     if count and dim == 2 and role == "key" and not heads.n_query_groups and "query" in _roles_beside(item):
         count = _key_heads(item, count)
@@ -89,28 +89,28 @@ def cut(item: Named, role: str, stated: Heads = Heads()) -> tuple[Piece, ...]:
 
 def is_transposed(item: Named, role: str) -> bool:
     """Whether outputs are columns: Hugging Face's ``Conv1D``, stacks of experts and XLNet's projections."""
-    kinds, shape = [type(user).__name__ for user in item.users], item.param.shape
+    kinds, shape = [type(user).__name__ for user in item.users], item.shape
     if any(kind.endswith(TRANSPOSED) for kind in kinds):
         return True
     if role in FUSED and len(shape) == 2 and shape[1] == 3 * shape[0]:
         return "Linear" not in kinds  # only the shape says so, as for GPT-2's c_attn given by name
-    if item.param.dim() != 3:
+    if len(item.shape) != 3:
         return False
     if role in ("query", "key", "value"):  # (inputs, heads, head size)
         return _is_flat(item, role)
     up, down = item.beside.get("gate_up_proj"), item.beside.get("down_proj")
-    if up is None or down is None or up.param.dim() != 3 or down.param.dim() != 3:
+    if up is None or down is None or len(up.shape) != 3 or len(down.shape) != 3:
         return False
-    by_rows, by_columns = (up.param.shape[-2], down.param.shape[-1]), (up.param.shape[-1], down.param.shape[-2])
+    by_rows, by_columns = (up.shape[-2], down.shape[-1]), (up.shape[-1], down.shape[-2])
     return by_columns[0] == 2 * by_columns[1] and by_rows[0] != 2 * by_rows[1]
 
 
 def _is_flat(item: Named, role: str) -> bool:
     """Whether all dimensions but the first are one: a convolution, or an attention's heads and head size."""
-    if item.param.dim() != 3 or any(isinstance(user, nn.modules.conv._ConvNd) for user in item.users):
-        return item.param.dim() > 2
+    if len(item.shape) != 3 or any(isinstance(user, nn.modules.conv._ConvNd) for user in item.users):
+        return len(item.shape) > 2
     in_attention = role in ("query", "key", "value", "attn_out")
-    return in_attention and item.param.shape[1] == find_heads(item.around).n_head
+    return in_attention and item.shape[1] == find_heads(item.around).n_head
 
 
 def _roles_beside(item: Named) -> dict[str | None, Named]:
@@ -119,12 +119,12 @@ def _roles_beside(item: Named) -> dict[str | None, Named]:
 
 def _key_heads(item: Named, n_head: int) -> int:
     """Heads of a key whose module states only the query's: as many as fit rows of the query's head size."""
-    query = _roles_beside(item)["query"].param.shape[0]
-    return max(1, item.param.shape[0] * n_head // query)
+    query = _roles_beside(item)["query"].shape[0]
+    return max(1, item.shape[0] * n_head // query)
 
 
 def _cut_qkv(item: Named, heads: Heads) -> tuple[Piece, ...]:
-    shape, transposed = item.param.shape, is_transposed(item, "qkv")
+    shape, transposed = item.shape, is_transposed(item, "qkv")
     total, inner = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
     query = _query_rows(item, heads, total, inner)
     key = (total - query) // 2
@@ -165,7 +165,7 @@ def _query_rows(item: Named, heads: Heads, total: int, inner: int) -> int:
     out = _roles_beside(item).get("attn_out")
     if out is not None:
         conv = any(type(user).__name__.endswith("Conv1D") for user in out.users)
-        rows = out.param.shape[0 if conv else 1]
+        rows = out.shape[0 if conv else 1]
         if 0 < rows < total:
             return rows
     if heads.n_head:
@@ -178,7 +178,7 @@ def _query_rows(item: Named, heads: Heads, total: int, inner: int) -> int:
 def _cut_kv(item: Named, heads: Heads) -> tuple[Piece, ...]:
     """Keys and values in one weight: halves, or multi-head latent attention (DeepSeek-V2, arXiv 2405.04434)."""
     transposed = is_transposed(item, "kv")
-    total, groups = item.param.shape[int(transposed)], heads.n_query_groups or heads.n_head
+    total, groups = item.shape[int(transposed)], heads.n_query_groups or heads.n_head
     module = item.around[1] if len(item.around) > 1 else None
     holders = (module, getattr(module, "config", None))
     nope, head = _first(holders, ("qk_nope_head_dim",)), _first(holders, ("v_head_dim",))
@@ -201,7 +201,7 @@ def _cut_kv(item: Named, heads: Heads) -> tuple[Piece, ...]:
 
 def _in_groups(groups: int, rows: dict[str, tuple[int, int | None]], item: Named) -> tuple[Piece, ...]:
     """Pieces of a weight of ``groups`` equal groups, each with its share of every role's rows, in order."""
-    pieces, start, dim = [], 0, item.param.dim()
+    pieces, start, dim = [], 0, len(item.shape)
     transposed = is_transposed(item, "qkv")
     for role, (count, heads) in rows.items():
         stop = start + count // groups
@@ -212,7 +212,7 @@ def _in_groups(groups: int, rows: dict[str, tuple[int, int | None]], item: Named
 
 def _unknown_rows(item: Named, heads: Heads) -> str:
     return (
-        f"{item.name} of shape {tuple(item.param.shape)} holds query, key and value rows, but which rows are whose is"
+        f"{item.name} of shape {tuple(item.shape)} holds query, key and value rows, but which rows are whose is"
         f" not known ({heads}). Pass model.named_parameters() itself rather than a list made from it, or give the"
         " parameter group n_head=, n_query_groups= and head_size=."
     )

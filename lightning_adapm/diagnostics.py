@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 from lightning_adapm import lowrank
 from lightning_adapm.attention import cut
 from lightning_adapm.optim import AdaPM
-from lightning_adapm.optim.tasks import Task
+from lightning_adapm.optim.tasks import Placement, Task, reduction_of
 from lightning_adapm.planner import StateBytes, adamw_bytes, state_bytes
 from lightning_adapm.roles import ROLES, Piece, describe, find_role
+from lightning_adapm.sharding import total
 
 OTHER = "other"
 """The role shown for what no rule matches, and for what the user gave a policy instead of a role."""
@@ -103,15 +104,15 @@ def _split(
     """
     own = [{k: v for k, v in state.items() if not p.whole and str(k).startswith(p.prefix)} for p in pieces]
     rest = state_bytes({k: v for k, v in state.items() if not any(k in entries for entries in own)})
-    start = 0
-    for piece, entries in zip(pieces, own, strict=True):
-        shape = piece.view(param).shape
-        stop = start + shape.numel()
+    placement = Placement.of(param, pieces)
+    numels = [placement.local_numel(index) for index in range(len(pieces))]
+    start, total = 0, max(1, sum(numels))
+    for piece, entries, numel in zip(pieces, own, numels, strict=True):
+        stop = start + numel
         momentum, second_moment = (
-            size * stop // max(1, param.numel()) - size * start // max(1, param.numel())
-            for size in (rest.momentum, rest.second_moment)
+            size * stop // total - size * start // total for size in (rest.momentum, rest.second_moment)
         )
-        adamw = adamw_bytes([shape])
+        adamw = adamw_bytes([torch.Size((numel,))])
         first = piece is pieces[0]
         yield (
             role_label(piece.role),
@@ -154,20 +155,28 @@ class ResidualProbe:
 
     def __call__(self, task: Task, direction: Tensor, update: Tensor, clip_threshold: float | None) -> None:
         """Take in one piece of one step; see :class:`lightning_adapm.optim.tasks.Observer`."""
-        figures = {"update_max": torch.linalg.vector_norm(update, ord=torch.inf)}
+        held = update.numel() if task.shard is None else task.shard.numel
+        figures = {"update_max": update.abs().max() if update.numel() else update.new_zeros(())}
         if clip_threshold is not None:
-            figures["clamped"] = (update.abs() > clip_threshold).sum() / update.numel()
+            figures["clamped"] = (update.abs() > clip_threshold).sum() / max(1, held)
         basis = task.state.get("exp_avg_r")
         if basis is not None:
             stack, basis = (t if t.dim() == 3 else t.unsqueeze(0) for t in (task.grad, basis.to(task.grad.dtype)))
-            unseen = lowrank.residual(stack, basis)
-            used = torch.linalg.vector_norm(direction)
-            figures["norm"] = torch.linalg.vector_norm(unseen) / used.clamp_min(torch.finfo(used.dtype).tiny)
-            key, now = f"{task.name}:{task.piece.prefix}", sketch(unseen)
+            reduction, tiny = reduction_of([task]), torch.finfo(stack.dtype).tiny
+            if basis.shape[-1] < stack.shape[-1]:
+                basis = reduction.columns(basis, stack.shape[-1])
+            unseen = lowrank.residual(stack, basis, reduction)
+            if task.shard is not None:
+                unseen = task.shard.held_only(unseen[0]).unsqueeze(0)
+            values = [unseen.square().sum(), direction.square().sum(), sketch(unseen, *_place(task))]
+            if task.layout is not None and len(task.layout.spans) > 1:
+                values = total(values, task.layout.group)
+            figures["norm"] = values[0].sqrt() / values[1].sqrt().clamp_min(tiny)
+            key, now = f"{task.name}:{task.piece.prefix}", values[2] / values[2].norm().clamp_min(tiny)
             if key in self._sketches:
                 figures["stationarity"] = (now * self._sketches[key]).sum()
             self._sketches[key] = now
-        entries = 0 if clip_threshold is None else update.numel()
+        entries = 0 if clip_threshold is None else held
         self._seen.append(Reading(task.name, role_label(task.piece.role), entries, figures))
 
     def read(self) -> list[Reading]:
@@ -178,14 +187,29 @@ class ResidualProbe:
         return [reading._replace(figures={name: next(values) for name in reading.figures}) for reading in seen]
 
 
-def sketch(residual: Tensor) -> Tensor:
-    """A stack of matrices ``(b, m, n)`` as 256 numbers of norm 1 whose inner products approximate cosines.
+def sketch(residual: Tensor, first: int = 0, rows: int | None = None) -> Tensor:
+    """A stack of matrices ``(b, m, n)`` as 256 numbers, whose cosines approximate those of the residuals.
 
     A projection from both sides that depends on the shape alone and leaves torch's random state as it is.
+
+    Args:
+        residual: all of them, or the rows of a taller stack that this process holds: the sum of the processes'
+            sketches is then the whole one's.
+        first: the first row held, counted in the whole stack.
+        rows: of the whole stack, if it is not all here.
     """
     tall = residual.flatten(0, 1)
     m, n = tall.shape
-    from_left = lowrank.starting_rows(_SKETCH, m, tall)
+    from_left = lowrank.starting_rows(_SKETCH, rows or max(1, m), tall)[:, first : first + m]
     from_right = lowrank.starting_rows(2 * _SKETCH, n, tall)[_SKETCH:]  # independent of the left one where m = n
-    small = from_left @ tall @ from_right.mT
-    return small / torch.linalg.vector_norm(small).clamp_min(torch.finfo(small.dtype).tiny)
+    return from_left @ tall @ from_right.mT
+
+
+def _place(task: Task) -> tuple[int, int | None]:
+    """Where the rows of this process are: the first, and how many there are in all."""
+    if task.shard is not None:
+        return task.shard.first, task.shard.size
+    if task.layout is None:
+        return 0, None
+    width = task.layout.shape[-1]
+    return task.layout.held[0] // width, task.layout.shape.numel() // width

@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torchmetrics import MeanMetric
 
 from lightning_adapm.mixin import AdaPMMixin, without_text_none
@@ -48,6 +49,13 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
         # Not in `configure_model`: LightningCLI builds an optimizer over the parameters before there is a Trainer.
         self.model = _build(litgpt_config(model_name, config), tie_embeddings)
         self._val_loss = MeanMetric()
+
+    def configure_model(self) -> None:
+        """Shard every block, then the rest, where the strategy leaves that to the module (FSDP2)."""
+        if self.device_mesh is None or isinstance(self.model, FSDPModule):
+            return
+        for part in (*self.model.transformer.h, self.model):
+            fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:
         """Check that the data's vocabulary and windows fit into the model."""

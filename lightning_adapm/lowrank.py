@@ -10,6 +10,8 @@ Source: AdaPM, arXiv 2510.09103, Algorithms 1 to 3 (low-rank momentum with resid
 import torch
 from torch import Tensor
 
+from lightning_adapm.sharding import ONE_PROCESS, Reduction
+
 # A direction whose part independent of the others is below this share of its length is noise, not a direction.
 _DEPENDENT = 1e-5
 
@@ -52,23 +54,30 @@ def _solve_gram(rows: Tensor, shift: Tensor | float) -> Tensor:
     return torch.linalg.solve_triangular(factor, rows, upper=False)
 
 
-def refresh_basis(grad: Tensor, left: Tensor, right: Tensor, beta1: float) -> Tensor:
+def refresh_basis(
+    grad: Tensor, left: Tensor, right: Tensor, beta1: float, reduction: Reduction = ONE_PROCESS
+) -> Tensor:
     """The next basis: one warm-started subspace iteration on ``M~ = beta1 left right + (1 - beta1) grad``.
 
     ``right_new = orth((M~ᵀ M~ rightᵀ)ᵀ)``, without forming ``M~``. Directions that are still zero are sketched with
     :func:`starting_rows`. Where the gradient shows nothing (it is zero) or the products are not finite, the old basis
     stays; that is decided on the device.
+
+    ``grad`` and ``left`` may be the rows of this process: ``reduction`` then adds what the others hold, so that the
+    basis is the same on all of them.
     """
     rank, n = right.shape[-2:]
     empty = ~right.any(dim=-1, keepdim=True)
     sketch = torch.where(empty, starting_rows(rank, n, right), right)
-    seen = torch.baddbmm((1 - beta1) * (grad @ sketch.mT), left, right @ sketch.mT, beta=1, alpha=beta1)
+    projected = grad @ sketch.mT
+    reduction.rows(projected)
+    seen = torch.baddbmm((1 - beta1) * projected, left, right @ sketch.mT, beta=1, alpha=beta1)
     # Columns of unit length: keeps gradients of any scale inside float32 and the next product well conditioned.
     tiny = torch.finfo(seen.dtype).tiny
-    seen = seen / seen.abs().amax(dim=-2, keepdim=True).clamp_min(tiny)
-    seen = seen / torch.linalg.vector_norm(seen, dim=-2, keepdim=True).clamp_min(tiny)
-    fresh = (1 - beta1) * (seen.mT @ grad)
-    rows = torch.baddbmm(fresh, seen.mT @ left, right, beta=1, alpha=beta1)
+    seen = seen / reduction.largest(seen).clamp_min(tiny)
+    seen = seen / reduction.length(seen).clamp_min(tiny)
+    fresh, inner = reduction.total([(1 - beta1) * (seen.mT @ grad), reduction.owned(seen).mT @ left])
+    rows = torch.baddbmm(fresh, inner, right, beta=1, alpha=beta1)
     usable = rows.isfinite().all(dim=(-2, -1), keepdim=True) & fresh.any(dim=-1, keepdim=True).any(-2, keepdim=True)
     return torch.where(usable, orthonormal_rows(torch.where(usable, rows, 0.0)), right)
 
@@ -88,6 +97,8 @@ def debiased_direction(grad: Tensor, projected: Tensor, left: Tensor, right: Ten
     return torch.baddbmm(grad, left / correction - projected, right)
 
 
-def residual(grad: Tensor, right: Tensor) -> Tensor:
+def residual(grad: Tensor, right: Tensor, reduction: Reduction = ONE_PROCESS) -> Tensor:
     """``grad - grad rightᵀ right``: the part of the gradient that the basis does not see."""
-    return torch.baddbmm(grad, grad @ right.mT, right, alpha=-1)
+    projected = grad @ right.mT
+    reduction.rows(projected)
+    return torch.baddbmm(grad, projected, right, alpha=-1)

@@ -28,10 +28,8 @@ else:
 _SCHEDULES = ("cosine", "constant")
 _SCHEDULE_FIELDS = ("warmup_steps", "schedule", "min_lr_ratio")
 
-# They replace parameters by parts of themselves, or run the step themselves.
+# They replace parameters by others than the optimizer was given, or run the step themselves.
 _UNSUPPORTED_STRATEGIES = (
-    strategies.FSDPStrategy,
-    strategies.ModelParallelStrategy,
     strategies.DeepSpeedStrategy,
     strategies.XLAStrategy,
     strategies.SingleDeviceXLAStrategy,
@@ -66,6 +64,7 @@ class AdaPMConfig:
     unmatched: str = "error"
     no_decay: Sequence[str] = ()
     state_dtype: torch.dtype | str | None = None
+    basis: str = "auto"
     clip_threshold: float | None = 1.0
     maximize: bool = False
     warmup_steps: int | float = 0
@@ -251,8 +250,8 @@ def check_strategy(strategy: strategies.Strategy) -> None:
     """
     if isinstance(strategy, _UNSUPPORTED_STRATEGIES):
         raise MisconfigurationException(
-            f"AdaPM does not support {type(strategy).__name__} yet: it needs whole matrices on every process. It works"
-            " on a single device and with DDP: Trainer(strategy='auto') or Trainer(strategy='ddp')"
+            f"AdaPM does not support {type(strategy).__name__} yet. It works on a single device and with DDP, FSDP and"
+            " FSDP2: Trainer(strategy='auto'), 'ddp', 'fsdp' or ModelParallelStrategy(...)"
         )
 
 

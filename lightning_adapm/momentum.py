@@ -11,8 +11,10 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lightning_adapm import lowrank
+from lightning_adapm.sharding import ONE_PROCESS, Reduction
 
 
 class State(Protocol):
@@ -48,8 +50,14 @@ class Momentum(Protocol):
         """Zero state for a matrix of ``shape``, on ``like``'s device and in ``like``'s dtype."""
         ...
 
-    def direction(self, grads: list[Tensor], states: Sequence[State], step: int) -> Direction:
-        """Take one gradient per matrix into the states and give back the bias-corrected direction."""
+    def direction(
+        self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
+    ) -> Direction:
+        """Take one gradient per matrix into the states and give back the bias-corrected direction.
+
+        Where processes hold some rows each, ``grads`` and ``states`` are of this one's, ``make`` had their shape, and
+        ``reduction`` sums over all rows.
+        """
         ...
 
 
@@ -70,7 +78,9 @@ class NoMomentum:
     def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
         return {}
 
-    def direction(self, grads: list[Tensor], states: Sequence[State], step: int) -> Direction:
+    def direction(
+        self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
+    ) -> Direction:
         return Direction(grads, 1.0, scratch=False, clamp=self.clamp)
 
 
@@ -87,7 +97,9 @@ class FullMomentum:
     def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
         return {"exp_avg": like.new_zeros(shape)}
 
-    def direction(self, grads: list[Tensor], states: Sequence[State], step: int) -> Direction:
+    def direction(
+        self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
+    ) -> Direction:
         averages = [state["exp_avg"] for state in states]
         if averages[0].dtype == grads[0].dtype:
             torch._foreach_lerp_(averages, grads, 1 - self.beta1)
@@ -115,6 +127,8 @@ class LowRankMomentum:
         flush: at a refresh, pay out at once what the old subspace held and the new one does not:
             ``beta1 / (1 - beta1)`` times it, the sum of its future contributions to a full average. Without it that
             part is dropped.
+        columns: of the basis, first and end: those that this process keeps, where the processes that hold the rows
+            share it out. Each step then gathers it.
         offset: staggers the refreshes of pieces that are otherwise alike, so that no step pays for all of them.
 
     The state also holds the number ``seeded``: 1 once every matrix of the piece has a basis. Until then each step looks
@@ -126,6 +140,7 @@ class LowRankMomentum:
     update_proj_gap: int
     debias: bool = True
     flush: bool = True
+    columns: tuple[int, int] | None = None
     offset: int = field(default=0, compare=False)
     name: ClassVar[str] = "low_rank"
 
@@ -135,18 +150,25 @@ class LowRankMomentum:
     def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
         *batch, m, n = shape
         rank = min(self.rank, n)
-        right = like.new_zeros(*batch, rank, n)
+        first, last = self.columns or (0, n)
+        right = like.new_zeros(*batch, rank, last - first)
         if rank == n:
             right.diagonal(dim1=-2, dim2=-1).fill_(1.0)
         return {"exp_avg_l": like.new_zeros(*batch, m, rank), "exp_avg_r": right, "seeded": int(rank == n)}
 
-    def direction(self, grads: list[Tensor], states: Sequence[State], step: int) -> Direction:
+    def direction(
+        self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
+    ) -> Direction:
         grad = _join(grads)
-        left, right = (_join([state[key] for state in states]).to(grad.dtype) for key in ("exp_avg_l", "exp_avg_r"))
-        new_right = self._next_basis(grad, left, right, states, step)
+        left, right = (_join([state[key] for state in states]) for key in ("exp_avg_l", "exp_avg_r"))
+        if self.columns is not None:
+            right = reduction.columns(right, grad.shape[-1])
+        left, right = left.to(grad.dtype), right.to(grad.dtype)
+        new_right = self._next_basis(grad, left, right, states, step, reduction)
         moved = left if new_right is right else lowrank.move_left(left, right, new_right)
 
         projected = grad @ new_right.mT
+        reduction.rows(projected)
         new_left = torch.lerp(moved, projected, 1 - self.beta1)
         inside = new_left / (1 - self.beta1**step)
         if not self.debias:
@@ -160,20 +182,24 @@ class LowRankMomentum:
 
         _store(new_left, [state["exp_avg_l"] for state in states])
         if new_right is not right:
-            _store(new_right, [state["exp_avg_r"] for state in states])
+            kept = new_right if self.columns is None else new_right[..., slice(*self.columns)]
+            _store(kept, [state["exp_avg_r"] for state in states])
         return Direction(_split(used, grads), 1.0, scratch=True, clamp=1.0)
 
-    def _next_basis(self, grad: Tensor, left: Tensor, right: Tensor, states: Sequence[State], step: int) -> Tensor:
+    def _next_basis(
+        self, grad: Tensor, left: Tensor, right: Tensor, states: Sequence[State], step: int, reduction: Reduction
+    ) -> Tensor:
         """The basis of this step: ``right`` itself where nothing changes."""
         if right.shape[-2] == right.shape[-1]:
             return right
         due = self.due(step)
         if all(state["seeded"] for state in states):
-            return lowrank.refresh_basis(grad, left, right, self.beta1) if due else right
+            return lowrank.refresh_basis(grad, left, right, self.beta1, reduction) if due else right
         without = ~right.any(dim=-1, keepdim=True).any(dim=-2, keepdim=True)
-        if not due and not (without & (grad != 0).any(dim=-1, keepdim=True).any(dim=-2, keepdim=True)).any():
+        shows = reduction.any((grad != 0).any(dim=-1, keepdim=True).any(dim=-2, keepdim=True))
+        if not due and not (without & shows).any():
             return right
-        new_right = lowrank.refresh_basis(grad, left, right, self.beta1)
+        new_right = lowrank.refresh_basis(grad, left, right, self.beta1, reduction)
         if not due:
             new_right = torch.where(without, new_right, right)
         seeded = iter(new_right.any(dim=-1).any(dim=-1).tolist())
@@ -184,15 +210,22 @@ class LowRankMomentum:
 
 
 def _join(tensors: list[Tensor]) -> Tensor:
-    """Matrices and stacks of matrices of one shape as one ``(b, m, n)`` batch; no copy when there is only one."""
+    """Matrices and stacks of matrices as one ``(b, m, n)`` batch; no copy when there is only one.
+
+    They have one shape, but where a process holds parts of them: then rows of zero make the number of rows the same.
+    """
     batches = [tensor if tensor.dim() == 3 else tensor.unsqueeze(0) for tensor in tensors]
-    return batches[0] if len(batches) == 1 else torch.cat(batches)
+    if len(batches) == 1:
+        return batches[0]
+    most = max(batch.shape[-2] for batch in batches)
+    return torch.cat([pad(batch, (0, 0, 0, most - batch.shape[-2])) for batch in batches])
 
 
 def _split(batch: Tensor, like: list[Tensor]) -> list[Tensor]:
     """The inverse of :func:`_join`: views of ``batch``, shaped as ``like``."""
     sizes = [tensor.shape[0] if tensor.dim() == 3 else 1 for tensor in like]
-    return [part.view(tensor.shape) for part, tensor in zip(batch.split(sizes), like, strict=True)]
+    parts = zip(batch.split(sizes), like, strict=True)
+    return [part[:, : tensor.shape[-2]].view(tensor.shape) for part, tensor in parts]
 
 
 def _store(batch: Tensor, states: list[Tensor]) -> None:

@@ -5,8 +5,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
-_GENERATORS = {nn.Module.parameters.__code__: False, nn.Module.named_parameters.__code__: True}
+# FSDP1 has a named_parameters of its own
+_GENERATORS = {
+    nn.Module.parameters.__code__: False,
+    nn.Module.named_parameters.__code__: True,
+    FullyShardedDataParallel.named_parameters.__code__: True,
+}
 
 
 def source_module(params: Any) -> nn.Module | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_adapm.layout import local, shape_of
 from lightning_adapm.optim import AdaPM
 from lightning_adapm.roles import Piece
 
@@ -72,12 +73,12 @@ class Row:
     @property
     def adamw_in_dtype(self) -> StateBytes:
         """AdamW's bytes as ``torch.optim.AdamW`` keeps them, its moments in the parameter's dtype."""
-        moment = self.numel * self.dtype.itemsize
+        moment = self.adamw.momentum // 4 * self.dtype.itemsize
         return StateBytes(moment, moment, self.adamw.other)
 
 
 def state_bytes(state: Mapping[str, Any]) -> StateBytes:
-    """Bytes of the tensors in one parameter's state, nested ones included; keys may carry a piece's prefix."""
+    """Bytes on this process of the tensors in a parameter's state, nested ones too; keys may carry a piece's prefix."""
     total = StateBytes()
     for key, value in state.items():
         if isinstance(value, Mapping):
@@ -85,7 +86,7 @@ def state_bytes(state: Mapping[str, Any]) -> StateBytes:
         elif isinstance(value, (list, tuple)):
             total += state_bytes({f"{key}.{index}": item for index, item in enumerate(value)})
         elif isinstance(value, Tensor):
-            size, kind = value.numel() * value.element_size(), key.rpartition(".")[2]
+            size, kind = local(value).numel() * value.element_size(), key.rpartition(".")[2]
             if kind.startswith(_SECOND_MOMENT[0]) or kind in _SECOND_MOMENT:
                 total += StateBytes(second_moment=size)
             elif kind in _MOMENTUM:
@@ -110,8 +111,9 @@ def adamw_bytes(shapes: Iterable[torch.Size], element_size: int = 4) -> StateByt
 def plan(optimizer: AdaPM, changes: Mapping[str, Any] | None = None) -> list[Row]:
     """What the state of every trained parameter is or will be: one row per piece, none for frozen parameters.
 
-    The state is made on the meta device by the function that makes it in training, so the sum of the rows is what
-    training allocates. ``changes`` are entries of a parameter group to plan with instead of the optimizer's own.
+    Bytes are this process's, AdamW's too, where parameters are sharded. The state is made on the meta device by the
+    function that makes it in training, so the sum of the rows is what training allocates. ``changes`` are entries of a
+    parameter group to plan with instead of the optimizer's own.
     """
     rows: list[Row] = []
     for group in (own | dict(changes or {}) for own in optimizer.param_groups):
@@ -119,7 +121,9 @@ def plan(optimizer: AdaPM, changes: Mapping[str, Any] | None = None) -> list[Row
         for name, param in zip(group["param_names"], group["params"], strict=True):
             if not param.requires_grad:
                 continue
-            alike = (param.shape, param.dtype, optimizer.pieces[param])
+            placement = optimizer.placement(param)
+            held = tuple(placement.local_numel(index) for index in range(len(placement.shapes)))
+            alike = (placement.shapes, held, param.dtype, optimizer.pieces[param])
             if alike not in known:
                 known[alike] = _plan_one(optimizer, group, name, param)
             rows += [replace(row, name=name, why=optimizer.reasons[param]) for row in known[alike]]
@@ -131,17 +135,17 @@ def _plan_one(optimizer: AdaPM, group: Mapping[str, Any], name: str, param: Tens
     rows = []
     state = optimizer.make_state(param, group, torch.empty(0, device="meta"))
     counters = StateBytes(other=state_bytes({"step": state["step"]}).other)  # in the first row
-    for piece in optimizer.pieces[param]:
-        shape = piece.matrix(param).shape
+    placement = optimizer.placement(param)
+    for index, (piece, shape) in enumerate(zip(optimizer.pieces[param], placement.shapes, strict=True)):
         momentum = optimizer.momentum_for(piece, shape, group)
         own = {k: v for k, v in state.items() if k != "step" and k.startswith(piece.prefix)}
-        adamw = adamw_bytes([shape])
+        adamw = adamw_bytes([torch.Size((placement.local_numel(index),))])
         rows.append(
             Row(
                 name,
                 piece.role,
                 tuple(shape),
-                _rows(piece, param),
+                _rows(piece, shape_of(param)),
                 optimizer.reasons[param],
                 momentum.name,
                 getattr(momentum, "rank", None),
@@ -154,10 +158,10 @@ def _plan_one(optimizer: AdaPM, group: Mapping[str, Any], name: str, param: Tens
     return rows
 
 
-def _rows(piece: Piece, param: Tensor) -> str:
-    """Which rows of ``param`` a piece is, for people; columns where the weight is transposed."""
+def _rows(piece: Piece, shape: torch.Size) -> str:
+    """Which rows of a parameter of ``shape`` a piece is, for people; columns where the weight is transposed."""
     if piece.whole:
         return ""
     kind = "columns" if piece.transposed else "rows"
-    every = f" of every {param.shape[int(piece.transposed)] // piece.groups}" if piece.groups > 1 else ""
+    every = f" of every {shape[int(piece.transposed)] // piece.groups}" if piece.groups > 1 else ""
     return f"{kind} {piece.start}:{piece.stop}{every}"

@@ -12,9 +12,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
 from lightning_adapm import rules
+from lightning_adapm.layout import shape_of
 
 ROLES = ("embedding", "query", "key", "value", "attn_out", "mlp", "lm_head", "norm", "bias", "adapter")
 """What a piece of a parameter can be."""
@@ -72,6 +74,10 @@ class Piece:
             return tensor.narrow(axis, self.start, length)
         return tensor.unflatten(axis, (self.groups, -1)).narrow(axis + 1, self.start, length)
 
+    def shape(self, whole: torch.Size) -> torch.Size:
+        """Of the :meth:`matrix` of a parameter of shape ``whole``."""
+        return self.matrix(torch.empty(whole, device="meta")).shape
+
     def matrix(self, tensor: Tensor) -> Tensor:
         """:meth:`view` as a matrix or a stack of matrices; as it is where it has fewer than two dimensions."""
         view = self.view(tensor)
@@ -87,6 +93,8 @@ class Named:
 
     name: str
     param: Tensor
+    shape: torch.Size = field(init=False)
+    """Of the whole parameter, whatever this process holds of it."""
     users: list[nn.Module] = field(default_factory=list)
     """Modules that hold it, and those around them, from the inside out."""
     around: list[nn.Module] = field(default_factory=list)
@@ -104,6 +112,9 @@ class Named:
     """In a module that holds transformer blocks, beside them."""
     is_head: bool = False
     """Outside every block, and of the shape of the largest embedding of its width."""
+
+    def __post_init__(self) -> None:
+        self.shape = shape_of(self.param)
 
     @cached_property
     def path(self) -> str:
@@ -181,7 +192,7 @@ def find_role(item: Named, taught: Mapping[str, str] | None = None) -> tuple[str
     """
     name = normalize(item.name)
     for pattern, role in (taught or {}).items():
-        if re.search(pattern, name) and fits(role, item.param):
+        if re.search(pattern, name) and fits(role, item.shape):
             return role, f"roles[{pattern!r}]"
     return _by_type(item) or _by_structure(item) or _by_name(item) or (None, "nothing matches")
 
@@ -194,7 +205,7 @@ def _by_type(item: Named) -> tuple[str | None, str] | None:
         return "adapter", _named(found)
     if any(isinstance(user, nn.Embedding) for user in item.users):
         return "embedding", "used by nn.Embedding"
-    if item.param.dim() < 2 or item.param.numel() == max(item.param.shape):
+    if len(item.shape) < 2 or item.shape.numel() == max(item.shape):
         return ("bias" if stem.endswith("bias") else "norm"), "a vector"
     if any(re.search(r"norm(\dd)?$", kind, re.IGNORECASE) for kind in kinds):
         return "norm", "used by a norm"
@@ -239,10 +250,10 @@ def _by_name(item: Named) -> tuple[str | None, str] | None:
 def _holds_more(item: Named) -> bool:
     """Whether the first layer of two gives other than the second takes: Flux fuses attention into both of them."""
     first, second = item.beside.get("linear1"), item.beside.get("linear2")
-    if first is None or second is None or first.param.dim() != 2 or second.param.dim() != 2:
+    if first is None or second is None or len(first.shape) != 2 or len(second.shape) != 2:
         return False
-    width = second.param.shape[1]
-    return (item is first or item is second) and first.param.shape[0] not in (width, 2 * width)
+    width = second.shape[1]
+    return (item is first or item is second) and first.shape[0] not in (width, 2 * width)
 
 
 def _rule(table: Iterable[tuple[str | None, str]], stem: str) -> tuple[str | None, str] | None:
@@ -270,9 +281,9 @@ def _by_place(item: Named) -> tuple[str | None, str] | None:
     return None
 
 
-def fits(role: str, param: Tensor) -> bool:
+def fits(role: str, shape: torch.Size) -> bool:
     """Whether a parameter can have this role or policy: a bias is no MLP, though an MLP's rule may match its name."""
-    return param.dim() >= 2 or role in POLICIES or role in ("norm", "bias", "adapter")
+    return len(shape) >= 2 or role in POLICIES or role in ("norm", "bias", "adapter")
 
 
 def describe(named: Iterable[tuple[str, Tensor]], module: nn.Module | None) -> list[Named]:
@@ -296,10 +307,10 @@ def link(items: Iterable[Named]) -> None:
     modules: dict[str, dict[str, Named]] = {}
     embeddings: dict[int, int] = {}  # rows by width, of the largest: positions and token types tell no head
     for item in items:
-        if item.param.dim() >= 2 and not item.name.endswith("bias"):
+        if len(item.shape) >= 2 and not item.name.endswith("bias"):
             modules.setdefault(item.parent, {})[item.child] = item
-        if item.param.dim() == 2 and any(isinstance(user, nn.Embedding) for user in item.users):
-            rows, width = item.param.shape
+        if len(item.shape) == 2 and any(isinstance(user, nn.Embedding) for user in item.users):
+            rows, width = item.shape
             embeddings[width] = max(rows, embeddings.get(width, 0))
     attentions = [path for path, children in modules.items() if is_attention(children)]
     rules_met = ((item, _rule(rules.NAME_RULES, item.path.lower())) for item in items)
@@ -315,11 +326,11 @@ def link(items: Iterable[Named]) -> None:
         item.output_found = item.block_path in complete
         item.holds_attention = item.parent in inside
         item.in_stem = item.parent in stems
-        item.is_head = item.block_path is None and item.param.dim() == 2 and _is_head(item.param, embeddings)
+        item.is_head = item.block_path is None and len(item.shape) == 2 and _is_head(item.shape, embeddings)
 
 
-def _is_head(param: Tensor, embeddings: Mapping[int, int]) -> bool:
-    rows, width = param.shape
+def _is_head(shape: torch.Size, embeddings: Mapping[int, int]) -> bool:
+    rows, width = shape
     return rows != width and embeddings.get(width) == rows
 
 
@@ -337,7 +348,7 @@ def _is_table(item: Named) -> bool:
     """Rows that are looked up or learned, as far as the modules that use them, or the shape alone, say."""
     if item.users:
         return not (item.is_linear or _is_convolution(item))
-    return item.param.dim() == 2 or item.param.shape[0] == 1
+    return len(item.shape) == 2 or item.shape[0] == 1
 
 
 def _is_convolution(item: Named) -> bool:

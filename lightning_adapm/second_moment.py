@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_adapm.momentum import State
+from lightning_adapm.sharding import ONE_PROCESS, Reduction
 
 
 class Denominators(NamedTuple):
@@ -43,8 +44,13 @@ class SecondMoment(Protocol):
         """Zero state for a piece of ``shape``, on ``like``'s device and in ``like``'s dtype."""
         ...
 
-    def denominators(self, grads: list[Tensor], states: Sequence[State], step: int) -> Denominators:
-        """Take one gradient per piece into the states; the tensors given back are new."""
+    def denominators(
+        self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
+    ) -> Denominators:
+        """Take one gradient per piece into the states; the tensors given back are new.
+
+        Shards are as for :meth:`lightning_adapm.momentum.Momentum.direction`.
+        """
         ...
 
 
@@ -58,7 +64,9 @@ class ElementwiseSecondMoment:
     def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
         return {"exp_avg_sq": like.new_zeros(shape)}
 
-    def denominators(self, grads: list[Tensor], states: Sequence[State], step: int) -> Denominators:
+    def denominators(
+        self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
+    ) -> Denominators:
         averages = [state["exp_avg_sq"] for state in states]
         torch._foreach_mul_(averages, self.beta2)
         torch._foreach_addcmul_(averages, grads, grads, 1 - self.beta2)
@@ -89,20 +97,28 @@ class BlockSecondMoment:
         blocks = self.blocks or shape[self.outputs]
         return (*shape[:-2], blocks, 1) if self.outputs == -2 else (*shape[:-2], 1, blocks)
 
-    def denominators(self, grads: list[Tensor], states: Sequence[State], step: int) -> Denominators:
+    def denominators(
+        self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
+    ) -> Denominators:
         averages = [state["exp_avg_sq"] for state in states]
-        _average(averages, [self._means(grad) for grad in grads], self.beta2)
-        roots = list(torch._foreach_sqrt(averages))
+        _average(averages, self._means(grads, reduction), self.beta2)
+        roots: Sequence[Tensor] = torch._foreach_sqrt(averages)
         if grads[0].dim() >= 2 and self.blocks is not None:
-            size = grads[0].shape[self.outputs] // self.blocks
-            roots = [root.repeat_interleave(size, dim=self.outputs) for root in roots]
-        return Denominators(roots, _correction(self.beta2, step), self.eps)
+            if self.outputs == -2:
+                roots = reduction.of_rows(roots, self.blocks, grads)
+            else:
+                roots = [root.repeat_interleave(grads[0].shape[-1] // self.blocks, dim=-1) for root in roots]
+        return Denominators(list(roots), _correction(self.beta2, step), self.eps)
 
-    def _means(self, grad: Tensor) -> Tensor:
-        if grad.dim() < 2:
-            return mean_square(grad, None)
-        means = mean_square(grad, -3 - self.outputs)
-        return means if self.blocks is None else block_means(means, self.blocks, self.outputs)
+    def _means(self, grads: list[Tensor], reduction: Reduction) -> list[Tensor]:
+        if grads[0].dim() < 2:
+            return mean_squares(grads, None, reduction)
+        means = mean_squares(grads, -3 - self.outputs, reduction)
+        if self.blocks is None:
+            return means
+        if self.outputs == -2:
+            return reduction.block_means(means, self.blocks)
+        return [block_means(mean, self.blocks, -1) for mean in means]
 
 
 @dataclass(frozen=True)
@@ -118,12 +134,15 @@ class FactoredSecondMoment:
         *batch, m, n = shape
         return {"exp_avg_sq_row": like.new_zeros(*batch, m, 1), "exp_avg_sq_col": like.new_zeros(*batch, 1, n)}
 
-    def denominators(self, grads: list[Tensor], states: Sequence[State], step: int) -> Denominators:
+    def denominators(
+        self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
+    ) -> Denominators:
         rows, columns = ([state[key] for state in states] for key in ("exp_avg_sq_row", "exp_avg_sq_col"))
-        _average(rows, [mean_square(grad, -1) for grad in grads], self.beta2)
-        _average(columns, [mean_square(grad, -2) for grad in grads], self.beta2)
+        _average(rows, mean_squares(grads, -1, reduction), self.beta2)
+        _average(columns, mean_squares(grads, -2, reduction), self.beta2)
         tiny = torch.finfo(rows[0].dtype).tiny
-        shares = [(row / row.mean(dim=-2, keepdim=True).clamp_min(tiny)).sqrt_() for row in rows]
+        means = [mean.clamp_min(tiny) for mean in reduction.means(rows)]
+        shares = [(row / mean).sqrt_() for row, mean in zip(rows, means, strict=True)]
         roots = [share * column.sqrt() for share, column in zip(shares, columns, strict=True)]
         return Denominators(roots, _correction(self.beta2, step), self.eps)
 
@@ -133,14 +152,18 @@ def block_means(means: Tensor, blocks: int, dim: int) -> Tensor:
     return means.unflatten(dim, (blocks, -1)).mean(dim=dim)
 
 
-def mean_square(grad: Tensor, dim: int | None) -> Tensor:
-    """Mean of squares along ``dim``, kept as a dimension of one, or over everything; no temporary of ``grad``'s size.
+def mean_squares(grads: list[Tensor], dim: int | None, reduction: Reduction) -> list[Tensor]:
+    """Means of squares along ``dim``, kept as a dimension of one, or over everything.
 
     Bounded so that no average of such means overflows: an infinite block could never be divided by another.
     """
-    count = grad.numel() if dim is None else grad.shape[dim]
-    means = torch.linalg.vector_norm(grad, dim=dim, keepdim=dim is not None).square_().div_(max(1, count))
-    return means.clamp_max_(torch.finfo(means.dtype).max * 2.0**-30)
+    sums = [torch.linalg.vector_norm(grad, dim=dim, keepdim=dim is not None).square_() for grad in grads]
+    sums = reduction.rows(sums) if dim == -1 else reduction.total(sums)
+    counts = [grad.shape[-1] for grad in grads] if dim == -1 else reduction.sizes(grads)
+    return [
+        total.div_(max(1, count)).clamp_max_(torch.finfo(total.dtype).max * 2.0**-30)
+        for total, count in zip(sums, counts, strict=True)
+    ]
 
 
 def _average(averages: list[Tensor], means: list[Tensor], beta2: float) -> None:

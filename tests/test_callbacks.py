@@ -236,6 +236,7 @@ trainer = fit(Path("."), Foreign(AdaPM), callbacks, devices=2, strategy="ddp", m
 sums = torch.stack([p.detach().double().sum() for p in trainer.lightning_module.parameters()])
 same = trainer.strategy.all_gather(sums)
 assert torch.equal(same[0], same[1])
+torch.distributed.destroy_process_group()
 """
 
 

@@ -7,7 +7,7 @@ import math
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceXLAStrategy
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import PlainTraining, token_batches
@@ -137,9 +137,10 @@ def test_wrong_order_of_bases():
         type("Wrong", (L.LightningModule, AdaPMMixin), {})
 
 
-def test_strategies_that_replace_parameters_are_refused():
-    with pytest.raises(MisconfigurationException, match="FSDPStrategy yet.*DDP"):
-        check_strategy(FSDPStrategy())
+def test_strategies_that_replace_parameters_or_the_step_are_refused():
+    with pytest.raises(MisconfigurationException, match="SingleDeviceXLAStrategy.*DDP"):
+        check_strategy(SingleDeviceXLAStrategy.__new__(SingleDeviceXLAStrategy))
+    check_strategy(FSDPStrategy())
 
 
 @pytest.mark.parametrize("saved_at", [5, 6])  # the step after 5 refreshes, the one after 6 does not

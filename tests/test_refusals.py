@@ -5,8 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from models import PlainLM
+from models import PlainLM, token_batches
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from lightning_adapm import AdaPM
 from lightning_adapm.optim import options
@@ -36,6 +39,30 @@ def test_parameters_replaced_after_construction():
     flat.grad = torch.ones_like(flat)
     with pytest.raises(TypeError, match=r"params\[0\] of shape .* put into AdaPM's parameter group.*DeepSpeed"):
         optimizer.step()
+
+
+def test_an_optimizer_that_was_built_before_fully_shard(one_process):
+    """As LightningCLI builds it: without an error, nothing would be trained."""
+    model = PlainLM()
+    optimizer = AdaPM(model.parameters())
+    fully_shard(model)
+    model(token_batches(1)[0]).backward()
+    with pytest.raises(RuntimeError, match="has none of AdaPM's parameters any more.*configure_optimizers"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("placements", [[Shard(1), Replicate()], [Shard(0), Shard(0)]])
+def test_tensor_parallel_layouts(one_process, placements):
+    mesh = init_device_mesh("cpu", (1, 1))
+    weight = torch.nn.Parameter(distribute_tensor(torch.ones(4, 6), mesh, placements))
+    with pytest.raises(TypeError, match="tensor_parallel_size > 1.*not supported"):
+        AdaPM([("mlp.weight", weight)])
+
+
+def test_flat_parameters_without_their_parts(one_process):
+    model = FullyShardedDataParallel(PlainLM(), use_orig_params=False, device_id=torch.device("cpu"))
+    with pytest.raises(TypeError, match="use_orig_params=True"):
+        AdaPM(model.parameters())
 
 
 @pytest.mark.parametrize(("device", "reason"), [("mps", "float64, which MPS"), ("xla", "does not support XLA")])

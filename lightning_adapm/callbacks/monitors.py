@@ -20,6 +20,7 @@ from lightning_adapm.callbacks.run import (
 from lightning_adapm.diagnostics import OTHER, ResidualProbe, StateReport
 from lightning_adapm.optim import AdaPM
 from lightning_adapm.roles import ROLES
+from lightning_adapm.sharding import TRAFFIC
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,8 +30,10 @@ class OptimizerStateMonitor(L.Callback):
     """Logs how many bytes the state of the optimizers holds, of any kind and number, and draws them at the end.
 
     Logged, per process (the mean over processes): ``momentum_bytes``, ``second_moment_bytes``, ``total_bytes``,
-    ``adamw_bytes`` (what ``torch.optim.AdamW`` would hold in float32), ``total_bytes_by_role/<role>``, and the ratio
-    ``ratio_to_adamw``. The figure is ``optimizer_state.png`` in the run's folder, and goes to TensorBoard.
+    ``adamw_bytes`` (what ``torch.optim.AdamW`` would hold in float32), ``total_bytes_by_role/<role>``, the ratio
+    ``ratio_to_adamw``; and ``total_bytes_all_processes``, their sum over processes. With several processes also
+    ``exchanged_bytes_per_step``: what AdaPM's steps gave to collectives since the last log, on the first process. The
+    figure is ``optimizer_state.png`` in the run's folder, and goes to TensorBoard.
 
     Args:
         every_n_steps: Optimizer steps from one log to the next, the first step included.
@@ -46,11 +49,13 @@ class OptimizerStateMonitor(L.Callback):
         self.history: list[tuple[int, dict[str, float]]] = []
         """Step and logged figures, in order."""
         self._clock = StepClock(self.every_n_steps)
+        self._exchanged = (0, 0)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start anew, at the step where this run starts."""
         self.history = []
         self._clock = StepClock(self.every_n_steps, trainer.global_step)
+        self._exchanged = (TRAFFIC.bytes, trainer.global_step)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Measure and log, where the batch ended a step that logs."""
@@ -61,7 +66,12 @@ class OptimizerStateMonitor(L.Callback):
         pool = _pool(sorted({*figures, *every_role}), trainer.strategy.root_device)
         pool.update((name, size, 1.0) for name, size in figures.items())
         logged = {name: mean for name, (mean, _) in pool.compute().items()}
+        logged["total_bytes_all_processes"] = logged["total_bytes"] * trainer.world_size
         logged["ratio_to_adamw"] = logged["total_bytes"] / max(1, logged["adamw_bytes"])
+        if trainer.world_size > 1:
+            exchanged, steps = TRAFFIC.bytes, trainer.global_step
+            logged["exchanged_bytes_per_step"] = (exchanged - self._exchanged[0]) / (steps - self._exchanged[1])
+            self._exchanged = (exchanged, steps)
         logged = {self.log_key_prefix + name: value for name, value in logged.items()}
         self.history.append((logged_step(trainer), logged))
         log_figures(trainer, logged)

@@ -71,9 +71,9 @@ class ResidualFigures:
         all_roles: list[str] = []
         for group in optimizer.param_groups:
             for name, param in zip(group["param_names"], group["params"], strict=True):
-                for piece in optimizer.pieces[param]:
+                for piece, shape in zip(optimizer.pieces[param], optimizer.placement(param).shapes, strict=True):
                     all_roles.append(role_label(piece.role))
-                    if optimizer.momentum_for(piece, piece.matrix(param).shape, group).name == "low_rank":
+                    if optimizer.momentum_for(piece, shape, group).name == "low_rank":
                         low_rank.append((name, role_label(piece.role)))
         self.layers = layer_labels(name for name, _ in low_rank)
         numbered_first = sorted(dict.fromkeys(self.layers.values()), key=lambda label: not label[-1].isdigit())

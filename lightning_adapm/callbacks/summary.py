@@ -8,10 +8,22 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich import get_console
 
 from lightning_adapm.optim import AdaPM
+from lightning_adapm.optim.tasks import shares_basis
 from lightning_adapm.planner import plan
 from lightning_adapm.tables import summarise, summary_table
 
 _log = logging.getLogger(__name__)
+
+
+def _sharding_note(optimizer: AdaPM) -> str:
+    """What the bytes are of, and where the bases are, if parameters are sharded."""
+    for group in optimizer.param_groups:
+        layouts = (optimizer.placement(param).layout for param in group["params"])
+        sharded = next((layout for layout in layouts if layout is not None and len(layout.spans) > 1), None)
+        if sharded is not None:
+            where = "shared out" if shares_basis(sharded, group["basis"]) else "on every process"
+            return f"Bytes of this process, one of {len(sharded.spans)}; bases of the low-rank momentum: {where}"
+    return ""
 
 
 class OptimizerSummary(L.Callback):
@@ -41,5 +53,7 @@ class OptimizerSummary(L.Callback):
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, AdaPM):
                 get_console().print(summary_table(summarise(plan(optimizer), self.by), self.by, self.max_rows))
+                if note := _sharding_note(optimizer):
+                    get_console().print(note)
             else:
                 _log.debug("OptimizerSummary: the state of %s is not known before it steps", type(optimizer).__name__)

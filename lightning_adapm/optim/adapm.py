@@ -1,8 +1,10 @@
 """AdaPM: AdamW whose momentum depends on a parameter's role in the transformer."""
 
 import warnings
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,25 +12,24 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_adapm import policy
-from lightning_adapm.momentum import Momentum
+from lightning_adapm.layout import local
+from lightning_adapm.momentum import LowRankMomentum, Momentum
 from lightning_adapm.optim import options
 from lightning_adapm.optim.assign import assign_roles
 from lightning_adapm.optim.convert import restored_state
 from lightning_adapm.optim.gradients import NonFiniteGradients
-from lightning_adapm.optim.tasks import Observer, PieceState, Task, batches
-from lightning_adapm.params import read_groups
+from lightning_adapm.optim.portable import export_state
+from lightning_adapm.optim.tasks import Observer, PieceState, Placement, Task, batches, reduction_of, shares_basis
+from lightning_adapm.params import read_groups, source_module
 from lightning_adapm.policy import momentum_table
 from lightning_adapm.roles import Piece
 from lightning_adapm.second_moment import SecondMoment
+from lightning_adapm.sharding import column_range, gradients
 
 FORMAT_VERSION = 1
 """Of the optimizer's state, kept in every parameter group."""
 
-_NO_GRADIENT = (
-    "AdaPM.step() found no gradient on any of its parameters, so nothing is trained. If this goes on: a strategy that"
-    " replaces parameters (FSDP2, ModelParallelStrategy) needs an optimizer that is built after it, in"
-    " configure_optimizers"
-)
+_NO_GRADIENT = "AdaPM.step() found no gradient on any of its parameters, so nothing is trained"
 
 
 class AdaPM(Optimizer):
@@ -58,6 +59,9 @@ class AdaPM(Optimizer):
         no_decay: roles exempt from weight decay, for instance ``("norm", "bias")``.
         state_dtype: dtype of momentum and factors; default float32 (float64 for float64 parameters). The second moment
             is never kept below float32.
+        basis: where processes that share the rows of a matrix keep the basis of its low-rank momentum: ``"replicate"``
+            is all of it on each of them, ``"shard"`` a part, gathered in every step; ``"auto"`` replicates on up to
+            two processes. Without sharding there is nothing to choose.
         clip_threshold: bound on each entry of the update in units of ``lr``, where the momentum is not full: a low-rank
             average mixes columns, so that entries can exceed AdamW's by orders of magnitude. Embeddings without
             momentum have ``1 / (1 - beta1)`` times that bound: the one step of a rare token is all of its update,
@@ -95,6 +99,7 @@ class AdaPM(Optimizer):
         unmatched: str = "error",
         no_decay: Iterable[str] = (),
         state_dtype: torch.dtype | str | None = None,
+        basis: str = "auto",
         clip_threshold: float | None = 1.0,
         maximize: bool = False,
     ) -> None:
@@ -112,6 +117,7 @@ class AdaPM(Optimizer):
             "momentum": momentum_table(momentum, unmatched),
             "no_decay": [no_decay] if isinstance(no_decay, str) else list(no_decay or ()),
             "state_dtype": options.dtype_name(state_dtype),
+            "basis": basis,
             "clip_threshold": clip_threshold,
             "maximize": maximize,
             "format_version": FORMAT_VERSION,
@@ -121,7 +127,10 @@ class AdaPM(Optimizer):
         self.unmatched = unmatched
         self.pieces: dict[Tensor, tuple[Piece, ...]] = {}
         self.reasons: dict[Tensor, str] = {}  # why a parameter has its role; like pieces, not part of a checkpoint
+        self._placements: dict[Tensor, tuple[torch.Size, Placement]] = {}
         self._nonfinite = NonFiniteGradients()
+        module = source_module(params)
+        self._module = None if module is None else weakref.ref(module)
         super().__init__(self._assign(read_groups(params), defaults), defaults)
 
     def _assign(self, groups: list[dict[str, Any]], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -143,6 +152,11 @@ class AdaPM(Optimizer):
         own = {key: self.__dict__[key] for key in ("name_rules", "unmatched", "pieces", "reasons", "_nonfinite")}
         return {**super().__getstate__(), **own}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._placements = {}  # found again: process groups are not copied
+        self._module = None
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; ``closure`` reevaluates the model and returns the loss."""
@@ -157,54 +171,91 @@ class AdaPM(Optimizer):
                     for piece in self.pieces[param]:
                         options.check_trainable(name, piece, param, group)
                     self.state[param] = self.make_state(param, group, param)
-        if not any(param.grad is not None for group in self.param_groups for param in group["params"]):
+        grads = [
+            gradients(group["params"], [self.placement(param).layout for param in group["params"]])
+            for group in self.param_groups
+        ]
+        if not any(grad is not None for found in grads for grad in found):
+            options.check_not_replaced(self._module, self.pieces)
             warnings.warn(_NO_GRADIENT, stacklevel=3)
         # a caller's autocast would take the products to half precision
         with torch.autocast(self.param_groups[0]["params"][0].device.type, enabled=False):
-            for group in self.param_groups:
-                for (momentum, second_moment, step, decay, _), tasks in self._gather(group).items():
+            gathered = [self._gather(*each) for each in zip(self.param_groups, grads, strict=True)]
+            self._nonfinite.agree(task for buckets in gathered for tasks in buckets.values() for task in tasks)
+            for group, buckets in zip(self.param_groups, gathered, strict=True):
+                for (momentum, second_moment, step, decay, _), tasks in buckets.items():
                     for batch in batches(tasks):
                         self._update(batch, momentum, second_moment, step, decay, group)
         return loss
+
+    def placement(self, param: Tensor) -> Placement:
+        """Where a parameter's pieces are, and the shapes of their matrices over all processes."""
+        # kept for the shape it was found with: FSDP1 makes parameters one-dimensional after the optimizer is built
+        shape, found = self._placements.get(param, (None, None))
+        if found is None or shape != param.shape:
+            found = Placement.of(param, self.pieces[param])
+            self._placements[param] = (param.shape, found)
+        return found
 
     def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:
         """The momentum of a piece whose matrix has ``shape``; all that a subclass with another one overrides."""
         return policy.momentum_for(piece, shape, group)
 
+    def _placed_momentum(self, param: Tensor, index: int, group: Mapping[str, Any]) -> Momentum:
+        """The momentum of a piece, as far as this process keeps it."""
+        placement = self.placement(param)
+        shape, shard = placement.shapes[index], placement.shards[index]
+        momentum = self.momentum_for(self.pieces[param][index], shape, group)
+        if shard is None or not isinstance(momentum, LowRankMomentum) or not shares_basis(shard.layout, group["basis"]):
+            return momentum
+        return replace(momentum, columns=column_range(shard.layout, shape[-1]))
+
     def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
         """The second moment of a piece whose matrix has ``shape``; as open to subclasses."""
         return policy.second_moment_for(piece, shape, group)
 
-    def make_state(self, param: Tensor, group: Mapping[str, Any], like: Tensor) -> dict[str, Any]:
-        """Zero state of one parameter of ``group``, on ``like``'s device; every key that it will ever have."""
+    def make_state(self, param: Tensor, group: Mapping[str, Any], like: Tensor, whole: bool = False) -> dict[str, Any]:
+        """Zero state of one parameter of ``group``, on ``like``'s device; every key that it will ever have.
+
+        It is of what this process holds of the parameter, or of the ``whole`` parameter.
+        """
+        like = local(like)
         exact = torch.float64 if param.dtype == torch.float64 else torch.float32
         stored = getattr(torch, group["state_dtype"]) if group["state_dtype"] else exact
         state: dict[str, Any] = {"step": torch.tensor(0.0, dtype=torch.float32)}
-        for piece in self.pieces[param]:
-            shape = piece.matrix(param).shape
-            made = self.momentum_for(piece, shape, group).make(shape, like.new_empty((), dtype=stored))
-            made |= self.second_moment_for(piece, shape, group).make(shape, like.new_empty((), dtype=exact))
+        placement = self.placement(param)
+        for index, (piece, shape) in enumerate(zip(self.pieces[param], placement.shapes, strict=True)):
+            held = shape if whole else placement.local_shape(index)
+            momentum = self.momentum_for(piece, shape, group) if whole else self._placed_momentum(param, index, group)
+            made = momentum.make(held, like.new_empty((), dtype=stored))
+            made |= self.second_moment_for(piece, shape, group).make(held, like.new_empty((), dtype=exact))
             state |= {piece.prefix + key: value for key, value in made.items()}
         return state
 
-    def _gather(self, group: dict[str, Any]) -> dict[Any, list[Task]]:
+    def _gather(self, group: dict[str, Any], grads: list[Tensor | None]) -> dict[Any, list[Task]]:
         """Count the step of every parameter with a gradient, and sort its pieces into buckets that step together."""
         buckets: dict[Any, list[Task]] = defaultdict(list)
-        for name, param in zip(group["param_names"], group["params"], strict=True):
-            grad = param.grad
-            if grad is None or param.numel() == 0:
+        for name, param, grad in zip(group["param_names"], group["params"], grads, strict=True):
+            placement = self.placement(param)
+            if grad is None or (placement.layout is None and param.numel() == 0):
                 continue
             options.check_gradient(name, grad)
             state = self.state[param]
             state["step"] += 1
             step = int(state["step"])
-            for piece in self.pieces[param]:
-                task = Task(name, piece, piece.view(param), piece.matrix(grad), PieceState(state, piece.prefix))
-                shape = task.grad.shape
+            part, grad = local(param), local(grad)
+            for index, piece in enumerate(self.pieces[param]):
+                shape, shard = placement.shapes[index], placement.shards[index]
+                own = PieceState(state, piece.prefix)
+                if shard is None:
+                    task = Task(name, piece, piece.view(part), piece.matrix(grad), own, placement.layout)
+                else:
+                    task = Task(name, piece, part, grad, own, placement.layout, shard)
                 decay = 0.0 if piece.role in group["no_decay"] else group["weight_decay"]
-                momentum = self.momentum_for(piece, shape, group)
+                momentum = self._placed_momentum(param, index, group)
                 second = self.second_moment_for(piece, shape, group)
-                alike = (shape, param.dtype, param.device, momentum.due(step), task.state.get("seeded"))
+                processes = None if shard is None else shard.layout.group
+                alike = (shape, param.dtype, param.device, processes, momentum.due(step), task.state.get("seeded"))
                 buckets[momentum, second, step, decay, alike].append(task)
         return buckets
 
@@ -218,12 +269,14 @@ class AdaPM(Optimizer):
         group: Mapping[str, Any],
     ) -> None:
         # only now, batch by batch: copies of all gradients in float32 would be larger than the state that is saved
-        tasks = self._nonfinite.replace(tasks, group["maximize"])
+        held = tasks
+        tasks = self._nonfinite.replace([task.taken() for task in tasks], group["maximize"])
         params, grads = [task.param for task in tasks], [task.grad for task in tasks]
         states = [task.state for task in tasks]
         lr = float(group["lr"])
-        denominators = second_moment.denominators(grads, states, step)
-        direction = momentum.direction(grads, states, step)
+        reduction = reduction_of(tasks)
+        denominators = second_moment.denominators(grads, states, step, reduction)
+        direction = momentum.direction(grads, states, step, reduction)
         if decay:
             torch._foreach_mul_(params, 1 - lr * decay)
         divisors, scale = denominators.settle(as_adamw=direction.clamp is None)
@@ -231,9 +284,14 @@ class AdaPM(Optimizer):
         clip = None if clip is None or direction.clamp is None else clip * direction.clamp
         if self.observer is not None:
             for task, used, divisor in zip(tasks, direction.tensors, divisors, strict=True):
-                used = used * direction.scale
-                self.observer(task, used, used * scale / divisor, clip)
+                used, update = used * direction.scale, used * (direction.scale * scale) / divisor
+                if task.shard is not None:
+                    used, update = task.shard.held_only(used), task.shard.held_only(update)
+                self.observer(task, used, update, clip)
         _apply(params, direction.tensors, divisors, direction.scale * scale, lr, clip, direction.scratch)
+        for task, param in zip(held, params, strict=True):
+            if task.shard is not None:
+                task.shard.put(task.param, param)
 
     def nonfinite_gradients(self) -> dict[str, int]:
         """Parameters whose gradient was not finite since this optimizer was built, with the number of steps.
@@ -241,6 +299,18 @@ class AdaPM(Optimizer):
         A fused weight has its pieces, ``"attn.qkv.weight (query)"``. Waits for the device.
         """
         return self._nonfinite.read()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As ``torch.optim`` has it; of sharded parameters in the form that their strategy saves.
+
+        To be called on all processes that hold a part of a parameter.
+        """
+        packed = super().state_dict()
+        for saved, group in zip(packed["param_groups"], self.param_groups, strict=True):
+            for index, param in zip(saved["params"], group["params"], strict=True):
+                if index in packed["state"]:
+                    packed["state"][index] = export_state(self, param, group, packed["state"][index])
+        return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state saved by AdaPM or by ``torch.optim.AdamW``.
@@ -284,7 +354,8 @@ def _apply(
     scratch: bool,
 ) -> None:
     """``param -= lr * clamp(scale * used / divisor)``; overwrites ``used`` where it is scratch."""
-    if clip is None and used[0].shape == params[0].shape and used[0].dtype == params[0].dtype:
+    same = all(update.shape == param.shape for update, param in zip(used, params, strict=True))
+    if clip is None and same and used[0].dtype == params[0].dtype:
         torch._foreach_addcdiv_(params, used, divisors, value=-lr * scale)
         return
     if scratch:

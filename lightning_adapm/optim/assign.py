@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_adapm.attention import Heads, cut
+from lightning_adapm.optim.options import check_layout
 from lightning_adapm.params import read_params
 from lightning_adapm.roles import FUSED, ROLES, UNMATCHED, Named, Piece, describe, find_role, fits, link, normalize
 
@@ -63,15 +64,16 @@ def assign_roles(
                 missing.append(item)
             roles.append(role or UNMATCHED)
             pieces[item.param] = tuple(replace(piece, block=item.block) for piece in cuts)
+            check_layout(item.name, cuts[0], item.param)
             if (options.get("second_moment") or defaults["second_moment"]) == "block":
                 check_heads(item, pieces[item.param])
         options["params"] = [(item.name, item.param) for item in items]
         options["roles"] = roles
         assigned.append(options)
     if missing and unmatched == "error":
-        raise ValueError(unmatched_message((item.name, item.param.shape) for item in missing))
+        raise ValueError(unmatched_message((item.name, item.shape) for item in missing))
     if missing:
-        names = ", ".join(f"{item.name} {tuple(item.param.shape)}" for item in missing)
+        names = ", ".join(f"{item.name} {tuple(item.shape)}" for item in missing)
         warnings.warn(
             f"AdaPM gives {unmatched} momentum to matrices whose role it does not know: {names}", stacklevel=4
         )
@@ -101,7 +103,7 @@ def _role(item: Named, stated: str | None, rules: Mapping[str, str]) -> tuple[st
     """The role that the group states, where it can be this parameter's; else the one that is found. And why."""
     if stated is None:
         return find_role(item, rules)
-    if fits(stated, item.param):
+    if fits(stated, item.shape):
         return stated, "said by its parameter group"
     # most likely the bias of these matrices, and the elementwise rules of a bias are safe for any
     return "bias", "a vector in a group of matrices"
@@ -114,12 +116,12 @@ def check_heads(item: Named, pieces: tuple[Piece, ...]) -> None:
         ValueError: naming the parameter, and how to say its heads.
     """
     for piece in pieces:
-        if piece.role not in ("query", "key") or item.param.dim() != 2:
+        if piece.role not in ("query", "key") or len(item.shape) != 2:
             continue
-        rows = piece.matrix(item.param).shape[int(piece.transposed)]
+        rows = piece.shape(item.shape)[int(piece.transposed)]
         if not piece.heads or rows % piece.heads:
             raise ValueError(
-                f"second_moment='block' keeps one value per head of {item.name} {tuple(item.param.shape)}, but its"
+                f"second_moment='block' keeps one value per head of {item.name} {tuple(item.shape)}, but its"
                 f" {rows} {piece.role} rows have {piece.heads or 'an unknown number of'} heads. Pass"
                 " model.named_parameters() itself, of a model whose attention modules or config say their number of"
                 " heads, or give the parameter group n_head= and n_query_groups="

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_adapm import lowrank
+from lightning_adapm.optim.portable import fits, full_entry, import_entry, localise
 from lightning_adapm.roles import Piece, normalize
 from lightning_adapm.second_moment import block_means
 
@@ -27,23 +28,39 @@ def restored_state(optimizer: "AdaPM", saved: Mapping[str, Any]) -> dict[Tensor,
     for old, group in zip(saved["param_groups"], optimizer.param_groups, strict=True):
         _check_order(old.get("param_names"), group["param_names"])
         for key, name, param in zip(old["params"], group["param_names"], group["params"], strict=True):
-            entry = saved["state"].get(key)
+            entry = import_entry(optimizer, param, group, saved["state"].get(key))
             if not entry:
                 continue
             _check_keys(name, entry, optimizer.pieces[param])
-            state = optimizer.make_state(param, group, param)
-            state["step"].fill_(float(entry["step"]))
-            for piece in optimizer.pieces[param]:
-                try:
-                    _restore_momentum(entry, state, piece, param)
-                    _restore_second_moment(entry, state, piece, param)
-                except RuntimeError as error:
-                    raise ValueError(
-                        f"the saved state of {name} does not fit its shape {tuple(param.shape)}: "
-                        + ", ".join(f"{k} {tuple(v.shape)}" for k, v in entry.items() if isinstance(v, Tensor))
-                    ) from error
-            restored[param] = state
+            layout = optimizer.placement(param).layout
+            if layout is None:
+                restored[param] = _whole_state(optimizer, name, param, group, entry)
+            elif fits(optimizer, param, group, entry):
+                restored[param] = localise(optimizer, param, group, entry)
+            else:
+                whole = _whole_state(optimizer, name, param, group, full_entry(entry))
+                restored[param] = localise(optimizer, param, group, whole)
     return restored
+
+
+def _whole_state(
+    optimizer: "AdaPM", name: str, param: Tensor, group: Mapping[str, Any], entry: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The state of a whole parameter, whatever this process holds of it."""
+    layout = optimizer.placement(param).layout
+    state = optimizer.make_state(param, group, param, whole=True)
+    state["step"].fill_(float(entry["step"]))
+    like = param if layout is None else torch.empty(layout.shape, device="meta")
+    for piece in optimizer.pieces[param]:
+        try:
+            _restore_momentum(entry, state, piece, like)
+            _restore_second_moment(entry, state, piece, like)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the saved state of {name} does not fit its shape {tuple(like.shape)}: "
+                + ", ".join(f"{k} {tuple(v.shape)}" for k, v in entry.items() if isinstance(v, Tensor))
+            ) from error
+    return state
 
 
 def _check_order(saved: list[str] | None, current: list[str]) -> None:
@@ -77,6 +94,9 @@ def _saved(entry: Mapping[str, Any], piece: Piece, key: str, param: Tensor) -> A
 
 def _restore_momentum(entry: Mapping[str, Any], state: dict[str, Any], piece: Piece, param: Tensor) -> None:
     full, left, right, seeded = (_saved(entry, piece, key, param) for key in _FIRST)
+    if full is not None:
+        # beside factors only where torch.distributed.checkpoint fills an AdamW state up with new ones
+        left = right = None
     if piece.prefix + "exp_avg" in state:
         average = state[piece.prefix + "exp_avg"]
         if full is not None:

@@ -1,18 +1,32 @@
 """What AdaPM refuses, and the words it refuses it with."""
 
 import sys
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
 
+from lightning_adapm.layout import layout_of, shape_of
 from lightning_adapm.policy import SECOND_MOMENTS
 from lightning_adapm.roles import FUSED, POLICIES, ROLES, UNMATCHED, Piece
 
-_STRUCTURE = ("rank", "second_moment", "momentum", "state_dtype", "roles", "param_names", "no_decay", "format_version")
+_STRUCTURE = (
+    "rank",
+    "second_moment",
+    "momentum",
+    "state_dtype",
+    "roles",
+    "param_names",
+    "no_decay",
+    "basis",
+    "format_version",
+)
 """Group entries that shape the state: on load this optimizer's stay, all others come from the checkpoint."""
+
+BASES = ("auto", "replicate", "shard")
+"""Where processes keep the bases of matrices whose rows they share."""
 
 _ADAMW_ONLY = ("amsgrad", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
 
@@ -30,6 +44,7 @@ def check(group: Mapping[str, Any]) -> None:
     _check(group, "rank", "an int >= 1, or a float in (0, 1] for a share of the smaller dimension", _is_rank)
     _check(group, "update_proj_gap", "an int >= 1", lambda gap: isinstance(gap, int) and gap >= 1)
     _check(group, "second_moment", f"one of {', '.join(SECOND_MOMENTS)}", lambda kind: kind in SECOND_MOMENTS)
+    _check(group, "basis", f"one of {', '.join(BASES)}", lambda basis: basis in BASES)
     _check(group, "clip_threshold", "a number > 0, or None for no bound", lambda clip: clip is None or clip > 0)
     for role in group["no_decay"]:
         if role not in ROLES:
@@ -116,6 +131,21 @@ def check_held(group: Mapping[str, Any], pieces: Mapping[Tensor, Any]) -> None:
             )
 
 
+def check_not_replaced(module: "weakref.ref[nn.Module] | None", pieces: Mapping[Tensor, Any]) -> None:
+    """Refuse to go on training nothing: parameters that the module no longer has.
+
+    Raises:
+        RuntimeError: the module, where AdaPM was given it, has none of the optimizer's parameters.
+    """
+    alive = None if module is None else module()
+    if alive is not None and not any(param in pieces for param in alive.parameters()):
+        raise RuntimeError(
+            f"{type(alive).__name__} has none of AdaPM's parameters any more, so nothing is trained: they were replaced"
+            " after it was built, as fully_shard and ModelParallelStrategy do. Build AdaPM after that, in"
+            " configure_optimizers (AdaPMMixin does) and not by LightningCLI's optimizer option"
+        )
+
+
 def check_trainable(name: str, piece: Piece, param: Tensor, group: Mapping[str, Any]) -> None:
     """Refuse a parameter that was unfrozen without a role, or that a sharding strategy has replaced by a part of
     itself.
@@ -133,15 +163,24 @@ def check_trainable(name: str, piece: Piece, param: Tensor, group: Mapping[str, 
         raise TypeError("AdaPM does not support XLA devices (TPUs) yet; train on a CPU or a GPU")
     if param.device.type == "mps":
         raise TypeError("AdaPM finds its subspaces in float64, which MPS devices do not have; train on a CPU or a GPU")
-    if isinstance(param, DTensor):
+    if piece.dim >= 2 and len(shape_of(param)) < 2:
         raise TypeError(
-            f"{name} is a DTensor (FSDP2 or tensor parallelism), which AdaPM does not support yet; use a single device"
-            " or DDP"
+            f"{name} has become one-dimensional after AdaPM was built, but not by FSDP, whose views it knows"
         )
-    if piece.dim >= 2 and param.dim() < 2:
+    check_layout(name, piece, param)
+
+
+def check_layout(name: str, piece: Piece, param: Tensor) -> None:
+    """Refuse what FSDP1 makes of a stack of matrices.
+
+    Raises:
+        TypeError: it is cut inside its matrices.
+    """
+    layout = layout_of(param)
+    if layout is not None and layout.mesh is None and len(piece.shape(layout.shape)) == 3:
         raise TypeError(
-            f"{name} has become one-dimensional, as FSDP1 makes it, which AdaPM does not support yet; use a single"
-            " device or DDP"
+            f"{name} {tuple(layout.shape)} is a stack of matrices, which FSDP1 cuts anywhere; use FSDP2"
+            " (ModelParallelStrategy), which keeps its matrices whole"
         )
 
 

@@ -1,25 +1,94 @@
 """The pieces of one step: what is gathered of each, and which of them are processed together."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
+from lightning_adapm.layout import Layout, layout_of
 from lightning_adapm.roles import Piece
+from lightning_adapm.sharding import ONE_PROCESS, ProcessReduction, Reduction, RowShard
 
 # Pieces of one shape are taken through a step together while their gradients hold at most this many elements: small
 # matrices share kernels, large ones (which fill a device alone) are not copied and bound the temporaries.
 _BATCH_NUMEL = {"cpu": 1 << 16, "cuda": 1 << 24}
 
 
+class Placement(NamedTuple):
+    """Where a parameter's pieces are: all here, or here as far as ``layout`` says."""
+
+    layout: Layout | None
+    shapes: tuple[torch.Size, ...]
+    """Of the pieces' matrices, over all processes."""
+    shards: tuple[RowShard | None, ...]
+    """What of them this process holds; None for matrices that no other process holds a part of."""
+
+    @classmethod
+    def of(cls, param: Tensor, pieces: Sequence[Piece]) -> "Placement":
+        """Found from what the tensor is.
+
+        Raises:
+            TypeError: it is sharded in a way that is not supported.
+        """
+        layout = layout_of(param)
+        shapes = tuple(piece.shape(param.shape if layout is None else layout.shape) for piece in pieces)
+        if layout is None or len(layout.spans) == 1:
+            return cls(layout, shapes, (None,) * len(pieces))
+        return cls(
+            layout,
+            shapes,
+            tuple(
+                None if len(shape) == 3 else RowShard(layout, piece.start, piece.stop, piece.groups, piece.transposed)
+                for piece, shape in zip(pieces, shapes, strict=True)
+            ),
+        )
+
+    def local_shape(self, index: int) -> torch.Size:
+        """Of what this process holds of the matrix of a piece."""
+        shape, shard = self.shapes[index], self.shards[index]
+        if shard is not None:
+            return torch.Size((shard.count, *shape[1:]))
+        if self.layout is None or not shape:
+            return shape
+        first, last = self.layout.held  # a stack of matrices, or the only process
+        return torch.Size(((last - first) // max(1, shape[1:].numel()), *shape[1:]))
+
+    def local_numel(self, index: int) -> int:
+        """Elements of a piece that this process holds."""
+        shard = self.shards[index]
+        return self.local_shape(index).numel() if shard is None else shard.numel
+
+
+def shares_basis(layout: Layout, basis: str) -> bool:
+    """Whether each process keeps a part of the bases only: the option ``basis``, decided.
+
+    A replicated basis costs every process as many bytes on any number of processes; the rest of the state shrinks. On
+    more than two, what is saved of AdamW's sharded momentum would fall below 90 %.
+    """
+    return basis == "shard" or (basis == "auto" and len(layout.spans) > 2)
+
+
 class Task(NamedTuple):
-    """One piece in one step. ``param`` is a view to update, ``grad`` the gradient as a matrix."""
+    """One piece in one step. ``param`` is a view to update, ``grad`` the gradient as a matrix.
+
+    Of a piece that other processes hold parts of, they are the local part of the whole parameter until :meth:`taken`.
+    """
 
     name: str
     piece: Piece
     param: Tensor
     grad: Tensor
     state: "PieceState"
+    layout: Layout | None = None
+    shard: RowShard | None = None
+
+    def taken(self) -> "Task":
+        """With the rows of ``shard``."""
+        if self.shard is None:
+            return self
+        grad = self.shard.take(self.grad)
+        return self._replace(param=self.shard.take(self.param), grad=grad.flatten(1) if grad.dim() == 3 else grad)
 
 
 class Observer(Protocol):
@@ -49,7 +118,14 @@ class PieceState:
 
 
 def batches(tasks: list[Task]) -> Iterable[list[Task]]:
-    """Pieces of one shape in batches of a bounded size."""
-    grad = tasks[0].grad
-    size = max(1, _BATCH_NUMEL.get(grad.device.type, _BATCH_NUMEL["cuda"]) // grad.numel())
+    """Pieces of one shape in batches of a bounded size, the same on every process that holds a part of them."""
+    grad, shard = tasks[0].grad, tasks[0].shard
+    numel = grad.numel() if shard is None else shard.most * shard.layout.shape[1:].numel()
+    size = max(1, _BATCH_NUMEL.get(grad.device.type, _BATCH_NUMEL["cuda"]) // max(1, numel))
     return (tasks[start : start + size] for start in range(0, len(tasks), size))
+
+
+def reduction_of(tasks: list[Task]) -> Reduction:
+    """What completes the sums over rows of a batch."""
+    shards = [task.shard for task in tasks if task.shard is not None]
+    return ProcessReduction(shards) if shards else ONE_PROCESS

@@ -1,0 +1,266 @@
+"""What the tests of strategies train, the same on one device and on many processes."""
+
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from litgpt import GPT
+from models import PlainLM, gpt_loss, tiny_gpt, token_batches
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.fsdp.wrap import CustomPolicy
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_adapm import AdaPM
+from lightning_adapm.layout import layout_of, local
+from lightning_adapm.roles import normalize
+
+
+class Conv1D(nn.Module):
+    """Hugging Face's linear layer of GPT-2: the weight is stored as inputs by outputs."""
+
+    def __init__(self, outputs, inputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(inputs, outputs).normal_(std=0.05))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+class TransposedAttention(nn.Module):
+    def __init__(self, width, n_head):
+        super().__init__()
+        self.n_head = n_head
+        self.c_attn, self.c_proj = Conv1D(3 * width, width), Conv1D(width, width)
+
+    def forward(self, x):
+        q, k, v = (p.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for p in self.c_attn(x).chunk(3, dim=-1))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.c_proj(y.transpose(1, 2).flatten(2))
+
+
+class InterleavedAttention(nn.Module):
+    """GPT-NeoX's fused weight: query, key and value rows of one head after the other."""
+
+    def __init__(self, width, n_head):
+        super().__init__()
+        self.num_heads = n_head
+        self.query_key_value, self.dense = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = self.query_key_value(x).unflatten(-1, (self.num_heads, 3, -1)).permute(3, 0, 2, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.dense(y.transpose(1, 2).flatten(2))
+
+
+class Experts(nn.Module):
+    """Every expert on every token, in one three-dimensional weight each."""
+
+    def __init__(self, count, width):
+        super().__init__()
+        self.up = nn.Parameter(torch.empty(count, 2 * width, width).normal_(std=0.05))
+        self.down = nn.Parameter(torch.empty(count, width, 2 * width).normal_(std=0.05))
+
+    def forward(self, x):
+        h = torch.einsum("btd,efd->ebtf", x, self.up).relu()
+        return torch.einsum("ebtf,edf->btd", h, self.down)
+
+
+class OddBlock(nn.Module):
+    def __init__(self, width, attn, mlp):
+        super().__init__()
+        self.norm, self.attn, self.mlp = nn.LayerNorm(width), attn, mlp
+
+    def forward(self, x):
+        x = x + self.attn(self.norm(x))
+        return x + self.mlp(x)
+
+
+class Odd(nn.Module):
+    """Layouts that are not plain: transposed and interleaved fused weights, a tied head; stacked experts or none."""
+
+    def __init__(self, vocab=53, width=20, n_head=2, experts=(3, 1)):
+        super().__init__()
+        self.wte = nn.Embedding(vocab, width)
+        attentions = [TransposedAttention(width, n_head), InterleavedAttention(width, n_head)]
+        self.h = nn.ModuleList(
+            OddBlock(width, attn, ffn)
+            for attn, ffn in zip(
+                attentions, [Experts(e, width) if e else nn.Linear(width, width) for e in experts], strict=True
+            )
+        )
+        self.lm_head = nn.Linear(width, vocab, bias=False)
+        self.lm_head.weight = self.wte.weight
+
+    def forward(self, tokens):
+        x = self.wte(tokens[:, :-1] % self.wte.num_embeddings)
+        for block in self.h:
+            x = block(x)
+        logits = self.lm_head(x)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten() % self.wte.num_embeddings)
+
+
+# litgpt's RMSNorm computes in float32, whatever the dtype; these are compared in float64.
+LAYER_NORM = {"norm_class_name": "LayerNorm"}
+MODELS = {
+    "plain": lambda: PlainLM(vocab=61, width=36, n_head=4),
+    "gpt": lambda: tiny_gpt(n_head=3, n_query_groups=3, n_embd=30, head_size=10, intermediate_size=41, **LAYER_NORM),
+    "gqa": lambda: tiny_gpt(n_head=4, n_query_groups=1, n_embd=36, head_size=9, **LAYER_NORM),
+    "odd": Odd,
+    "transposed": lambda: Odd(experts=(0, 0)),
+    "few rows": lambda: PlainLM(vocab=61, width=6, layers=1, n_head=2, n_query_groups=1),
+}
+
+
+@contextmanager
+def processes():
+    """The process group of a script that was started by :func:`launch.run_processes`."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = f"file://{os.environ['STORE']}"
+    dist.init_process_group("gloo", store, timedelta(seconds=60), rank=rank, world_size=world_size)
+    yield rank, world_size
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@dataclass
+class Job:
+    """One training run."""
+
+    model: str = "plain"
+    options: dict = field(default_factory=dict)
+    steps: int = 12
+    dtype: torch.dtype = torch.float64
+    """Of the parameters."""
+    broken: str | None = None
+    """In the names of parameters whose gradients are NaN now and then."""
+    frozen: str | None = None
+    """In the names of parameters that are frozen for half of the steps, and then a parameter group of their own."""
+
+    def build(self):
+        torch.manual_seed(0)
+        return MODELS[self.model]().to(self.dtype)
+
+    @property
+    def settings(self):
+        return {"lr": 3e-3, "rank": 2, "update_proj_gap": 4, "weight_decay": 0.1} | self.options
+
+    def optimizer(self, model):
+        if self.frozen is None:
+            return AdaPM(model.named_parameters(), **self.settings)
+        return AdaPM(self._named(model, frozen=False), **self.settings)
+
+    def _named(self, model, frozen):
+        return [(name, param) for name, param in model.named_parameters() if (self.frozen in name) is frozen]
+
+    def train(self, model, rank=0, world_size=1, optimizer=None):
+        """All of the steps; the optimizer."""
+        batches, half = self.batches(), self.steps // 2
+        optimizer = optimizer or self.optimizer(model)
+        if self.frozen is None:
+            train_share(model, optimizer, batches, rank, world_size, self.broken)
+            return optimizer
+        for _, param in self._named(model, frozen=True):
+            param.requires_grad_(False)
+        train_share(model, optimizer, batches[:half], rank, world_size)
+        for _, param in self._named(model, frozen=True):
+            param.requires_grad_(True)
+        optimizer.add_param_group({"params": self._named(model, frozen=True), "lr": 1e-3})
+        train_share(model, optimizer, batches[half:], rank, world_size)
+        return optimizer
+
+    def batches(self):
+        return token_batches(self.steps, size=(8, 9))
+
+
+def loss_of(model, tokens):
+    inner = getattr(model, "module", model)
+    return gpt_loss(model, tokens) if isinstance(inner, GPT) else model(tokens)
+
+
+def train_share(model, optimizer, batches, rank=0, world_size=1, broken=None):
+    """Every process takes its share of each batch; strategies average the gradients.
+
+    At every third step, the gradient of the parameter whose name has ``broken`` in it is NaN in its first element.
+    """
+    for step, tokens in enumerate(batches):
+        optimizer.zero_grad()
+        loss_of(model, tokens.chunk(world_size)[rank]).backward()
+        for name, param in model.named_parameters() if broken and step % 3 == 0 else ():
+            layout = layout_of(param)
+            if broken in name and (layout is None or layout.held[0] == 0 < layout.held[1]):
+                local(param.grad).view(-1)[0] = float("nan")
+        optimizer.step()
+
+
+def blocks_of(model):
+    """The modules that are wrapped by themselves."""
+    if isinstance(model, GPT):
+        return list(model.transformer.h)
+    return list(model.layers if isinstance(model, PlainLM) else model.h)
+
+
+def shard(model, mesh=None):
+    """FSDP2, as it is used: every block, then the rest."""
+    for block in blocks_of(model):
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def flatten(model, **options):
+    """FSDP1 on CPU, likewise: every block is one flat parameter, and the rest another."""
+    policy = CustomPolicy(lambda module: any(module is block for block in blocks_of(model)))
+    cpu = torch.device("cpu")
+    return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=cpu, **options)
+
+
+def pairs():
+    """Every two processes hold the model together, as on the nodes of a cluster."""
+    return init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("replicate", "shard"))
+
+
+WRAP = {
+    "single": lambda model: model,
+    "ddp": DistributedDataParallel,
+    "fsdp1": flatten,
+    "fsdp2": shard,
+    "hybrid1": lambda model: flatten(model, device_mesh=pairs(), sharding_strategy=ShardingStrategy.HYBRID_SHARD),
+    "hybrid2": lambda model: shard(model, pairs()),
+}
+
+
+def weights_of(model):
+    """Whole weights by clean names; on every process, to be called on all of them."""
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model):
+            return {normalize(name): param.detach().clone() for name, param in model.named_parameters()}
+    inner = getattr(model, "module", model)
+    return {name: full(param.detach()) for name, param in inner.named_parameters()}
+
+
+def full(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+ROW_KINDS = ("elementwise", "block", "factored")
+JOBS = {
+    f"{model} {kind}": Job(model, {"second_moment": kind})
+    for model in ("plain", "gpt", "gqa", "odd", "transposed", "few rows")
+    for kind in ROW_KINDS
+}
+JOBS |= {
+    "plain gap 1": Job("plain", {"update_proj_gap": 1}),
+    "gpt no debias": Job("gpt", {"debias": False}),
+    "gpt shard": Job("gpt", {"basis": "shard"}),
+    "gpt replicate": Job("gpt", {"basis": "replicate"}),
+    "gpt float32": Job("gpt", dtype=torch.float32),
+    "gpt long": Job("gpt", {"second_moment": "block"}, steps=40),
+    "plain unfrozen": Job("plain", frozen="layers.0"),
+    "gpt broken": Job("gpt", broken="qkv"),
+    "plain maximize": Job("plain", {"maximize": True, "no_decay": ("norm", "bias")}),
+}

@@ -1,0 +1,69 @@
+"""Starts real processes (gloo, CPU) that run a script of this folder, with a time limit."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import lightning_adapm
+
+FOLDER = Path(__file__).parent
+PATHS = [str(Path(lightning_adapm.__file__).parents[1]), str(FOLDER.parent), str(FOLDER)]
+
+
+def run_processes(script, world_size, *words, timeout=600):
+    """``script word...`` on ``world_size`` processes that find each other by the file named in ``STORE``, or by port.
+
+    An error on one process would let the others wait: they are ended, and what all of them said is the error.
+    """
+    with started(script, world_size, *words) as (processes, outputs):
+        codes = _wait(processes, timeout)
+        if any(codes):
+            said = "\n".join(f"--- process {rank}\n{output.read_text()[-6000:]}" for rank, output in enumerate(outputs))
+            raise AssertionError(f"{script} {' '.join(map(str, words))}: exit codes {codes}\n{said}")
+
+
+@contextmanager
+def started(script, world_size, *words):
+    """The processes and the files that they write to; ended, if they still run, when the context is left."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        outputs = [Path(folder) / f"{rank}.txt" for rank in range(world_size)]
+        processes = []
+        try:
+            for rank, output in enumerate(outputs):
+                env = os.environ | {
+                    "PYTHONPATH": os.pathsep.join([*PATHS, *filter(None, [os.environ.get("PYTHONPATH")])]),
+                    "OMP_NUM_THREADS": "1",
+                    "STORE": f"{folder}/store",
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                    "RANK": str(rank),
+                    "WORLD_SIZE": str(world_size),
+                    "LOCAL_RANK": str(rank),
+                }
+                with output.open("w") as file:
+                    command = [sys.executable, str(FOLDER / script), *map(str, words)]
+                    processes.append(subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT))
+            yield processes, outputs
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+
+
+def _wait(processes, timeout):
+    """Exit codes, once all have ended or one has failed."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        codes = [process.poll() for process in processes]
+        if None not in codes or any(codes):
+            break
+        time.sleep(0.05)
+    return [process.poll() for process in processes]

@@ -1,0 +1,25 @@
+"""Runs jobs under one strategy and saves the weights: ``run_jobs.py STRATEGY OUTPUT JOB...``."""
+
+import sys
+
+import torch
+from jobs import JOBS, WRAP, processes, weights_of
+
+
+def main(strategy, output, *names):
+    weights = {}
+    with processes() as (rank, world_size):
+        for name in names:
+            job = JOBS[name]
+            model = job.build()
+            # as LightningCLI does: FSDP1 keeps the parameters, and makes them one-dimensional
+            early = job.optimizer(model) if strategy == "fsdp1 late" else None
+            wrapped = WRAP[strategy.split()[0]](model)
+            job.train(wrapped, rank, world_size, early)
+            weights[name] = weights_of(wrapped)
+        if rank == 0:
+            torch.save(weights, output)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,56 @@
+"""One property, every strategy: the weights are those that one device gives."""
+
+import functools
+
+import pytest
+import torch
+from jobs import JOBS
+from launch import run_processes
+from models import relative_difference
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@functools.cache
+def one_device(name):
+    job = JOBS[name]
+    model = job.build()
+    optimizer = job.train(model)
+    assert bool(optimizer.nonfinite_gradients()) == bool(job.broken)
+    return dict(model.named_parameters())
+
+
+def assert_one_device(strategy, world_size, folder, names):
+    run_processes("run_jobs.py", world_size, strategy, folder / "weights.pt", *names)
+    differences = {}
+    for name, weights in torch.load(folder / "weights.pt").items():
+        for key, expected in one_device(name).items():
+            differences[f"{name}: {key}"] = relative_difference(weights[key], expected)
+    assert differences
+    assert not {key: value for key, value in differences.items() if not value <= 1e-9}
+
+
+QUICK = ("gpt block", "plain factored", "gpt broken", "transposed elementwise")
+
+
+@pytest.mark.parametrize(("strategy", "world_size"), [("fsdp1", 2), ("fsdp1 late", 2), ("fsdp2", 4)])
+def test_equals_one_device(strategy, world_size, tmp_path):
+    # FSDP1 and DDP themselves do not unfreeze
+    assert_one_device(strategy, world_size, tmp_path, QUICK + ("plain unfrozen",) * (strategy == "fsdp2"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["hybrid1", "hybrid2"])
+def test_hybrid_sharding(strategy, tmp_path):
+    """Sharded on two processes, replicated on two such pairs: litgpt pretrains with FSDP1's HYBRID_SHARD."""
+    assert_one_device(strategy, 4, tmp_path, QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp2"])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_every_job_equals_one_device(strategy, world_size, tmp_path):
+    # some are for other tests, and FSDP1 cuts up stacks
+    others = ("gpt float32", "gpt long", "plain unfrozen")
+    names = [name for name in JOBS if name not in others and (strategy != "fsdp1" or "odd" not in name)]
+    assert_one_device(strategy, world_size, tmp_path, names)

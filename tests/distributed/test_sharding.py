@@ -1,0 +1,85 @@
+"""The arithmetic of rows and processes, without processes."""
+
+from itertools import pairwise
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_adapm.layout import Layout
+from lightning_adapm.roles import Piece
+from lightning_adapm.sharding import RowShard, column_range
+
+
+@st.composite
+def cuts(draw):
+    """A parameter, one of its pieces, and the spans that processes hold: of whole rows, or cut anywhere."""
+    groups, length, period = draw(st.integers(1, 4)), draw(st.integers(1, 5)), draw(st.integers(0, 4))
+    start = draw(st.integers(0, period))
+    rows, columns = groups * (length + period), draw(st.integers(1, 6))
+    transposed = draw(st.booleans())
+    whole = draw(st.booleans())
+    shape = torch.Size((columns, rows) if transposed else (rows, columns))
+    by_rows, size = draw(st.booleans()), draw(st.integers(2, 6))
+    if by_rows:
+        chunk = -(-shape[0] // size)
+        edges = [min(chunk * index, shape[0]) * shape[1] for index in range(size + 1)]
+    else:
+        inner = draw(st.lists(st.integers(0, shape.numel()), min_size=size - 1, max_size=size - 1))
+        edges = [0, *sorted(inner), shape.numel()]
+    piece = Piece("mlp") if whole else Piece("query", start, start + length, groups, transposed=transposed)
+    return shape, piece, tuple(pairwise(edges))
+
+
+def shards_of(shape, piece, spans):
+    layouts = [Layout(shape, spans, rank, None) for rank in range(len(spans))]
+    return [RowShard(layout, piece.start, piece.stop, piece.groups, piece.transposed) for layout in layouts]
+
+
+@settings(max_examples=1000, deadline=None)
+@given(cuts())
+def test_the_parts_are_the_matrix(case):
+    shape, piece, spans = case
+    param = torch.arange(1.0, shape.numel() + 1).view(shape)
+    matrix = piece.matrix(param)
+    total, owned = torch.zeros_like(matrix), torch.zeros(matrix.shape[0])
+    for (first, last), shard in zip(spans, shards_of(shape, piece, spans), strict=True):
+        assert (shard.size, shard.width) == matrix.shape
+        rows = shard.take(param.flatten()[first:last]).flatten(1)
+        assert rows.shape == (shard.count, shard.width)
+        assert shard.count <= shard.most
+        total[shard.first : shard.first + shard.count] += rows
+        assert shard.numel == rows.count_nonzero()
+        assert torch.equal(shard.held_only(rows), rows)
+        owned[shard.first + (not shard.owns_first) : shard.first + shard.count] += 1
+        for row in range(shard.first, shard.first + shard.count):
+            held = torch.equal(rows[row - shard.first], matrix[row])
+            assert held or row in shard.cut
+    assert torch.equal(total, matrix)
+    assert (owned == 1).all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(cuts())
+def test_what_is_put_back_changes_the_piece_alone(case):
+    shape, piece, spans = case
+    param = torch.arange(1.0, shape.numel() + 1).view(shape)
+    expected = param.clone()
+    piece.view(expected).mul_(-1)
+    flat = param.flatten().clone()
+    for (first, last), shard in zip(spans, shards_of(shape, piece, spans), strict=True):
+        part = flat[first:last]
+        rows = shard.take(part)
+        part.abs_()  # as another piece's update, between the two
+        rows.mul_(-1)
+        shard.put(part, rows)
+    assert torch.equal(flat.view(shape), expected)
+
+
+@given(st.integers(1, 40), st.integers(1, 12))
+def test_columns_are_shared_out_as_a_dtensor_does(n, size):
+    spans = tuple((0, 0) for _ in range(size))
+    ranges = [column_range(Layout(torch.Size((1, n)), spans, rank, None), n) for rank in range(size)]
+    chunks = torch.arange(n).chunk(size)
+    for index, (first, last) in enumerate(ranges):
+        assert list(range(first, last)) == (chunks[index].tolist() if index < len(chunks) else [])

@@ -1,0 +1,63 @@
+"""State saved on some processes under one strategy, loaded on others under another: the same training goes on."""
+
+import itertools
+
+import pytest
+import torch
+from launch import run_processes
+from models import relative_difference
+from test_equality import one_device
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+NAMES = ("gpt elementwise", "transposed block", "plain factored", "odd elementwise")
+
+
+def names(*strategies):
+    return [name for name in NAMES if not {"fsdp1", "hybrid1"} & {*strategies} or not name.startswith("odd")]
+
+
+def differences(weights, name):
+    return {key: relative_difference(weights[key], expected) for key, expected in one_device(name).items()}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Checkpoints at half of every job, sharded and full, of every strategy."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for strategy, world_size in {"single": 1, "ddp": 2, "fsdp1": 2, "fsdp2": 2}.items():
+        actions = [f"save:{strategy}:{name}:{strategy} {name}" for name in names(strategy)]
+        run_processes("run_checkpoints.py", world_size, folder, *actions)
+    return folder
+
+
+# From another strategy, torch itself gives FSDP1 what it has cut up as if it had the parameter's shape.
+@pytest.mark.parametrize(
+    ("strategy", "world_size", "origins"),
+    [
+        ("single", 1, ("single", "ddp", "fsdp1", "fsdp2")),
+        ("ddp", 2, ("single", "ddp", "fsdp1", "fsdp2")),
+        ("fsdp2", 4, ("single", "ddp", "fsdp2")),
+        ("fsdp1", 4, ("fsdp1",)),
+        ("hybrid2", 4, ("single", "fsdp2")),
+        ("hybrid1", 4, ("fsdp1",)),
+    ],
+)
+def test_between_strategies_and_world_sizes(saved, strategy, world_size, origins):
+    """Through torch.distributed.checkpoint; full files are loaded by every strategy, sharded ones where AdamW's are."""
+    actions, outputs = [], []
+    for origin, suffix in itertools.product(origins, ("", ".pt")):
+        if suffix == "" and (origin == "fsdp1") != (strategy in ("fsdp1", "hybrid1")):
+            continue
+        for name in names(strategy, origin):
+            file = f"{origin} {name}{suffix}"
+            outputs.append((f"{strategy} from {file}", name))
+            actions.append(f"load:{strategy}:{name}:{file}:{outputs[-1][0]}")
+    run_processes("run_checkpoints.py", world_size, saved, *actions)
+    found = {
+        f"{output}: {key}": value
+        for output, name in outputs
+        for key, value in differences(torch.load(saved / output), name).items()
+    }
+    assert found
+    assert not {key: value for key, value in found.items() if not value <= 1e-9}
