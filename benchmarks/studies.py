@@ -24,8 +24,8 @@ class Study:
 
     question: str
     variants: Mapping[str, tuple[str, Mapping[str, Any]]]
-    lrs: tuple[float, ...] = (1e-3, 2e-3, 3e-3)
-    edge: tuple[float, ...] = (4e-3, 6e-3)
+    lrs: tuple[float, ...] = (1e-3, 2e-3)
+    edge: tuple[float, ...] = (3e-3, 4e-3, 6e-3)
     seeds: int = 8
     setting: Setting = GPT2_SMALL
     needs_data: bool = False
@@ -76,7 +76,7 @@ def main() -> Study:
         "Is AdaPM as good as AdamW at AdamW's best learning rate and betas, and AdaPM block as Adam-mini at its best?",
         variants,
         lrs=(1e-3, 2e-3, 3e-3, 4e-3, 6e-3),
-        edge=(8e-3, 12e-3),
+        edge=(),
         baselines={"AdamW": (*ADAMW, *more), "Adam-mini": tuple(ADAM_MINI)},
     )
 
@@ -84,6 +84,7 @@ def main() -> Study:
 def refresh() -> Study:
     rows = {f"every {gap}": adapm(update_proj_gap=gap) for gap in (1, 2, 5, 10, 20, 50, 100)}
     rows["every 10, all blocks in one step"] = trial(low_rank={"offset": 0})
+    rows |= {f"every {gap}, betas .9 .95": adapm(update_proj_gap=gap, betas=BETAS95) for gap in (1, 2, 5, 10)}
     return Study("How often should the subspace be refreshed?", {**ADAMW, **rows}, baselines=BESIDE_ADAMW)
 
 
@@ -114,9 +115,9 @@ def leaving() -> Study:
 
 def rank() -> Study:
     rows = {
-        f"rank {share:.1%}{', bfloat16' if dtype else ''}": adapm(rank=share, state_dtype=dtype)
+        f"rank {share:.1%}, {dtype or 'factors in bfloat16'}": adapm(rank=share, state_dtype=dtype)
         for share in (0.01, 0.015, 0.03, 0.05, 0.1)
-        for dtype in (None, "bfloat16")
+        for dtype in ("float32", None, "bfloat16")
     }
     return Study(
         "How small may the rank be, and does momentum in bfloat16 cost anything?",

@@ -55,7 +55,7 @@ class AdaPMConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 1e-2
-    rank: int | float = 0.015
+    rank: int | float = 0.03
     update_proj_gap: int = 10
     debias: bool = True
     second_moment: str = "elementwise"

@@ -72,6 +72,15 @@ def momentum_for(piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> M
     return FullMomentum(beta1)
 
 
+def storage_dtype(momentum: Momentum, chosen: str | None, exact: torch.dtype) -> torch.dtype:
+    """Of a momentum's state: ``chosen``, else ``exact``, but for factors of a float32 momentum, which lose nothing."""
+    if chosen is not None:
+        dtype = getattr(torch, chosen)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    return torch.bfloat16 if isinstance(momentum, LowRankMomentum) and exact == torch.float32 else exact
+
+
 def second_moment_for(piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
     """The second moment of a piece whose matrix has ``shape``; the block rules are those of Adam-mini 1.1.1."""
     kind, beta2, eps = group["second_moment"], group["betas"][1], group["eps"]

@@ -57,8 +57,8 @@ class AdaPM(Optimizer):
         roles: teaches names: ``{regular expression: role or policy}``, searched in order before any built-in rule.
         unmatched: policy of matrices whose role is not found; ``"error"`` refuses them and lists them.
         no_decay: roles exempt from weight decay, for instance ``("norm", "bias")``.
-        state_dtype: dtype of momentum and factors; default float32 (float64 for float64 parameters). The second moment
-            is never kept below float32.
+        state_dtype: dtype of all momentum; default bfloat16 for low-rank factors and float32 for full momentum, and
+            float64 for float64 parameters. The second moment is never kept below float32.
         basis: where processes that share the rows of a matrix keep the basis of its low-rank momentum: ``"replicate"``
             is all of it on each of them, ``"shard"`` a part, gathered in every step; ``"auto"`` replicates on up to
             two processes. Without sharding there is nothing to choose.
@@ -90,7 +90,7 @@ class AdaPM(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        rank: int | float = 0.015,
+        rank: int | float = 0.03,
         update_proj_gap: int = 10,
         debias: bool = True,
         second_moment: str = "elementwise",
@@ -221,12 +221,12 @@ class AdaPM(Optimizer):
         """
         like = local(like)
         exact = torch.float64 if param.dtype == torch.float64 else torch.float32
-        stored = getattr(torch, group["state_dtype"]) if group["state_dtype"] else exact
         state: dict[str, Any] = {"step": torch.tensor(0.0, dtype=torch.float32)}
         placement = self.placement(param)
         for index, (piece, shape) in enumerate(zip(self.pieces[param], placement.shapes, strict=True)):
             held = shape if whole else placement.local_shape(index)
             momentum = self.momentum_for(piece, shape, group) if whole else self._placed_momentum(param, index, group)
+            stored = policy.storage_dtype(momentum, group["state_dtype"], exact)
             made = momentum.make(held, like.new_empty((), dtype=stored))
             made |= self.second_moment_for(piece, shape, group).make(held, like.new_empty((), dtype=exact))
             state |= {piece.prefix + key: value for key, value in made.items()}
