@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lightning_adapm.layout import layout_of, shape_of
 from lightning_adapm.policy import SECOND_MOMENTS
-from lightning_adapm.roles import FUSED, POLICIES, ROLES, UNMATCHED, Piece
+from lightning_adapm.roles import POLICIES, ROLES, UNMATCHED, Piece
+from lightning_adapm.rules import FUSED
 
 _STRUCTURE = (
     "rank",
