@@ -92,15 +92,17 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Connect litgpt's data: no callbacks, but the one hook of a module that comes before data is prepared."""
-        connect = getattr(getattr(self._trainer, "datamodule", None), "connect", None)
-        if connect is not None:
+        data = getattr(self._trainer, "datamodule", None)
+        if hasattr(data, "connect"):
             length = self.max_seq_length or self.model.config.block_size
             if length > self.model.config.block_size:
                 raise MisconfigurationException(
                     f"`max_seq_length` is {length}, more than the model's `block_size` of"
                     f" {self.model.config.block_size}. Lower `model.init_args.max_seq_length`."
                 )
-            connect(load_tokenizer(self.tokenizer_dir), self.micro_batch_size, length)
+            # data that is tokenized already has no use for a tokenizer
+            tokenizer = load_tokenizer(self.tokenizer_dir) if hasattr(data, "tokenizer") else None
+            data.connect(tokenizer, self.micro_batch_size, length)
         return []
 
     def configure_model(self) -> None:

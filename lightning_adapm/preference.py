@@ -53,18 +53,18 @@ class DPOModule(LitGPTModule):
         self.reference.eval()  # its dropout, of LoRA, would make the reference another one in every step
         return self
 
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Tensor | Mapping[str, Any], batch_idx: int) -> Tensor:
         """The batch's mean loss, in nats."""
         return self._log_pairs("train", batch)
 
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Tensor | Mapping[str, Any], batch_idx: int) -> None:
         """Log the batch's share in the validation means."""
         self._log_pairs("val", batch)
 
     def on_validation_epoch_end(self) -> None:
         """Nothing is left: Lightning takes the means."""
 
-    def _log_pairs(self, part: str, batch: Mapping[str, Tensor]) -> Tensor:
+    def _log_pairs(self, part: str, batch: Any) -> Tensor:
         policy = answer_log_probs(self.model(batch["input_ids"][:, :-1]), batch["labels"][:, 1:])
         with torch.no_grad():
             reference = answer_log_probs(self.reference(batch["input_ids"][:, :-1]), batch["labels"][:, 1:])
@@ -102,7 +102,7 @@ class PreferenceData(L.LightningDataModule):
     """Pairs of answers from a JSON file: a list of ``{"prompt": ..., "chosen": ..., "rejected": ...}``.
 
     Batches are dicts of int64 ``input_ids`` and ``labels``, of shape (2 * batch, positions): all chosen answers, then
-    the rejected ones, each after its prompt, whose labels are -100. The module gives tokenizer and sizes by ``connect``.
+    the rejected ones, each after its prompt, whose labels are -100. The module ``connect``s tokenizer and sizes.
 
     Args:
         json_path: The file; ``.jsonl`` has one pair a line.
