@@ -92,7 +92,7 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Connect litgpt's data: no callbacks, but the one hook of a module that comes before data is prepared."""
-        data = getattr(self._trainer, "datamodule", None)
+        data: Any = getattr(self._trainer, "datamodule", None)
         if hasattr(data, "connect"):
             length = self.max_seq_length or self.model.config.block_size
             if length > self.model.config.block_size:

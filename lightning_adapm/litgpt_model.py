@@ -77,8 +77,9 @@ def build(config: Config, tie_embeddings: bool = False, checkpoint_dir: str | No
 
     model = lora.GPT(config) if isinstance(config, lora.Config) else GPT(config)
     if tie_embeddings:
-        model.lm_head.weight = model.transformer.wte.weight
-    if not model.lm_head.weight.is_meta:  # there, thousands of slow calls that change nothing
+        head = getattr(model.lm_head, "linear", model.lm_head)  # LoRA's holds a Linear
+        head.weight = model.transformer.wte.weight
+    if not model.transformer.wte.weight.is_meta:  # there, thousands of slow calls that change nothing
         model.apply(model._init_weights)
         if checkpoint_dir is not None:
             _load(model, checkpoint_file(checkpoint_dir, WEIGHTS), tie_embeddings)
