@@ -28,12 +28,12 @@ def write_tokenizer(folder, end="<|endoftext|>"):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=[end], initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=[end], initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(["### Instruction: ### Response: which colour is it"] * 20, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": end, "eos_token": end}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": end, "eos_token": end, "tokenizer_class": "PreTrainedTokenizerFast"})
+    )
     return folder
 
 

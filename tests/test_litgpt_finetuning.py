@@ -132,9 +132,7 @@ def test_throughput_monitor(base, tmp_path):
     monitor = ThroughputMonitor(batch_rows, length_fn=batch_length, window_size=3)
     module = LitGPTModule(checkpoint_dir=str(base), micro_batch_size=2)
     logger = CSVLogger(tmp_path)
-    run = trainer(
-        tmp_path, max_steps=6, limit_val_batches=0, log_every_n_steps=1, callbacks=[monitor], logger=logger
-    )
+    run = trainer(tmp_path, max_steps=6, limit_val_batches=0, log_every_n_steps=1, callbacks=[monitor], logger=logger)
     run.fit(module, datamodule=instructions(tmp_path))
     assert "train|device/items_per_sec" in (Path(logger.log_dir) / "metrics.csv").read_text()
 

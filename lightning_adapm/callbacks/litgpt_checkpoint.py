@@ -86,6 +86,7 @@ def write_checkpoint(out_dir: Path, module: LitGPTModule, state: dict[str, Any],
     elif hasattr(getattr(data, "tokenizer", None), "to_str"):  # TextDataModule's, trained on the spot
         (out_dir / "tokenizer.json").write_text(data.tokenizer.to_str(), encoding="utf-8")
         special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "add_bos_token": False}
+        special["tokenizer_class"] = "PreTrainedTokenizerFast"  # litgpt reads this key without asking
         (out_dir / "tokenizer_config.json").write_text(json.dumps(special), encoding="utf-8")
     save_config(_without_lora(config), out_dir)  # after the copy, which may bring another model's
     if getattr(data, "prompt_style", None) is not None:
