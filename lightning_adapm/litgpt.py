@@ -88,6 +88,11 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
         if activation_checkpointing:
             blocks = set(self.model.transformer.h)
             apply_activation_checkpointing(self.model, check_fn=lambda module: module in blocks)
+        from litgpt.utils import estimate_flops
+
+        # Before a strategy shares the parameters out; exact for full windows, a little high for shorter ones.
+        self._flops_per_token = estimate_flops(self.model, training=True) / self.model.config.block_size
+        self.flops_per_batch = 0
         self._val_loss = MeanMetric()
 
     def configure_callbacks(self) -> list[L.Callback]:
@@ -136,6 +141,7 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
     def training_step(self, batch: Tensor | Mapping[str, Any], batch_idx: int) -> Tensor:
         """The batch's mean cross-entropy, in nats per target token."""
         loss, _ = self._loss(batch)
+        self.flops_per_batch = round(self._flops_per_token * batch_rows(batch) * batch_length(batch))
         self.log("train_loss", loss, prog_bar=True, batch_size=batch_rows(batch))
         return loss
 
@@ -145,10 +151,13 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
         if targets:
             self._val_loss.update(loss, weight=targets)
 
+    def on_validation_epoch_start(self) -> None:
+        """Start a new mean. Not at the end of the last one: `fit` cannot use what `validate` made in inference mode."""
+        self._val_loss.reset()
+
     def on_validation_epoch_end(self) -> None:
         """Log the mean over all processes, and its exponential."""
         loss = self._val_loss.compute()
-        self._val_loss.reset()
         self.log_dict({"val_loss": loss, "val_ppl": loss.exp()}, prog_bar=True, sync_dist=True)
 
     def _loss(self, batch: Tensor | Mapping[str, Any]) -> tuple[Tensor, Tensor]:

@@ -62,7 +62,7 @@ class DPOModule(LitGPTModule):
         self._log_pairs("val", batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Nothing is left: Lightning takes the means."""
+        """Lightning itself takes the means."""
 
     def _log_pairs(self, part: str, batch: Any) -> Tensor:
         policy = answer_log_probs(self.model(batch["input_ids"][:, :-1]), batch["labels"][:, 1:])

@@ -134,7 +134,9 @@ def test_throughput_monitor(base, tmp_path):
     logger = CSVLogger(tmp_path)
     run = trainer(tmp_path, max_steps=6, limit_val_batches=0, log_every_n_steps=1, callbacks=[monitor], logger=logger)
     run.fit(module, datamodule=instructions(tmp_path))
-    assert "train|device/items_per_sec" in (Path(logger.log_dir) / "metrics.csv").read_text()
+    logged = (Path(logger.log_dir) / "metrics.csv").read_text()
+    assert "train/device/items_per_sec" in logged
+    assert "train/device/flops_per_sec" in logged
 
 
 def test_activation_checkpointing_changes_nothing_but_memory(base):
