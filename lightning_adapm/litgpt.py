@@ -12,7 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torchmetrics import MeanMetric
 
-from lightning_adapm.litgpt_model import build, litgpt_config, load_tokenizer
+from lightning_adapm.litgpt_model import build, check_data, litgpt_config, load_tokenizer
 from lightning_adapm.mixin import AdaPMMixin
 
 if TYPE_CHECKING:
@@ -99,6 +99,7 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
         """Connect litgpt's data: no callbacks, but the one hook of a module that comes before data is prepared."""
         data: Any = getattr(self._trainer, "datamodule", None)
         if hasattr(data, "connect"):
+            check_data(data)
             length = self.max_seq_length or self.model.config.block_size
             if length > self.model.config.block_size:
                 raise MisconfigurationException(

@@ -128,6 +128,24 @@ def load_tokenizer(tokenizer_dir: str | None) -> Tokenizer:
     return Tokenizer(folder)
 
 
+def check_data(data: Any) -> None:
+    """See that litgpt's ``TextFiles`` finds its files: litgpt says so late, and by a bare assertion.
+
+    Raises:
+        ValueError: Naming the option, and what was found.
+    """
+    folder = getattr(data, "train_data_path", None)
+    if folder is None:
+        return
+    found = len(list(Path(folder).glob("*.txt")))
+    least = 1 if data.val_data_path is not None else 2
+    if found < least:
+        raise ValueError(
+            f"`train_data_path`: {found} .txt files in {str(folder)!r}; give a folder with at least {least}, of which"
+            " the first validates where there is no `val_data_path`."
+        )
+
+
 def _load(model: GPT, path: Path, tie_embeddings: bool) -> None:
     """Copy a checkpoint's weights into a model, which may have LoRA's matrices besides."""
     saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)

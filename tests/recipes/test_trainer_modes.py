@@ -77,6 +77,7 @@ PRETRAINED = "runs/pretrain/gpt2-124m/final"
 
 
 def generate(folder, directory):
+    pytest.importorskip("requests")  # litgpt's command line needs it and does not require it
     result = subprocess.run(
         [sys.executable, "-m", "litgpt", "generate", directory, "--prompt=say red", "--max_new_tokens=4"],
         cwd=folder,
@@ -95,10 +96,10 @@ def test_litgpt_generates_from_what_was_pretrained(workplace):
 
 def test_resumed_equals_uninterrupted(workplace, corpus):
     (kept,) = (workplace / "kept").glob("*step=40.ckpt")
-    resumed = ["--trainer.max_steps=60", f"--ckpt_path={kept}", "--trainer.logger=false"]
+    resumed = ["--trainer.max_steps=60", f"--ckpt_path={kept}"]
     words = [*PRETRAIN, f"--data.path={corpus}", *resumed]
     whole = torch.load(workplace / PRETRAINED / "lit_model.pth")
-    (workplace / PRETRAINED / "lit_model.pth").unlink()
+    (workplace / PRETRAINED / "lit_model.pth").write_bytes(b"")
     run(workplace, "fit", "--config", TRAINER / "pretrain/gpt2-124m.yaml", *words)
     again = torch.load(workplace / PRETRAINED / "lit_model.pth")
     assert all(torch.equal(value, again[name]) for name, value in whole.items())
@@ -131,7 +132,7 @@ def test_preferences_from_it(workplace):
         (["--model.init_args.adapm.rnak=3"], "no option 'rnak'; did you mean 'rank'"),
         (["--model.init_args.checkpoint_dir=nowhere"], "'nowhere' does not exist"),
         (["--model.init_args.tokenizer_dir=kept"], "neither tokenizer.json nor tokenizer.model"),
-        (["--data=litgpt.data.TextFiles", "--data.train_data_path=kept"], "no .txt file"),
+        (["--data=litgpt.data.TextFiles", "--data.train_data_path=kept"], "0 .txt files"),
     ],
 )
 def test_what_is_wrong_is_one_line(workplace, words, message):
@@ -143,6 +144,7 @@ def test_what_is_wrong_is_one_line(workplace, words, message):
         start = [word for word in start if not word.startswith("--data")]
     result = run(workplace, "fit", "--config", config, *start, *words, check=False)
     assert result.returncode
+    assert "Traceback" not in result.stderr
     last = result.stderr.strip().splitlines()[-1]
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr, last
+    assert last.startswith("lightning-adapm: error: ")
+    assert message in last
