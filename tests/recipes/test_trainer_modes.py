@@ -24,6 +24,7 @@ PRETRAIN = [
     "--model.init_args.adapm.warmup_steps=2",
     "--model.init_args.adapm.lr=1e-2",
     *(f"--model.init_args.config.{name}={value}" for name, value in CONFIG.items()),
+    "--model.init_args.config.block_size=512",  # an Alpaca prompt in a vocabulary of 300
     "--data=lightning_adapm.data.TextDataModule",
     "--data.pattern=*.txt",
     "--data.vocab_size=300",
@@ -42,7 +43,6 @@ def finetune(start, out, lr):
         "--model.init_args.model_name=null",
         f"--model.init_args.checkpoint_dir={start}",
         f"--model.init_args.adapm.lr={lr}",
-        "--model.init_args.max_seq_length=128",
         "--data.num_workers=0",
         "--data.val_split_fraction=0.25",
     ]
