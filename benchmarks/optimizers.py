@@ -121,7 +121,8 @@ class TwoTimeScales:
             )
             for prefix, momentum in (("fast.", self.fast), ("slow.", self.slow))
         )
-        return fast._replace(tensors=list(torch._foreach_add(fast.tensors, slow.tensors)), scale=0.5 * fast.scale)
+        both = torch._foreach_add(fast.multiplied().tensors, slow.multiplied().tensors)
+        return Direction(list(both), 0.5 * fast.scale, scratch=True, clamp=fast.clamp)
 
 
 KINDS: dict[str, Callable[..., Optimizer]] = {"AdamW": torch.optim.AdamW, "AdaPM": AdaPM, "trial": Trial}

@@ -42,10 +42,16 @@ def adapm(**options: Any) -> tuple[str, Mapping[str, Any]]:
     return "AdaPM", options
 
 
+def small(**options: Any) -> tuple[str, Mapping[str, Any]]:
+    """AdaPM with the smallest state that is recommended: rank 3 %, factors in bfloat16."""
+    return "AdaPM", SMALL | options
+
+
 def trial(**options: Any) -> tuple[str, Mapping[str, Any]]:
-    return "trial", options
+    return "trial", SMALL | options
 
 
+SMALL = {"rank": 0.03, "state_dtype": {"low_rank": "bfloat16"}}
 BETAS95 = [0.9, 0.95]
 ADAMW = {"AdamW": adamw(), "AdamW, betas .9 .95": adamw(0.9, 0.95)}
 ADAM_MINI = {
@@ -59,6 +65,10 @@ KEY_ROWS = {
     **ADAM_MINI,
     "AdaPM block": adapm(second_moment="block"),
     "AdaPM block, betas .9 .95": adapm(second_moment="block", betas=BETAS95),
+    "AdaPM smallest": small(),
+    "AdaPM smallest, betas .9 .95": small(betas=BETAS95),
+    "AdaPM smallest, block": small(second_moment="block"),
+    "AdaPM smallest, block, betas .9 .95": small(second_moment="block", betas=BETAS95),
 }
 BOTH = {"AdamW": tuple(ADAMW), "Adam-mini": tuple(ADAM_MINI)}
 BESIDE_ADAMW = {"AdamW": tuple(ADAMW)}
@@ -82,14 +92,14 @@ def main() -> Study:
 
 
 def refresh() -> Study:
-    rows = {f"every {gap}": adapm(update_proj_gap=gap) for gap in (1, 2, 5, 10, 20, 50, 100)}
+    rows = {f"every {gap}": small(update_proj_gap=gap) for gap in (1, 2, 5, 10, 20, 50, 100)}
     rows["every 10, all blocks in one step"] = trial(low_rank={"offset": 0})
-    rows |= {f"every {gap}, betas .9 .95": adapm(update_proj_gap=gap, betas=BETAS95) for gap in (1, 2, 5, 10)}
+    rows |= {f"every {gap}, betas .9 .95": small(update_proj_gap=gap, betas=BETAS95) for gap in (1, 2, 5, 10)}
     return Study("How often should the subspace be refreshed?", {**ADAMW, **rows}, baselines=BESIDE_ADAMW)
 
 
 def clamp() -> Study:
-    rows = {f"clamp {clip or 'none'}": adapm(clip_threshold=clip) for clip in (None, 0.5, 1.0, 2.0, 3.0, 5.0)}
+    rows = {f"clamp {clip or 'none'}": small(clip_threshold=clip) for clip in (None, 0.5, 1.0, 2.0, 3.0, 5.0)}
     return Study(
         "Which bound on the update gives the lowest loss, and which the widest range of learning rates?",
         {**ADAMW, **rows},
@@ -101,7 +111,7 @@ def clamp() -> Study:
 
 def leaving() -> Study:
     rows = {
-        "flushed, average divided": adapm(),
+        "flushed, average divided": small(),
         "dropped, average divided": trial(low_rank={"flush": False}),
         "flushed, all divided (published)": trial(divide_all=True),
         "dropped, all divided": trial(low_rank={"flush": False}, divide_all=True),
@@ -115,9 +125,9 @@ def leaving() -> Study:
 
 def rank() -> Study:
     rows = {
-        f"rank {share:.1%}, {dtype or 'factors in bfloat16'}": adapm(rank=share, state_dtype=dtype)
+        f"rank {share:.1%}, {dtype or 'float32'}": adapm(rank=share, state_dtype=dtype)
         for share in (0.01, 0.015, 0.03, 0.05, 0.1)
-        for dtype in ("float32", None, "bfloat16")
+        for dtype in (None, "bfloat16")
     }
     return Study(
         "How small may the rank be, and does momentum in bfloat16 cost anything?",
@@ -127,7 +137,7 @@ def rank() -> Study:
 
 
 def roles() -> Study:
-    rows = {"default": adapm()}
+    rows = {"default": small()}
     for role, policies in {
         "value": ("low_rank", "none"),
         "lm_head": ("none", "full"),
@@ -135,7 +145,7 @@ def roles() -> Study:
         "attn_out": ("low_rank", "full"),
         "mlp": ("none", "full"),
     }.items():
-        rows |= {f"{role}: {policy}": adapm(momentum={role: policy}) for policy in policies}
+        rows |= {f"{role}: {policy}": small(momentum={role: policy}) for policy in policies}
     return Study(
         "Which momentum does each role need? (Llama-like, untied head)",
         {**ADAMW, **rows},
@@ -145,8 +155,8 @@ def roles() -> Study:
 
 
 def second() -> Study:
-    rows = {f"AdaPM {kind}": adapm(second_moment=kind) for kind in ("elementwise", "block", "factored")}
-    fast = {f"{label}, betas .9 .95": adapm(betas=BETAS95, **options) for label, (_, options) in rows.items()}
+    rows = {f"AdaPM {kind}": small(second_moment=kind) for kind in ("elementwise", "block", "factored")}
+    fast = {f"{label}, betas .9 .95": small(betas=BETAS95, **options) for label, (_, options) in rows.items()}
     return Study("What does a smaller second moment cost?", {**ADAMW, **ADAM_MINI, **rows, **fast}, baselines=BOTH)
 
 
@@ -155,7 +165,7 @@ def beta1() -> Study:
     scales = {f"beta1 .9 and {slow:g}": trial(slow_beta1=slow) for slow in (0.98, 0.99)}
     return Study(
         "Is a slower low-rank momentum better, or two at two time scales?",
-        {**ADAMW, "low-rank beta1 0.9": adapm(), "rank 10%": adapm(rank=0.1), **rows, **scales},
+        {**ADAMW, "low-rank beta1 0.9": small(), "rank 10%": small(rank=0.1), **rows, **scales},
         baselines=BESIDE_ADAMW,
     )
 

@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from lightning_adapm.roles import FUSED, Named, Piece, child_role
+from lightning_adapm.named import Named
+from lightning_adapm.roles import Piece
+from lightning_adapm.rules import FUSED, child_role
 
 # How attention modules and their configurations call the same numbers.
 N_HEAD = ("n_head", "n_heads", "num_heads", "num_attention_heads", "nhead")

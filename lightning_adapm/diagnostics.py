@@ -10,10 +10,11 @@ from torch.optim import Optimizer
 
 from lightning_adapm import lowrank
 from lightning_adapm.attention import cut
+from lightning_adapm.named import describe
 from lightning_adapm.optim import AdaPM
 from lightning_adapm.optim.tasks import Placement, Task, reduction_of
 from lightning_adapm.planner import StateBytes, adamw_bytes, state_bytes
-from lightning_adapm.roles import ROLES, Piece, describe, find_role
+from lightning_adapm.roles import ROLES, Piece, find_role
 from lightning_adapm.sharding import total
 
 OTHER = "other"

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_adapm.named import Named
 from lightning_adapm.optim import AdaPM
 from lightning_adapm.optim.assign import check_heads, unmatched_message
 from lightning_adapm.planner import Row, StateBytes, plan
 from lightning_adapm.policy import momentum_table
-from lightning_adapm.roles import UNMATCHED, Named
+from lightning_adapm.roles import UNMATCHED
 from lightning_adapm.tables import as_text, pieces_table, show_count
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {

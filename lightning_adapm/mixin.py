@@ -9,7 +9,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
-import torch
 from lightning.pytorch import strategies
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -55,7 +54,7 @@ class AdaPMConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 1e-2
-    rank: int | float = 0.03
+    rank: int | float = 0.05
     update_proj_gap: int = 10
     debias: bool = True
     second_moment: str = "elementwise"
@@ -63,7 +62,7 @@ class AdaPMConfig:
     roles: Mapping[str, str] | None = None
     unmatched: str = "error"
     no_decay: Sequence[str] = ()
-    state_dtype: torch.dtype | str | None = None
+    state_dtype: options.StateDtype = None
     basis: str = "auto"
     clip_threshold: float | None = 1.0
     maximize: bool = False
@@ -76,7 +75,7 @@ class AdaPMConfig:
             raise ValueError(f"lr must be a number, but got {self.lr!r} (YAML reads 1e-3 as text: write 1.0e-3)")
         options.check(vars(self))
         options.check_roles(self.roles, self.unmatched)
-        options.dtype_name(self.state_dtype)
+        options.dtype_names(self.state_dtype)
         momentum_table(self.momentum, self.unmatched)
         warmup = self.warmup_steps
         if not _is_number(warmup) or warmup < 0 or (isinstance(warmup, float) and warmup >= 1):

@@ -26,7 +26,7 @@ class State(Protocol):
 
 
 class Direction(NamedTuple):
-    """What to move along: ``scale * tensors[i]``, of the gradients' shapes."""
+    """What to move along: ``scale * tensors[i]``, of the gradients' shapes, with the product of ``factors`` added."""
 
     tensors: list[Tensor]
     scale: float
@@ -34,6 +34,25 @@ class Direction(NamedTuple):
     """The tensors are temporaries, free to be overwritten."""
     clamp: float | None
     """Entries may be far larger than AdamW's, so ``clip_threshold`` times this bounds them; None: they may not."""
+    factors: tuple[Tensor, Tensor] | None = None
+    """``(b, m, k)`` and ``(b, k, n)`` over all matrices of the tensors; multiplied late, so that it can be in parts."""
+
+    def part(self, first: int, last: int) -> "Direction":
+        """Of a single tensor, what is at ``first`` to ``last`` in its first dimension."""
+        (tensor,) = self.tensors
+        factors = self.factors
+        if factors is not None:
+            left, right = factors
+            stack = tensor.dim() == 3
+            factors = (left[first:last], right[first:last]) if stack else (left[:, first:last], right)
+        return self._replace(tensors=[tensor[first:last]], factors=factors)
+
+    def multiplied(self) -> "Direction":
+        """The same without factors."""
+        if self.factors is None:
+            return self
+        used = _split(torch.baddbmm(_join(self.tensors), *self.factors), self.tensors)
+        return self._replace(tensors=used, scratch=True, factors=None)
 
 
 class Momentum(Protocol):
@@ -171,20 +190,20 @@ class LowRankMomentum:
         reduction.rows(projected)
         new_left = torch.lerp(moved, projected, 1 - self.beta1)
         inside = new_left / (1 - self.beta1**step)
-        if not self.debias:
-            used = inside @ new_right
-        elif new_right is right or not self.flush:
-            used = torch.baddbmm(grad, inside - projected, new_right)
-        else:
+        factors = inside - projected, new_right
+        if new_right is not right and self.flush:
             weight = self.beta1 / (1 - self.beta1)
-            used = torch.baddbmm(grad, inside - projected - weight * moved, new_right)
-            used = used.baddbmm_(left, right, alpha=weight)
-
-        _store(new_left, [state["exp_avg_l"] for state in states])
+            factors = (
+                torch.cat([inside - projected - weight * moved, weight * left], dim=-1),
+                torch.cat([new_right, right], dim=-2),
+            )
+        _store(new_left, [state["exp_avg_l"] for state in states])  # only now: left and right may be views of it
         if new_right is not right:
             kept = new_right if self.columns is None else new_right[..., slice(*self.columns)]
             _store(kept, [state["exp_avg_r"] for state in states])
-        return Direction(_split(used, grads), 1.0, scratch=True, clamp=1.0)
+        if not self.debias:
+            return Direction(_split(inside @ new_right, grads), 1.0, scratch=True, clamp=1.0)
+        return Direction(grads, 1.0, scratch=False, clamp=1.0, factors=factors)
 
     def _next_basis(
         self, grad: Tensor, left: Tensor, right: Tensor, states: Sequence[State], step: int, reduction: Reduction

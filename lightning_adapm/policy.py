@@ -72,13 +72,12 @@ def momentum_for(piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> M
     return FullMomentum(beta1)
 
 
-def storage_dtype(momentum: Momentum, chosen: str | None, exact: torch.dtype) -> torch.dtype:
-    """Of a momentum's state: ``chosen``, else ``exact``, but for factors of a float32 momentum, which lose nothing."""
-    if chosen is not None:
-        dtype = getattr(torch, chosen)
-        assert isinstance(dtype, torch.dtype)
-        return dtype
-    return torch.bfloat16 if isinstance(momentum, LowRankMomentum) and exact == torch.float32 else exact
+def storage_dtype(momentum: Momentum, chosen: Mapping[str, str] | str | None, exact: torch.dtype) -> torch.dtype:
+    """Of a momentum's state: what the group's ``state_dtype`` says for its policy, else ``exact``."""
+    name = chosen.get(momentum.name) if isinstance(chosen, Mapping) else chosen
+    dtype = exact if name is None else getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def second_moment_for(piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:

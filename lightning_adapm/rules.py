@@ -1,8 +1,14 @@
 """The tables by which :mod:`lightning_adapm.roles` finds roles. Architectures change: what is new belongs here.
 
 All patterns are regular expressions on lower-case names without ``.weight``; roles are those of
-:data:`lightning_adapm.roles.ROLES` and :data:`~lightning_adapm.roles.FUSED`.
+:data:`lightning_adapm.roles.ROLES` and :data:`FUSED`.
 """
+
+import re
+from collections.abc import Iterable
+
+FUSED = ("qkv", "kv")
+"""Roles of weights that hold the rows of several; their pieces have other roles."""
 
 _BEFORE = r"(?:(?:to|w|lin|linear|proj|project|projection|fc|pos|layout|w2e|e2w|e2e)_?)*"
 _AFTER = r"(?:_?(?:proj|project|projection|lin|linear|layer|head|net|global|attn|up|down|weight|[ab]))*"
@@ -99,3 +105,27 @@ HEADS = (
     r"|lm_output|objective|to_logits|seq_relationship)$"
     r"|(^|\.)(classifier|cls|lm_head|predictions|score|head|\w*_head|to_logits)\.(\w+\.)*(out_proj|decoder|fc|\d+)$"
 )
+
+
+def child_role(child: str) -> str | None:
+    """What a projection would be if it lay in an attention module, by its own name."""
+    return next((role for role, pattern in CHILD_RULES if re.fullmatch(pattern, child)), None)
+
+
+def is_attention(children: Iterable[str]) -> bool:
+    """Whether matrices of these names, lying beside each other, are those of an attention module."""
+    roles = {child_role(child) for child in children}
+    if "query" in roles:
+        return bool(roles & {"key", "value", "kv", "qkv"})
+    return "qkv" in roles or {"key", "value", "attn_out"} <= roles  # the latter ask with a learned vector
+
+
+def first_match(table: Iterable[tuple[str | None, str]], stem: str) -> tuple[str | None, str] | None:
+    """The first rule of a table that a name matches; one whose role is None refuses it."""
+    matches = ((role, re.search(pattern, stem)) for role, pattern in table)
+    return next(((role, reason(found)) for role, found in matches if found), None)
+
+
+def reason(found: re.Match[str]) -> str:
+    """What a match is told as."""
+    return f"name {found.group().strip('._')!r}"

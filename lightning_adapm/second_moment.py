@@ -7,7 +7,7 @@ Each makes its state for a piece of a given shape and turns gradients into denom
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +40,9 @@ class Denominators(NamedTuple):
 class SecondMoment(Protocol):
     """Two functions make a second moment."""
 
+    elementwise: ClassVar[bool]
+    """State and denominators have the gradients' shapes and need no other entry: they may be worked on in parts."""
+
     def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
         """Zero state for a piece of ``shape``, on ``like``'s device and in ``like``'s dtype."""
         ...
@@ -60,6 +63,7 @@ class ElementwiseSecondMoment:
 
     beta2: float
     eps: float
+    elementwise: ClassVar[bool] = True
 
     def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
         return {"exp_avg_sq": like.new_zeros(shape)}
@@ -87,6 +91,7 @@ class BlockSecondMoment:
     eps: float
     blocks: int | None = None
     outputs: int = -2
+    elementwise: ClassVar[bool] = False
 
     def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
         return {"exp_avg_sq": like.new_zeros(self._shape(shape))}
@@ -129,6 +134,7 @@ class FactoredSecondMoment:
 
     beta2: float
     eps: float
+    elementwise: ClassVar[bool] = False
 
     def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
         *batch, m, n = shape

@@ -338,3 +338,15 @@ def test_a_taught_role_is_for_matrices_and_leaves_their_biases_alone():
     assert list(roles_of(optimizer).values()) == ["mlp", "bias"]
     optimizer = AdaPM(model.named_parameters(), roles={"fused": "none"})
     assert set(roles_of(optimizer).values()) == {"none"}
+
+
+def test_a_frozen_fused_weight_may_have_rows_that_nothing_tells():
+    fused = nn.Parameter(torch.zeros(20, 8), requires_grad=False)
+    named = [("attn.qkv.weight", fused), ("attn.norm.weight", nn.Parameter(torch.ones(8)))]
+    optimizer = AdaPM(named)
+    fused.requires_grad_(True)
+    fused.grad = torch.ones_like(fused)
+    with pytest.raises(ValueError, match=r"attn.qkv.weight \(20, 8\) now requires a gradient"):
+        optimizer.step()
+    with pytest.raises(ValueError, match=r"attn.qkv.weight"):
+        AdaPM(named)

@@ -9,8 +9,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_adapm.diagnostics import Reading, role_label
+from lightning_adapm.named import normalize
 from lightning_adapm.optim import AdaPM
-from lightning_adapm.roles import normalize
 
 _LAYER = re.compile(r"(?P<stack>(?:[^.]*[^.\d][^.]*\.)*)(?P<number>\d+)\.")
 

@@ -20,6 +20,7 @@ from lightning_adapm.optim.convert import restored_state
 from lightning_adapm.optim.gradients import NonFiniteGradients
 from lightning_adapm.optim.portable import export_state
 from lightning_adapm.optim.tasks import Observer, PieceState, Placement, Task, batches, reduction_of, shares_basis
+from lightning_adapm.optim.update import update
 from lightning_adapm.params import read_groups, source_module
 from lightning_adapm.policy import momentum_table
 from lightning_adapm.roles import Piece
@@ -57,8 +58,8 @@ class AdaPM(Optimizer):
         roles: teaches names: ``{regular expression: role or policy}``, searched in order before any built-in rule.
         unmatched: policy of matrices whose role is not found; ``"error"`` refuses them and lists them.
         no_decay: roles exempt from weight decay, for instance ``("norm", "bias")``.
-        state_dtype: dtype of all momentum; default bfloat16 for low-rank factors and float32 for full momentum, and
-            float64 for float64 parameters. The second moment is never kept below float32.
+        state_dtype: dtype of the momentum, or of a policy's, ``{"low_rank": "bfloat16"}``; default float32 (float64 for
+            float64 parameters). The second moment is never kept below float32.
         basis: where processes that share the rows of a matrix keep the basis of its low-rank momentum: ``"replicate"``
             is all of it on each of them, ``"shard"`` a part, gathered in every step; ``"auto"`` replicates on up to
             two processes. Without sharding there is nothing to choose.
@@ -90,7 +91,7 @@ class AdaPM(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        rank: int | float = 0.03,
+        rank: int | float = 0.05,
         update_proj_gap: int = 10,
         debias: bool = True,
         second_moment: str = "elementwise",
@@ -98,7 +99,7 @@ class AdaPM(Optimizer):
         roles: Mapping[str, str] | None = None,
         unmatched: str = "error",
         no_decay: Iterable[str] = (),
-        state_dtype: torch.dtype | str | None = None,
+        state_dtype: options.StateDtype = None,
         basis: str = "auto",
         clip_threshold: float | None = 1.0,
         maximize: bool = False,
@@ -116,7 +117,7 @@ class AdaPM(Optimizer):
             "second_moment": second_moment,
             "momentum": momentum_table(momentum, unmatched),
             "no_decay": [no_decay] if isinstance(no_decay, str) else list(no_decay or ()),
-            "state_dtype": options.dtype_name(state_dtype),
+            "state_dtype": options.dtype_names(state_dtype),
             "basis": basis,
             "clip_threshold": clip_threshold,
             "maximize": maximize,
@@ -271,27 +272,13 @@ class AdaPM(Optimizer):
         # only now, batch by batch: copies of all gradients in float32 would be larger than the state that is saved
         held = tasks
         tasks = self._nonfinite.replace([task.taken() for task in tasks], group["maximize"])
-        params, grads = [task.param for task in tasks], [task.grad for task in tasks]
-        states = [task.state for task in tasks]
-        lr = float(group["lr"])
+        grads, states = [task.grad for task in tasks], [task.state for task in tasks]
         reduction = reduction_of(tasks)
-        denominators = second_moment.denominators(grads, states, step, reduction)
         direction = momentum.direction(grads, states, step, reduction)
-        if decay:
-            torch._foreach_mul_(params, 1 - lr * decay)
-        divisors, scale = denominators.settle(as_adamw=direction.clamp is None)
-        clip = group["clip_threshold"]
-        clip = None if clip is None or direction.clamp is None else clip * direction.clamp
-        if self.observer is not None:
-            for task, used, divisor in zip(tasks, direction.tensors, divisors, strict=True):
-                used, update = used * direction.scale, used * (direction.scale * scale) / divisor
-                if task.shard is not None:
-                    used, update = task.shard.held_only(used), task.shard.held_only(update)
-                self.observer(task, used, update, clip)
-        _apply(params, direction.tensors, divisors, direction.scale * scale, lr, clip, direction.scratch)
-        for task, param in zip(held, params, strict=True):
+        update(tasks, direction, second_moment, step, reduction, decay, group, self.observer)
+        for task, taken in zip(held, tasks, strict=True):
             if task.shard is not None:
-                task.shard.put(task.param, param)
+                task.shard.put(task.param, taken.param)
 
     def nonfinite_gradients(self) -> dict[str, int]:
         """Parameters whose gradient was not finite since this optimizer was built, with the number of steps.
@@ -342,27 +329,3 @@ class AdaPM(Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _apply(
-    params: list[Tensor],
-    used: list[Tensor],
-    divisors: list[Tensor],
-    scale: float,
-    lr: float,
-    clip: float | None,
-    scratch: bool,
-) -> None:
-    """``param -= lr * clamp(scale * used / divisor)``; overwrites ``used`` where it is scratch."""
-    same = all(update.shape == param.shape for update, param in zip(used, params, strict=True))
-    if clip is None and same and used[0].dtype == params[0].dtype:
-        torch._foreach_addcdiv_(params, used, divisors, value=-lr * scale)
-        return
-    if scratch:
-        torch._foreach_div_(used, divisors)
-    else:
-        used = list(torch._foreach_div(used, divisors))
-    for param, update in zip(params, used, strict=True):
-        if clip is not None:
-            update.clamp_(-clip / scale, clip / scale)
-        param.add_(update.view(param.shape), alpha=-lr * scale)

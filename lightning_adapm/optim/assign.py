@@ -9,9 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from lightning_adapm.attention import Heads, cut
+from lightning_adapm.named import Named, describe, link, normalize
 from lightning_adapm.optim.options import check_layout
 from lightning_adapm.params import read_params
-from lightning_adapm.roles import FUSED, ROLES, UNMATCHED, Named, Piece, describe, find_role, fits, link, normalize
+from lightning_adapm.roles import ROLES, UNMATCHED, Piece, find_role, fits
+from lightning_adapm.rules import FUSED
 
 _HOW_TO_NAME = (
     "AdaPM needs to know what each parameter is. Pass model.named_parameters(), or model.parameters() itself and not a"
@@ -56,7 +58,7 @@ def assign_roles(
             try:
                 cuts = cut(item, role or UNMATCHED, stated)
             except ValueError:
-                if unmatched == "error" or stated != Heads():
+                if item.param.requires_grad and (unmatched == "error" or stated != Heads()):
                     raise
                 role, reasons[item.param] = None, "query, key and value rows that cannot be told apart"
                 cuts = cut(item, UNMATCHED)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from lightning_adapm import lowrank
+from lightning_adapm.named import normalize
 from lightning_adapm.optim.portable import fits, full_entry, import_entry, localise
-from lightning_adapm.roles import Piece, normalize
+from lightning_adapm.roles import Piece
 from lightning_adapm.second_moment import block_means
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lightning_adapm.layout import layout_of, shape_of
 from lightning_adapm.policy import SECOND_MOMENTS
-from lightning_adapm.roles import FUSED, POLICIES, ROLES, UNMATCHED, Piece
+from lightning_adapm.roles import POLICIES, ROLES, UNMATCHED, Piece
+from lightning_adapm.rules import FUSED
 
 _STRUCTURE = (
     "rank",
@@ -24,6 +25,9 @@ _STRUCTURE = (
     "format_version",
 )
 """Group entries that shape the state: on load this optimizer's stay, all others come from the checkpoint."""
+
+StateDtype = Mapping[str, str] | torch.dtype | str | None
+"""A dtype, by itself or by its name, or names of dtypes by policy."""
 
 BASES = ("auto", "replicate", "shard")
 """Where processes keep the bases of matrices whose rows they share."""
@@ -85,12 +89,21 @@ def check_roles(roles: Mapping[str, str] | None, unmatched: str) -> None:
         raise ValueError(f"unmatched must be 'error' or one of {', '.join(POLICIES)}, but got {unmatched!r}")
 
 
-def dtype_name(dtype: torch.dtype | str | None) -> str | None:
-    """``torch.bfloat16`` or ``"bfloat16"`` as the plain string that checkpoints hold.
+def dtype_names(dtype: StateDtype) -> str | dict[str, str] | None:
+    """``state_dtype`` in the plain strings that checkpoints hold.
 
     Raises:
-        ValueError: not a floating-point dtype.
+        ValueError: not a floating-point dtype, or one for something that is not a policy.
     """
+    if not isinstance(dtype, Mapping):
+        return _dtype_name(dtype)
+    for policy in dtype:
+        if policy not in ("low_rank", "full"):
+            raise ValueError(f"state_dtype: {policy!r} is not a policy with a state; write 'low_rank' or 'full'")
+    return {policy: name for policy, each in dtype.items() if (name := _dtype_name(each))}
+
+
+def _dtype_name(dtype: torch.dtype | str | None) -> str | None:
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if dtype is None:
         return None

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_adapm import AdaPM
 from lightning_adapm.layout import layout_of, local
-from lightning_adapm.roles import normalize
+from lightning_adapm.named import normalize
 
 
 class Conv1D(nn.Module):
