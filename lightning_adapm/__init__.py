@@ -1,6 +1,12 @@
 """AdaPM for PyTorch Lightning and LitGPT: AdamW with a fraction of its momentum."""
 
-from lightning_adapm.callbacks import ClosingTable, OptimizerStateMonitor, OptimizerSummary, ResidualNormMonitor
+from lightning_adapm.callbacks import (
+    ClosingTable,
+    LitGPTCheckpoint,
+    OptimizerStateMonitor,
+    OptimizerSummary,
+    ResidualNormMonitor,
+)
 from lightning_adapm.explanation import explain
 from lightning_adapm.mixin import AdaPMConfig, AdaPMMixin
 from lightning_adapm.optim import AdaPM
@@ -10,6 +16,7 @@ __all__ = [
     "AdaPMConfig",
     "AdaPMMixin",
     "ClosingTable",
+    "LitGPTCheckpoint",
     "OptimizerStateMonitor",
     "OptimizerSummary",
     "ResidualNormMonitor",

@@ -44,7 +44,7 @@ def main(args: list[str] | None = None) -> None:
     except Exception as error:
         if not _is_message_to_the_user(error):
             raise
-        sys.exit(f"lightning-adapm: error: {error}")
+        sys.exit(f"lightning-adapm: error: {_reason(error)}")
 
 
 def _leave_process_group() -> None:
@@ -53,6 +53,16 @@ def _leave_process_group() -> None:
 
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _reason(error: Exception) -> str:
+    """What the error says; of the parser's list of the types that a value does not have, only what a class refused."""
+    lines = str(error).splitlines()
+    if "Union subtypes" not in str(error):
+        return str(error)
+    refusals = [line.strip().removeprefix("- ") for line in lines if line.startswith("  - ")]
+    refusals = [line for line in refusals if not line.startswith("Expected a ")]
+    return refusals[0] if len(refusals) == 1 else str(error)
 
 
 def _is_message_to_the_user(error: Exception) -> bool:

@@ -1,16 +1,26 @@
 """Every recipe for the Lightning CLI runs, shrunk, exactly as its file says otherwise."""
 
+import lightning as L
 import pytest
 import yaml
 from commands import RECIPES, logged, run, shrunk
+from jsonargparse import ActionConfigFile
+from lightning.pytorch.cli import LightningArgumentParser
+from torch.optim import Optimizer
+
+from benchmarks import recipe_memory
+from lightning_adapm import AdaPMConfig
+from lightning_adapm.litgpt_model import litgpt_config
 
 FILES = sorted((RECIPES / "trainer").rglob("*.yaml"))
 
 
 def configs(path):
-    """The files to give: a recipe without a model is a change to the one whose name its own begins with."""
+    """The files to give: a recipe without a model is a change to the one whose name its own begins with, or to any."""
     if "model" in yaml.safe_load(path.read_text()):
         return [path]
+    if path.stem == "adamw":
+        return [next(other for other in recipe_memory.complete_recipes() if other.parent == path.parent), path]
     (base,) = [other for other in FILES if path.stem.startswith(f"{other.stem}-") and other.parent == path.parent]
     return [*configs(base), path]
 
@@ -33,7 +43,10 @@ def test_there_are_recipes():
     assert {"quickstart", "quickstart-adamw"} <= {path.stem for path in FILES}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(RECIPES).as_posix())
+QUICKSTARTS = [path for path in FILES if path.stem.startswith("quickstart")]
+
+
+@pytest.mark.parametrize("path", QUICKSTARTS, ids=lambda path: path.relative_to(RECIPES).as_posix())
 def test_recipe_runs(path, corpus, tmp_path):
     words = [word for config in configs(path) for word in ("--config", config)]
     run(tmp_path, "fit", *words, *shrunk(corpus, tmp_path))
@@ -43,9 +56,43 @@ def test_recipe_runs(path, corpus, tmp_path):
     assert losses[1] < losses[0]
 
 
+@pytest.mark.parametrize("path", recipe_memory.complete_recipes(), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_recipe_states_the_planned_memory(path):
+    """After a change of the defaults: python -m benchmarks.recipe_memory."""
+    assert recipe_memory.memory_line(path) in path.read_text().splitlines()
+    assert all(f"# {word}:" in path.read_text() for word in ("Data", "Tokens", "Hardware"))
+
+
+def test_page_has_the_recipes_memory():
+    assert recipe_memory.table() in recipe_memory.PAGE.read_text()
+
+
+@pytest.mark.parametrize("path", [*recipe_memory.complete_recipes(), *(p for p in FILES if p.stem == "adamw")], ids=str)
+def test_recipe_fits_the_signatures(path):
+    """Every option exists and has the right type, down to the fields of the model and the optimizer's settings."""
+    words = [f"--config={config}" for config in configs(path)]
+    parsed = parse_fit(words)
+    arguments = parsed.model.init_args
+    AdaPMConfig.resolve(arguments.adapm)
+    litgpt_config(arguments.model_name, arguments.config)
+    if path.stem == "adamw":
+        assert parsed.optimizer.class_path == "torch.optim.AdamW"
+
+
+def parse_fit(words):
+    parser = LightningArgumentParser()
+    parser.add_argument("--config", action=ActionConfigFile)
+    parser.add_lightning_class_args(L.Trainer, "trainer")
+    parser.add_lightning_class_args(L.LightningModule, "model", subclass_mode=True)
+    parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True)
+    parser.add_optimizer_args((Optimizer,))
+    parser.add_argument("--seed_everything", type=int)
+    return parser.parse_args(words)
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(RECIPES).as_posix())
 def test_recipe_says_how_to_run_it(path):
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     assert "lightning-adapm fit" in header
-    for config in configs(path):
+    for config in [path] if path.stem == "adamw" else configs(path):
         assert config.relative_to(RECIPES.parent).as_posix() in header
