@@ -9,14 +9,18 @@ from lightning_adapm.callbacks import (
 )
 from lightning_adapm.explanation import explain
 from lightning_adapm.mixin import AdaPMConfig, AdaPMMixin
-from lightning_adapm.optim import AdaPM
+from lightning_adapm.optim import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre
 
 __all__ = [
+    "AdaLomo",
     "AdaPM",
     "AdaPMConfig",
     "AdaPMMixin",
+    "AdamMini",
     "ClosingTable",
     "LitGPTCheckpoint",
+    "LoRAPre",
+    "Lomo",
     "OptimizerStateMonitor",
     "OptimizerSummary",
     "ResidualNormMonitor",

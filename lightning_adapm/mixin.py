@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_adapm.optim import AdaPM, options
+from lightning_adapm.optim.in_backward import check_clipping
 from lightning_adapm.policy import momentum_table
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class AdaPMConfig:
     basis: str = "auto"
     clip_threshold: float | None = 1.0
     maximize: bool = False
+    update_in_backward: bool = False
     warmup_steps: int | float = 0
     schedule: str = "cosine"
     min_lr_ratio: float = 0.1
@@ -158,9 +160,11 @@ class AdaPMMixin(_Module):
             MisconfigurationException: A strategy that AdaPM does not support, or a schedule over an endless run.
             ValueError: Settings out of range, or matrices whose role is not known.
         """
+        config = dataclasses.replace(AdaPMConfig.resolve(self.adapm), lr=self.lr)
         if self._trainer is not None:
             check_strategy(self._trainer.strategy)
-        config = dataclasses.replace(AdaPMConfig.resolve(self.adapm), lr=self.lr)
+            if config.update_in_backward:
+                check_clipping(self._trainer.gradient_clip_val, self._trainer.gradient_clip_algorithm)
         optimizer = AdaPM(self.named_parameters(), **config.optimizer_options)
         self._log_settings(config, optimizer)
         return self.schedule(optimizer)

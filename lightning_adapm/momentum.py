@@ -51,7 +51,7 @@ class Direction(NamedTuple):
         """The same without factors."""
         if self.factors is None:
             return self
-        used = _split(torch.baddbmm(_join(self.tensors), *self.factors), self.tensors)
+        used = split(torch.baddbmm(join(self.tensors), *self.factors), self.tensors)
         return self._replace(tensors=used, scratch=True, factors=None)
 
 
@@ -178,8 +178,8 @@ class LowRankMomentum:
     def direction(
         self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
     ) -> Direction:
-        grad = _join(grads)
-        left, right = (_join([state[key] for state in states]) for key in ("exp_avg_l", "exp_avg_r"))
+        grad = join(grads)
+        left, right = (join([state[key] for state in states]) for key in ("exp_avg_l", "exp_avg_r"))
         if self.columns is not None:
             right = reduction.columns(right, grad.shape[-1])
         left, right = left.to(grad.dtype), right.to(grad.dtype)
@@ -197,12 +197,12 @@ class LowRankMomentum:
                 torch.cat([inside - projected - weight * moved, weight * left], dim=-1),
                 torch.cat([new_right, right], dim=-2),
             )
-        _store(new_left, [state["exp_avg_l"] for state in states])  # only now: left and right may be views of it
+        store(new_left, [state["exp_avg_l"] for state in states])  # only now: left and right may be views of it
         if new_right is not right:
             kept = new_right if self.columns is None else new_right[..., slice(*self.columns)]
-            _store(kept, [state["exp_avg_r"] for state in states])
+            store(kept, [state["exp_avg_r"] for state in states])
         if not self.debias:
-            return Direction(_split(inside @ new_right, grads), 1.0, scratch=True, clamp=1.0)
+            return Direction(split(inside @ new_right, grads), 1.0, scratch=True, clamp=1.0)
         return Direction(grads, 1.0, scratch=False, clamp=1.0, factors=factors)
 
     def _next_basis(
@@ -228,7 +228,7 @@ class LowRankMomentum:
         return new_right
 
 
-def _join(tensors: list[Tensor]) -> Tensor:
+def join(tensors: list[Tensor]) -> Tensor:
     """Matrices and stacks of matrices as one ``(b, m, n)`` batch; no copy when there is only one.
 
     They have one shape, but where a process holds parts of them: then rows of zero make the number of rows the same.
@@ -240,13 +240,13 @@ def _join(tensors: list[Tensor]) -> Tensor:
     return torch.cat([pad(batch, (0, 0, 0, most - batch.shape[-2])) for batch in batches])
 
 
-def _split(batch: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """The inverse of :func:`_join`: views of ``batch``, shaped as ``like``."""
+def split(batch: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """The inverse of :func:`join`: views of ``batch``, shaped as ``like``."""
     sizes = [tensor.shape[0] if tensor.dim() == 3 else 1 for tensor in like]
     parts = zip(batch.split(sizes), like, strict=True)
     return [part[:, : tensor.shape[-2]].view(tensor.shape) for part, tensor in parts]
 
 
-def _store(batch: Tensor, states: list[Tensor]) -> None:
+def store(batch: Tensor, states: list[Tensor]) -> None:
     """Write a batch back into the tensors it was joined from."""
-    torch._foreach_copy_(states, _split(batch, states))
+    torch._foreach_copy_(states, split(batch, states))

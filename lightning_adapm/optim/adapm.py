@@ -3,22 +3,20 @@
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_adapm import policy
 from lightning_adapm.layout import local
 from lightning_adapm.momentum import LowRankMomentum, Momentum
-from lightning_adapm.optim import options
+from lightning_adapm.optim import in_backward, options
 from lightning_adapm.optim.assign import assign_roles
-from lightning_adapm.optim.convert import restored_state
+from lightning_adapm.optim.checkpointed import FORMAT_VERSION, Checkpointed
 from lightning_adapm.optim.gradients import NonFiniteGradients
-from lightning_adapm.optim.portable import export_state
 from lightning_adapm.optim.tasks import Observer, PieceState, Placement, Task, batches, reduction_of, shares_basis
 from lightning_adapm.optim.update import update
 from lightning_adapm.params import read_groups, source_module
@@ -27,13 +25,12 @@ from lightning_adapm.roles import Piece
 from lightning_adapm.second_moment import SecondMoment
 from lightning_adapm.sharding import column_range, gradients
 
-FORMAT_VERSION = 1
-"""Of the optimizer's state, kept in every parameter group."""
+_KEPT = ("name_rules", "unmatched", "update_in_backward", "gradient_norm", "pieces", "reasons", "_nonfinite")
 
 _NO_GRADIENT = "AdaPM.step() found no gradient on any of its parameters, so nothing is trained"
 
 
-class AdaPM(Optimizer):
+class AdaPM(Checkpointed):
     """AdamW with partial momentum (AdaPM, arXiv 2510.09103).
 
     Embeddings and attention outputs keep no momentum; queries, keys, MLPs and an untied head keep low-rank factors with
@@ -68,6 +65,9 @@ class AdaPM(Optimizer):
             momentum have ``1 / (1 - beta1)`` times that bound: the one step of a rare token is all of its update,
             which AdamW spreads over as many. None: no bound.
         maximize: maximise the objective.
+        update_in_backward: in ``step(closure)``, move each parameter and free its gradient as soon as backward has
+            produced it, so that gradients of the whole model never exist together. Several processes, and backward
+            passes outside of ``step`` (accumulation, a gradient scaler), get an ordinary step, with a warning.
 
     Raises:
         ValueError: an option out of range; a matrix without a role.
@@ -103,6 +103,7 @@ class AdaPM(Optimizer):
         basis: str = "auto",
         clip_threshold: float | None = 1.0,
         maximize: bool = False,
+        update_in_backward: bool = False,
     ) -> None:
         options.check_caller()
         options.check_roles(roles, unmatched)
@@ -126,6 +127,9 @@ class AdaPM(Optimizer):
         options.check(defaults)
         self.name_rules = dict(roles or {})
         self.unmatched = unmatched
+        self.update_in_backward = update_in_backward
+        self.gradient_norm: Tensor | None = None
+        """Of the last step's gradients, where it updated in backward and left none to measure."""
         self.pieces: dict[Tensor, tuple[Piece, ...]] = {}
         self.reasons: dict[Tensor, str] = {}  # why a parameter has its role; like pieces, not part of a checkpoint
         self._placements: dict[Tensor, tuple[torch.Size, Placement]] = {}
@@ -150,8 +154,7 @@ class AdaPM(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps only defaults, state and groups through pickling and deepcopy
-        own = {key: self.__dict__[key] for key in ("name_rules", "unmatched", "pieces", "reasons", "_nonfinite")}
-        return {**super().__getstate__(), **own}
+        return {**super().__getstate__(), **{key: self.__dict__[key] for key in _KEPT}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -161,33 +164,43 @@ class AdaPM(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; ``closure`` reevaluates the model and returns the loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for group in self.param_groups:
             options.check_held(group, self.pieces)
-            for name, param in zip(group["param_names"], group["params"], strict=True):
+        loss, updated = None, {}
+        if self.update_in_backward:
+            sharded = any(self.placement(param).layout is not None for param in self.pieces)
+            with in_backward.armed(self.param_groups, closure, sharded, self._take) as updated, torch.enable_grad():
+                loss = None if closure is None else closure()
+        elif closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.gradient_norm = torch.stack(list(updated.values())).sum().sqrt() if updated else None
+        moved = self._take([(group, group["param_names"], group["params"]) for group in self.param_groups])
+        if not moved and not updated:
+            options.check_not_replaced(self._module, self.pieces)
+            warnings.warn(_NO_GRADIENT, stacklevel=3)
+        return loss
+
+    def _take(self, selected: Sequence[tuple[dict[str, Any], list[str], list[Tensor]]]) -> bool:
+        """Take the gradients of parameters, group by group, and move them; whether there were any."""
+        for group, names, params in selected:
+            for name, param in zip(names, params, strict=True):
                 if (param.requires_grad or param.grad is not None) and not self.state.get(param):
                     for piece in self.pieces[param]:
                         options.check_trainable(name, piece, param, group)
                     self.state[param] = self.make_state(param, group, param)
-        grads = [
-            gradients(group["params"], [self.placement(param).layout for param in group["params"]])
-            for group in self.param_groups
-        ]
+        grads = [gradients(params, [self.placement(param).layout for param in params]) for _, _, params in selected]
         if not any(grad is not None for found in grads for grad in found):
-            options.check_not_replaced(self._module, self.pieces)
-            warnings.warn(_NO_GRADIENT, stacklevel=3)
+            return False
         # a caller's autocast would take the products to half precision
-        with torch.autocast(self.param_groups[0]["params"][0].device.type, enabled=False):
-            gathered = [self._gather(*each) for each in zip(self.param_groups, grads, strict=True)]
+        with torch.autocast(selected[0][2][0].device.type, enabled=False):
+            gathered = [self._gather(*each, found) for each, found in zip(selected, grads, strict=True)]
             self._nonfinite.agree(task for buckets in gathered for tasks in buckets.values() for task in tasks)
-            for group, buckets in zip(self.param_groups, gathered, strict=True):
+            for (group, _, _), buckets in zip(selected, gathered, strict=True):
                 for (momentum, second_moment, step, decay, _), tasks in buckets.items():
                     for batch in batches(tasks):
                         self._update(batch, momentum, second_moment, step, decay, group)
-        return loss
+        return True
 
     def placement(self, param: Tensor) -> Placement:
         """Where a parameter's pieces are, and the shapes of their matrices over all processes."""
@@ -233,10 +246,12 @@ class AdaPM(Optimizer):
             state |= {piece.prefix + key: value for key, value in made.items()}
         return state
 
-    def _gather(self, group: dict[str, Any], grads: list[Tensor | None]) -> dict[Any, list[Task]]:
+    def _gather(
+        self, group: dict[str, Any], names: list[str], params: list[Tensor], grads: list[Tensor | None]
+    ) -> dict[Any, list[Task]]:
         """Count the step of every parameter with a gradient, and sort its pieces into buckets that step together."""
         buckets: dict[Any, list[Task]] = defaultdict(list)
-        for name, param, grad in zip(group["param_names"], group["params"], grads, strict=True):
+        for name, param, grad in zip(names, params, grads, strict=True):
             placement = self.placement(param)
             if grad is None or (placement.layout is None and param.numel() == 0):
                 continue
@@ -272,13 +287,25 @@ class AdaPM(Optimizer):
         # only now, batch by batch: copies of all gradients in float32 would be larger than the state that is saved
         held = tasks
         tasks = self._nonfinite.replace([task.taken() for task in tasks], group["maximize"])
+        self._move(tasks, momentum, second_moment, step, decay, group)
+        for task, taken in zip(held, tasks, strict=True):
+            if task.shard is not None:
+                task.shard.put(task.param, taken.param)
+
+    def _move(
+        self,
+        tasks: list[Task],
+        momentum: Momentum,
+        second_moment: SecondMoment,
+        step: int,
+        decay: float,
+        group: Mapping[str, Any],
+    ) -> None:
+        """The step itself, of pieces of one shape with finite gradients in float32 at least."""
         grads, states = [task.grad for task in tasks], [task.state for task in tasks]
         reduction = reduction_of(tasks)
         direction = momentum.direction(grads, states, step, reduction)
         update(tasks, direction, second_moment, step, reduction, decay, group, self.observer)
-        for task, taken in zip(held, tasks, strict=True):
-            if task.shard is not None:
-                task.shard.put(task.param, taken.param)
 
     def nonfinite_gradients(self) -> dict[str, int]:
         """Parameters whose gradient was not finite since this optimizer was built, with the number of steps.
@@ -286,46 +313,3 @@ class AdaPM(Optimizer):
         A fused weight has its pieces, ``"attn.qkv.weight (query)"``. Waits for the device.
         """
         return self._nonfinite.read()
-
-    def state_dict(self) -> dict[str, Any]:
-        """As ``torch.optim`` has it; of sharded parameters in the form that their strategy saves.
-
-        To be called on all processes that hold a part of a parameter.
-        """
-        packed = super().state_dict()
-        for saved, group in zip(packed["param_groups"], self.param_groups, strict=True):
-            for index, param in zip(saved["params"], group["params"], strict=True):
-                if index in packed["state"]:
-                    packed["state"][index] = export_state(self, param, group, packed["state"][index])
-        return packed
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state saved by AdaPM or by ``torch.optim.AdamW``.
-
-        Hyperparameters come from the checkpoint, as in torch. What shapes the state (``rank``, ``second_moment``,
-        policies, ``state_dtype``, roles) is this optimizer's: a state saved with other settings is converted.
-
-        Raises:
-            ValueError: the state has no meaning here; nothing has been changed then.
-        """
-        loaded: dict[Tensor, dict[str, Any]] = {}
-
-        # Temporary hooks, innermost on both sides: torch casts floating-point state to the parameter's dtype, which
-        # would round a float32 second moment of a bfloat16 parameter.
-        def before(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            kept = options.kept_settings(saved, self.param_groups, FORMAT_VERSION)
-            loaded.update(restored_state(self, saved))
-            return {"state": {}, "param_groups": kept}
-
-        def after(_: Optimizer) -> None:
-            self.state = defaultdict(dict, loaded)
-
-        handles = (
-            self.register_load_state_dict_pre_hook(before),
-            self.register_load_state_dict_post_hook(after, prepend=True),
-        )
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()

@@ -1,0 +1,116 @@
+"""Updates while backward is still running: each parameter moves, and its gradient goes, as soon as it is there.
+
+The method is LOMO's (arXiv 2306.09782). Hooks act only while :func:`armed`, inside ``step(closure)``: whoever calls
+backward outside of it (gradient accumulation, a gradient scaler, litgpt's loop) gets an ordinary, equal step.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Selection = Sequence[tuple[dict[str, Any], list[str], list[Tensor]]]
+"""Parameter groups, each with names and parameters of it."""
+
+
+@contextmanager
+def armed(
+    groups: Iterable[dict[str, Any]],
+    closure: Callable[[], Any] | None,
+    sharded: bool,
+    take: Callable[[Selection], Any],
+) -> Iterator[dict[Tensor, Tensor]]:
+    """While it is entered, ``take`` each parameter of ``groups`` once backward has completed its gradient, and free it.
+
+    Where gradients must wait for the end of backward nothing happens but a warning, which Python shows once.
+
+    Yields:
+        The squared norm of the gradient of every parameter that was taken.
+
+    Raises:
+        ValueError: the Trainer behind ``closure`` clips gradients by norm.
+        RuntimeError: from a second backward in the same step.
+    """
+    taken: dict[Tensor, Tensor] = {}
+    if closure is None or sharded or _several_processes():
+        reason = "step() got no closure" if closure is None else "gradients of several processes are added after it"
+        warnings.warn(f"update_in_backward=True frees no gradient early here: {reason}", stacklevel=6)
+        yield taken
+        return
+    clip = clip_value_of(closure)
+    last: list[Tensor] = []
+
+    def free() -> None:
+        while last:
+            last.pop().grad = None
+
+    @torch.no_grad()
+    def update(group: dict[str, Any], name: str, param: Tensor) -> None:
+        if param in taken:
+            raise RuntimeError(
+                "the closure ran backward twice, and update_in_backward=True has moved parameters in between;"
+                " add the losses and run backward once, or pass update_in_backward=False"
+            )
+        assert param.grad is not None
+        if clip is not None:
+            param.grad.clamp_(-clip, clip)
+        exact = torch.promote_types(param.grad.dtype, torch.float32)
+        taken[param] = torch.linalg.vector_norm(param.grad, dtype=exact).square()
+        take([(group, [name], [param])])
+        free()
+        if clip is None:
+            param.grad = None
+        else:  # torch's clip_grad_value_, which the Trainer still calls, fails without any gradient
+            last.append(param)
+
+    handles = [
+        param.register_post_accumulate_grad_hook(partial(update, group, name))
+        for group in groups
+        for name, param in zip(group["param_names"], group["params"], strict=True)
+        if param.requires_grad
+    ]
+    try:
+        yield taken
+    finally:
+        free()
+        for handle in handles:
+            handle.remove()
+
+
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def clip_value_of(closure: Any) -> float | None:
+    """The ``gradient_clip_val`` by value of the Lightning Trainer behind a closure, which finds no gradients to clip.
+
+    Raises:
+        ValueError: the Trainer clips by norm.
+    """
+    while isinstance(closure, partial):
+        for argument in closure.args:
+            trainer = getattr(argument, "_trainer", None)
+            if trainer is not None:
+                check_clipping(trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
+                return float(trainer.gradient_clip_val) if trainer.gradient_clip_val else None
+        closure = closure.func
+    return None
+
+
+def check_clipping(value: float | None, algorithm: Any) -> None:
+    """Refuse clipping by norm.
+
+    Raises:
+        ValueError: naming what to use instead.
+    """
+    if value and str(getattr(algorithm, "value", algorithm) or "norm") == "norm":
+        raise ValueError(
+            f"gradient_clip_val={value} by norm needs the gradients of the whole model at once, and"
+            " update_in_backward=True frees each as soon as it is used; write gradient_clip_algorithm='value', or no"
+            " gradient_clip_val (AdaPM and AdaLomo bound every update by clip_threshold), or update_in_backward=False"
+        )

@@ -1,0 +1,205 @@
+"""Updates inside backward, under Lightning's automatic optimization: as after it, or refused."""
+
+import warnings
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger
+from models import PlainLM, PlainTraining, token_batches
+from torch import nn
+
+from lightning_adapm import AdaLomo, AdaPM, AdaPMMixin
+
+
+class Module(PlainTraining, L.LightningModule):
+    def __init__(self, now, make=AdaPM, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = PlainLM(bias=False).double()
+        self.now, self.make, self.options = now, make, options
+
+    def configure_optimizers(self):
+        optimizer = self.make(self.parameters(), lr=1e-2, update_in_backward=self.now, **self.options)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)]
+
+
+class AliveGradients(Callback):
+    """The most bytes of gradients at once."""
+
+    def __init__(self):
+        self.most = 0
+
+    def on_train_start(self, trainer, module):
+        def look(_):
+            held = sum(p.grad.numel() for p in module.parameters() if p.grad is not None)
+            self.most = max(self.most, held)
+
+        for param in module.parameters():
+            param.register_post_accumulate_grad_hook(look)
+
+
+def fit(tmp_path, module, steps=8, ckpt_path=None, callbacks=(), **options):
+    trainer = L.Trainer(
+        default_root_dir=tmp_path,
+        max_steps=steps,
+        accelerator="cpu",
+        logger=CSVLogger(tmp_path) if callbacks else False,
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=list(callbacks),
+        **options,
+    )
+    trainer.fit(module, ckpt_path=ckpt_path)
+    return trainer
+
+
+def weights(module):
+    return nn.utils.parameters_to_vector(module.parameters()).detach()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"accumulate_grad_batches": 3},
+        {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"},
+        {"precision": "bf16-mixed"},
+    ],
+    ids=["plain", "accumulation", "clipping by value", "bf16-mixed"],
+)
+@pytest.mark.parametrize("make", [AdaPM, AdaLomo])
+def test_as_after_backward(tmp_path, options, make):
+    early, late = Module(True, make), Module(False, make)
+    fit(tmp_path, early, **options)
+    fit(tmp_path, late, **options)
+    torch.testing.assert_close(weights(early), weights(late), rtol=0, atol=1e-9)
+
+
+def test_gradients_never_exist_together(tmp_path):
+    alive = {now: AliveGradients() for now in (True, False)}
+    for now, watch in alive.items():
+        module = Module(now)
+        fit(tmp_path, module, steps=2, callbacks=[watch])
+    total = sum(p.numel() for p in module.parameters())
+    largest = max(p.numel() for p in module.parameters())
+    assert alive[False].most == total
+    assert alive[True].most <= 2 * largest < total / 2
+
+
+def test_scheduler_and_gradient_norm_are_true(tmp_path):
+    class Norms(Callback):
+        def __init__(self):
+            self.norms = []
+
+        def on_train_batch_end(self, trainer, module, *args):
+            self.norms.append(float(trainer.optimizers[0].gradient_norm))
+
+    class Measured(Module):
+        def on_before_optimizer_step(self, optimizer):
+            squares = [p.grad.double().square().sum() for p in self.parameters()]
+            self.norms = [*getattr(self, "norms", []), float(torch.stack(squares).sum().sqrt())]
+
+    seen, late = Norms(), Measured(False)
+    trainer = fit(tmp_path, Module(True), callbacks=[seen, LearningRateMonitor("step")])
+    fit(tmp_path, late)
+    assert seen.norms == pytest.approx(late.norms, rel=1e-9)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-2)  # a scheduler of epochs, in the first
+
+
+def test_resumed_is_uninterrupted(tmp_path):
+    whole = Module(True)
+    fit(tmp_path, whole, steps=8)
+    first = Module(True)
+    fit(tmp_path, first, steps=5).save_checkpoint(tmp_path / "five.ckpt")
+    second = Module(True)
+    # the loader starts anew: what was seen is skipped by hand
+    second.train_dataloader = lambda: token_batches(30)[5:]
+    state = torch.load(tmp_path / "five.ckpt", weights_only=True)
+    second.load_state_dict(state["state_dict"])
+    optimizer = AdaPM(second.parameters(), lr=1e-2, update_in_backward=True)
+    optimizer.load_state_dict(state["optimizer_states"][0])
+    for tokens in token_batches(30)[5:8]:
+
+        def closure(tokens=tokens):
+            optimizer.zero_grad()
+            loss = second.net(tokens)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    assert torch.equal(weights(second), weights(whole))
+
+
+def test_clipping_by_norm_is_refused_before_a_parameter_moves(tmp_path):
+    module = Module(True)
+    before = weights(module)
+    with pytest.raises(ValueError, match="gradient_clip_algorithm='value'"):
+        fit(tmp_path, module, gradient_clip_val=1.0)
+    assert torch.equal(weights(module), before)
+
+    class Mixed(AdaPMMixin, PlainTraining, L.LightningModule):
+        adapm = {"update_in_backward": True}  # noqa: RUF012
+
+        def training_step(self, batch, batch_idx):
+            raise AssertionError("training has begun")
+
+    with pytest.raises(ValueError, match="by norm needs the gradients of the whole model at once"):
+        fit(tmp_path, Mixed(), gradient_clip_val=1.0)
+
+
+def test_a_step_without_closure_is_an_ordinary_one():
+    torch.manual_seed(0)
+    model = PlainLM()
+    optimizer = AdaPM(model.parameters(), update_in_backward=True)
+    model(token_batches(1)[0]).backward()
+    before = weights(model)
+    with pytest.warns(UserWarning, match="frees no gradient early here: step\\(\\) got no closure"):
+        optimizer.step()
+    assert not torch.equal(weights(model), before)
+
+
+def test_two_backward_passes_are_refused():
+    model = PlainLM()
+    optimizer = AdaPM(model.parameters(), update_in_backward=True)
+
+    def closure():
+        model(token_batches(1)[0]).backward()
+        model(token_batches(1)[0]).backward()
+
+    with pytest.raises(RuntimeError, match="ran backward twice"):
+        optimizer.step(closure)
+
+
+def test_frozen_unused_and_tied_parameters():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.unused = nn.Embedding(7, 4), nn.Linear(4, 4)
+            self.mlp = nn.Linear(4, 4)
+            self.mlp.weight.requires_grad_(False)
+
+        def forward(self, tokens):
+            return (self.mlp(self.embed(tokens)) @ self.embed.weight.T).square().mean()
+
+    trained = []
+    for now in (True, False):
+        torch.manual_seed(0)
+        model = Tied().double()
+        optimizer = AdaPM(model.parameters(), update_in_backward=now, roles={"unused": "mlp", "mlp": "mlp"})
+
+        def closure(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = model(torch.arange(7))
+            loss.backward()
+            return loss
+
+        for _ in range(4):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                optimizer.step(closure)
+        trained.append(weights(model))
+    assert torch.equal(*trained)
