@@ -225,6 +225,7 @@ def test_yaml_only_in_a_foreign_project(tmp_path):
 
 
 DDP_SCRIPT = """
+import os, sys
 import lightning as L, torch
 from test_callbacks import Foreign, fit
 from pathlib import Path
@@ -237,6 +238,8 @@ sums = torch.stack([p.detach().double().sum() for p in trainer.lightning_module.
 same = trainer.strategy.all_gather(sums)
 assert torch.equal(same[0], same[1])
 torch.distributed.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # gloo's threads now and then abort an interpreter that shuts down
 """
 
 

@@ -87,8 +87,16 @@ class Lomo(AdaPM):
         update_in_backward: bool = True,
         **options: Any,
     ) -> None:
-        fixed: dict[str, Any] = {"momentum": "none", "clip_threshold": None, "update_in_backward": update_in_backward}
-        super().__init__(params, lr, weight_decay=weight_decay, unmatched=unmatched, **fixed, **options)
+        super().__init__(
+            params,
+            lr,
+            weight_decay=weight_decay,
+            momentum="none",
+            clip_threshold=None,
+            unmatched=unmatched,
+            update_in_backward=update_in_backward,
+            **options,
+        )
 
     def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
         return NoSecondMoment()
@@ -121,12 +129,16 @@ class AdaLomo(AdaPM):
         update_in_backward: bool = True,
         **options: Any,
     ) -> None:
-        fixed: dict[str, Any] = {
-            "momentum": "none",
-            "clip_threshold": clip_threshold,
-            "update_in_backward": update_in_backward,
-        }
-        super().__init__(params, lr, weight_decay=weight_decay, unmatched=unmatched, **fixed, **options)
+        super().__init__(
+            params,
+            lr,
+            weight_decay=weight_decay,
+            momentum="none",
+            clip_threshold=clip_threshold,
+            unmatched=unmatched,
+            update_in_backward=update_in_backward,
+            **options,
+        )
 
     def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
         return RelativeSecondMoment()

@@ -38,5 +38,6 @@ class AdamMini(AdaPM):
         no_decay: Iterable[str] = ("norm", "bias"),
         **options: Any,
     ) -> None:
-        fixed: dict[str, Any] = {"momentum": "full", "second_moment": "block"}
-        super().__init__(params, lr, betas, eps, weight_decay, no_decay=no_decay, **fixed, **options)
+        super().__init__(
+            params, lr, betas, eps, weight_decay, momentum="full", second_moment="block", no_decay=no_decay, **options
+        )

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
-from jobs import JOBS, loss_of, shard, weights_of
+from jobs import JOBS, leave, loss_of, shard, weights_of
 from lightning import Fabric
 from lightning.fabric.plugins.precision import FSDPPrecision
 from lightning.fabric.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, fsdp
@@ -78,4 +78,4 @@ def main(folder, strategy, file, load=None):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    torch.distributed.destroy_process_group()
+    leave()

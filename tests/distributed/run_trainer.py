@@ -17,7 +17,7 @@ from pathlib import Path
 import lightning as L
 import lightning.pytorch.strategies.fsdp as fsdp_module
 import torch
-from jobs import JOBS, loss_of, shard, weights_of
+from jobs import JOBS, leave, loss_of, shard, weights_of
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
@@ -178,5 +178,4 @@ def main(folder, *fits):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave()
