@@ -53,7 +53,7 @@ class RelativeSecondMoment:
         weight = step**-0.8
         if grads[0].dim() < 2:
             averages = [state["exp_avg_sq"] for state in states]
-            torch._foreach_lerp_(averages, [grad.square() + _ADDED for grad in grads], weight)
+            torch._foreach_lerp_(averages, [_squares(grad) for grad in grads], weight)
             return Denominators(list(torch._foreach_sqrt(averages)), 1.0, 0.0)
         rows, columns = ([state[key] for state in states] for key in ("exp_avg_sq_row", "exp_avg_sq_col"))
         for averages, dim in ((rows, -1), (columns, -2)):
@@ -62,6 +62,11 @@ class RelativeSecondMoment:
         shares = [(row / mean).sqrt_() for row, mean in zip(rows, reduction.means(rows), strict=True)]
         roots = [share * column.sqrt() for share, column in zip(shares, columns, strict=True)]
         return Denominators(roots, 1.0, 0.0)
+
+
+def _squares(grad: Tensor) -> Tensor:
+    # bounded: infinity would stay in the average, and become NaN in the next
+    return grad.square().add_(_ADDED).clamp_max_(torch.finfo(grad.dtype).max * 2.0**-30)
 
 
 class Lomo(AdaPM):

@@ -74,7 +74,7 @@ def assign_roles(
         assigned.append(options)
     if missing and unmatched == "error":
         raise ValueError(unmatched_message((item.name, item.shape) for item in missing))
-    if missing:
+    if missing and len(set(defaults["momentum"].values())) > 1:  # else no role makes a difference
         names = ", ".join(f"{item.name} {tuple(item.shape)}" for item in missing)
         warnings.warn(
             f"AdaPM gives {unmatched} momentum to matrices whose role it does not know: {names}", stacklevel=4

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lightning_adapm.optim.adapm import AdaPM
 
 _FIRST = ("exp_avg", "exp_avg_l", "exp_avg_r", "seeded")
-_SECOND = ("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col")
+_SECOND = ("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq_l", "exp_avg_sq_r")
 
 
 def restored_state(optimizer: "AdaPM", saved: Mapping[str, Any]) -> dict[Tensor, dict[str, Any]]:
@@ -98,6 +98,8 @@ def _restore_momentum(entry: Mapping[str, Any], state: dict[str, Any], piece: Pi
     if full is not None:
         # beside factors only where torch.distributed.checkpoint fills an AdamW state up with new ones
         left = right = None
+    if left is not None and (seeded is None) is (piece.prefix + "seeded" in state):
+        full, left = left.float() @ right.float(), None  # only AdaPM's right factors are orthonormal
     if piece.prefix + "exp_avg" in state:
         average = state[piece.prefix + "exp_avg"]
         if full is not None:
@@ -109,12 +111,14 @@ def _restore_momentum(entry: Mapping[str, Any], state: dict[str, Any], piece: Pi
         if left is not None and left.shape == new_left.shape and right.shape == new_right.shape:
             new_left.copy_(left)
             new_right.copy_(right)
-            state[piece.prefix + "seeded"] = int(seeded)
+            if seeded is not None:
+                state[piece.prefix + "seeded"] = int(seeded)
         elif left is not None or full is not None:
             factors = _factorise(full, new_left, new_right) if left is None else _resize(left, right, new_right)
             new_left.copy_(factors[0])
             new_right.copy_(factors[1])
-            state[piece.prefix + "seeded"] = int(new_right.any())
+            if piece.prefix + "seeded" in state:
+                state[piece.prefix + "seeded"] = int(new_right.any())
 
 
 def _factorise(full: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,6 +151,13 @@ def _restore_second_moment(entry: Mapping[str, Any], state: dict[str, Any], piec
     targets = {key: state[piece.prefix + key] for key in _SECOND if piece.prefix + key in state}
     sources = {key: value for key in _SECOND if (value := _saved(entry, piece, key, param)) is not None}
     if {key: value.shape for key, value in sources.items()} != {key: value.shape for key, value in targets.items()}:
+        if not targets:
+            return
+        if not sources or "exp_avg_sq_l" in targets:
+            raise ValueError(
+                f"a saved second moment of {', '.join(sources) or 'nothing'} cannot become one of {', '.join(targets)};"
+                " load it into an optimizer with the second moment and the rank that it was saved with"
+            )
         dense = _expand(sources, piece.matrix(param).shape)
         sources = {key: _reduce(dense, target) for key, target in targets.items()}
     for key, target in targets.items():
@@ -158,6 +169,8 @@ def _expand(sources: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
     if "exp_avg_sq_row" in sources:
         row, column = sources["exp_avg_sq_row"], sources["exp_avg_sq_col"]
         return row * column / row.mean(dim=-2, keepdim=True).clamp_min(torch.finfo(row.dtype).tiny)
+    if "exp_avg_sq_l" in sources:
+        return (sources["exp_avg_sq_l"] @ sources["exp_avg_sq_r"]).square()
     (dense,) = sources.values()
     if dense.numel() == shape.numel():
         return dense.reshape(shape)

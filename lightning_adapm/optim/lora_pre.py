@@ -59,8 +59,13 @@ class Regressor:
         reduction.rows(seen)
         new_left = torch.lerp(_over_gram(seen, right @ right.mT), left, self.decay)
         basis = new_left if self.order == "gauss_seidel" else left
+        # in units of its largest entry: products of large gradients would overflow
+        size = reduction.largest(basis).amax(dim=-1, keepdim=True).clamp_min(torch.finfo(basis.dtype).tiny)
+        basis = basis / size
         fresh, gram = reduction.total([basis.mT @ targets, reduction.owned(basis).mT @ basis])
-        new_right = torch.lerp(_over_gram(fresh.mT, gram).mT, right, self.decay)
+        new_right = torch.lerp(_over_gram(fresh.mT, gram).mT / size, right, self.decay)
+        finite = new_right.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)  # 1e-30 may come before 1e30
+        new_right = torch.where(finite, new_right, right)
         store(new_left, lefts)
         store(new_right, rights)
         return predicted
@@ -139,7 +144,8 @@ class LowRankSecondMoment:
     ) -> Denominators:
         grad = join(grads)
         predicted = self._regressor.fit(grad.abs(), states, reduction)
-        root = torch.lerp(grad.square(), predicted.square_(), self.beta2).sqrt_()
+        # not lerp: infinity minus infinity would be NaN
+        root = predicted.square_().mul_(self.beta2).add_(grad.square(), alpha=1 - self.beta2).sqrt_()
         return Denominators(split(root, grads), (1 - self.beta2**step) ** 0.5, self.eps)
 
 
@@ -149,6 +155,7 @@ def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
     tall = matrices.shape[-2] > matrices.shape[-1]
     found = matrices.mT if tall else matrices
     tiny = torch.finfo(found.dtype).tiny
+    found = found / found.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)
     found = found / torch.linalg.matrix_norm(found, keepdim=True).clamp_min(tiny)
     for _ in range(steps):
         gram = found @ found.mT

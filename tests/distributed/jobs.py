@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, f
 from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_adapm import AdaPM
+from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre
 from lightning_adapm.layout import layout_of, local
 from lightning_adapm.named import normalize
 
@@ -150,6 +150,7 @@ class Job:
     """In the names of parameters whose gradients are NaN now and then."""
     frozen: str | None = None
     """In the names of parameters that are frozen for half of the steps, and then a parameter group of their own."""
+    make: type = AdaPM
 
     def build(self):
         torch.manual_seed(0)
@@ -161,8 +162,8 @@ class Job:
 
     def optimizer(self, model):
         if self.frozen is None:
-            return AdaPM(model.named_parameters(), **self.settings)
-        return AdaPM(self._named(model, frozen=False), **self.settings)
+            return self.make(model.named_parameters(), **self.settings)
+        return self.make(self._named(model, frozen=False), **self.settings)
 
     def _named(self, model, frozen):
         return [(name, param) for name, param in model.named_parameters() if (self.frozen in name) is frozen]
@@ -271,5 +272,11 @@ JOBS |= {
     "gpt long": Job("gpt", {"second_moment": "block"}, steps=40),
     "plain unfrozen": Job("plain", frozen="layers.0"),
     "gpt broken": Job("gpt", broken="qkv"),
+    "gpt adam-mini": Job("gpt", make=AdamMini),
+    "plain adalomo": Job("plain", {"update_in_backward": False}, make=AdaLomo),
+    "gpt adalomo": Job("gpt", make=AdaLomo),
+    "gpt lomo": Job("gpt", {"lr": 0.1}, make=Lomo),
+    "gpt lora-pre": Job("gpt", make=LoRAPre),
+    "plain lora-pre": Job("plain", make=LoRAPre),
     "plain maximize": Job("plain", {"maximize": True, "no_decay": ("norm", "bias")}),
 }

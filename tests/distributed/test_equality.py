@@ -30,7 +30,7 @@ def assert_one_device(strategy, world_size, folder, names):
     assert not {key: value for key, value in differences.items() if not value <= 1e-9}
 
 
-QUICK = ("gpt block", "plain factored", "gpt broken", "transposed elementwise")
+QUICK = ("gpt block", "plain factored", "gpt broken", "transposed elementwise", "gpt adalomo", "plain lora-pre")
 
 
 @pytest.mark.parametrize(("strategy", "world_size"), [("fsdp1", 2), ("fsdp1 late", 2), ("fsdp2", 4)])

@@ -1,0 +1,119 @@
+"""What holds for every optimizer of the package."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from models import PlainLM, gpt_loss, tiny_gpt, token_batches
+from torch import nn
+
+from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre, explain
+from lightning_adapm.planner import measure
+
+MAKE = {
+    "adapm": lambda params: AdaPM(params, lr=1e-2, rank=2, update_proj_gap=3),
+    "adapm block": lambda params: AdaPM(params, lr=1e-2, rank=2, second_moment="block"),
+    "adapm factored": lambda params: AdaPM(params, lr=1e-2, rank=2, second_moment="factored"),
+    "adapm bfloat16": lambda params: AdaPM(params, lr=1e-2, rank=2, state_dtype={"low_rank": "bfloat16"}),
+    "adapm in backward": lambda params: AdaPM(params, lr=1e-2, rank=2, update_in_backward=True),
+    "adam-mini": lambda params: AdamMini(params, lr=1e-2),
+    "adalomo": lambda params: AdaLomo(params, lr=5e-2),
+    "lomo": lambda params: Lomo(params, lr=0.5),
+    "lora-pre": lambda params: LoRAPre(params, lr=1e-2, rank=2),
+    "lora-pre jacobi": lambda params: LoRAPre(params, lr=1e-2, rank=2, order="jacobi"),
+    "lora-pre muon": lambda params: LoRAPre(params, lr=1e-2, rank=2, variant="muon"),
+}
+
+
+@pytest.fixture(params=MAKE)
+def make(request):
+    return MAKE[request.param]
+
+
+def train(model, optimizer, batches):
+    losses = []
+    for tokens in batches:
+
+        def closure(tokens=tokens):
+            optimizer.zero_grad()
+            loss = gpt_loss(model, tokens) if hasattr(model, "transformer") else model(tokens)
+            loss.backward()
+            losses.append(loss.item())
+            return loss
+
+        optimizer.step(closure)
+    return losses
+
+
+@pytest.mark.parametrize("build", [PlainLM, tiny_gpt])
+def test_learns(make, build):
+    torch.manual_seed(0)
+    model = build()
+    (tokens,) = token_batches(1)
+    losses = train(model, make(model.parameters()), [tokens] * 40)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("build", [PlainLM, tiny_gpt])
+def test_state_bytes_are_the_planned_ones(make, build):
+    model = build()
+    optimizer = make(model.parameters())
+    planned = explain(optimizer).total
+    train(model, optimizer, token_batches(2))
+    assert measure(optimizer) == planned
+
+
+def test_resumed_is_uninterrupted(make, tmp_path):
+    torch.manual_seed(0)
+    whole = tiny_gpt()
+    optimizer = make(whole.parameters())
+    batches = token_batches(12)
+    train(whole, optimizer, batches[:7])
+    torch.save({"model": whole.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "seven.pt")
+    train(whole, optimizer, batches[7:])
+    saved = torch.load(tmp_path / "seven.pt", weights_only=True)
+    resumed = tiny_gpt()
+    resumed.load_state_dict(saved["model"])
+    optimizer = make(resumed.parameters())
+    optimizer.load_state_dict(saved["optimizer"])
+    train(resumed, optimizer, batches[7:])
+    assert all(torch.equal(p, q) for p, q in zip(resumed.parameters(), whole.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_any_gradient_in_any_dtype(make, dtype):
+    torch.manual_seed(0)
+    model = PlainLM().to(dtype)
+    optimizer = make(model.parameters())
+    top = 1e4 if dtype == torch.float16 else 1e30
+    for scale in (0.0, 1.0, 1e-30, top, float("nan"), float("inf"), 1.0):
+        for index, param in enumerate(model.parameters()):
+            param.grad = None if index % 5 == 4 else (torch.randn_like(param) * scale)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer.step()
+        # plain gradient descent takes a step of any size; what is tested of it is that it takes none from a NaN
+        if isinstance(optimizer, Lomo) and scale == top:
+            model = PlainLM().to(dtype)
+            optimizer = make(model.parameters())
+        assert all(p.isfinite().all() for p in model.parameters()), scale
+
+
+def test_copies_and_frozen_parameters(make):
+    torch.manual_seed(0)
+    model = PlainLM()
+    model.layers[0].requires_grad_(False)
+    optimizer = make(model.parameters())
+    train(model, optimizer, token_batches(2))
+    assert not any(optimizer.state[p] for p in model.layers[0].parameters() if p in optimizer.state)
+    twin = copy.deepcopy(optimizer)
+    assert twin.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+
+
+def test_models_that_are_no_transformers():
+    conv = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 4))
+    for make in (MAKE["adalomo"], MAKE["lomo"]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            make(conv.parameters())
