@@ -54,7 +54,8 @@ class Regressor:
         left, right = join(lefts).to(targets.dtype), join(rights).to(targets.dtype)
         start = lowrank.starting_rows(self.rank, targets.shape[-1], right) * (_SPREAD * 3**0.5)
         right = torch.where(right.any(-1, keepdim=True).any(-2, keepdim=True), right, start)
-        predicted = left @ right
+        # finite: both factors may have met one huge gradient at once, where their order is Jacobi's
+        predicted = (left @ right).nan_to_num_(0.0, 0.0, 0.0)
         seen = targets @ right.mT
         reduction.rows(seen)
         new_left = torch.lerp(_over_gram(seen, right @ right.mT), left, self.decay)
