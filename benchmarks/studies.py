@@ -95,7 +95,19 @@ def refresh() -> Study:
     rows = {f"every {gap}": small(update_proj_gap=gap) for gap in (1, 2, 5, 10, 20, 50, 100)}
     rows["every 10, all blocks in one step"] = trial(low_rank={"offset": 0})
     rows |= {f"every {gap}, betas .9 .95": small(update_proj_gap=gap, betas=BETAS95) for gap in (1, 2, 5, 10)}
-    return Study("How often should the subspace be refreshed?", {**ADAMW, **rows}, baselines=BESIDE_ADAMW)
+    return Study(
+        "How often should the subspace be refreshed?",
+        {**ADAMW, **rows},
+        baselines=BESIDE_ADAMW,
+        finding=(
+            "The more often, the better: at 1e-3, rank 3 %, every step is 0.047 nats below every 10 and every 100"
+            " is 0.031 above it. On two cores at 2e-3 every step beats AdamW by 0.043 +- 0.008, every 5 steps by "
+            "0.012 +- 0.011. The default stays 10, because a refresh in every step makes the step on a CPU 2.3 to"
+            " 2.5 times as long as AdamW's; where forward and backward dominate, 1 is the better choice. "
+            "Refreshing all blocks in one step was 0.009 better than staggered, which is within two standard "
+            "errors."
+        ),
+    )
 
 
 def clamp() -> Study:
@@ -106,6 +118,11 @@ def clamp() -> Study:
         lrs=(1e-3, 2e-3, 3e-3, 4e-3, 6e-3),
         edge=(),
         baselines=BESIDE_ADAMW,
+        finding=(
+            "Without a clamp updates reach hundreds of lr and some seeds spike. 1 and 2 are equal at 1e-3; at "
+            "rank 1.5 % and higher learning rates (older rows of clamp.json) 1 is better than 2, 3 and 5 by 0.13 "
+            "and more, and 0.5 costs 0.06 at 1e-3. Default: 1."
+        ),
     )
 
 
@@ -120,6 +137,11 @@ def leaving() -> Study:
         "What becomes of momentum that leaves the subspace at a refresh, and what is divided by 1 - beta1**t?",
         {**ADAMW, **rows},
         baselines=BESIDE_ADAMW,
+        finding=(
+            "Paying out and dropping what leaves the subspace are equal here; dividing all by 1 - beta1**t, as "
+            "published, was 0.008 better, within two standard errors. The defaults stay: they conserve the sum of"
+            " all updates, and are exact from the first step."
+        ),
     )
 
 
@@ -133,6 +155,11 @@ def rank() -> Study:
         "How small may the rank be, and does momentum in bfloat16 cost anything?",
         {**ADAMW, **rows},
         baselines=BESIDE_ADAMW,
+        finding=(
+            "Each step of rank from 1 % to 10 % lowers the loss: at 1e-3 from 1.995 over 1.920 at 5 % to 1.887, "
+            "and AdamW is at 1.949. bfloat16 costs nothing at any rank. Default: 5 %, the paper's; it beats AdamW"
+            " at the same learning rate and betas by 0.029 +- 0.008 (1e-3) and 0.089 +- 0.035 (2e-3)."
+        ),
     )
 
 
@@ -151,13 +178,27 @@ def roles() -> Study:
         {**ADAMW, **rows},
         setting=LLAMA_SMALL,
         baselines=BESIDE_ADAMW,
+        finding=(
+            "On a Llama-like model at 2e-3 AdaPM at rank 3 % is 0.051 +- 0.009 below AdamW's best betas. Values "
+            "without momentum cost 0.021; low-rank values and a head without momentum cost nothing measurable. "
+            "The defaults stay with the paper (full values) and with a low-rank head. Rows that are missing were "
+            "not run."
+        ),
     )
 
 
 def second() -> Study:
     rows = {f"AdaPM {kind}": small(second_moment=kind) for kind in ("elementwise", "block", "factored")}
     fast = {f"{label}, betas .9 .95": small(betas=BETAS95, **options) for label, (_, options) in rows.items()}
-    return Study("What does a smaller second moment cost?", {**ADAMW, **ADAM_MINI, **rows, **fast}, baselines=BOTH)
+    return Study(
+        "What does a smaller second moment cost?",
+        {**ADAMW, **ADAM_MINI, **rows, **fast},
+        baselines=BOTH,
+        finding=(
+            "At 1e-3, rank 3 %: factored costs nothing, block 0.029. AdaPM block is 0.028 below Adam-mini at the "
+            "same betas and learning rate. Higher learning rates were not run."
+        ),
+    )
 
 
 def beta1() -> Study:
@@ -167,6 +208,10 @@ def beta1() -> Study:
         "Is a slower low-rank momentum better, or two at two time scales?",
         {**ADAMW, "low-rank beta1 0.9": small(), "rank 10%": small(rank=0.1), **rows, **scales},
         baselines=BESIDE_ADAMW,
+        finding=(
+            "0.9 is best: 0.8 costs 0.008, 0.95 costs 0.013. Slower momentum is not worth having; no option was "
+            "added. Two time scales were not run."
+        ),
     )
 
 
@@ -176,7 +221,17 @@ def llama() -> Study:
 
 
 def text() -> Study:
-    return Study("Do the main findings hold on another text?", KEY_ROWS, needs_data=True, baselines=BOTH)
+    return Study(
+        "Do the main findings hold on another text?",
+        KEY_ROWS,
+        needs_data=True,
+        baselines=BOTH,
+        finding=(
+            "On English documentation at 1e-3 AdaPM at rank 3 % is worse than AdamW by 0.025 +- 0.005 and better "
+            "than it at betas .9 .95 by 0.008; AdamW's own best betas differ from those on Python's sources. "
+            "Adam-mini is 0.064 and more behind both. Other learning rates were not run."
+        ),
+    )
 
 
 def longer() -> Study:

@@ -8,6 +8,7 @@ import torch
 from models import PlainLM, gpt_loss, tiny_gpt, token_batches
 from torch import nn
 
+from benchmarks import optimizer_memory
 from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre, explain
 from lightning_adapm.planner import measure
 
@@ -117,3 +118,8 @@ def test_models_that_are_no_transformers():
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             make(conv.parameters())
+
+
+def test_the_page_has_the_planned_memory():
+    """After a change of the defaults: python -m benchmarks.optimizer_memory."""
+    assert optimizer_memory.table() in optimizer_memory.PAGE.read_text()

@@ -58,6 +58,27 @@ def test_savings_on_models_of_the_field(name, state_dtype, momentum, total):
     assert 1 - ours.total / adamw.total == pytest.approx(total, abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("options", "momentum", "total"),
+    [
+        ({}, 0.865, 0.932),
+        ({"state_dtype": "bfloat16"}, 0.933, 0.966),
+        ({"rank": 0.03, "state_dtype": {"low_rank": "bfloat16"}}, 0.904, 0.952),
+        ({"rank": 0.015}, 0.904, 0.952),
+    ],
+)
+def test_savings_on_gpt2_xl(options, momentum, total):
+    with torch.device("meta"):
+        size = {"n_layer": 48, "n_head": 25, "n_embd": 1600, "block_size": 1024, "padded_vocab_size": 50257}
+        model = GPT(Config(**size, parallel_residual=False))
+        model.lm_head.weight = model.transformer.wte.weight
+        model.wpe = nn.Embedding(1024, 1600)
+    rows = plan(AdaPM(model.named_parameters(), second_moment="block", **options))
+    ours, adamw = (sum((getattr(row, key) for row in rows), StateBytes()) for key in ("bytes", "adamw"))
+    assert 1 - ours.momentum / adamw.momentum == pytest.approx(momentum, abs=1e-3)
+    assert 1 - ours.total / adamw.total == pytest.approx(total, abs=1e-3)
+
+
 def test_frozen_parameters_have_no_row():
     model = PlainLM()
     model.layers.requires_grad_(False)
