@@ -1,7 +1,8 @@
 """What a caller may hand to an optimizer as ``params``, turned into named parameters with the module they came from."""
 
+import gc
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,11 +43,41 @@ def read_params(params: Any) -> tuple[list[Any], nn.Module | None]:
     """
     if isinstance(params, nn.Module):
         raise TypeError("params is a module: pass its named_parameters() instead, AdaPM(model.named_parameters(), ...)")
+    if isinstance(params, Found):
+        return list(params), params.module
     module = source_module(params)
     if module is not None and not _GENERATORS[params.gi_code]:
         return list(module.named_parameters(recurse=_arguments(params)["recurse"])), module
     items: list[Any] = [params] if isinstance(params, Tensor) else list(params)
     return items, module
+
+
+class Found(list[tuple[str, Tensor]]):
+    """Named parameters of a known module."""
+
+    def __init__(self, items: Iterable[tuple[str, Tensor]], module: nn.Module) -> None:
+        super().__init__(items)
+        self.module = module
+
+
+def name_tensors(params: Any, known: Mapping[str, Tensor]) -> Any:
+    """Bare tensors with their names in the module that has the parameters ``known`` under theirs; else ``params``.
+
+    Callbacks that unfreeze (Lightning's ``BaseFinetuning``, ``finetuning-scheduler``) add groups of bare tensors. The
+    module is looked for among all there are, which is exact: it has to hold the very same tensors under the same names.
+    """
+    if isinstance(params, Tensor) or not isinstance(params, (list, tuple)):
+        return params
+    if not params or not all(isinstance(param, Tensor) for param in params):
+        return params
+    for module in gc.get_objects():
+        if not issubclass(type(module), nn.Module):
+            continue
+        named = dict(module.named_parameters(remove_duplicate=False))
+        names = {id(param): name for name, param in named.items()}
+        if all(named.get(name) is param for name, param in known.items()) and all(id(p) in names for p in params):
+            return Found([(names[id(param)], param) for param in params], module)
+    return params
 
 
 def read_groups(params: Any) -> list[dict[str, Any]]:

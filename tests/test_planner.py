@@ -7,6 +7,7 @@ from litgpt.lora import GPT as LoRAGPT  # noqa: N811
 from litgpt.lora import Config as LoRAConfig
 from litgpt.lora import mark_only_lora_as_trainable
 from models import PlainLM, tiny_gpt, token_batches, train
+from torch import nn
 
 from lightning_adapm import AdaPM
 from lightning_adapm.explanation import compare, explain

@@ -19,7 +19,7 @@ from lightning_adapm.optim.checkpointed import FORMAT_VERSION, Checkpointed
 from lightning_adapm.optim.gradients import NonFiniteGradients
 from lightning_adapm.optim.tasks import Observer, PieceState, Placement, Task, batches, reduction_of, shares_basis
 from lightning_adapm.optim.update import update
-from lightning_adapm.params import read_groups, source_module
+from lightning_adapm.params import name_tensors, read_groups, source_module
 from lightning_adapm.policy import momentum_table
 from lightning_adapm.roles import Piece
 from lightning_adapm.second_moment import SecondMoment
@@ -147,8 +147,17 @@ class AdaPM(Checkpointed):
         return assigned
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as ``torch.optim`` does; its parameters need names or a ``role`` as in the constructor."""
+        """Add a group as ``torch.optim`` does. Bare tensors are named as the module names them that this optimizer's
+        parameters are of; others need names or a ``role`` as in the constructor.
+        """
         if "roles" not in param_group:
+            if "role" not in param_group:
+                known = {
+                    name: param
+                    for group in self.param_groups
+                    for name, param in zip(group["param_names"], group["params"], strict=True)
+                }
+                param_group = param_group | {"params": name_tensors(param_group["params"], known)}
             (param_group,) = self._assign([param_group], self.defaults)
         super().add_param_group(param_group)
 
