@@ -10,11 +10,12 @@ from test_equality import one_device
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-NAMES = ("gpt elementwise", "transposed block", "plain factored", "odd elementwise")
+NAMES = ("gpt elementwise", "transposed block", "plain factored", "odd elementwise", "plain lora-pre")
 
 
 def names(*strategies):
-    return [name for name in NAMES if not {"fsdp1", "hybrid1"} & {*strategies} or not name.startswith("odd")]
+    cut = {"fsdp1", "hybrid1"} & {strategy.split()[0] for strategy in strategies}
+    return [name for name in NAMES if not cut or not name.startswith("odd")]
 
 
 def differences(weights, name):
@@ -25,8 +26,8 @@ def differences(weights, name):
 def saved(tmp_path_factory):
     """Checkpoints at half of every job, sharded and full, of every strategy."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    for strategy, world_size in {"single": 1, "ddp": 2, "fsdp1": 2, "fsdp2": 2}.items():
-        actions = [f"save:{strategy}:{name}:{strategy} {name}" for name in names(strategy)]
+    for strategy, world_size in (("single", 1), ("ddp", 2), ("fsdp1", 2), ("fsdp2", 2), ("fsdp1", 4), ("fsdp2", 4)):
+        actions = [f"save:{strategy}:{name}:{strategy} on {world_size} {name}" for name in names(strategy)]
         run_processes("run_checkpoints.py", world_size, folder, *actions)
     return folder
 
@@ -35,19 +36,21 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize(
     ("strategy", "world_size", "origins"),
     [
-        ("single", 1, ("single", "ddp", "fsdp1", "fsdp2")),
-        ("ddp", 2, ("single", "ddp", "fsdp1", "fsdp2")),
-        ("fsdp2", 4, ("single", "ddp", "fsdp2")),
-        ("fsdp1", 4, ("fsdp1",)),
-        ("hybrid2", 4, ("single", "fsdp2")),
-        ("hybrid1", 4, ("fsdp1",)),
+        ("single", 1, ("single on 1", "ddp on 2", "fsdp1 on 2", "fsdp2 on 2", "fsdp1 on 4", "fsdp2 on 4")),
+        ("ddp", 2, ("single on 1", "ddp on 2", "fsdp1 on 2", "fsdp2 on 4")),
+        ("fsdp2", 4, ("single on 1", "ddp on 2", "fsdp2 on 2")),
+        ("fsdp2", 2, ("fsdp2 on 4",)),
+        ("fsdp1", 4, ("fsdp1 on 2",)),
+        ("fsdp1", 2, ("fsdp1 on 4",)),
+        ("hybrid2", 4, ("single on 1", "fsdp2 on 2")),
+        ("hybrid1", 4, ("fsdp1 on 2",)),
     ],
 )
 def test_between_strategies_and_world_sizes(saved, strategy, world_size, origins):
     """Through torch.distributed.checkpoint; full files are loaded by every strategy, sharded ones where AdamW's are."""
     actions, outputs = [], []
     for origin, suffix in itertools.product(origins, ("", ".pt")):
-        if suffix == "" and (origin == "fsdp1") != (strategy in ("fsdp1", "hybrid1")):
+        if suffix == "" and origin.startswith("fsdp1") != (strategy in ("fsdp1", "hybrid1")):
             continue
         for name in names(strategy, origin):
             file = f"{origin} {name}{suffix}"
