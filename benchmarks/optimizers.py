@@ -26,7 +26,19 @@ def resolve(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
     if kind == "AdamW":
         return {"kind": kind, "betas": [0.9, 0.999], **options}
     signature = inspect.signature(AdaPM.__init__).parameters
-    fixed = ("self", "params", "lr", "weight_decay", "eps", "roles", "unmatched", "no_decay", "basis", "maximize")
+    fixed = (
+        "self",
+        "params",
+        "lr",
+        "weight_decay",
+        "eps",
+        "roles",
+        "unmatched",
+        "no_decay",
+        "basis",
+        "maximize",
+        "update_in_backward",
+    )
     defaults = {name: item.default for name, item in signature.items() if name not in fixed}
     resolved = {"kind": kind, **defaults, **options}
     resolved["momentum"] = momentum_table(resolved["momentum"], "error")
