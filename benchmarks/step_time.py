@@ -20,7 +20,7 @@ from torch.optim import AdamW, Optimizer
 
 from benchmarks.decoder import Decoder, Shape
 from benchmarks.store import hardware, versions
-from lightning_adapm import AdaPM
+from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre
 
 SHAPES = {
     "gpt2": Shape(layers=8, width=512, n_head=8, context=512, vocab=8192),
@@ -34,9 +34,12 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "AdaPM": AdaPM,
     "AdaPM block": lambda params, **kw: AdaPM(params, second_moment="block", **kw),
     "AdaPM factored": lambda params, **kw: AdaPM(params, second_moment="factored", **kw),
-    "Adam-mini (AdaPM, full momentum, block)": lambda params, **kw: AdaPM(
-        params, momentum="full", second_moment="block", **kw
-    ),
+    "AdaPM, every step": lambda params, **kw: AdaPM(params, update_proj_gap=1, **kw),
+    "AdamMini": AdamMini,
+    "AdaLomo": lambda params, **kw: AdaLomo(params, update_in_backward=False, **kw),
+    "Lomo": lambda params, **kw: Lomo(params, update_in_backward=False, **kw),
+    "LoRAPre": LoRAPre,
+    "LoRAPre, Muon": lambda params, **kw: LoRAPre(params, variant="muon", **kw),
 }
 
 

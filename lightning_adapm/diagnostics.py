@@ -161,7 +161,7 @@ class ResidualProbe:
         if clip_threshold is not None:
             figures["clamped"] = (update.abs() > clip_threshold).sum() / max(1, held)
         basis = task.state.get("exp_avg_r")
-        if basis is not None:
+        if basis is not None and task.state.get("seeded") is not None:  # LoRA-Pre's right factor is no basis
             stack, basis = (t if t.dim() == 3 else t.unsqueeze(0) for t in (task.grad, basis.to(task.grad.dtype)))
             reduction, tiny = reduction_of([task]), torch.finfo(stack.dtype).tiny
             if basis.shape[-1] < stack.shape[-1]:

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 from models import PlainLM, PlainTraining, token_batches
 from torch import nn
 
-from lightning_adapm import AdaLomo, AdaPM, AdaPMMixin
+from lightning_adapm import AdaLomo, AdaPM, AdaPMMixin, OptimizerStateMonitor
 
 
 class Module(PlainTraining, L.LightningModule):
@@ -104,9 +104,11 @@ def test_scheduler_and_gradient_norm_are_true(tmp_path):
             self.norms = [*getattr(self, "norms", []), float(torch.stack(squares).sum().sqrt())]
 
     seen, late = Norms(), Measured(False)
-    trainer = fit(tmp_path, Module(True), callbacks=[seen, LearningRateMonitor("step")])
+    monitor = OptimizerStateMonitor(every_n_steps=1)
+    trainer = fit(tmp_path, Module(True), callbacks=[seen, monitor, LearningRateMonitor("step")])
     fit(tmp_path, late)
     assert seen.norms == pytest.approx(late.norms, rel=1e-9)
+    assert [figures["optimizer/gradient_norm"] for _, figures in monitor.history] == pytest.approx(late.norms, rel=1e-6)
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-2)  # a scheduler of epochs, in the first
 
 

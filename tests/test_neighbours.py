@@ -72,6 +72,28 @@ def test_adalomo_is_its_formulas():
 
 
 @pytest.mark.filterwarnings("ignore:update_in_backward")
+def test_adalomo_is_torchs_adafactor_where_the_two_coincide():
+    """Without weight decay, and at a learning rate below the bound that Adafactor puts on it."""
+    model, other = twins()
+    train(model, AdaLomo(model.parameters(), lr=0.05), token_batches(12))
+    adafactor = torch.optim.Adafactor(other.parameters(), lr=0.05, eps=(1e-15, 1e-3), d=1.0, weight_decay=0.0)
+    train(other, adafactor, token_batches(12))
+    assert_same(model, other, 1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:update_in_backward")
+def test_adalomo_is_pytorch_optimizers():
+    pytorch_optimizer = pytest.importorskip("pytorch_optimizer")
+    model, other = twins(torch.float32)
+    ours = AdaLomo(model.parameters(), lr=0.05, weight_decay=0.1)
+    theirs = pytorch_optimizer.AdaLOMO(other, lr=0.05, weight_decay=0.1, loss_scale=0.0)
+    for tokens in token_batches(12):
+        train(model, ours, [tokens])
+        theirs.fused_backward(other(tokens), lr=0.05)
+    assert_same(model, other, 2e-4)
+
+
+@pytest.mark.filterwarnings("ignore:update_in_backward")
 def test_lomo_is_gradient_descent():
     model, other = twins()
     train(model, Lomo(model.parameters(), lr=0.3), token_batches(5))

@@ -32,8 +32,9 @@ class OptimizerStateMonitor(L.Callback):
     Logged, per process (the mean over processes): ``momentum_bytes``, ``second_moment_bytes``, ``total_bytes``,
     ``adamw_bytes`` (what ``torch.optim.AdamW`` would hold in float32), ``total_bytes_by_role/<role>``, the ratio
     ``ratio_to_adamw``; and ``total_bytes_all_processes``, their sum over processes. With several processes also
-    ``exchanged_bytes_per_step``: what AdaPM's steps gave to collectives since the last log, on the first process. The
-    figure is ``optimizer_state.png`` in the run's folder, and goes to TensorBoard.
+    ``exchanged_bytes_per_step``: what AdaPM's steps gave to collectives since the last log, on the first process. With
+    ``update_in_backward`` also ``gradient_norm``, of the last step, whose gradients are gone. The figure is
+    ``optimizer_state.png`` in the run's folder, and goes to TensorBoard.
 
     Args:
         every_n_steps: Optimizer steps from one log to the next, the first step included.
@@ -72,6 +73,9 @@ class OptimizerStateMonitor(L.Callback):
             exchanged, steps = TRAFFIC.bytes, trainer.global_step
             logged["exchanged_bytes_per_step"] = (exchanged - self._exchanged[0]) / (steps - self._exchanged[1])
             self._exchanged = (exchanged, steps)
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, AdaPM) and optimizer.gradient_norm is not None:
+                logged["gradient_norm"] = float(optimizer.gradient_norm)
         logged = {self.log_key_prefix + name: value for name, value in logged.items()}
         self.history.append((logged_step(trainer), logged))
         log_figures(trainer, logged)

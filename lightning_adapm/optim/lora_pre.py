@@ -93,7 +93,7 @@ class LowRankRegression:
     beta1: float
     order: str
     orthogonalise: bool = False
-    name: ClassVar[str] = "low_rank"
+    name: ClassVar[str] = "regression"
 
     @property
     def _regressor(self) -> Regressor:
