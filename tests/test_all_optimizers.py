@@ -1,6 +1,7 @@
 """What holds for every optimizer of the package."""
 
 import copy
+import inspect
 import warnings
 
 import pytest
@@ -99,6 +100,51 @@ def test_any_gradient_in_any_dtype(make, dtype):
             model = PlainLM().to(dtype)
             optimizer = make(model.parameters())
         assert all(p.isfinite().all() for p in model.parameters()), scale
+
+
+class OddShapes(nn.Module):
+    """A scalar, a convolution, a stack of matrices, one entry, and nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.conv = nn.Parameter(torch.tensor(0.7)), nn.Conv2d(2, 5, 3)
+        self.experts = nn.Parameter(torch.randn(3, 5, 4))
+        self.one, self.empty = nn.Parameter(torch.ones(1, 1)), nn.Parameter(torch.zeros(0, 4))
+
+    def forward(self, images):
+        found = self.conv(images).mean((-2, -1)) @ self.experts
+        return (self.scale * found * self.one + self.empty.sum()).square().mean()
+
+
+def test_parameters_of_any_shape(make):
+    torch.manual_seed(0)
+    model, images = OddShapes(), torch.randn(8, 2, 6, 6)
+    optimizer = make([{"params": model.named_parameters(), "role": "mlp"}])
+    before = [param.detach().clone() for param in model.parameters()]
+    losses = train(model, optimizer, [images] * 5)
+    assert losses[-1] < losses[0]
+    moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
+    assert moved == [param.numel() > 0 for param in model.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("make", "option"),
+    [
+        (AdaLomo, {"second_moment": "block"}),
+        (AdaLomo, {"betas": (0.5, 0.9)}),
+        (Lomo, {"state_dtype": "bfloat16"}),
+        (LoRAPre, {"momentum": {"lm_head": "none"}}),
+        (LoRAPre, {"clip_threshold": 2.0}),
+        (AdamMini, {"rank": 3}),
+    ],
+)
+def test_options_without_a_meaning_are_named(make, option):
+    (name,) = option
+    with pytest.warns(UserWarning, match=f"{make.__name__} makes no use of {name}="):
+        make(PlainLM().parameters(), **option)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what a configuration file is filled in with
+        make(PlainLM().parameters(), **{name: inspect.signature(AdaPM).parameters[name].default})
 
 
 def test_copies_and_frozen_parameters(make):

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 from models import PlainLM, PlainTraining, token_batches
 from torch import nn
 
-from lightning_adapm import AdaLomo, AdaPM, AdaPMMixin, OptimizerStateMonitor
+from lightning_adapm import AdaLomo, AdaPM, AdaPMMixin, OptimizerStateMonitor, ResidualNormMonitor
 
 
 class Module(PlainTraining, L.LightningModule):
@@ -151,6 +151,65 @@ def test_clipping_by_norm_is_refused_before_a_parameter_moves(tmp_path):
 
     with pytest.raises(ValueError, match="by norm needs the gradients of the whole model at once"):
         fit(tmp_path, Mixed(), gradient_clip_val=1.0)
+
+
+def test_a_module_that_clips_in_its_own_way_is_refused(tmp_path):
+    class Clipping(Module):
+        def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+            self.clip_gradients(optimizer, gradient_clip_val=1.0, gradient_clip_algorithm="norm")
+
+    module = Clipping(True)
+    before = weights(module)
+    with pytest.raises(ValueError, match=r"Clipping\.configure_gradient_clipping\(\) finds no gradients"):
+        fit(tmp_path, module)
+    assert torch.equal(weights(module), before)
+
+
+@pytest.mark.parametrize("hook", ["on_after_backward", "on_before_optimizer_step"])
+def test_hooks_that_find_no_gradients_are_named(tmp_path, hook):
+    watched = type("Watched", (Module,), {hook: lambda self, *_: None})
+    with pytest.warns(UserWarning, match=rf"Watched\.{hook}\(\) finds no gradients"):
+        fit(tmp_path, watched(True), steps=1)
+
+
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_residuals_are_logged_as_after_backward(tmp_path, accumulated):
+    histories = []
+    for now in (True, False):
+        monitor = ResidualNormMonitor(every_n_steps=2)
+        fit(tmp_path, Module(now), steps=6, callbacks=[monitor], accumulate_grad_batches=accumulated)
+        histories.append(monitor.history)
+    assert [step for step, _ in histories[0]] == [0, 2, 4]
+    for (step, early), (same, late) in zip(*histories, strict=True):
+        assert step == same
+        assert early == pytest.approx(late, abs=1e-9)
+
+
+def test_one_process_of_ddp_takes_each_gradient_once(tmp_path):
+    trained = []
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for now in (True, False):
+            torch.manual_seed(0)
+            model = PlainLM(bias=False).double()
+            wrapped = nn.parallel.DistributedDataParallel(model)
+            optimizer = AdaLomo(model.parameters(), lr=1e-2, update_in_backward=now)
+            for tokens in token_batches(3):
+
+                def closure(tokens=tokens, optimizer=optimizer, wrapped=wrapped):
+                    optimizer.zero_grad()
+                    loss = wrapped(tokens)
+                    loss.backward()
+                    return loss
+
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    optimizer.step(closure)
+            assert {int(state["step"]) for state in optimizer.state.values()} == {3}
+            trained.append(weights(model))
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(*trained, rtol=0, atol=1e-12)
 
 
 def test_a_step_without_closure_is_an_ordinary_one():

@@ -94,6 +94,34 @@ def test_adalomo_is_pytorch_optimizers():
 
 
 @pytest.mark.filterwarnings("ignore:update_in_backward")
+def test_adalomo_of_interleaved_heads_is_that_of_separate_weights():
+    torch.manual_seed(0)
+    heads, size, width = 3, 4, 12
+    fused = nn.Parameter(torch.randn(heads * 3 * size, width, dtype=torch.float64))
+    attention = nn.Module()
+    attention.query_key_value, attention.num_heads = nn.Linear(width, 3 * width), heads
+    attention.dense = nn.Linear(width, width)
+    attention.query_key_value.weight = fused
+    cut = fused.detach().unflatten(0, (heads, 3, size))
+    names = ("query", "key", "value")
+    alone = [nn.Parameter(cut[:, index].reshape(-1, width).clone()) for index in range(3)]
+    whole = AdaLomo(nn.ModuleDict({"attention": attention}).parameters(), lr=0.1, weight_decay=0.1)
+    parts = AdaLomo(
+        [{"params": [(name, p)], "role": name} for name, p in zip(names, alone, strict=True)], lr=0.1, weight_decay=0.1
+    )
+    assert [piece.role for piece in whole.pieces[fused]] == list(names)
+    for _ in range(4):
+        fused.grad = torch.randn_like(fused)
+        for index, param in enumerate(alone):
+            param.grad = fused.grad.unflatten(0, (heads, 3, size))[:, index].reshape(-1, width).clone()
+        whole.step()
+        parts.step()
+    moved = fused.detach().unflatten(0, (heads, 3, size))
+    for index, param in enumerate(alone):
+        torch.testing.assert_close(moved[:, index].reshape(-1, width), param.detach(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:update_in_backward")
 def test_lomo_is_gradient_descent():
     model, other = twins()
     train(model, Lomo(model.parameters(), lr=0.3), token_batches(5))

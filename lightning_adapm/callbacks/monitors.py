@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_adapm.callbacks.pooling import Pool, ResidualFigures
@@ -132,18 +133,25 @@ class ResidualNormMonitor(L.Callback):
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Put the probe into an optimizer whose step, which comes next, logs."""
         for monitored in self._monitored:
-            if monitored.optimizer is optimizer:
+            if monitored.optimizer is optimizer and not monitored.optimizer.update_in_backward:
                 monitored.remove_probe()
                 if monitored.clock.rings(trainer.global_step):
-                    monitored.insert_probe()
+                    monitored.insert_probe(trainer.global_step)
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        """The same for an optimizer that may step inside of this backward, or of a later one of those accumulated."""
+        for monitored in self._monitored:
+            announced = monitored.due is not None
+            if monitored.optimizer.update_in_backward and (announced or monitored.clock.rings(trainer.global_step)):
+                monitored.insert_probe(trainer.global_step)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Take the probes out, and log what they saw."""
         for monitored in self._monitored:
             monitored.remove_probe()
-            if not monitored.due:
+            if monitored.due is None or monitored.due == trainer.global_step:
                 continue
-            monitored.due = False
+            monitored.due = None
             names = ResidualFigures(monitored.optimizer)
             pool = _pool(names.names, trainer.strategy.root_device)
             readings = monitored.probe.read()
@@ -174,11 +182,12 @@ class _Monitored:
     def __init__(self, optimizer: AdaPM, prefix: str, clock: StepClock) -> None:
         self.optimizer, self.prefix, self.clock = optimizer, prefix, clock
         self.probe = ResidualProbe()
-        self.due = False
+        self.due: int | None = None
+        """The step that logs next, once it has been announced."""
         self._nonfinite = optimizer.nonfinite_gradients()
 
-    def insert_probe(self) -> None:
-        self.due = True
+    def insert_probe(self, step: int) -> None:
+        self.due = step
         self.optimizer.observer = self.probe
 
     def count_nonfinite(self) -> int:

@@ -17,6 +17,8 @@ from lightning_adapm.sharding import ONE_PROCESS, Reduction
 _ADDED = 1e-30
 """To every squared gradient, so that a zero one does not divide by zero."""
 
+_UNUSED = ("betas", "eps", "rank", "update_proj_gap", "debias", "second_moment", "state_dtype", "basis")
+
 
 @dataclass(frozen=True)
 class NoSecondMoment:
@@ -80,7 +82,12 @@ class Lomo(AdaPM):
         weight_decay: decoupled weight decay.
         unmatched: roles change nothing here, so that none need be known.
         update_in_backward: see AdaPM.
+
+    Raises:
+        ValueError: an option out of range.
     """
+
+    unused = _UNUSED
 
     def __init__(
         self,
@@ -121,7 +128,12 @@ class AdaLomo(AdaPM):
         clip_threshold: bound on the root mean square of ``U``.
         unmatched: momentum is nowhere, so that roles need not be known: what is not found is one piece.
         update_in_backward: see AdaPM.
+
+    Raises:
+        ValueError: an option out of range.
     """
+
+    unused = _UNUSED
 
     def __init__(
         self,
@@ -134,6 +146,8 @@ class AdaLomo(AdaPM):
         update_in_backward: bool = True,
         **options: Any,
     ) -> None:
+        if clip_threshold is None:
+            raise ValueError("clip_threshold must be a number > 0, but got None; a large one is no bound")
         super().__init__(
             params,
             lr,
@@ -161,7 +175,9 @@ class AdaLomo(AdaPM):
         grads, params = [task.grad for task in tasks], [task.param for task in tasks]
         divisors, _ = second_moment.denominators(grads, [task.state for task in tasks], step, reduction).settle(True)
         updates = list(torch._foreach_div(grads, divisors))
-        sizes = _root_mean_squares([param.to(grad.dtype) for param, grad in zip(params, grads, strict=True)], reduction)
+        # of the matrices: a parameter's own view may have a dimension for heads, or those of a convolution
+        values = [param.to(grad.dtype).reshape(grad.shape) for param, grad in zip(params, grads, strict=True)]
+        sizes = _root_mean_squares(values, reduction)
         lengths = _root_mean_squares(updates, reduction)
         for param, update, size, length in zip(params, updates, sizes, lengths, strict=True):
             rate = lr * size.clamp_min(1e-3)

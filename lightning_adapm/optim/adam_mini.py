@@ -27,6 +27,8 @@ class AdamMini(AdaPM):
         TypeError: parameters without names or roles; complex parameters.
     """
 
+    unused = ("rank", "update_proj_gap", "debias", "basis", "clip_threshold")
+
     def __init__(
         self,
         params: Any,

@@ -5,7 +5,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -82,6 +82,8 @@ class AdaPM(Checkpointed):
     """
 
     observer: Observer | None = None
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Options that mean nothing to a subclass, which warns of them."""
 
     def __init__(
         self,
@@ -125,6 +127,7 @@ class AdaPM(Checkpointed):
             "format_version": FORMAT_VERSION,
         }
         options.check(defaults)
+        options.warn_of_unused(type(self).__name__, self.unused, {**defaults, "momentum": momentum}, AdaPM.__init__)
         self.name_rules = dict(roles or {})
         self.unmatched = unmatched
         self.update_in_backward = update_in_backward

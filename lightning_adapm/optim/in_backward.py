@@ -33,11 +33,11 @@ def armed(
         The squared norm of the gradient of every parameter that was taken.
 
     Raises:
-        ValueError: the Trainer behind ``closure`` clips gradients by norm.
+        ValueError: the Trainer behind ``closure`` clips gradients by norm, or its module in its own way.
         RuntimeError: from a second backward in the same step.
     """
     taken: dict[Tensor, Tensor] = {}
-    if closure is None or sharded or _several_processes():
+    if closure is None or sharded or _in_process_group():
         reason = "step() got no closure" if closure is None else "gradients of several processes are added after it"
         warnings.warn(f"update_in_backward=True frees no gradient early here: {reason}", stacklevel=6)
         yield taken
@@ -82,20 +82,24 @@ def armed(
             handle.remove()
 
 
-def _several_processes() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def _in_process_group() -> bool:
+    # also of one process: DDP puts gradients back at the end of backward, and they would be taken twice
+    return dist.is_available() and dist.is_initialized()
 
 
 def clip_value_of(closure: Any) -> float | None:
     """The ``gradient_clip_val`` by value of the Lightning Trainer behind a closure, which finds no gradients to clip.
 
+    Warns of hooks of the module that find none either.
+
     Raises:
-        ValueError: the Trainer clips by norm.
+        ValueError: the Trainer clips by norm, or the module in its own way.
     """
     while isinstance(closure, partial):
         for argument in closure.args:
             trainer = getattr(argument, "_trainer", None)
             if trainer is not None:
+                _check_hooks(type(argument))
                 check_clipping(trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
                 return float(trainer.gradient_clip_val) if trainer.gradient_clip_val else None
         closure = closure.func
@@ -114,3 +118,25 @@ def check_clipping(value: float | None, algorithm: Any) -> None:
             " update_in_backward=True frees each as soon as it is used; write gradient_clip_algorithm='value', or no"
             " gradient_clip_val (AdaPM and AdaLomo bound every update by clip_threshold), or update_in_backward=False"
         )
+
+
+def _check_hooks(module: type) -> None:
+    if _overrides(module, "configure_gradient_clipping"):
+        raise ValueError(
+            f"{module.__name__}.configure_gradient_clipping() finds no gradients: update_in_backward=True frees each as"
+            " soon as it is used; take the method out and write Trainer(gradient_clip_val=...,"
+            " gradient_clip_algorithm='value'), or pass update_in_backward=False"
+        )
+    for hook in ("on_after_backward", "on_before_optimizer_step"):
+        if _overrides(module, hook):
+            warnings.warn(
+                f"{module.__name__}.{hook}() finds no gradients: update_in_backward=True has used and freed them."
+                " Their norm is the optimizer's gradient_norm, after the step",
+                stacklevel=8,
+            )
+
+
+def _overrides(module: type, method: str) -> bool:
+    """Whether a LightningModule has a method of its own, told without importing Lightning."""
+    owner = next((each for each in module.__mro__ if method in vars(each)), object)
+    return owner is not object and owner.__module__.partition(".")[0] not in ("lightning", "pytorch_lightning")

@@ -183,6 +183,8 @@ class LoRAPre(AdaPM):
         TypeError: in the first step, where processes share rows and ``variant`` is ``"muon"``.
     """
 
+    unused = ("update_proj_gap", "debias", "second_moment", "momentum", "basis", "clip_threshold")
+
     def __init__(
         self,
         params: Any,

@@ -1,8 +1,10 @@
 """What AdaPM refuses, and the words it refuses it with."""
 
+import inspect
 import sys
+import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -55,6 +57,20 @@ def check(group: Mapping[str, Any]) -> None:
             raise ValueError(f"no_decay: {role!r} is not a role; the roles are {', '.join(ROLES)}")
     if group.get("role") is not None and group["role"] not in (*ROLES, *FUSED, *POLICIES):
         raise ValueError(f"role: {group['role']!r} is neither a role ({', '.join((*ROLES, *FUSED))}) nor a policy")
+
+
+def warn_of_unused(
+    optimizer: str, unused: Iterable[str], given: Mapping[str, Any], signature: Callable[..., Any]
+) -> None:
+    """Warn of options that an optimizer takes from another one's signature and has no use for.
+
+    Not of their defaults there, which configuration files are filled in with; and no error, so that one optimizer can
+    be put in another's place.
+    """
+    parameters = inspect.signature(signature).parameters
+    ignored = [f"{option}={given[option]!r}" for option in unused if given[option] != parameters[option].default]
+    if ignored:
+        warnings.warn(f"{optimizer} makes no use of {', '.join(ignored)}", stacklevel=4)
 
 
 def _is_rank(rank: Any) -> bool:

@@ -59,7 +59,7 @@ def _tiles(
         [task.state for task in tasks],
     )
     rows = _rows_of_a_tile(params[0], grads[0])
-    if whole or len(tasks) > 1 or rows >= len(grads[0]):
+    if whole or len(tasks) > 1 or rows is None:
         yield Tile(params, direction, second_moment.denominators(grads, states, step, reduction))
         return
     known = None if second_moment.elementwise else second_moment.denominators(grads, states, step, reduction)
@@ -74,11 +74,11 @@ def _tiles(
         yield Tile([params[0][first:last]], direction.part(first, last), some)
 
 
-def _rows_of_a_tile(param: Tensor, grad: Tensor) -> int:
-    """How many of the gradient's first dimension; all, where the parameter's is another (interleaved heads)."""
-    if grad.dim() == 0 or len(param) != len(grad):
-        return max(1, grad.numel())
-    return max(1, _TILE_NUMEL * len(grad) // max(1, grad.numel()))
+def _rows_of_a_tile(param: Tensor, grad: Tensor) -> int | None:
+    """How many of the gradient's first dimension; None for all, also of a scalar and of interleaved heads."""
+    if grad.numel() <= _TILE_NUMEL or len(param) != len(grad):
+        return None
+    return max(1, _TILE_NUMEL * len(grad) // grad.numel())
 
 
 class _Rows:
