@@ -15,14 +15,17 @@ import yaml
 from jsonargparse import ArgumentParser, get_loader
 from torch import nn
 
-from lightning_adapm.explanation import VARIANTS, Explanation, compare
-from lightning_adapm.optim import AdaPM
+from lightning_adapm.explanation import VARIANTS, Explanation, compare, explain
+from lightning_adapm.optim import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre
 from lightning_adapm.optim.assign import name_patterns
 from lightning_adapm.tables import as_text, comparison_table, pieces_table, show_count, summarise, summary_table
 
 _LITGPT = "lightning_adapm.litgpt.LitGPTModule"
 _DTYPES = {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64", "64": "float64"}
 """The dtype of the parameters under a Trainer's precision; float32 under all others."""
+
+NEIGHBOURS: tuple[type[AdaPM], ...] = (AdamMini, LoRAPre, AdaLomo, Lomo)
+"""Optimizers that have a column of their own where a recipe names them."""
 
 _SHAPE_THE_STATE = ("rank", "second_moment", "momentum", "roles", "unmatched", "state_dtype")
 _DESCRIPTION = """\
@@ -62,7 +65,8 @@ def run(words: list[str]) -> int:
         if isinstance(built, L.LightningModule):
             built.configure_model()
     built.to(getattr(torch, dtype))
-    return _report(built, source.model_name or type(built).__name__, options, bool(settings.get("explain")))
+    label = source.model_name or type(built).__name__
+    return _report(built, label, options, _neighbour(recipe), bool(settings.get("explain")))
 
 
 def _parser() -> ArgumentParser:
@@ -154,6 +158,14 @@ def _optimizer_options(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return defaults | (section.get("init_args") or {})
 
 
+def _neighbour(recipe: Mapping[str, Any]) -> tuple[type[AdaPM], dict[str, Any]] | None:
+    """Another optimizer of this package under ``optimizer``, and what it is given."""
+    section = recipe.get("optimizer")
+    name = str(section.get("class_path")).rpartition(".")[2] if isinstance(section, dict) else ""
+    found = next((each for each in NEIGHBOURS if each.__name__ == name), None)
+    return None if found is None or section is None else (found, section.get("init_args") or {})
+
+
 def _recipe_dtype(recipe: Mapping[str, Any]) -> str:
     """Of the parameters, from the precision of the Trainer or of litgpt."""
     trainer = recipe.get("trainer")
@@ -161,9 +173,19 @@ def _recipe_dtype(recipe: Mapping[str, Any]) -> str:
     return _DTYPES.get(str(precision), "float32")
 
 
-def _report(model: nn.Module, label: str, options: Mapping[str, Any], every_parameter: bool) -> int:
-    variants = compare(model, **options)
-    ours = variants["AdaPM"]
+def _report(
+    model: nn.Module,
+    label: str,
+    options: Mapping[str, Any],
+    neighbour: tuple[type[AdaPM], dict[str, Any]] | None,
+    every_parameter: bool,
+) -> int:
+    variants, name = compare(model, **options), "AdaPM"
+    ours = variants[name]
+    if neighbour is not None:
+        make, arguments = neighbour
+        name = make.__name__
+        ours = variants[name] = explain(make(model.named_parameters(), **arguments))
     totals = {"AdamW": ours.adamw_in_dtype} | {name: variant.total for name, variant in variants.items()}
     dtypes = ", ".join(dict.fromkeys(str(row.dtype).removeprefix("torch.") for row in ours))
     frozen = f", and {show_count(ours.frozen)} frozen" if ours.frozen else ""
@@ -172,7 +194,7 @@ def _report(model: nn.Module, label: str, options: Mapping[str, Any], every_para
     print(as_text(comparison_table(totals, references)))
     if missing := [name for name in VARIANTS if name not in variants]:
         print(f"No {' and '.join(missing)}: the attention modules do not say their number of heads")
-    print(as_text(summary_table(summarise(ours), "role", max_rows=len(ours))))
+    print(as_text(summary_table(summarise(ours), "role", len(ours), name)))
     if every_parameter:
         print(as_text(pieces_table(ours)))
     if not ours.unmatched:

@@ -72,8 +72,8 @@ def summarise(rows: Iterable[Row], by: Literal["role", "parameter"] = "role") ->
     return [Line.of(label, together) for label, together in lines.items()]
 
 
-def summary_table(lines: list[Line], by: str, max_rows: int) -> Table:
-    """The lines, at most ``max_rows`` of them, and their sum."""
+def summary_table(lines: list[Line], by: str, max_rows: int, optimizer: str = "AdaPM") -> Table:
+    """The lines, at most ``max_rows`` of them, and their sum, under the name of an optimizer."""
     total = Line(
         "total",
         sum(line.parameters for line in lines),
@@ -82,7 +82,7 @@ def summary_table(lines: list[Line], by: str, max_rows: int) -> Table:
         sum((line.bytes for line in lines), StateBytes()),
         sum((line.adamw for line in lines), StateBytes()),
     )
-    table = Table(title="AdaPM: optimizer state", box=SIMPLE_HEAD, show_footer=True, title_justify="left")
+    table = Table(title=f"{optimizer}: optimizer state", box=SIMPLE_HEAD, show_footer=True, title_justify="left")
     footer = [total.label, *_cells(total)]
     headers = (by.capitalize(), "Params", "Momentum", "Rank", "State", "AdamW", "Saved")
     for index, (header, foot) in enumerate(zip(headers, footer, strict=True)):

@@ -10,7 +10,7 @@ from commands import QUICKSTART, QUICKSTART_ADAMW, run
 from models import PlainLM, tiny_gpt
 from torch import nn
 
-from lightning_adapm import plan_command
+from lightning_adapm import AdaLomo, AdamMini, LoRAPre, plan_command
 from lightning_adapm.__main__ import main
 from lightning_adapm.explanation import explain
 from lightning_adapm.litgpt import LitGPTModule
@@ -239,3 +239,14 @@ def test_as_a_user_starts_it(tmp_path):
     assert "AdaPM block" in run(tmp_path, "plan", "--model_name", "pythia-14m").stdout
     failed = run(tmp_path, "plan", "--model_name", "pythia-14n", check=False)
     assert failed.returncode == 1 and len(failed.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("name", "make"), [("lora-pre", LoRAPre), ("adalomo", AdaLomo), ("adam-mini", AdamMini)])
+def test_a_recipe_with_a_neighbour_as_its_optimizer(plan, name, make):
+    status, out, *_ = plan("--config", QUICKSTART, "--config", QUICKSTART.with_stem(f"quickstart-{name}"))
+    assert status == 0
+    total = next(line for line in out.splitlines() if line.startswith("  total"))
+    fields = yaml.safe_load(QUICKSTART.read_text())["model"]["init_args"]["config"]
+    optimizer = make(on_meta(config=fields).named_parameters())
+    assert re.split(r" {2,}", total.strip())[-1] == show_bytes(explain(optimizer).total.total)
+    assert f"{make.__name__}: optimizer state" in out

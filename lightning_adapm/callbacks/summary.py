@@ -52,7 +52,8 @@ class OptimizerSummary(L.Callback):
             return
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, AdaPM):
-                get_console().print(summary_table(summarise(plan(optimizer), self.by), self.by, self.max_rows))
+                lines, name = summarise(plan(optimizer), self.by), type(optimizer).__name__
+                get_console().print(summary_table(lines, self.by, self.max_rows, name))
                 if note := _sharding_note(optimizer):
                     get_console().print(note)
             else:
