@@ -25,9 +25,9 @@ def assert_one_device(strategy, world_size, folder, names):
     differences = {}
     for name, weights in torch.load(folder / "weights.pt").items():
         for key, expected in one_device(name).items():
-            differences[f"{name}: {key}"] = relative_difference(weights[key], expected)
+            differences[f"{name}: {key}"] = relative_difference(weights[key], expected) / JOBS[name].tolerance
     assert differences
-    assert not {key: value for key, value in differences.items() if not value <= 1e-9}
+    assert not {key: value for key, value in differences.items() if not value <= 1}
 
 
 QUICK = ("gpt block", "plain factored", "gpt broken", "transposed elementwise", "gpt adalomo", "plain lora-pre")
