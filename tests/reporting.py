@@ -1,0 +1,41 @@
+"""Optimizers that write down how they were built, to be named on a command line: ``reporting.ReportingAdaPM``."""
+
+import json
+import os
+from pathlib import Path
+
+from lightning_adapm import AdaPM
+from lightning_adapm.named import normalize
+
+REPORT = "OPTIMIZER_REPORT"
+"""The environment variable with the file to write."""
+
+
+def describe(optimizer):
+    """What an AdaPM does with every parameter that trains: its pieces with their moments, by normalised name."""
+    found = {}
+    for group in optimizer.param_groups:
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            if param.requires_grad:
+                placed = zip(optimizer.pieces[param], optimizer.placement(param).shapes, strict=True)
+                found[normalize(name)] = [
+                    [
+                        str(piece),
+                        list(shape),
+                        str(optimizer.momentum_for(piece, shape, group)),
+                        str(optimizer.second_moment_for(piece, shape, group)),
+                    ]
+                    for piece, shape in placed
+                ]
+    return found
+
+
+class ReportingAdaPM(AdaPM):
+    """AdaPM that writes itself, and the learning rate of every step, into a file."""
+
+    def step(self, closure=None):
+        file = Path(os.environ[REPORT])
+        report = json.loads(file.read_text()) if file.exists() else {"roles": describe(self), "lr": []}
+        report["lr"].append(self.param_groups[0]["lr"])
+        file.write_text(json.dumps(report))
+        return super().step(closure)
