@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LightningCLI, LRSchedulerTypeUnion
 from torch.optim import Optimizer
 
 from lightning_adapm.mixin import AdaPMMixin
+from lightning_adapm.optim import AdaPM
 
 
 class RichProgress(RichProgressBar):
@@ -61,7 +62,13 @@ class AdaPMCLI(LightningCLI):
     def configure_optimizers(
         lightning_module: L.LightningModule, optimizer: Optimizer, lr_scheduler: LRSchedulerTypeUnion | None = None
     ) -> Any:
-        """Put the model's own schedule on an optimizer that was given without one."""
+        """Put the model's own schedule on an optimizer that was given without one.
+
+        Raises:
+            RuntimeError: The strategy replaced parameters after the optimizer was built.
+        """
+        if isinstance(optimizer, AdaPM):
+            optimizer.check_not_replaced()
         if lr_scheduler is None and isinstance(lightning_module, AdaPMMixin):
             return lightning_module.schedule(optimizer)
         return LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)

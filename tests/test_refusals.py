@@ -41,14 +41,24 @@ def test_parameters_replaced_after_construction():
         optimizer.step()
 
 
-def test_an_optimizer_that_was_built_before_fully_shard(one_process):
-    """As LightningCLI builds it: without an error, nothing would be trained."""
+@pytest.mark.parametrize("partly", [False, True], ids=["the model", "one block"])
+def test_an_optimizer_that_was_built_before_fully_shard(one_process, partly):
+    """As LightningCLI builds it: without an error, what was sharded would not be trained."""
     model = PlainLM()
     optimizer = AdaPM(model.parameters())
-    fully_shard(model)
+    fully_shard(model.layers[1] if partly else model)
     model(token_batches(1)[0]).backward()
-    with pytest.raises(RuntimeError, match="has none of AdaPM's parameters any more.*configure_optimizers"):
+    name = r"layers\.1\..*" if partly else "embed.*"
+    with pytest.raises(RuntimeError, match=rf"^{name} and \d+ more of .*PlainLM would not be .*configure_optimizers"):
         optimizer.step()
+
+
+def test_a_head_tied_after_construction_is_not_a_replacement():
+    model = PlainLM()
+    optimizer = AdaPM(model.parameters())
+    model.lm_head.weight = model.embed_tokens.weight
+    model(token_batches(1)[0]).backward()
+    optimizer.step()
 
 
 @pytest.mark.parametrize("placements", [[Shard(1), Replicate()], [Shard(0), Shard(0)]])

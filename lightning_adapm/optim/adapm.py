@@ -5,6 +5,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -178,6 +179,7 @@ class AdaPM(Checkpointed):
         """Take one step; ``closure`` reevaluates the model and returns the loss."""
         for group in self.param_groups:
             options.check_held(group, self.pieces)
+        self.check_not_replaced()
         loss, updated = None, {}
         if self.update_in_backward:
             sharded = any(self.placement(param).layout is not None for param in self.pieces)
@@ -189,9 +191,19 @@ class AdaPM(Checkpointed):
         self.gradient_norm = torch.stack(list(updated.values())).sum().sqrt() if updated else None
         moved = self._take([(group, group["param_names"], group["params"]) for group in self.param_groups])
         if not moved and not updated:
-            options.check_not_replaced(self._module, self.pieces)
             warnings.warn(_NO_GRADIENT, stacklevel=3)
         return loss
+
+    def check_not_replaced(self) -> None:
+        """Once, in the first step at the latest: refuse a model whose parameters are no longer those given.
+
+        Raises:
+            RuntimeError: naming the first of them, and where to build the optimizer instead.
+        """
+        module, self._module = None if self._module is None else self._module(), None
+        if module is not None:
+            names = (zip(group["param_names"], group["params"], strict=True) for group in self.param_groups)
+            options.check_not_replaced(module, self.pieces, dict(chain.from_iterable(names)))
 
     def _take(self, selected: Sequence[tuple[dict[str, Any], list[str], list[Tensor]]]) -> bool:
         """Take the gradients of parameters, group by group, and move them; whether there were any."""

@@ -3,7 +3,6 @@
 import inspect
 import sys
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_adapm.layout import layout_of, shape_of
+from lightning_adapm.named import normalize
 from lightning_adapm.policy import SECOND_MOMENTS
 from lightning_adapm.roles import POLICIES, ROLES, UNMATCHED, Piece
 from lightning_adapm.rules import FUSED
@@ -160,17 +160,27 @@ def check_held(group: Mapping[str, Any], pieces: Mapping[Tensor, Any]) -> None:
             )
 
 
-def check_not_replaced(module: "weakref.ref[nn.Module] | None", pieces: Mapping[Tensor, Any]) -> None:
-    """Refuse to go on training nothing: parameters that the module no longer has.
+def check_not_replaced(module: nn.Module, pieces: Mapping[Tensor, Any], names: Mapping[str, Tensor]) -> None:
+    """Refuse to train parameters that the module no longer has, while those in their place stay as they are.
+
+    Args:
+        module: AdaPM was given its parameters.
+        pieces: What AdaPM trains.
+        names: Likewise, by the names that the parameters had then.
 
     Raises:
-        RuntimeError: the module, where AdaPM was given it, has none of the optimizer's parameters.
+        RuntimeError: naming the first parameter of the module that took the place of AdaPM's.
     """
-    alive = None if module is None else module()
-    if alive is not None and not any(param in pieces for param in alive.parameters()):
+    wanted = {normalize(name) for name, param in names.items() if param.requires_grad}
+    found = list(module.named_parameters(remove_duplicate=False))
+    replaced = [name for name, param in found if param not in pieces and normalize(name) in wanted]
+    if not any(param in pieces for _, param in found):  # FSDP1's flat parameters have names of their own
+        replaced = [name for name, _ in found]
+    if replaced:
+        more = f" and {len(replaced) - 1} more" if len(replaced) > 1 else ""
         raise RuntimeError(
-            f"{type(alive).__name__} has none of AdaPM's parameters any more, so nothing is trained: they were replaced"
-            " after it was built, as fully_shard and ModelParallelStrategy do. Build AdaPM after that, in"
+            f"{replaced[0]}{more} of {type(module).__name__} would not be trained: put in the place of AdaPM's"
+            " parameters after it was built, as fully_shard and ModelParallelStrategy do. Build AdaPM after that, in"
             " configure_optimizers (AdaPMMixin does) and not by LightningCLI's optimizer option"
         )
 
