@@ -7,11 +7,10 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.cli import LightningCLI, LRSchedulerTypeUnion
+from lightning.pytorch.cli import LightningCLI, LRSchedulerTypeUnion, instantiate_class
 from torch.optim import Optimizer
 
 from lightning_adapm.mixin import AdaPMMixin
-from lightning_adapm.optim import AdaPM
 
 
 class RichProgress(RichProgressBar):
@@ -32,10 +31,10 @@ class RichProgress(RichProgressBar):
 class AdaPMCLI(LightningCLI):
     """LightningCLI for any LightningModule and data module, named in the configuration by their class paths.
 
-    Different from LightningCLI in three points: an optimizer chosen by ``--optimizer`` without ``--lr_scheduler``
-    follows the schedule of the model's own settings (so that AdamW and AdaPM compare on equal terms), ``bf16-mixed`` is
-    the default precision on a CUDA device that has bfloat16, and a run overwrites the configuration saved by an earlier
-    run in the same folder.
+    Different from LightningCLI in four points: an optimizer chosen by ``--optimizer`` without ``--lr_scheduler``
+    follows the schedule of the model's own settings (so that AdamW and AdaPM compare on equal terms), it trains the
+    model under ``ModelParallelStrategy``, too, ``bf16-mixed`` is the default precision on a CUDA device that has
+    bfloat16, and a run overwrites the configuration saved by an earlier run in the same folder.
 
     Args:
         args: Command-line words instead of the process's own.
@@ -58,17 +57,20 @@ class AdaPMCLI(LightningCLI):
         if trainer.precision is None and trainer.accelerator in ("auto", "gpu", "cuda") and _cuda_has_bf16():
             trainer.precision = "bf16-mixed"
 
-    @staticmethod
-    def configure_optimizers(
-        lightning_module: L.LightningModule, optimizer: Optimizer, lr_scheduler: LRSchedulerTypeUnion | None = None
+    def configure_optimizers(  # type: ignore[override]
+        self,
+        lightning_module: L.LightningModule,
+        optimizer: Optimizer,
+        lr_scheduler: LRSchedulerTypeUnion | None = None,
     ) -> Any:
-        """Put the model's own schedule on an optimizer that was given without one.
-
-        Raises:
-            RuntimeError: The strategy replaced parameters after the optimizer was built.
-        """
-        if isinstance(optimizer, AdaPM):
-            optimizer.check_not_replaced()
+        """Put the model's own schedule on an optimizer that was given without one, and see that it trains the model."""
+        held = {param for group in optimizer.param_groups for param in group["params"]}
+        if not held.issuperset(lightning_module.parameters()):
+            # FSDP2 replaces parameters, and LightningCLI builds optimizers before any strategy has seen the model
+            chosen = self.config_init[str(self.subcommand)]
+            optimizer = instantiate_class(lightning_module.parameters(), chosen.optimizer)
+            if lr_scheduler is not None:
+                lr_scheduler = instantiate_class(optimizer, chosen.lr_scheduler)
         if lr_scheduler is None and isinstance(lightning_module, AdaPMMixin):
             return lightning_module.schedule(optimizer)
         return LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)

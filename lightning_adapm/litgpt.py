@@ -112,8 +112,19 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
         return []
 
     def configure_model(self) -> None:
-        """Shard every block, then the rest, where the strategy leaves that to the module (FSDP2); compile."""
+        """Shard every block, then the rest, where the strategy leaves that to the module (FSDP2); compile.
+
+        Raises:
+            MisconfigurationException: A strategy with more than one process for tensor parallelism.
+        """
         if self.device_mesh is not None and not isinstance(self.model, FSDPModule):
+            shared = self.device_mesh["tensor_parallel"].size()
+            if shared > 1:
+                raise MisconfigurationException(
+                    f"LitGPTModule does not support tensor parallelism, but the strategy has `tensor_parallel_size`"
+                    f" {shared}: those processes would do the same work. Write"
+                    f" `ModelParallelStrategy(data_parallel_size={self.device_mesh.size()}, tensor_parallel_size=1)`."
+                )
             for part in (*self.model.transformer.h, self.model):
                 fully_shard(part, mesh=self.device_mesh["data_parallel"])
         if self.torch_compile and self.model._compiled_call_impl is None:

@@ -207,3 +207,29 @@ def test_errors_that_are_not_about_input_keep_their_traceback(in_process, monkey
     monkeypatch.setattr(cli.LightningCLI, "__init__", lambda *args, **kwargs: int("x"))
     with pytest.raises(ValueError, match="invalid literal"):
         in_process("fit")
+
+
+FSDP2 = ("--config", QUICKSTART, "--config", QUICKSTART.with_name("quickstart-fsdp2.yaml"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["lightning_adapm.AdaPM", "torch.optim.AdamW"])
+def test_an_optimizer_of_the_command_line_trains_under_fsdp2(corpus, tmp_path, optimizer):
+    """LightningCLI builds it before the parameters are replaced."""
+    run(tmp_path, "fit", *FSDP2, *shrunk(corpus, tmp_path), "--optimizer", optimizer, "--optimizer.lr=0.01")
+    folder = tmp_path / "runs" / "quickstart" / "adapm" / "version_0"
+    first, last = map(float, logged(folder, "val_loss"))
+    assert last < first - 0.1
+    saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    state = saved["optimizer_states"][0]["state"]
+    assert len(state) == len(saved["state_dict"]) - 1  # the head is tied
+    assert {float(each["step"]) for each in state.values()} == {4.0}
+
+
+def test_tensor_parallelism_is_refused_before_training(corpus, tmp_path):
+    sizes = ["--trainer.strategy.init_args.data_parallel_size=1", "--trainer.strategy.init_args.tensor_parallel_size=2"]
+    result = run(tmp_path, "fit", *FSDP2, *shrunk(corpus, tmp_path), *sizes, check=False)
+    assert result.returncode
+    assert "`tensor_parallel_size` 2" in result.stderr
+    assert "`ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)`" in result.stderr
+    assert "Traceback" not in result.stderr

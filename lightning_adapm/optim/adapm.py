@@ -179,7 +179,6 @@ class AdaPM(Checkpointed):
         """Take one step; ``closure`` reevaluates the model and returns the loss."""
         for group in self.param_groups:
             options.check_held(group, self.pieces)
-        self.check_not_replaced()
         loss, updated = None, {}
         if self.update_in_backward:
             sharded = any(self.placement(param).layout is not None for param in self.pieces)
@@ -188,6 +187,7 @@ class AdaPM(Checkpointed):
         elif closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.check_not_replaced()
         self.gradient_norm = torch.stack(list(updated.values())).sum().sqrt() if updated else None
         moved = self._take([(group, group["param_names"], group["params"]) for group in self.param_groups])
         if not moved and not updated:
@@ -196,6 +196,8 @@ class AdaPM(Checkpointed):
 
     def check_not_replaced(self) -> None:
         """Once, in the first step at the latest: refuse a model whose parameters are no longer those given.
+
+        FSDP2 itself puts others in their place from forward to backward: not to be called in between.
 
         Raises:
             RuntimeError: naming the first of them, and where to build the optimizer instead.

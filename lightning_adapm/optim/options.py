@@ -171,7 +171,7 @@ def check_not_replaced(module: nn.Module, pieces: Mapping[Tensor, Any], names: M
     Raises:
         RuntimeError: naming the first parameter of the module that took the place of AdaPM's.
     """
-    wanted = {normalize(name) for name, param in names.items() if param.requires_grad}
+    wanted = {normalize(name) for name, param in names.items() if param.requires_grad and param.grad is None}
     found = list(module.named_parameters(remove_duplicate=False))
     replaced = [name for name, param in found if param not in pieces and normalize(name) in wanted]
     if not any(param in pieces for _, param in found):  # FSDP1's flat parameters have names of their own
