@@ -1,7 +1,7 @@
 """Fits under a Trainer: ``run_trainer.py FOLDER FIT...``, a fit as JSON.
 
 Keys of a fit: ``strategy``, ``job``, ``steps``, ``save`` (a name for the checkpoint at the last step), ``load`` (the
-checkpoint to resume from), ``every`` (steps from one checkpoint to the next, with 0.1 s for each), ``weights`` (a file
+checkpoint to resume from), ``refused`` (whether that has to fail), ``every`` (steps from one checkpoint to the next, with 0.1 s for each), ``weights`` (a file
 for the final weights), ``log`` (a file for what the callbacks logged), ``optimizer`` and ``trainer`` (more of its
 options).
 """
@@ -21,6 +21,7 @@ from jobs import JOBS, leave, loss_of, shard, weights_of
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import (
     FullOptimStateDictConfig,
     FullStateDictConfig,
@@ -173,7 +174,16 @@ def main(folder, *fits):
     environment = dict(os.environ)
     for each in fits:
         os.environ.update(environment)  # Lightning takes its part out at the end of a fit
-        fit(Path(folder), **json.loads(each))
+        options = json.loads(each)
+        if not options.pop("refused", False):
+            fit(Path(folder), **options)
+            continue
+        try:
+            fit(Path(folder), **options)
+        except (Exception, CheckpointException) as error:
+            print(f"{options['strategy']} from {options['load']}: {type(error).__name__}: {error}")
+        else:
+            raise AssertionError(f"{each} was not refused")
 
 
 if __name__ == "__main__":

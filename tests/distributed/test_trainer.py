@@ -172,3 +172,19 @@ def test_resumed_under_any_strategy(tmp_path, job):
                     loads.append({"strategy": strategy, "job": job, "steps": 12, **load})
         fits(tmp_path, world_size, *loads)
     assert_one_device(tmp_path, job, files)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adapm", "adamw"])
+def test_a_sharded_checkpoint_is_for_its_own_strategy(tmp_path, optimizer):
+    """Lightning refuses the others whatever the optimizer: nothing that AdamW can do is missing here."""
+    job = {"job": "gpt block", "optimizer": optimizer}
+    saves = [job | {"strategy": origin, "steps": 6, "save": origin} for origin in ("fsdp1 sharded", "fsdp2 sharded")]
+    refused = [
+        job | {"strategy": strategy, "steps": 12, "load": f"{origin}.ckpt", "refused": True}
+        for origin in ("fsdp1 sharded", "fsdp2 sharded")
+        for strategy in ("single", *STRATEGIES)
+        if not can_load(origin, strategy)
+    ]
+    fits(tmp_path, 2, *saves, *(load for load in refused if load["strategy"] != "single"))
+    fits(tmp_path, 1, *(load for load in refused if load["strategy"] == "single"))
