@@ -1,5 +1,6 @@
 """What the tests of strategies train, the same on one device and on many processes."""
 
+import functools
 import os
 import sys
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ import torch.distributed as dist
 from litgpt import GPT
 from models import PlainLM, gpt_loss, tiny_gpt, token_batches
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import CustomPolicy
@@ -57,6 +60,25 @@ class InterleavedAttention(nn.Module):
         q, k, v = self.query_key_value(x).unflatten(-1, (self.num_heads, 3, -1)).permute(3, 0, 2, 1, 4)
         y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.dense(y.transpose(1, 2).flatten(2))
+
+
+class GatedMLP(nn.Module):
+    """Phi-3's: the gate's rows and the up projection's in one weight."""
+
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.gate_up_proj, self.down_proj = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
+
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(nn.functional.silu(gate) * up)
+
+
+def gated_lm():
+    model = PlainLM(vocab=61, width=36, n_head=4)
+    for layer in model.layers:
+        layer.mlp = GatedMLP(36, 25)
+    return model
 
 
 class Experts(nn.Module):
@@ -112,6 +134,7 @@ MODELS = {
     "plain": lambda: PlainLM(vocab=61, width=36, n_head=4),
     "gpt": lambda: tiny_gpt(n_head=3, n_query_groups=3, n_embd=30, head_size=10, intermediate_size=41, **LAYER_NORM),
     "gqa": lambda: tiny_gpt(n_head=4, n_query_groups=1, n_embd=36, head_size=9, **LAYER_NORM),
+    "gated": gated_lm,
     "odd": Odd,
     "transposed": lambda: Odd(experts=(0, 0)),
     "few rows": lambda: PlainLM(vocab=61, width=6, layers=1, n_head=2, n_query_groups=1),
@@ -192,6 +215,7 @@ class Job:
 
 def loss_of(model, tokens):
     inner = getattr(model, "module", model)
+    inner = getattr(inner, "_orig_mod", inner)
     return gpt_loss(model, tokens) if isinstance(inner, GPT) else model(tokens)
 
 
@@ -212,6 +236,7 @@ def train_share(model, optimizer, batches, rank=0, world_size=1, broken=None):
 
 def blocks_of(model):
     """The modules that are wrapped by themselves."""
+    model = getattr(model, "_fsdp_wrapped_module", model)
     if isinstance(model, GPT):
         return list(model.transformer.h)
     return list(model.layers if isinstance(model, PlainLM) else model.h)
@@ -231,6 +256,24 @@ def flatten(model, **options):
     return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=cpu, **options)
 
 
+def checkpointed(model):
+    """With a wrapper around every block, which recomputes its activations."""
+    blocks = blocks_of(model)
+    apply_activation_checkpointing(model, check_fn=lambda module: any(module is block for block in blocks))
+    return model
+
+
+def shard_without_memory(model):
+    """FSDP2 of a model on the meta device, whose weights are loaded where they will stay."""
+    weights = model.state_dict()
+    sharded = shard(model.to("meta")).to_empty(device="cpu")
+    set_model_state_dict(sharded, weights, options=StateDictOptions(full_state_dict=True))
+    return sharded
+
+
+compiled = functools.partial(torch.compile, backend="eager")  # as any backend, it wraps: code is another matter
+
+
 def pairs():
     """Every two processes hold the model together, as on the nodes of a cluster."""
     return init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("replicate", "shard"))
@@ -243,6 +286,13 @@ WRAP = {
     "fsdp2": shard,
     "hybrid1": lambda model: flatten(model, device_mesh=pairs(), sharding_strategy=ShardingStrategy.HYBRID_SHARD),
     "hybrid2": lambda model: shard(model, pairs()),
+    "ddp of compiled": lambda model: DistributedDataParallel(compiled(model)),
+    "compiled ddp of checkpointed": lambda model: compiled(DistributedDataParallel(checkpointed(model))),
+    "fsdp1 of checkpointed": lambda model: flatten(checkpointed(model)),
+    "checkpointed fsdp1": lambda model: checkpointed(flatten(model)),
+    "fsdp2 of checkpointed": lambda model: shard(checkpointed(model)),
+    "compiled fsdp2": lambda model: compiled(shard(model)),
+    "fsdp2 from meta": shard_without_memory,
 }
 
 
@@ -251,8 +301,7 @@ def weights_of(model):
     if isinstance(model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(model):
             return {normalize(name): param.detach().clone() for name, param in model.named_parameters()}
-    inner = getattr(model, "module", model)
-    return {name: full(param.detach()) for name, param in inner.named_parameters()}
+    return {normalize(name): full(param.detach()) for name, param in model.named_parameters()}
 
 
 def full(tensor):
@@ -262,7 +311,7 @@ def full(tensor):
 ROW_KINDS = ("elementwise", "block", "factored")
 JOBS = {
     f"{model} {kind}": Job(model, {"second_moment": kind})
-    for model in ("plain", "gpt", "gqa", "odd", "transposed", "few rows")
+    for model in ("plain", "gpt", "gqa", "gated", "odd", "transposed", "few rows")
     for kind in ROW_KINDS
 }
 JOBS |= {

@@ -13,8 +13,8 @@ def main(strategy, output, *names):
             job = JOBS[name]
             model = job.build()
             # as LightningCLI does: FSDP1 keeps the parameters, and makes them one-dimensional
-            early = job.optimizer(model) if strategy == "fsdp1 late" else None
-            wrapped = WRAP[strategy.split()[0]](model)
+            early = job.optimizer(model) if strategy.endswith(" late") else None
+            wrapped = WRAP[strategy.removesuffix(" late")](model)
             job.train(wrapped, rank, world_size, early)
             weights[name] = weights_of(wrapped)
         if rank == 0:

@@ -1,9 +1,9 @@
 """Fits under a Trainer: ``run_trainer.py FOLDER FIT...``, a fit as JSON.
 
 Keys of a fit: ``strategy``, ``job``, ``steps``, ``save`` (a name for the checkpoint at the last step), ``load`` (the
-checkpoint to resume from), ``refused`` (whether that has to fail), ``every`` (steps from one checkpoint to the next, with 0.1 s for each), ``weights`` (a file
-for the final weights), ``log`` (a file for what the callbacks logged), ``optimizer`` and ``trainer`` (more of its
-options).
+checkpoint to resume from), ``refused`` (whether that has to fail), ``every`` (steps from one checkpoint to the next,
+with 0.1 s for each), ``weights`` (a file for the final weights), ``log`` (a file for what the callbacks logged),
+``optimizer`` and ``trainer`` (more of its options).
 """
 
 import json

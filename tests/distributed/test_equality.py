@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from jobs import JOBS
+from jobs import JOBS, WRAP
 from launch import run_processes
 from models import relative_difference
 
@@ -44,6 +44,16 @@ def test_equals_one_device(strategy, world_size, tmp_path):
 def test_hybrid_sharding(strategy, tmp_path):
     """Sharded on two processes, replicated on two such pairs: litgpt pretrains with FSDP1's HYBRID_SHARD."""
     assert_one_device(strategy, 4, tmp_path, QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [strategy for strategy in WRAP if " " in strategy])
+def test_wrapped(strategy, tmp_path):
+    """torch.compile, activation checkpointing and meta devices, around a strategy or inside."""
+    names = ["plain block", "gated elementwise"]
+    if "meta" not in strategy:  # which unties the head and forgets buffers
+        names += ["transposed factored", "gpt block"]
+    assert_one_device(strategy, 2, tmp_path, names)
 
 
 @pytest.mark.slow
