@@ -23,6 +23,14 @@ from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre
 from lightning_adapm.layout import layout_of, local
 from lightning_adapm.named import normalize
 
+CUDA = os.environ.get("STRATEGIES_ON") == "cuda"
+"""Of the processes of test_strategies_on_gpu.py; all others train on the CPU."""
+
+
+def device():
+    """This process's."""
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if CUDA else torch.device("cpu")
+
 
 class Conv1D(nn.Module):
     """Hugging Face's linear layer of GPT-2: the weight is stored as inputs by outputs."""
@@ -146,7 +154,10 @@ def processes():
     """The process group of a script that was started by :func:`launch.run_processes`."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = f"file://{os.environ['STORE']}"
-    dist.init_process_group("gloo", store, timedelta(seconds=60), rank=rank, world_size=world_size)
+    if CUDA:
+        torch.cuda.set_device(device())
+    backend = "nccl" if CUDA else "gloo"
+    dist.init_process_group(backend, store, timedelta(seconds=60), rank=rank, world_size=world_size)
     yield rank, world_size
     dist.barrier()
     leave()
@@ -226,7 +237,7 @@ def train_share(model, optimizer, batches, rank=0, world_size=1, broken=None):
     """
     for step, tokens in enumerate(batches):
         optimizer.zero_grad()
-        loss_of(model, tokens.chunk(world_size)[rank]).backward()
+        loss_of(model, tokens.chunk(world_size)[rank].to(next(model.parameters()).device)).backward()
         for name, param in model.named_parameters() if broken and step % 3 == 0 else ():
             layout = layout_of(param)
             if broken in name and (layout is None or layout.held[0] == 0 < layout.held[1]):
@@ -250,10 +261,10 @@ def shard(model, mesh=None):
 
 
 def flatten(model, **options):
-    """FSDP1 on CPU, likewise: every block is one flat parameter, and the rest another."""
+    """FSDP1, likewise: every block is one flat parameter, and the rest another."""
     policy = CustomPolicy(lambda module: any(module is block for block in blocks_of(model)))
-    cpu = torch.device("cpu")
-    return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=cpu, **options)
+    options |= {"auto_wrap_policy": policy, "use_orig_params": True, "device_id": device()}
+    return FullyShardedDataParallel(model, **options)
 
 
 def checkpointed(model):
@@ -266,7 +277,7 @@ def checkpointed(model):
 def shard_without_memory(model):
     """FSDP2 of a model on the meta device, whose weights are loaded where they will stay."""
     weights = model.state_dict()
-    sharded = shard(model.to("meta")).to_empty(device="cpu")
+    sharded = shard(model.to("meta")).to_empty(device=device())
     set_model_state_dict(sharded, weights, options=StateDictOptions(full_state_dict=True))
     return sharded
 
@@ -276,7 +287,7 @@ compiled = functools.partial(torch.compile, backend="eager")  # as any backend, 
 
 def pairs():
     """Every two processes hold the model together, as on the nodes of a cluster."""
-    return init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(device().type, (dist.get_world_size() // 2, 2), mesh_dim_names=("replicate", "shard"))
 
 
 WRAP = {

@@ -3,7 +3,7 @@
 import sys
 
 import torch
-from jobs import JOBS, WRAP, processes, weights_of
+from jobs import JOBS, WRAP, device, processes, weights_of
 
 
 def main(strategy, output, *names):
@@ -11,12 +11,12 @@ def main(strategy, output, *names):
     with processes() as (rank, world_size):
         for name in names:
             job = JOBS[name]
-            model = job.build()
+            model = job.build().to(device())
             # as LightningCLI does: FSDP1 keeps the parameters, and makes them one-dimensional
             early = job.optimizer(model) if strategy.endswith(" late") else None
             wrapped = WRAP[strategy.removesuffix(" late")](model)
             job.train(wrapped, rank, world_size, early)
-            weights[name] = weights_of(wrapped)
+            weights[name] = {key: weight.cpu() for key, weight in weights_of(wrapped).items()}
         if rank == 0:
             torch.save(weights, output)
 
