@@ -7,18 +7,23 @@ import sys
 import traceback
 
 USAGE = """\
-usage: lightning-adapm {plan,fit,validate,test,predict} [--config FILE ...] [--OPTION VALUE ...]
+usage: lightning-adapm {plan,fit,validate,test,predict,litgpt} [--config FILE ...] [--OPTION VALUE ...]
 
   plan       what the optimizer's state will cost:  lightning-adapm plan --model_name Llama-3-8B
   fit        train a model:  lightning-adapm fit --config recipes/trainer/pretrain/quickstart.yaml
   validate   one pass over the validation data
   test       one pass over the test data
   predict    predictions for every batch
+  litgpt     litgpt's pretrain and finetune_*, with our figures in its logs:  lightning-adapm litgpt pretrain -h
 
 Several --config files apply in order, options after them override. All options of one command:
   lightning-adapm fit -h
   lightning-adapm fit --model.help lightning_adapm.litgpt.LitGPTModule
 """
+
+LITGPT_COMMANDS = ("pretrain", "finetune", "finetune_full", "finetune_lora", "finetune_adapter", "finetune_adapter_v2")
+"""Those of litgpt that train. Without the word litgpt before it: so Fabric starts the processes of other devices, with
+the words that litgpt reads."""
 
 
 def main(args: list[str] | None = None) -> None:
@@ -37,6 +42,12 @@ def main(args: list[str] | None = None) -> None:
             from lightning_adapm import plan_command
 
             sys.exit(plan_command.run(words[1:]))
+        if words[0] == "litgpt" or words[0] in LITGPT_COMMANDS:
+            from lightning_adapm import litgpt_command
+
+            litgpt_command.run(words[1:] if words[0] == "litgpt" else words)
+            _leave_process_group()
+            return
         from lightning_adapm.cli import AdaPMCLI
 
         AdaPMCLI(args)

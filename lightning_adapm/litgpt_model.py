@@ -120,12 +120,21 @@ def load_tokenizer(tokenizer_dir: str | None) -> Tokenizer:
             " (or tokenizer.model) and tokenizer_config.json, or `model.init_args.checkpoint_dir`."
         )
     folder = Path(tokenizer_dir).expanduser()
+    check_tokenizer(folder)
+    return Tokenizer(folder)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """See that a folder has a tokenizer in it.
+
+    Raises:
+        FileNotFoundError: If it has none.
+    """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise FileNotFoundError(
             f"`tokenizer_dir`: there is neither tokenizer.json nor tokenizer.model in {str(folder)!r}. Give a folder"
             " with a tokenizer, such as a litgpt checkpoint directory."
         )
-    return Tokenizer(folder)
 
 
 def check_data(data: Any) -> None:
@@ -146,8 +155,30 @@ def check_data(data: Any) -> None:
         )
 
 
+def check_weights(config: Config, checkpoint_dir: str) -> None:
+    """See that a checkpoint is of the model that ``config`` describes, without taking memory for either.
+
+    Raises:
+        FileNotFoundError: If there is no ``lit_model.pth`` in the directory.
+        ValueError: If its parameters have other names or shapes than the model's.
+    """
+    from litgpt import GPT
+
+    with torch.device("meta"):
+        model = GPT(config)
+    _matching(model, checkpoint_file(checkpoint_dir, WEIGHTS), tie_embeddings=False)
+
+
 def _load(model: GPT, path: Path, tie_embeddings: bool) -> None:
     """Copy a checkpoint's weights into a model, which may have LoRA's matrices besides."""
+    saved = _matching(model, path, tie_embeddings)
+    if tie_embeddings:
+        saved = saved | {"lm_head.weight": saved["transformer.wte.weight"]}
+    model.load_state_dict(saved, strict=False)
+
+
+def _matching(model: GPT, path: Path, tie_embeddings: bool) -> dict[str, Tensor]:
+    """A checkpoint's weights, if the model has the same ones."""
     saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     saved = saved.get("model", saved)  # `litgpt pretrain` and `finetune_full` save the model with more around it
     own = {key.replace(".linear.", "."): value for key, value in model.state_dict().items() if "lora_" not in key}
@@ -160,9 +191,7 @@ def _load(model: GPT, path: Path, tie_embeddings: bool) -> None:
                 f" {_shape(own, name)} in this model. Leave out `model_name` and `config` to take the checkpoint's own"
                 " model_config.yaml, or give the fields that the checkpoint was made with."
             )
-    if tie_embeddings:
-        saved = saved | {"lm_head.weight": saved["transformer.wte.weight"]}
-    model.load_state_dict(saved, strict=False)
+    return dict(saved)
 
 
 def _shape(state: dict[str, Tensor], name: str) -> tuple[int, ...] | None:

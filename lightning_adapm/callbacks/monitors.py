@@ -1,12 +1,13 @@
 """Callbacks that log what an optimizer holds and what its low-rank momentum does not see."""
 
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_adapm.callbacks.pooling import Pool, ResidualFigures
@@ -63,13 +64,7 @@ class OptimizerStateMonitor(L.Callback):
         """Measure and log, where the batch ended a step that logs."""
         if not self._clock.rings(trainer.global_step - 1):
             return
-        figures = StateReport.measure(trainer.optimizers, pl_module).figures()
-        every_role = (f"total_bytes_by_role/{role}" for role in (*ROLES, OTHER))
-        pool = _pool(sorted({*figures, *every_role}), trainer.strategy.root_device)
-        pool.update((name, size, 1.0) for name, size in figures.items())
-        logged = {name: mean for name, (mean, _) in pool.compute().items()}
-        logged["total_bytes_all_processes"] = logged["total_bytes"] * trainer.world_size
-        logged["ratio_to_adamw"] = logged["total_bytes"] / max(1, logged["adamw_bytes"])
+        logged = pooled_state(trainer.optimizers, pl_module, trainer.strategy.root_device, trainer.world_size)
         if trainer.world_size > 1:
             exchanged, steps = TRAFFIC.bytes, trainer.global_step
             logged["exchanged_bytes_per_step"] = (exchanged - self._exchanged[0]) / (steps - self._exchanged[1])
@@ -115,7 +110,7 @@ class ResidualNormMonitor(L.Callback):
         self.log_key_prefix = log_key_prefix
         self.history: list[tuple[int, dict[str, float]]] = []
         """Step and logged figures, in order."""
-        self._monitored: list[_Monitored] = []
+        self._monitored: list[Monitored] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the optimizers that have a residual; say so where there is none."""
@@ -123,7 +118,7 @@ class ResidualNormMonitor(L.Callback):
         found = [o for o in trainer.optimizers if isinstance(o, AdaPM) and ResidualFigures(o).layers]
         prefixes = [self.log_key_prefix + (f"{index}/" if len(found) > 1 else "") for index in range(len(found))]
         clocks = [StepClock(self.every_n_steps, trainer.global_step) for _ in found]
-        self._monitored = [_Monitored(*each) for each in zip(found, prefixes, clocks, strict=True)]
+        self._monitored = [Monitored(*each) for each in zip(found, prefixes, clocks, strict=True)]
         if not found:
             rank_zero_warn(
                 f"ResidualNormMonitor logs nothing: {optimizer_name(trainer)} has no low-rank momentum, so there is no"
@@ -152,13 +147,7 @@ class ResidualNormMonitor(L.Callback):
             if monitored.due is None or monitored.due == trainer.global_step:
                 continue
             monitored.due = None
-            names = ResidualFigures(monitored.optimizer)
-            pool = _pool(names.names, trainer.strategy.root_device)
-            readings = monitored.probe.read()
-            pool.update(names.figures(readings))
-            if readings:
-                pool.update([("nonfinite_gradients", monitored.count_nonfinite(), 1.0)])
-            figures = names.logged(pool.compute())
+            figures = pooled_residual(monitored, trainer.strategy.root_device)
             if figures:  # none, for example, where a gradient scaler skipped the step
                 figures = {monitored.prefix + name: value for name, value in figures.items()}
                 self.history.append((logged_step(trainer), figures))
@@ -176,7 +165,7 @@ class ResidualNormMonitor(L.Callback):
                 publish_figure(trainer, name, partial(_draw_residual, history, monitored.prefix))
 
 
-class _Monitored:
+class Monitored:
     """An optimizer with its probe, which is in it during the steps that log only."""
 
     def __init__(self, optimizer: AdaPM, prefix: str, clock: StepClock) -> None:
@@ -215,6 +204,30 @@ def _draw_residual(history: list[tuple[int, dict[str, float]]], prefix: str) -> 
     from lightning_adapm.callbacks.figures import residual_figure
 
     return residual_figure(history, prefix)
+
+
+def pooled_state(
+    optimizers: Iterable[Optimizer], module: nn.Module | None, device: torch.device, processes: int
+) -> dict[str, float]:
+    """What :class:`OptimizerStateMonitor` logs of the optimizers' state, by name; all processes take part."""
+    figures = StateReport.measure(optimizers, module).figures()
+    every_role = (f"total_bytes_by_role/{role}" for role in (*ROLES, OTHER))
+    pool = _pool(sorted({*figures, *every_role}), device)
+    pool.update((name, size, 1.0) for name, size in figures.items())
+    logged = {name: mean for name, (mean, _) in pool.compute().items()}
+    logged["total_bytes_all_processes"] = logged["total_bytes"] * processes
+    logged["ratio_to_adamw"] = logged["total_bytes"] / max(1, logged["adamw_bytes"])
+    return logged
+
+
+def pooled_residual(monitored: Monitored, device: torch.device) -> dict[str, float]:
+    """What :class:`ResidualNormMonitor` logs of what the probe has seen, by name; all processes take part."""
+    names, readings = ResidualFigures(monitored.optimizer), monitored.probe.read()
+    pool = _pool(names.names, device)
+    pool.update(names.figures(readings))
+    if readings:
+        pool.update([("nonfinite_gradients", monitored.count_nonfinite(), 1.0)])
+    return names.logged(pool.compute())
 
 
 def _pool(names: list[str], device: torch.device) -> Pool:

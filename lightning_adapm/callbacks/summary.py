@@ -1,11 +1,13 @@
 """The table at the start of a run: what the optimizer's state will be."""
 
 import logging
+from collections.abc import Iterable
 from typing import Literal
 
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich import get_console
+from torch.optim import Optimizer
 
 from lightning_adapm.optim import AdaPM
 from lightning_adapm.optim.tasks import shares_basis
@@ -48,13 +50,19 @@ class OptimizerSummary(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the table of every AdaPM optimizer, on the first process."""
-        if not trainer.is_global_zero:
-            return
-        for optimizer in trainer.optimizers:
-            if isinstance(optimizer, AdaPM):
-                lines, name = summarise(plan(optimizer), self.by), type(optimizer).__name__
-                get_console().print(summary_table(lines, self.by, self.max_rows, name))
-                if note := _sharding_note(optimizer):
-                    get_console().print(note)
-            else:
-                _log.debug("OptimizerSummary: the state of %s is not known before it steps", type(optimizer).__name__)
+        if trainer.is_global_zero:
+            print_summary(trainer.optimizers, self.by, self.max_rows)
+
+
+def print_summary(
+    optimizers: Iterable[Optimizer], by: Literal["role", "parameter"] = "role", max_rows: int = 50
+) -> None:
+    """What :class:`OptimizerSummary` prints, of every AdaPM optimizer."""
+    for optimizer in optimizers:
+        if isinstance(optimizer, AdaPM):
+            lines, name = summarise(plan(optimizer), by), type(optimizer).__name__
+            get_console().print(summary_table(lines, by, max_rows, name))
+            if note := _sharding_note(optimizer):
+                get_console().print(note)
+        else:
+            _log.debug("OptimizerSummary: the state of %s is not known before it steps", type(optimizer).__name__)
