@@ -168,8 +168,9 @@ def test_a_scheduler_of_the_users_own_stays():
     module = torch.nn.Linear(1, 1)
     optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
-    assert cli.AdaPMCLI.configure_optimizers(module, optimizer, scheduler) == ([optimizer], [scheduler])
-    assert cli.AdaPMCLI.configure_optimizers(module, optimizer, None) is optimizer
+    command_line = object.__new__(cli.AdaPMCLI)  # without a run
+    assert command_line.configure_optimizers(module, optimizer, scheduler) == ([optimizer], [scheduler])
+    assert command_line.configure_optimizers(module, optimizer, None) is optimizer
 
 
 # Help and bad input

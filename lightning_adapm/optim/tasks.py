@@ -49,9 +49,9 @@ class Placement(NamedTuple):
         shape, shard = self.shapes[index], self.shards[index]
         if shard is not None:
             return torch.Size((shard.count, *shape[1:]))
-        if self.layout is None or not shape:
+        if self.layout is None or len(self.layout.spans) == 1 or not shape:
             return shape
-        first, last = self.layout.held  # a stack of matrices, or the only process
+        first, last = self.layout.held  # of a stack of matrices
         return torch.Size(((last - first) // max(1, shape[1:].numel()), *shape[1:]))
 
     def local_numel(self, index: int) -> int:

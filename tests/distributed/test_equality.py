@@ -39,6 +39,12 @@ def test_equals_one_device(strategy, world_size, tmp_path):
     assert_one_device(strategy, world_size, tmp_path, QUICK + ("plain unfrozen",) * (strategy == "fsdp2"))
 
 
+@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp2"])
+def test_a_strategy_of_one_process(strategy, tmp_path):
+    """Its parameters are sharded, into one part each."""
+    assert_one_device(strategy, 1, tmp_path, QUICK)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["hybrid1", "hybrid2"])
 def test_hybrid_sharding(strategy, tmp_path):

@@ -164,7 +164,7 @@ def test_resumed_under_any_strategy(tmp_path, job):
     files = []
     for world_size in (1, 2, 4):
         loads = []
-        for strategy in ("single",) if world_size == 1 else STRATEGIES:
+        for strategy in ("single", "fsdp1 full", "fsdp2 full", "fsdp2 sharded") if world_size == 1 else STRATEGIES:
             for origin, size in origins.items():
                 if can_load(origin, strategy):
                     files.append(f"{strategy} of {world_size} from {origin} of {size}.pt")
