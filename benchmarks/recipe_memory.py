@@ -1,4 +1,4 @@
-"""Bytes of optimizer state of every Trainer recipe, as ``lightning-adapm plan`` says them.
+"""Bytes of optimizer state of every recipe, as ``lightning-adapm plan`` says them.
 
 ``python -m benchmarks.recipe_memory`` writes them into the recipes' headers and the table of docs/recipes.md.
 """
@@ -15,7 +15,7 @@ import yaml
 from lightning_adapm import plan_command
 
 REPOSITORY = Path(__file__).parents[1]
-RECIPES = REPOSITORY / "recipes" / "trainer"
+RECIPES = REPOSITORY / "recipes"
 PAGE = REPOSITORY / "docs" / "recipes.md"
 SHOWN = ("AdamW", "AdaPM", "AdaPM block")
 _MEMORY = re.compile(r"^# Memory: .*$", re.MULTILINE)
@@ -44,7 +44,8 @@ def complete_recipes() -> list[Path]:
     return [
         path
         for path in sorted(RECIPES.rglob("*.yaml"))
-        if "model" in yaml.safe_load(path.read_text(encoding="utf-8")) and not path.stem.startswith("quickstart")
+        if not path.stem.startswith("quickstart")
+        and {"model", "model_name", "checkpoint_dir"} & yaml.safe_load(path.read_text(encoding="utf-8")).keys()
     ]
 
 

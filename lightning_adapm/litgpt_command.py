@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from torch.optim import Optimizer
 
 from lightning_adapm import litgpt_model
@@ -41,6 +42,7 @@ def run(words: list[str]) -> None:
         raise ValueError(f"lightning-adapm litgpt takes one of litgpt's commands {', '.join(LITGPT_COMMANDS)}, {found}")
     try:
         litgpt = importlib.import_module("litgpt.__main__")
+        importlib.import_module("requests")  # which its parser imports late, and does not require
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"litgpt's command line needs {error.name}: pip install 'lightning-adapm[litgpt]'"
@@ -181,3 +183,5 @@ def check_optimizer(optimizer: str | Mapping[str, Any] | None) -> None:
             close = difflib.get_close_matches(option, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"the options are {', '.join(known)}"
             raise ValueError(f"optimizer: {name} has no option {option!r}; {hint}")
+    if isinstance(found, type) and issubclass(found, AdaPM):  # which checks their values when it is built
+        found([{"params": [torch.zeros(1, requires_grad=True)], "role": "norm"}], **optimizer["init_args"])

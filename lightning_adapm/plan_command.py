@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, get_loader
 from torch import nn
 
 from lightning_adapm.explanation import VARIANTS, Explanation, compare, explain
+from lightning_adapm.litgpt_model import MODEL_CONFIG
 from lightning_adapm.optim import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre
 from lightning_adapm.optim.assign import name_patterns
 from lightning_adapm.tables import as_text, comparison_table, pieces_table, show_count, summarise, summary_table
@@ -23,6 +24,9 @@ from lightning_adapm.tables import as_text, comparison_table, pieces_table, show
 _LITGPT = "lightning_adapm.litgpt.LitGPTModule"
 _DTYPES = {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64", "64": "float64"}
 """The dtype of the parameters under a Trainer's precision; float32 under all others."""
+
+_LORA = {"lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "lora_query": True, "lora_value": True}
+"""What `litgpt finetune_lora` takes where a recipe for it says nothing."""
 
 NEIGHBOURS: tuple[type[AdaPM], ...] = (AdamMini, LoRAPre, AdaLomo, Lomo)
 """Optimizers that have a column of their own where a recipe names them."""
@@ -134,12 +138,10 @@ def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, A
 
 
 def _model_section(recipe: Mapping[str, Any], files: list[str] | None) -> dict[str, Any] | None:
-    """The recipe's ``model``; a litgpt recipe says ``model_name`` and ``model_config`` instead."""
+    """The recipe's ``model``, or what a recipe of litgpt's own commands says in its place."""
     section = recipe.get("model")
-    if section is None and recipe.get("model_config"):
-        return {"class_path": _LITGPT, "init_args": {"config": recipe["model_config"]}}
-    if section is None and recipe.get("model_name"):
-        return _named(recipe["model_name"])["model"]
+    if section is None and (described := _litgpt_model(recipe)):
+        return {"class_path": _LITGPT, "init_args": described}
     if files and not isinstance(section, dict):
         raise ValueError(f"--config: {', '.join(files)} does not say `model`, with its `class_path` and `init_args`")
     if isinstance(section, dict) and "class_path" not in section:
@@ -147,6 +149,26 @@ def _model_section(recipe: Mapping[str, Any], files: list[str] | None) -> dict[s
             "--config: `model` does not say its class_path; write model: {class_path: ..., init_args: ...}"
         )
     return section
+
+
+def _litgpt_model(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``LitGPTModule`` needs to build the model of a recipe for litgpt's commands; nothing where it names none."""
+    described: dict[str, Any] = {}
+    if recipe.get("model_config"):
+        described = {"config": dict(recipe["model_config"])}
+    elif recipe.get("model_name"):
+        described = {"model_name": recipe["model_name"]}
+    elif recipe.get("checkpoint_dir"):
+        folder = Path(recipe["checkpoint_dir"])
+        found = (folder / MODEL_CONFIG).is_file()  # before the weights are there, their name says as much
+        described = {"checkpoint_dir": str(folder)} if found else {"model_name": folder.name}
+    lora = {key: value for key, value in recipe.items() if key.startswith("lora_")}
+    if described and lora:
+        described["config"] = described.get("config", {}) | _LORA | lora
+    train = recipe.get("train")
+    if described and isinstance(train, dict) and train.get("tie_embeddings"):
+        described["tie_embeddings"] = True
+    return described
 
 
 def _optimizer_options(recipe: Mapping[str, Any]) -> dict[str, Any]:
