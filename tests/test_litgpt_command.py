@@ -1,11 +1,12 @@
 """``lightning-adapm litgpt``: what it refuses before any work, what it adds to litgpt's logs, and litgpt's recipes."""
 
 import csv
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from commands import RECIPES, run
+from commands import RECIPES
 from conftest import write_corpus
 from finetuning import write_instructions
 from jsonargparse import CLI, capture_parser
@@ -120,10 +121,10 @@ def test_pretrained_finetuned_and_generated_from(tmp_path):
     assert "say red" in run_litgpt(tmp_path, *words).stdout
 
 
-def test_it_says_what_litgpts_command_line_lacks(tmp_path, monkeypatch):
+def test_it_says_what_litgpts_command_line_lacks(monkeypatch):
     """litgpt needs requests without saying so."""
-    pytest.importorskip("litgpt")
-    (tmp_path / "requests.py").write_text("raise ModuleNotFoundError('none', name='requests')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    result = run(tmp_path, "litgpt", "pretrain", "pythia-14m", check=False)
-    assert "error: litgpt's command line needs requests: pip install 'lightning-adapm[litgpt]'" in result.stderr
+    monkeypatch.setitem(sys.modules, "requests", None)
+    with pytest.raises(
+        ModuleNotFoundError, match=r"command line needs requests: pip install 'lightning-adapm\[litgpt\]'"
+    ):
+        litgpt_command.run(["pretrain"])
