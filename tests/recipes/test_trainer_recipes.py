@@ -13,7 +13,8 @@ from lightning_adapm import AdaPMConfig
 from lightning_adapm.litgpt_model import litgpt_config
 
 FILES = sorted((RECIPES / "trainer").rglob("*.yaml"))
-COMPLETE = [path for path in recipe_memory.complete_recipes() if path in FILES]
+STATING_MEMORY = recipe_memory.complete_recipes()
+COMPLETE = [path for path in STATING_MEMORY if path in FILES]
 
 
 def configs(path):
