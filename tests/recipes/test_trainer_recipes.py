@@ -71,7 +71,7 @@ def test_page_has_the_recipes_memory():
     assert recipe_memory.table() in recipe_memory.PAGE.read_text()
 
 
-@pytest.mark.parametrize("path", [*COMPLETE, *(p for p in FILES if p.stem == "adamw")], ids=str)
+@pytest.mark.parametrize("path", [*COMPLETE, *(p for p in FILES if p.stem == "adamw" or p.stem.endswith("-fsdp2"))], ids=str)
 def test_recipe_fits_the_signatures(path):
     """Every option exists and has the right type, down to the fields of the model and the optimizer's settings."""
     words = [f"--config={config}" for config in configs(path)]
