@@ -15,6 +15,7 @@ from lightning_adapm.litgpt_model import litgpt_config
 FILES = sorted((RECIPES / "trainer").rglob("*.yaml"))
 STATING_MEMORY = recipe_memory.complete_recipes()
 COMPLETE = [path for path in STATING_MEMORY if path in FILES]
+OVERLAYS = [path for path in FILES if path.stem == "adamw" or path.stem.endswith("-fsdp2")]
 
 
 def configs(path):
@@ -71,7 +72,7 @@ def test_page_has_the_recipes_memory():
     assert recipe_memory.table() in recipe_memory.PAGE.read_text()
 
 
-@pytest.mark.parametrize("path", [*COMPLETE, *(p for p in FILES if p.stem == "adamw" or p.stem.endswith("-fsdp2"))], ids=str)
+@pytest.mark.parametrize("path", [*COMPLETE, *OVERLAYS], ids=str)
 def test_recipe_fits_the_signatures(path):
     """Every option exists and has the right type, down to the fields of the model and the optimizer's settings."""
     words = [f"--config={config}" for config in configs(path)]
