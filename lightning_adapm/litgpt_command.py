@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import inspect
@@ -22,6 +21,7 @@ from lightning_adapm.callbacks.pooling import ResidualFigures
 from lightning_adapm.callbacks.run import StepClock
 from lightning_adapm.callbacks.summary import print_summary
 from lightning_adapm.optim import AdaPM
+from lightning_adapm.optim.options import instead_of
 
 EVERY_N_STEPS = 50
 """Optimizer steps from one measurement to the next, as the callbacks' default."""
@@ -86,7 +86,6 @@ class OptimizerReport:
 
     def __init__(self, fabric: L.Fabric, optimizer: Optimizer) -> None:
         self._fabric, self._steps, self._figures = fabric, 0, dict[str, float]()
-        self._clock = StepClock(EVERY_N_STEPS)
         self._monitored: Monitored | None = None
         if isinstance(optimizer, AdaPM) and ResidualFigures(optimizer).layers:
             self._monitored = Monitored(optimizer, "residual/", StepClock(EVERY_N_STEPS))
@@ -99,19 +98,18 @@ class OptimizerReport:
         return taken
 
     def _before_step(self, *_: Any) -> None:
-        if self._monitored is not None and self._monitored.clock.rings(self._steps):
+        if self._monitored is not None and self._steps % EVERY_N_STEPS == 0:
             self._monitored.insert_probe(self._steps)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        device = self._fabric.device
-        if self._clock.rings(self._steps):
+        if self._steps % EVERY_N_STEPS == 0:
+            device = self._fabric.device
             state = pooled_state([optimizer], None, device, self._fabric.world_size)
             self._figures |= {f"optimizer/{name}": value for name, value in state.items()}
-        if self._monitored is not None and self._monitored.due is not None:
-            self._monitored.remove_probe()
-            self._monitored.due = None
-            residual = pooled_residual(self._monitored, device)
-            self._figures |= {self._monitored.prefix + name: value for name, value in residual.items()}
+            if self._monitored is not None:
+                self._monitored.remove_probe()
+                residual = pooled_residual(self._monitored, device)
+                self._figures |= {self._monitored.prefix + name: value for name, value in residual.items()}
         self._steps += 1
 
 
@@ -141,8 +139,8 @@ def check(arguments: Mapping[str, Any]) -> None:
         litgpt_model.check_tokenizer(_found(arguments["tokenizer_dir"]))
     if arguments.get("checkpoint_dir") is not None:
         folder = _found(arguments["checkpoint_dir"])
-        litgpt_model.check_tokenizer(folder)
         litgpt_model.check_weights(litgpt_model.litgpt_config(None, None, str(folder)), str(folder))
+        litgpt_model.check_tokenizer(folder)
     if "model_name" not in arguments or arguments["model_name"] == "list":
         return
     config = arguments.get("model_config") or litgpt_model.litgpt_config(arguments["model_name"])
@@ -180,8 +178,6 @@ def check_optimizer(optimizer: str | Mapping[str, Any] | None) -> None:
         return
     for option in optimizer["init_args"]:
         if option not in known:
-            close = difflib.get_close_matches(option, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"the options are {', '.join(known)}"
-            raise ValueError(f"optimizer: {name} has no option {option!r}; {hint}")
+            raise ValueError(f"optimizer: {name} has no option {option!r}; {instead_of(option, known)}")
     if isinstance(found, type) and issubclass(found, AdaPM):  # which checks their values when it is built
         found([{"params": [torch.zeros(1, requires_grad=True)], "role": "norm"}], **optimizer["init_args"])

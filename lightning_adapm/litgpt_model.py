@@ -12,6 +12,7 @@ import yaml
 from torch import Tensor
 
 from lightning_adapm.mixin import without_text_none
+from lightning_adapm.optim.options import instead_of
 
 if TYPE_CHECKING:
     from litgpt import GPT, Config
@@ -50,9 +51,7 @@ def litgpt_config(
     known = [field.name for field in dataclasses.fields(kind)]
     for name in fields:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f". Its fields: {', '.join(known)}."
-            raise ValueError(f"`config`: litgpt.Config has no field {name!r}{hint}")
+            raise ValueError(f"`config`: litgpt.Config has no field {name!r}; {instead_of(name, known, 'fields')}")
     try:
         return kind(**fields) if model_name is None else kind.from_name(model_name, **fields)
     except (AssertionError, TypeError, ValueError) as error:

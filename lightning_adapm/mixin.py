@@ -1,7 +1,6 @@
 """AdaPM and its learning-rate schedule for a LightningModule that has no ``configure_optimizers`` of its own."""
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -104,9 +103,7 @@ class AdaPMConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for key in settings or {}:
             if key not in known:
-                close = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"the options are {', '.join(known)}"
-                raise ValueError(f"adapm has no option {key!r}; {hint}")
+                raise ValueError(f"adapm has no option {key!r}; {options.instead_of(str(key), known)}")
         return cls(**without_text_none(settings or {}))
 
     @property

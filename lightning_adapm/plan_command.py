@@ -153,7 +153,7 @@ def _model_section(recipe: Mapping[str, Any], files: list[str] | None) -> dict[s
 
 def _litgpt_model(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What ``LitGPTModule`` needs to build the model of a recipe for litgpt's commands; nothing where it names none."""
-    described: dict[str, Any] = {}
+    described: dict[str, Any]
     if recipe.get("model_config"):
         described = {"config": dict(recipe["model_config"])}
     elif recipe.get("model_name"):
@@ -162,11 +162,13 @@ def _litgpt_model(recipe: Mapping[str, Any]) -> dict[str, Any]:
         folder = Path(recipe["checkpoint_dir"])
         found = (folder / MODEL_CONFIG).is_file()  # before the weights are there, their name says as much
         described = {"checkpoint_dir": str(folder)} if found else {"model_name": folder.name}
+    else:
+        return {}
     lora = {key: value for key, value in recipe.items() if key.startswith("lora_")}
-    if described and lora:
+    if lora:
         described["config"] = described.get("config", {}) | _LORA | lora
     train = recipe.get("train")
-    if described and isinstance(train, dict) and train.get("tie_embeddings"):
+    if isinstance(train, dict) and train.get("tie_embeddings"):
         described["tie_embeddings"] = True
     return described
 

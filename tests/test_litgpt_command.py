@@ -66,7 +66,7 @@ def test_commands_that_do_not_train(words, message):
         ),
         ({"model_name": "pythia-14n", "optimizer": "AdamW"}, ValueError, "no model_name 'pythia-14n'; did you mean"),
         ({"tokenizer_dir": Path("nowhere")}, FileNotFoundError, "`tokenizer_dir`: there is neither tokenizer.json"),
-        ({"checkpoint_dir": Path("nowhere")}, FileNotFoundError, "in 'nowhere'"),
+        ({"checkpoint_dir": Path("nowhere")}, FileNotFoundError, "`checkpoint_dir`: 'nowhere' does not exist"),
     ],
 )
 def test_bad_input_is_one_line_before_any_work(arguments, error, message):

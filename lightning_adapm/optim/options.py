@@ -1,5 +1,6 @@
 """What AdaPM refuses, and the words it refuses it with."""
 
+import difflib
 import inspect
 import sys
 import warnings
@@ -57,6 +58,13 @@ def check(group: Mapping[str, Any]) -> None:
             raise ValueError(f"no_decay: {role!r} is not a role; the roles are {', '.join(ROLES)}")
     if group.get("role") is not None and group["role"] not in (*ROLES, *FUSED, *POLICIES):
         raise ValueError(f"role: {group['role']!r} is neither a role ({', '.join((*ROLES, *FUSED))}) nor a policy")
+
+
+def instead_of(name: str, known: Iterable[str], what: str = "options") -> str:
+    """What to write instead of a name that there is not: the nearest that there is, or all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"the {what} are {', '.join(known)}"
 
 
 def warn_of_unused(
