@@ -227,6 +227,20 @@ def test_an_optimizer_of_the_command_line_trains_under_fsdp2(corpus, tmp_path, o
     assert {float(each["step"]) for each in state.values()} == {4.0}
 
 
+@pytest.mark.slow
+def test_the_recipes_for_two_processes_train_as_one_device(corpus, tmp_path):
+    """With the batch that the recipes have themselves."""
+    losses = {}
+    for name in ("single", "ddp", "fsdp2"):
+        recipe = () if name == "single" else ("--config", QUICKSTART.with_name(f"quickstart-{name}.yaml"))
+        small = [word for word in shrunk(corpus, tmp_path, steps=6) if "batch_size" not in word]
+        (tmp_path / name).mkdir()
+        run(tmp_path / name, "fit", "--config", QUICKSTART, *recipe, *small)
+        losses[name] = [float(loss) for loss in logged(tmp_path / name / "runs/quickstart/adapm/version_0", "val_loss")]
+    assert losses["ddp"] == pytest.approx(losses["single"], rel=1e-4)
+    assert losses["fsdp2"] == pytest.approx(losses["single"], rel=1e-4)
+
+
 def test_tensor_parallelism_is_refused_before_training(corpus, tmp_path):
     sizes = ["--trainer.strategy.init_args.data_parallel_size=1", "--trainer.strategy.init_args.tensor_parallel_size=2"]
     result = run(tmp_path, "fit", *FSDP2, *shrunk(corpus, tmp_path), *sizes, check=False)
