@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -21,6 +22,7 @@ from lightning_adapm import (
     OptimizerSummary,
     ResidualNormMonitor,
 )
+from lightning_adapm.callbacks.closing import RunResult, closing_table
 from lightning_adapm.planner import measure
 
 
@@ -149,6 +151,17 @@ def test_closing_table_does_not_compare_what_does_not_compare(tmp_path, capsys):
     fit(tmp_path / "adapm", Foreign(AdaPM), [compare])
     out = capsys.readouterr().out
     assert "not run" in out and "does not compare: steps 5 and not 12" in out and "make it" in out
+
+
+def test_closing_table_compares_a_share_of_the_state_with_a_share(tmp_path):
+    """A run on two processes, beside AdamW's on one."""
+    rest = {"steps": 9, "seconds": 1.0, "trainable_parameters": 7}
+    sizes = {"momentum_bytes": 8 * 2**20, "state_bytes": 16 * 2**20}
+    alone = RunResult("AdamW", 1e-3, 2.0, **sizes, **{f"adamw_{key}": size for key, size in sizes.items()}, **rest)
+    share = {f"adamw_{key}": size // 2 for key, size in sizes.items()}
+    sharded = replace(alone, optimizer="AdaPM", momentum_bytes=2**20, state_bytes=2**21, **share)
+    assert list(closing_table(sharded, alone).columns[2].cells)[2:] == ["4.0 MiB", "8.0 MiB"]
+    assert list(closing_table(replace(alone, optimizer="AdaPM"), alone).columns[2].cells)[2:] == ["8.0 MiB", "16.0 MiB"]
 
 
 def test_several_optimizers_and_manual_optimization(tmp_path):

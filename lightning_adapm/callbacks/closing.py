@@ -114,11 +114,15 @@ def find_adamw(result: RunResult, where: str | None) -> tuple[RunResult | None, 
 
 
 def closing_table(result: RunResult, adamw: RunResult | None) -> Table:
-    """The run, and beside it AdamW: with the figures of a real run, or else with computed bytes and no loss."""
+    """The run, and beside it AdamW: with the figures of a real run, or else with computed bytes and no loss.
+
+    The bytes are a process's: those of a real run on another number of processes that share them are computed, too.
+    """
     table = Table(title=f"{result.optimizer}: {result.steps} steps in {result.seconds:.0f} s", box=SIMPLE_HEAD)
     table.title_justify = "left"
-    momentum = adamw.momentum_bytes if adamw else result.adamw_momentum_bytes
-    state = adamw.state_bytes if adamw else result.adamw_state_bytes
+    momentum, state = result.adamw_momentum_bytes, result.adamw_state_bytes
+    if adamw and adamw.adamw_state_bytes == state:  # otherwise its processes held another share of the parameters
+        momentum, state = adamw.momentum_bytes, adamw.state_bytes
     rows = [
         ("", result.optimizer, ADAMW, "Saved"),
         ("validation loss", _number(result.val_loss), _number(adamw.val_loss) if adamw else "not run", ""),
