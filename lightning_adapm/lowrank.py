@@ -7,6 +7,9 @@ may be zero: a direction in which there was nothing to see yet. No function here
 Source: AdaPM, arXiv 2510.09103, Algorithms 1 to 3 (low-rank momentum with residual correction, warm-started factors).
 """
 
+from functools import lru_cache
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -27,6 +30,12 @@ def starting_rows(rank: int, n: int, like: Tensor) -> Tensor:
         bits = ((bits ^ (bits >> shift)) * multiplier) & 0xFFFFFFFF
     # through 24 bits, which float32 holds exactly: not every device has float64
     return ((bits >> 8).to(like.dtype) / 2**23 - 1).view(rank, n)
+
+
+@lru_cache(maxsize=64)
+def _kept_starting_rows(rank: int, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Kept on the device: every refresh asks for them, and making them is a dozen kernels."""
+    return starting_rows(rank, n, torch.empty((), dtype=dtype, device=device))
 
 
 def orthonormal_rows(rows: Tensor) -> Tensor:
@@ -54,8 +63,16 @@ def _solve_gram(rows: Tensor, shift: Tensor | float) -> Tensor:
     return torch.linalg.solve_triangular(factor, rows, upper=False)
 
 
+class Multiplied(Protocol):
+    """``b`` matrices ``m x n`` that are only multiplied: a tensor, or what stands for one."""
+
+    def __matmul__(self, columns: Tensor, /) -> Tensor: ...
+
+    def __rmatmul__(self, weights: Tensor, /) -> Tensor: ...
+
+
 def refresh_basis(
-    grad: Tensor, left: Tensor, right: Tensor, beta1: float, reduction: Reduction = ONE_PROCESS
+    grad: Multiplied, left: Tensor, right: Tensor, beta1: float, reduction: Reduction = ONE_PROCESS
 ) -> Tensor:
     """The next basis: one warm-started subspace iteration on ``M~ = beta1 left right + (1 - beta1) grad``.
 
@@ -68,7 +85,7 @@ def refresh_basis(
     """
     rank, n = right.shape[-2:]
     empty = ~right.any(dim=-1, keepdim=True)
-    sketch = torch.where(empty, starting_rows(rank, n, right), right)
+    sketch = torch.where(empty, _kept_starting_rows(rank, n, right.dtype, right.device), right)
     projected = grad @ sketch.mT
     reduction.rows(projected)
     seen = torch.baddbmm((1 - beta1) * projected, left, right @ sketch.mT, beta=1, alpha=beta1)

@@ -4,6 +4,7 @@ A momentum works on a list of matrices of one shape, ``(m, n)`` or a stack ``(b,
 matrices only ever get :class:`NoMomentum` or :class:`FullMomentum`, which do not care. ``step`` counts from 1.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -23,6 +24,36 @@ class State(Protocol):
     def __getitem__(self, key: str, /) -> Any: ...
 
     def __setitem__(self, key: str, value: Any, /) -> None: ...
+
+
+class Stack(list[Tensor]):
+    """Gradients of one shape that a step can multiply without copying them into one tensor."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> torch.Size:
+        """``(b, m, n)``, over all matrices."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of products."""
+
+    @abstractmethod
+    def __matmul__(self, columns: Tensor) -> Tensor:
+        """``(b, m, n)`` times ``(b, n, r)``."""
+
+    @abstractmethod
+    def __rmatmul__(self, weights: Tensor) -> Tensor:
+        """``(b, r, m)`` times ``(b, m, n)``."""
+
+    @abstractmethod
+    def squares(self) -> list[Tensor]:
+        """Sums of squares of the rows of every gradient, ``(..., m, 1)``."""
+
+    @abstractmethod
+    def joined(self) -> Tensor:
+        """A copy ``(b, m, n)``."""
 
 
 class Direction(NamedTuple):
@@ -162,6 +193,7 @@ class LowRankMomentum:
     columns: tuple[int, int] | None = None
     offset: int = field(default=0, compare=False)
     name: ClassVar[str] = "low_rank"
+    clamp: ClassVar[float] = 1.0
 
     def due(self, step: int) -> bool:
         return (step - 1 - self.offset) % self.update_proj_gap == 0
@@ -178,7 +210,7 @@ class LowRankMomentum:
     def direction(
         self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
     ) -> Direction:
-        grad = join(grads)
+        grad = grads if isinstance(grads, Stack) else join(grads)
         left, right = (join([state[key] for state in states]) for key in ("exp_avg_l", "exp_avg_r"))
         if self.columns is not None:
             right = reduction.columns(right, grad.shape[-1])
@@ -202,11 +234,17 @@ class LowRankMomentum:
             kept = new_right if self.columns is None else new_right[..., slice(*self.columns)]
             store(kept, [state["exp_avg_r"] for state in states])
         if not self.debias:
-            return Direction(split(inside @ new_right, grads), 1.0, scratch=True, clamp=1.0)
-        return Direction(grads, 1.0, scratch=False, clamp=1.0, factors=factors)
+            return Direction(split(inside @ new_right, grads), 1.0, scratch=True, clamp=self.clamp)
+        return Direction(grads, 1.0, scratch=False, clamp=self.clamp, factors=factors)
 
     def _next_basis(
-        self, grad: Tensor, left: Tensor, right: Tensor, states: Sequence[State], step: int, reduction: Reduction
+        self,
+        grad: Tensor | Stack,
+        left: Tensor,
+        right: Tensor,
+        states: Sequence[State],
+        step: int,
+        reduction: Reduction,
     ) -> Tensor:
         """The basis of this step: ``right`` itself where nothing changes."""
         if right.shape[-2] == right.shape[-1]:
@@ -215,7 +253,8 @@ class LowRankMomentum:
         if all(state["seeded"] for state in states):
             return lowrank.refresh_basis(grad, left, right, self.beta1, reduction) if due else right
         without = ~right.any(dim=-1, keepdim=True).any(dim=-2, keepdim=True)
-        shows = reduction.any((grad != 0).any(dim=-1, keepdim=True).any(dim=-2, keepdim=True))
+        entries = join(grad) if isinstance(grad, Stack) else grad
+        shows = reduction.any((entries != 0).any(dim=-1, keepdim=True).any(dim=-2, keepdim=True))
         if not due and not (without & shows).any():
             return right
         new_right = lowrank.refresh_basis(grad, left, right, self.beta1, reduction)
@@ -233,6 +272,10 @@ def join(tensors: list[Tensor]) -> Tensor:
 
     They have one shape, but where a process holds parts of them: then rows of zero make the number of rows the same.
     """
+    if isinstance(tensors, Stack):
+        return tensors.joined()
+    if len(tensors) > 1 and tensors[0].dim() == 2 and all(t.shape == tensors[0].shape for t in tensors):
+        return torch.stack(tensors)
     batches = [tensor if tensor.dim() == 3 else tensor.unsqueeze(0) for tensor in tensors]
     if len(batches) == 1:
         return batches[0]
@@ -242,6 +285,8 @@ def join(tensors: list[Tensor]) -> Tensor:
 
 def split(batch: Tensor, like: list[Tensor]) -> list[Tensor]:
     """The inverse of :func:`join`: views of ``batch``, shaped as ``like``."""
+    if all(tensor.shape == batch.shape[1:] for tensor in like):
+        return list(batch.unbind())
     sizes = [tensor.shape[0] if tensor.dim() == 3 else 1 for tensor in like]
     parts = zip(batch.split(sizes), like, strict=True)
     return [part[:, : tensor.shape[-2]].view(tensor.shape) for part, tensor in parts]

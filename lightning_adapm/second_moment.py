@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lightning_adapm.momentum import State
+from lightning_adapm.momentum import Stack, State
 from lightning_adapm.sharding import ONE_PROCESS, Reduction
 
 
@@ -74,7 +74,7 @@ class ElementwiseSecondMoment:
         averages = [state["exp_avg_sq"] for state in states]
         torch._foreach_mul_(averages, self.beta2)
         torch._foreach_addcmul_(averages, grads, grads, 1 - self.beta2)
-        return Denominators(list(torch._foreach_sqrt(averages)), _correction(self.beta2, step), self.eps)
+        return Denominators(list(torch._foreach_sqrt(averages)), bias_correction(self.beta2, step), self.eps)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class BlockSecondMoment:
                 roots = reduction.of_rows(roots, self.blocks, grads)
             else:
                 roots = [root.repeat_interleave(grads[0].shape[-1] // self.blocks, dim=-1) for root in roots]
-        return Denominators(list(roots), _correction(self.beta2, step), self.eps)
+        return Denominators(list(roots), bias_correction(self.beta2, step), self.eps)
 
     def _means(self, grads: list[Tensor], reduction: Reduction) -> list[Tensor]:
         if grads[0].dim() < 2:
@@ -150,7 +150,7 @@ class FactoredSecondMoment:
         means = [mean.clamp_min(tiny) for mean in reduction.means(rows)]
         shares = [(row / mean).sqrt_() for row, mean in zip(rows, means, strict=True)]
         roots = [share * column.sqrt() for share, column in zip(shares, columns, strict=True)]
-        return Denominators(roots, _correction(self.beta2, step), self.eps)
+        return Denominators(roots, bias_correction(self.beta2, step), self.eps)
 
 
 def block_means(means: Tensor, blocks: int, dim: int) -> Tensor:
@@ -163,13 +163,17 @@ def mean_squares(grads: list[Tensor], dim: int | None, reduction: Reduction) -> 
 
     Bounded so that no average of such means overflows: an infinite block could never be divided by another.
     """
-    sums = [torch.linalg.vector_norm(grad, dim=dim, keepdim=dim is not None).square_() for grad in grads]
+    if dim == -1 and isinstance(grads, Stack):
+        sums = grads.squares()
+    elif dim is None:
+        sums = list(torch._foreach_pow(torch._foreach_norm(grads), 2))
+    else:
+        sums = [torch.linalg.vector_norm(grad, dim=dim, keepdim=True).square_() for grad in grads]
     sums = reduction.rows(sums) if dim == -1 else reduction.total(sums)
     counts = [grad.shape[-1] for grad in grads] if dim == -1 else reduction.sizes(grads)
-    return [
-        total.div_(max(1, count)).clamp_max_(torch.finfo(total.dtype).max * 2.0**-30)
-        for total, count in zip(sums, counts, strict=True)
-    ]
+    torch._foreach_div_(sums, [max(1, count) for count in counts])
+    torch._foreach_clamp_max_(sums, torch.finfo(sums[0].dtype).max * 2.0**-30)
+    return sums
 
 
 def _average(averages: list[Tensor], means: list[Tensor], beta2: float) -> None:
@@ -177,5 +181,6 @@ def _average(averages: list[Tensor], means: list[Tensor], beta2: float) -> None:
     torch._foreach_add_(averages, means, alpha=1 - beta2)
 
 
-def _correction(beta2: float, step: int) -> float:
+def bias_correction(beta2: float, step: int) -> float:
+    """What the root of a second moment is divided by."""
     return float((1 - beta2**step) ** 0.5)

@@ -252,13 +252,12 @@ class Reduction:
 
     def block_means(self, means: Sequence[Tensor], blocks: int) -> list[Tensor]:
         """Row means ``(k, 1)`` as the means of equal blocks of rows ``(blocks, 1)``."""
-        return [mean.unflatten(-2, (blocks, -1)).mean(dim=-2) for mean in means]
+        return list(torch.stack(list(means)).unflatten(-2, (blocks, -1)).mean(dim=-2).unbind())
 
     def of_rows(self, values: Sequence[Tensor], blocks: int, like: Sequence[Tensor]) -> list[Tensor]:
         """Values of blocks of rows as values of rows."""
-        return [
-            value.repeat_interleave(rows.shape[-2] // blocks, dim=-2) for value, rows in zip(values, like, strict=True)
-        ]
+        rows = like[0].shape[-2] // blocks
+        return list(torch.stack(list(values)).repeat_interleave(rows, dim=-2).unbind())
 
 
 ONE_PROCESS = Reduction()

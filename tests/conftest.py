@@ -8,6 +8,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import random
 
 import pytest
+import torch
+
+# Before anything imports Triton: its kernels are then run by an interpreter where no device runs them.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 WORDS = "the a of to in matrix vector rank step loss weight learns moves stays small large slowly again never".split()
 

@@ -165,6 +165,7 @@ class AdaLomo(AdaPM):
     def _move(
         self,
         tasks: list[Task],
+        grads: list[Tensor],
         momentum: Momentum,
         second_moment: SecondMoment,
         step: int,
@@ -172,7 +173,7 @@ class AdaLomo(AdaPM):
         group: Mapping[str, Any],
     ) -> None:
         reduction, lr, clip = reduction_of(tasks), float(group["lr"]), float(group["clip_threshold"])
-        grads, params = [task.grad for task in tasks], [task.param for task in tasks]
+        params = [task.param for task in tasks]
         divisors, _ = second_moment.denominators(grads, [task.state for task in tasks], step, reduction).settle(True)
         updates = list(torch._foreach_div(grads, divisors))
         # of the matrices: a parameter's own view may have a dimension for heads, or those of a convolution

@@ -2,7 +2,6 @@
 
 import warnings
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -14,11 +13,21 @@ from torch import Tensor
 from lightning_adapm import policy
 from lightning_adapm.layout import local
 from lightning_adapm.momentum import LowRankMomentum, Momentum
-from lightning_adapm.optim import in_backward, options
+from lightning_adapm.optim import device, in_backward, options
 from lightning_adapm.optim.assign import assign_roles
 from lightning_adapm.optim.checkpointed import FORMAT_VERSION, Checkpointed
 from lightning_adapm.optim.gradients import NonFiniteGradients
-from lightning_adapm.optim.tasks import Observer, PieceState, Placement, Task, batches, reduction_of, shares_basis
+from lightning_adapm.optim.tasks import (
+    Bucket,
+    Observer,
+    PieceState,
+    Placement,
+    Plan,
+    Task,
+    batches,
+    reduction_of,
+    shares_basis,
+)
 from lightning_adapm.optim.update import update
 from lightning_adapm.params import name_tensors, read_groups, source_module
 from lightning_adapm.policy import momentum_table
@@ -27,6 +36,9 @@ from lightning_adapm.second_moment import SecondMoment
 from lightning_adapm.sharding import column_range, gradients
 
 _KEPT = ("name_rules", "unmatched", "update_in_backward", "gradient_norm", "pieces", "reasons", "_nonfinite")
+
+_PER_STEP = ("params", "param_names", "roles", "lr")
+"""Of a group: what a plan does not depend on."""
 
 _NO_GRADIENT = "AdaPM.step() found no gradient on any of its parameters, so nothing is trained"
 
@@ -136,7 +148,7 @@ class AdaPM(Checkpointed):
         """Of the last step's gradients, where it updated in backward and left none to measure."""
         self.pieces: dict[Tensor, tuple[Piece, ...]] = {}
         self.reasons: dict[Tensor, str] = {}  # why a parameter has its role; like pieces, not part of a checkpoint
-        self._placements: dict[Tensor, tuple[torch.Size, Placement]] = {}
+        self._forget_places()
         self._nonfinite = NonFiniteGradients()
         module = source_module(params)
         self._module = None if module is None else weakref.ref(module)
@@ -171,7 +183,7 @@ class AdaPM(Checkpointed):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._placements = {}  # found again: process groups are not copied
+        self._forget_places()  # found again: process groups are not copied
         self._module = None
 
     @torch.no_grad()
@@ -221,12 +233,18 @@ class AdaPM(Checkpointed):
         # a caller's autocast would take the products to half precision
         with torch.autocast(selected[0][2][0].device.type, enabled=False):
             gathered = [self._gather(*each, found) for each, found in zip(selected, grads, strict=True)]
-            self._nonfinite.agree(task for buckets in gathered for tasks in buckets.values() for task in tasks)
+            self._nonfinite.agree(task for buckets in gathered for bucket in buckets for task in bucket.tasks)
             for (group, _, _), buckets in zip(selected, gathered, strict=True):
-                for (momentum, second_moment, step, decay, _), tasks in buckets.items():
-                    for batch in batches(tasks):
-                        self._update(batch, momentum, second_moment, step, decay, group)
+                for plan, step, tasks in buckets:
+                    as_they_are = self._as_they_are(tasks, plan.momentum, plan.second_moment, group)
+                    for batch in batches(tasks, copied=tasks[0].shard is not None or not as_they_are):
+                        self._update(batch, plan.momentum, plan.second_moment, step, plan.decay, group)
         return True
+
+    def _forget_places(self) -> None:
+        self._placements: dict[Tensor, tuple[torch.Size, Placement]] = {}
+        self._plans: dict[Tensor, tuple[tuple[Any, ...], list[Plan]]] = {}
+        self._alike: dict[Any, int] = {}
 
     def placement(self, param: Tensor) -> Placement:
         """Where a parameter's pieces are, and the shapes of their matrices over all processes."""
@@ -274,32 +292,59 @@ class AdaPM(Checkpointed):
 
     def _gather(
         self, group: dict[str, Any], names: list[str], params: list[Tensor], grads: list[Tensor | None]
-    ) -> dict[Any, list[Task]]:
+    ) -> Iterable[Bucket]:
         """Count the step of every parameter with a gradient, and sort its pieces into buckets that step together."""
-        buckets: dict[Any, list[Task]] = defaultdict(list)
+        settings = {key: value for key, value in group.items() if key not in _PER_STEP}
+        moving: list[tuple[Tensor, list[Plan]]] = []
         for name, param, grad in zip(names, params, grads, strict=True):
-            placement = self.placement(param)
-            if grad is None or (placement.layout is None and param.numel() == 0):
-                continue
-            options.check_gradient(name, grad)
-            state = self.state[param]
-            state["step"] += 1
-            step = int(state["step"])
-            part, grad = local(param), local(grad)
-            for index, piece in enumerate(self.pieces[param]):
-                shape, shard = placement.shapes[index], placement.shards[index]
-                own = PieceState(state, piece.prefix)
-                if shard is None:
-                    task = Task(name, piece, piece.view(part), piece.matrix(grad), own, placement.layout)
-                else:
-                    task = Task(name, piece, part, grad, own, placement.layout, shard)
-                decay = 0.0 if piece.role in group["no_decay"] else group["weight_decay"]
-                momentum = self._placed_momentum(param, index, group)
-                second = self.second_moment_for(piece, shape, group)
-                processes = None if shard is None else shard.layout.group
-                alike = (shape, param.dtype, param.device, processes, momentum.due(step), task.state.get("seeded"))
-                buckets[momentum, second, step, decay, alike].append(task)
-        return buckets
+            if grad is not None:
+                options.check_gradient(name, grad)
+                plans = self._planned(name, param, group, settings)
+                if plans:
+                    moving.append((local(grad), plans))
+        if not moving:
+            return ()
+        counters = [plans[0].task.state.step for _, plans in moving]
+        torch._foreach_add_(counters, 1)
+        buckets: dict[Any, Bucket] = {}
+        for (grad, plans), count in zip(moving, torch.stack(counters).tolist(), strict=True):
+            step = int(count)
+            for plan in plans:
+                task = plan.task
+                taken = grad if task.shard is not None else task.piece.matrix(grad)
+                key = plan.alike, step, plan.momentum.due(step), task.state.get("seeded")
+                if key not in buckets:
+                    buckets[key] = Bucket(plan, step, [])
+                buckets[key].tasks.append(task._replace(grad=taken))
+        return buckets.values()
+
+    def _planned(self, name: str, param: Tensor, group: Mapping[str, Any], settings: dict[str, Any]) -> list[Plan]:
+        """What steps do with each piece of a parameter; made anew where anything that it depends on has changed."""
+        part, state = local(param), self.state[param]
+        depends = name, param.shape, part.data_ptr(), id(state), settings
+        known = self._plans.get(param)
+        if known is not None and known[0] == depends:
+            return known[1]
+        placement, plans = self.placement(param), []
+        for index, piece in enumerate(self.pieces[param] if placement.layout is not None or param.numel() else ()):
+            shape, shard = placement.shapes[index], placement.shards[index]
+            view = part if shard is not None else piece.view(part)
+            task = Task(name, piece, view, view, PieceState(state, piece.prefix), placement.layout, shard)
+            momentum = self._placed_momentum(param, index, group)
+            second_moment = self.second_moment_for(piece, shape, group)
+            decay = 0.0 if piece.role in group["no_decay"] else group["weight_decay"]
+            processes = None if shard is None else shard.layout.group
+            common = momentum, second_moment, decay, shape, param.dtype, param.device, processes
+            alike = self._alike.setdefault(common, len(self._alike))
+            plans.append(Plan(task, momentum, second_moment, decay, alike))
+        self._plans[param] = depends, plans
+        return plans
+
+    def _as_they_are(
+        self, tasks: list[Task], momentum: Momentum, second_moment: SecondMoment, group: Mapping[str, Any]
+    ) -> bool:
+        """Whether a step takes the gradients of ``tasks`` without copying them."""
+        return self.observer is None and not group["maximize"] and device.takes(tasks, momentum, second_moment)
 
     def _update(
         self,
@@ -310,10 +355,16 @@ class AdaPM(Checkpointed):
         decay: float,
         group: Mapping[str, Any],
     ) -> None:
-        # only now, batch by batch: copies of all gradients in float32 would be larger than the state that is saved
-        held = tasks
-        tasks = self._nonfinite.replace([task.taken() for task in tasks], group["maximize"])
-        self._move(tasks, momentum, second_moment, step, decay, group)
+        held, tasks = tasks, [task.taken() for task in tasks]
+        if self._as_they_are(tasks, momentum, second_moment, group):
+            grads = device.DeviceGradients(tasks, self._nonfinite.agreed_on(tasks))
+            if not device.step(tasks, grads, momentum, second_moment, step, decay, group):
+                self._move(tasks, grads, momentum, second_moment, step, decay, group)
+            self._nonfinite.count(tasks, grads.reading.flaws)
+        else:
+            # only now, batch by batch: copies of all gradients in float32 would be larger than the state that is saved
+            tasks = self._nonfinite.replace(tasks, group["maximize"])
+            self._move(tasks, [task.grad for task in tasks], momentum, second_moment, step, decay, group)
         for task, taken in zip(held, tasks, strict=True):
             if task.shard is not None:
                 task.shard.put(task.param, taken.param)
@@ -321,21 +372,22 @@ class AdaPM(Checkpointed):
     def _move(
         self,
         tasks: list[Task],
+        grads: list[Tensor],
         momentum: Momentum,
         second_moment: SecondMoment,
         step: int,
         decay: float,
         group: Mapping[str, Any],
     ) -> None:
-        """The step itself, of pieces of one shape with finite gradients in float32 at least."""
-        grads, states = [task.grad for task in tasks], [task.state for task in tasks]
+        """The step itself, of pieces of one shape with ``grads`` that are finite, or count as zero."""
+        states = [task.state for task in tasks]
         reduction = reduction_of(tasks)
         direction = momentum.direction(grads, states, step, reduction)
-        update(tasks, direction, second_moment, step, reduction, decay, group, self.observer)
+        update(tasks, grads, direction, second_moment, step, reduction, decay, group, self.observer)
 
     def nonfinite_gradients(self) -> dict[str, int]:
         """Parameters whose gradient was not finite since this optimizer was built, with the number of steps.
 
         A fused weight has its pieces, ``"attn.qkv.weight (query)"``. Waits for the device.
         """
-        return self._nonfinite.read()
+        return self._nonfinite.steps()

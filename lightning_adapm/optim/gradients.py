@@ -1,6 +1,6 @@
 """What a step descends along: gradients in float32 at least, and zero where they are not finite."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,12 +19,15 @@ class NonFiniteGradients:
     """
 
     def __init__(self) -> None:
-        self._counts: dict[str, Tensor] = {}
+        self._counts: dict[tuple[str, ...], Tensor] = {}
         self._agreed: dict[str, Tensor] = {}
 
-    def read(self) -> dict[str, int]:
+    def steps(self) -> dict[str, int]:
         """Names with their number of steps, where there were any; waits for the device."""
-        return {name: steps for name, count in self._counts.items() if (steps := int(count))}
+        steps: Counter[str] = Counter()
+        for names, counts in self._counts.items():
+            steps.update(dict(zip(names, counts.tolist(), strict=True)))
+        return {name: number for name, number in steps.items() if number}
 
     def agree(self, tasks: Iterable[Task]) -> None:
         """Let the processes that hold parts of a piece agree on whether its gradient is finite, in one collective.
@@ -46,21 +49,27 @@ class NonFiniteGradients:
         exact = [task.grad if task.grad.dtype == torch.float64 else task.grad.float() for task in tasks]
         if maximize:
             exact = list(torch._foreach_neg(exact))
-        if _name(tasks[0]) in self._agreed:
-            finite = torch.stack([self._agreed[_name(task)] for task in tasks])
-        else:
+        finite = self.agreed_on(tasks)
+        if finite is None:
             finite = _finite(exact)
         if finite.device.type != "cpu" or not finite.all():  # on a CPU, asking costs nothing
-            self._count(tasks, ~finite)
-            exact = [torch.where(fine, grad, 0.0) for fine, grad in zip(finite.unbind(), exact, strict=True)]
+            self.count(tasks, (~finite).to(torch.int32))
+            exact = _zeroed(exact, finite)
         return [task._replace(grad=grad) for task, grad in zip(tasks, exact, strict=True)]
 
-    def _count(self, tasks: list[Task], found: Tensor) -> None:
-        names = [_name(task) for task in tasks]
-        for name in names:
-            if name not in self._counts:
-                self._counts[name] = torch.zeros((), dtype=torch.int32, device=found.device)
-        torch._foreach_add_([self._counts[name] for name in names], list(found.to(torch.int32).unbind()))
+    def agreed_on(self, tasks: list[Task]) -> Tensor | None:
+        """Flags ``(tasks,)``: finite, as far as processes have agreed on it."""
+        if _name(tasks[0]) not in self._agreed:
+            return None
+        return torch.stack([self._agreed[_name(task)] for task in tasks])
+
+    def count(self, tasks: list[Task], flaws: Tensor) -> None:
+        """Add a step to those whose number in ``flaws`` ``(tasks,)`` is 1, not 0."""
+        names = tuple(map(_name, tasks))
+        if names in self._counts:
+            self._counts[names] += flaws
+        else:
+            self._counts[names] = flaws.clone()
 
 
 def _name(task: Task) -> str:
@@ -75,3 +84,11 @@ def _finite(grads: list[Tensor]) -> Tensor:
     """
     exact = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
     return torch.stack([grad.sum(dim=-1, dtype=exact).flatten() for grad in grads]).isfinite().all(dim=-1)
+
+
+def _zeroed(grads: list[Tensor], finite: Tensor) -> list[Tensor]:
+    """Zero where not finite; by one kernel where they are of one shape."""
+    if grads[0].dim() == 0 or any(grad.shape != grads[0].shape for grad in grads):
+        return [torch.where(fine, grad, 0.0) for fine, grad in zip(finite.unbind(), grads, strict=True)]
+    together = torch.stack(grads)
+    return list(together.masked_fill_(~finite.view(-1, *(1,) * grads[0].dim()), 0.0).unbind())

@@ -7,12 +7,16 @@ import torch
 from torch import Tensor
 
 from lightning_adapm.layout import Layout, layout_of
+from lightning_adapm.momentum import Momentum
 from lightning_adapm.roles import Piece
+from lightning_adapm.second_moment import SecondMoment
 from lightning_adapm.sharding import ONE_PROCESS, ProcessReduction, Reduction, RowShard
 
 # Pieces of one shape are taken through a step together while their gradients hold at most this many elements: small
 # matrices share kernels, large ones (which fill a device alone) are not copied and bound the temporaries.
 _BATCH_NUMEL = {"cpu": 1 << 16, "cuda": 1 << 24}
+# Where nothing is copied, temporaries are projections, of a share of that.
+_UNCOPIED_NUMEL = 1 << 27
 
 
 class Placement(NamedTuple):
@@ -91,6 +95,28 @@ class Task(NamedTuple):
         return self._replace(param=self.shard.take(self.param), grad=grad.flatten(1) if grad.dim() == 3 else grad)
 
 
+class Plan(NamedTuple):
+    """What a step does with one piece of a parameter, as far as it is the same in every step.
+
+    Pieces with the same number ``alike`` can go through a step together.
+    """
+
+    task: Task
+    """Without the gradient, in whose place the parameter stands."""
+    momentum: Momentum
+    second_moment: SecondMoment
+    decay: float
+    alike: int
+
+
+class Bucket(NamedTuple):
+    """Pieces that go through a step together, as the ``plan`` of the first of them says."""
+
+    plan: Plan
+    step: int
+    tasks: list[Task]
+
+
 class Observer(Protocol):
     """Sees every piece of a step from inside it; see :class:`lightning_adapm.diagnostics.ResidualProbe`."""
 
@@ -116,12 +142,22 @@ class PieceState:
     def get(self, key: str) -> Any:
         return self._state.get(self._prefix + key)
 
+    @property
+    def step(self) -> Tensor:
+        """Of the whole parameter."""
+        counter: Tensor = self._state["step"]
+        return counter
 
-def batches(tasks: list[Task]) -> Iterable[list[Task]]:
-    """Pieces of one shape in batches of a bounded size, the same on every process that holds a part of them."""
+
+def batches(tasks: list[Task], copied: bool) -> Iterable[list[Task]]:
+    """Pieces of one shape in batches of a bounded size, the same on every process that holds a part of them.
+
+    ``copied`` says whether a step copies their gradients.
+    """
     grad, shard = tasks[0].grad, tasks[0].shard
     numel = grad.numel() if shard is None else shard.most * shard.layout.shape[1:].numel()
-    size = max(1, _BATCH_NUMEL.get(grad.device.type, _BATCH_NUMEL["cuda"]) // max(1, numel))
+    limit = _BATCH_NUMEL.get(grad.device.type, _BATCH_NUMEL["cuda"]) if copied else _UNCOPIED_NUMEL
+    size = max(1, limit // max(1, numel))
     return (tasks[start : start + size] for start in range(0, len(tasks), size))
 
 

@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_adapm import kernels
 from lightning_adapm.momentum import Direction, State
+from lightning_adapm.optim import device
 from lightning_adapm.optim.tasks import Observer, Task
 from lightning_adapm.second_moment import Denominators, SecondMoment
 from lightning_adapm.sharding import Reduction
@@ -26,6 +28,7 @@ class Tile(NamedTuple):
 
 def update(
     tasks: list[Task],
+    grads: list[Tensor],
     direction: Direction,
     second_moment: SecondMoment,
     step: int,
@@ -34,13 +37,16 @@ def update(
     group: Mapping[str, Any],
     observer: Observer | None,
 ) -> None:
-    """Take the gradients of ``tasks``, of one shape, into their second moments, and move their parameters.
+    """Take ``grads`` of ``tasks``, of one shape, into their second moments, and move their parameters.
 
     ``direction`` is what their momentum made of the gradients.
     """
     lr, clip = float(group["lr"]), group["clip_threshold"]
     clip = None if clip is None or direction.clamp is None else clip * direction.clamp
-    for tile in _tiles(tasks, direction, second_moment, step, reduction, whole=observer is not None):
+    if observer is None and kernels.movable([task.param for task in tasks], direction.tensors):
+        device.move(tasks, grads, direction, second_moment, step, reduction, lr, decay, clip)
+        return
+    for tile in _tiles(tasks, grads, direction, second_moment, step, reduction, whole=observer is not None):
         used = tile.direction.multiplied()
         if decay:
             torch._foreach_mul_(tile.params, 1 - lr * decay)
@@ -51,13 +57,15 @@ def update(
 
 
 def _tiles(
-    tasks: list[Task], direction: Direction, second_moment: SecondMoment, step: int, reduction: Reduction, whole: bool
+    tasks: list[Task],
+    grads: list[Tensor],
+    direction: Direction,
+    second_moment: SecondMoment,
+    step: int,
+    reduction: Reduction,
+    whole: bool,
 ) -> Iterator[Tile]:
-    params, grads, states = (
-        [task.param for task in tasks],
-        [task.grad for task in tasks],
-        [task.state for task in tasks],
-    )
+    params, states = [task.param for task in tasks], [task.state for task in tasks]
     rows = _rows_of_a_tile(params[0], grads[0])
     if whole or len(tasks) > 1 or rows is None:
         yield Tile(params, direction, second_moment.denominators(grads, states, step, reduction))

@@ -1,0 +1,333 @@
+"""Launching :mod:`lightning_adapm.triton_kernels`: which matrices they take, where these lie, how they are cut up."""
+
+import importlib.util
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+FACTOR = torch.bfloat16
+"""Of what multiplies a basis on its way to the parameters: tensor cores take it at twice the speed of TF32. The average
+itself is kept in its own precision, and the gradient is added in float32.
+"""
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether the kernels run there: on CUDA, where Triton is installed."""
+    return device.type == "cuda" and _installed()
+
+
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def readable(matrices: Sequence[Tensor]) -> bool:
+    """Whether these are matrices, or stacks of them, of one layout that the kernels know."""
+    first = matrices[0]
+    return runs_on(first.device) and first.dim() in (2, 3) and first.numel() > 0 and _alike(matrices)
+
+
+def movable(params: Sequence[Tensor], directions: Sequence[Tensor]) -> bool:
+    """Whether the layouts of parameters and of what moves them are known."""
+    param, matrix = params[0], directions[0]
+    fit = param.shape == matrix.shape or (param.dim() == 3 and param.flatten(0, 1).shape == matrix.shape)
+    return readable(directions) and fit and _alike(params)
+
+
+def _alike(tensors: Sequence[Tensor]) -> bool:
+    """Of one dtype that the kernels know and one layout, whose last dimension is without gaps."""
+    first = tensors[0]
+    if first.dtype not in _DTYPES or first.stride(-1) != 1:
+        return False
+    shape, stride = first.shape, first.stride()
+    return all(other.shape == shape and other.stride() == stride for other in tensors)
+
+
+class Matrices(NamedTuple):
+    """``b`` matrices of one shape and layout: those of a list of tensors, stacks of them taken apart."""
+
+    like: Tensor
+    """One of the list."""
+    addresses: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], stacks: bool | None = None) -> "Matrices":
+        """``stacks`` says what three dimensions are, if not stacks: the heads of one matrix."""
+        like = tensors[0]
+        if not (like.dim() == 3 if stacks is None else stacks):
+            return cls(like, tuple(tensor.data_ptr() for tensor in tensors))
+        apart, count = like.stride(0) * like.element_size(), len(like)
+        firsts = [tensor.data_ptr() for tensor in tensors]
+        return cls(like, tuple(first + index * apart for first in firsts for index in range(count)))
+
+    @property
+    def table(self) -> Tensor:
+        """The addresses, on the device."""
+        return _table(self.addresses, self.like.device)
+
+    @property
+    def aligned(self) -> bool:
+        """Every row of every matrix begins at a multiple of 16 bytes."""
+        size = self.like.element_size()
+        return not any(n * size % 16 for n in self.like.stride()[:-1]) and not any(a % 16 for a in self.addresses)
+
+
+@lru_cache(maxsize=4096)  # from step to step, memory is mostly where it was
+def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
+    table = torch.tensor(addresses, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return table.to(device, non_blocking=True)
+
+
+class Reading(NamedTuple):
+    """What one pass over ``b`` gradients finds."""
+
+    squares: Tensor
+    """Sums of squares of rows, ``(b, m)``."""
+    flaws: Tensor
+    """``(gradients,)``, int32: not 0 where an entry is not finite."""
+
+
+def read(
+    grads: Matrices, gradients: int, bases: Matrices | None, r: int, known: Reading | None
+) -> tuple[Tensor | None, Reading]:
+    """Products of ``grads`` with the transposed ``bases`` ``(r, n)``, ``(b, m, padded(r))``; and what else so many
+    ``gradients`` show, unless that is ``known``.
+    """
+    from lightning_adapm import triton_kernels
+
+    like, b = grads.like, len(grads.addresses)
+    m, n = like.shape[-2:]
+    width = padded(r)
+    projected = None if bases is None else like.new_empty((b, m, width), dtype=torch.float32)
+    found = known or Reading(like.new_empty((b, m), dtype=torch.float32), like.new_zeros(gradients, dtype=torch.int32))
+    block_m, block_n, block_r, warps = (16, 512, 16, 4) if bases is None else (64, 32, block(r), 4)
+    with _on(like.device):
+        triton_kernels.read[-(-m // block_m), b, max(1, -(-width // block_r))](
+            grads.table,
+            grads.table if bases is None else bases.table,
+            found.squares if projected is None else projected,
+            *found,
+            m,
+            n,
+            r,
+            width,
+            like.stride(-2),
+            b // gradients,
+            GRAD=_of(like.dtype),
+            BASIS=_of((like if bases is None else bases.like).dtype),
+            ALIGNED=grads.aligned and (bases is None or bases.aligned),
+            FIRST=known is None,
+            PROJECT=bases is not None,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            BLOCK_R=block_r,
+            num_warps=warps,
+        )
+    return projected, found
+
+
+def combine(grads: Matrices, weights: Tensor, flaws: Tensor) -> Tensor:
+    """``weights`` ``(b, r, m)`` times ``grads`` ``(m, n)``; those of gradients with a flaw count as zero."""
+    from lightning_adapm import triton_kernels
+
+    b, r, m = weights.shape
+    n = grads.like.shape[-1]
+    product = weights.new_empty(b, r, n)
+    with _on(product.device):
+        triton_kernels.combine[-(-n // 64), b, -(-r // block(r))](
+            grads.table,
+            weights.contiguous(),
+            flaws,
+            product,
+            m,
+            n,
+            r,
+            grads.like.stride(-2),
+            b // len(flaws),
+            GRAD=_of(grads.like.dtype),
+            ALIGNED=grads.aligned,
+            BLOCK_M=32,
+            BLOCK_N=64,
+            BLOCK_R=block(r),
+        )
+    return product
+
+
+def advance(
+    reading: Reading,
+    projected: Tensor | None,
+    lefts: Matrices | None,
+    averages: Matrices | None,
+    shape: torch.Size,
+    blocks: int | None,
+    betas: tuple[float, float],
+    correction: float,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Take a reading of gradients of ``shape`` ``(m, n)`` into low-rank momenta, if there are ``lefts``, and into block
+    second moments, if there are ``averages``, of each row or of ``blocks``. ``correction`` is Adam's of the momentum.
+
+    Returns:
+        What times the basis is to be added to the gradients, ``(b, m, width)``; and roots of the second
+        moments by row, ``(b, m)``.
+    """
+    from lightning_adapm import triton_kernels
+
+    squares, flaws = reading
+    b, (m, n) = len(squares), shape
+    r, width = (0, 16) if lefts is None or projected is None else (lefts.like.shape[-1], projected.shape[-1])
+    factors = None if projected is None else torch.empty_like(projected, dtype=FACTOR)
+    roots = None if averages is None else torch.empty_like(squares)
+    span = 16 if blocks is None else m // blocks
+    with _on(squares.device):
+        triton_kernels.advance[-(-m // span), b](
+            squares if projected is None else projected,
+            squares,
+            flaws,
+            flaws if lefts is None else lefts.table,
+            flaws if averages is None else averages.table,
+            squares if factors is None else factors,
+            squares if roots is None else roots,
+            m,
+            r,
+            width,
+            span,
+            b // len(flaws),
+            float(n if blocks is None else n * span),
+            torch.finfo(torch.float32).max * 2.0**-30,
+            *betas,
+            correction,
+            LEFT=_of((squares if lefts is None else lefts.like).dtype),
+            FACTOR=_of(FACTOR),
+            LOW_RANK=lefts is not None,
+            BLOCKS=averages is not None,
+            SHARED=blocks is not None,
+            BLOCK_M=power_of_two(span),
+            BLOCK_R=min(64, power_of_two(width)),
+        )
+    return factors, roots
+
+
+class Divisors(NamedTuple):
+    """What a step divides by, ``roots / correction + eps``: roots are ``(b, m)``, or matrices that broadcast.
+
+    With ``beta2``, they are elementwise averages of the squared direction, which they take before anything else.
+    """
+
+    roots: Tensor | Matrices
+    correction: float
+    eps: float
+    beta2: float | None = None
+
+
+def move(
+    params: Sequence[Tensor],
+    directions: Matrices,
+    flaws: Tensor | None,
+    average: tuple[Matrices, float] | None,
+    factors: tuple[Tensor, Matrices] | None,
+    divisors: Divisors,
+    scale: float,
+    lr: float,
+    decay: float,
+    clip: float | None,
+) -> None:
+    """``param = (1 - lr decay) param - lr clamp(scale (direction + left right) / (roots / correction + eps))``.
+
+    ``left`` is ``(b, m, width)``, ``right`` ``(k, n)``, the two ``factors``. Instead of the direction, an ``average`` of
+    it counts that takes it first, with its decay.
+    """
+    from lightning_adapm import triton_kernels
+
+    param, used = params[0], directions.like
+    m, n = used.shape[-2:]
+    grouped = param.dim() > used.dim()  # heads of a fused weight, which are one matrix of the gradient
+    moved = Matrices.of(params, stacks=used.dim() == 3)
+    known, strides = [moved, directions], [0, 0]
+    if isinstance(divisors.roots, Matrices):
+        like = divisors.roots.like
+        strides = [0 if size == 1 else apart for size, apart in zip(like.shape[-2:], like.stride()[-2:], strict=True)]
+        known += [] if divisors.beta2 is None else [divisors.roots]
+    if average is not None:
+        known.append(average[0])
+    if factors is not None:
+        known.append(factors[1])
+    block_m, block_n, warps = (8, 512, 4) if factors is None else (64, 128, 8)
+    b = len(directions.addresses)
+    with _on(param.device):
+        triton_kernels.move[-(-m // block_m), -(-n // block_n), b](
+            moved.table,
+            directions.table,
+            divisors.roots.table if isinstance(divisors.roots, Matrices) else divisors.roots,
+            moved.table if flaws is None else flaws,
+            moved.table if average is None else average[0].table,
+            moved.table if factors is None else factors[0],
+            moved.table if factors is None else factors[1].table,
+            m,
+            n,
+            0 if factors is None else factors[1].like.shape[-2],
+            0 if factors is None else factors[0].shape[-1],
+            param.shape[1] if grouped else m,
+            param.stride(0) if grouped else 0,
+            param.stride(-2),
+            used.stride(-2),
+            *strides,
+            1 if flaws is None else b // len(flaws),
+            0.0 if average is None else average[1],
+            scale,
+            divisors.correction,
+            divisors.eps,
+            divisors.beta2 or 0.0,
+            lr,
+            decay,
+            clip or 0.0,
+            PARAMETER=_of(param.dtype),
+            DIRECTION=_of(used.dtype),
+            AVERAGE=_of((param if average is None else average[0].like).dtype),
+            RIGHT=_of((param if factors is None else factors[1].like).dtype),
+            FACTOR=_of(FACTOR),
+            ALIGNED=all(matrices.aligned for matrices in known),
+            CHECKED=flaws is not None,
+            DENSE=isinstance(divisors.roots, Tensor),
+            ELEMENTWISE=divisors.beta2 is not None,
+            AVERAGED=average is not None,
+            CLAMP=clip is not None,
+            FACTORS=factors is not None,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            BLOCK_K=32,
+            num_warps=warps,
+        )
+
+
+def padded(r: int) -> int:
+    """Columns of a left factor of rank ``r``: rows that tensor cores can load."""
+    return -(-r // 16) * 16
+
+
+def block(r: int) -> int:
+    """Of a rank: a power of two that a tile of a product can have."""
+    return min(128, max(16, power_of_two(r)))
+
+
+def power_of_two(number: int) -> int:
+    """The smallest that is not below."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+def _of(dtype: torch.dtype) -> Any:
+    """Triton's name of it."""
+    import triton.language as tl
+
+    return getattr(tl, _DTYPES[dtype])
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,0 +1,280 @@
+"""Triton kernels of a step on CUDA: read gradients, advance what is kept of their rows, move parameters.
+
+Every launch works on ``b`` matrices of one shape that lie anywhere: their addresses are tables on the device, int64.
+Arithmetic is float32 whatever is stored. Products with a basis take their operands as TF32 or bfloat16 and add up in
+float32; what makes a basis orthonormal is not here. ``flaws`` ``(b / each,)``, int32, is not zero where a gradient, of
+``each`` matrices, has an entry that is not finite. ``TRITON_INTERPRET=1`` runs them on a CPU.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def read(
+    grads,
+    bases,
+    projected,
+    squares,
+    flaws,
+    m,
+    n,
+    r,
+    width,
+    stride,
+    each,
+    GRAD: tl.constexpr,
+    BASIS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    FIRST: tl.constexpr,
+    PROJECT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Read matrices ``(m, n)`` at ``grads``.
+
+    Where ``PROJECT``, ``projected`` ``(b, m, width)`` are their products with the transposed ``bases`` ``(r, n)``, zero
+    behind ``r``. Where this is the ``FIRST`` reading, ``squares`` ``(b, m)`` are the sums of squares of rows, and
+    ``flaws`` are set.
+    """
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    which = tl.program_id(1).to(tl.int64)
+    rank = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    grad = tl.load(grads + which).to(tl.pointer_type(GRAD))
+    if ALIGNED:
+        grad = tl.multiple_of(grad, 16)
+    grad += row.to(tl.int64)[:, None] * stride
+    square = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    flaw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    product = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    if PROJECT:
+        basis = tl.load(bases + which).to(tl.pointer_type(BASIS))
+        if ALIGNED:
+            basis = tl.multiple_of(basis, 16)
+        basis += rank[:, None] * n
+    for start in range(0, n, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        g = tl.load(grad + column[None, :], (row[:, None] < m) & (column[None, :] < n), 0.0).to(tl.float32)
+        if FIRST:
+            square += g * g
+            flaw += g * 0.0
+        if PROJECT:
+            part = tl.load(basis + column[None, :], (rank[:, None] < r) & (column[None, :] < n), 0.0).to(tl.float32)
+            # a value of its own: straight from the copies into shared memory, products of float32 came out wrong
+            g = tl.where(g == g, g, 0.0)
+            product = tl.dot(g, tl.trans(part), product, input_precision="tf32")
+    if PROJECT:
+        out = projected + which * m * width + row.to(tl.int64)[:, None] * width + rank[None, :]
+        tl.store(out, product, (row[:, None] < m) & (rank[None, :] < width))
+    if FIRST and tl.program_id(2) == 0:
+        tl.store(squares + which * m + row, tl.sum(square, 1), row < m)
+        total = tl.sum(tl.sum(flaw, 1), 0)
+        if total != total:
+            tl.store(flaws + which // each, 1)
+
+
+@triton.jit
+def combine(
+    grads,
+    weights,
+    flaws,
+    combined,
+    m,
+    n,
+    r,
+    stride,
+    each,
+    GRAD: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """``combined`` ``(b, r, n)``: ``weights`` ``(b, r, m)`` times matrices; those with a flaw count as zero."""
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    which = tl.program_id(1).to(tl.int64)
+    rank = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    grad = tl.load(grads + which).to(tl.pointer_type(GRAD))
+    if ALIGNED:
+        grad = tl.multiple_of(grad, 16)
+    counts = tl.load(flaws + which // each) == 0
+    product = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    for start in range(0, m, BLOCK_M):
+        row = start + tl.arange(0, BLOCK_M)
+        at = grad + row.to(tl.int64)[:, None] * stride + column[None, :]
+        g = tl.load(at, (row[:, None] < m) & (column[None, :] < n), 0.0).to(tl.float32)
+        g = tl.where(counts, g, 0.0)
+        at = weights + which * r * m + rank[:, None] * m + row[None, :]
+        weight = tl.load(at, (rank[:, None] < r) & (row[None, :] < m), 0.0)
+        product = tl.dot(weight, g, product, input_precision="tf32")
+    out = combined + which * r * n + rank[:, None] * n + column[None, :]
+    tl.store(out, product, (rank[:, None] < r) & (column[None, :] < n))
+
+
+@triton.jit
+def advance(
+    projected,
+    squares,
+    flaws,
+    lefts,
+    averages,
+    factors,
+    roots,
+    m,
+    r,
+    width,
+    span,
+    each,
+    count,
+    largest,
+    beta1,
+    beta2,
+    correction,
+    LEFT: tl.constexpr,
+    FACTOR: tl.constexpr,
+    LOW_RANK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SHARED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Take what :func:`read` found into the low-rank momentum and the second moments of blocks of rows.
+
+    Where ``LOW_RANK``, ``lefts`` ``(m, r)`` become ``beta1 left + (1 - beta1) projected``, and ``factors``
+    ``left / correction - projected``; these two are ``(b, m, width)``, zero behind ``r``. Where ``BLOCKS``,
+    ``averages`` become ``beta2 average + (1 - beta2) mean`` with the means of squares of each row or (``SHARED``) of
+    every ``span`` rows, of ``count`` entries each and not above ``largest``; ``roots`` ``(b, m)`` are their roots.
+    """
+    inside = tl.arange(0, BLOCK_M)
+    row = tl.program_id(0) * span + inside
+    which = tl.program_id(1).to(tl.int64)
+    held = (inside < span) & (row < m)
+    counts = tl.load(flaws + which // each) == 0
+    if BLOCKS:
+        average = tl.load(averages + which).to(tl.pointer_type(tl.float32))
+        square = tl.where(counts, tl.load(squares + which * m + row, held, 0.0), 0.0)
+        if SHARED:
+            mean = tl.minimum(tl.sum(square, 0) / count, largest)
+            value = beta2 * tl.load(average + tl.program_id(0)) + (1 - beta2) * mean
+            tl.store(average + tl.program_id(0), value)
+            tl.store(roots + which * m + row, tl.sqrt(value + tl.zeros_like(square)), held)
+        else:
+            value = beta2 * tl.load(average + row, held, 0.0) + (1 - beta2) * tl.minimum(square / count, largest)
+            tl.store(average + row, value, held)
+            tl.store(roots + which * m + row, tl.sqrt(value), held)
+    if LOW_RANK:
+        left = tl.load(lefts + which).to(tl.pointer_type(LEFT))
+        for start in range(0, width, BLOCK_R):
+            rank = start + tl.arange(0, BLOCK_R)
+            at = which * m * width + row.to(tl.int64)[:, None] * width + rank[None, :]
+            wide = held[:, None] & (rank[None, :] < width)
+            p = tl.where(counts, tl.load(projected + at, wide, 0.0), 0.0)
+            own = left + row.to(tl.int64)[:, None] * r + rank[None, :]
+            kept = tl.load(own, wide & (rank[None, :] < r), 0.0).to(tl.float32)
+            kept += (1 - beta1) * (p - kept)
+            tl.store(own, kept.to(LEFT), wide & (rank[None, :] < r))
+            tl.store(factors + at, (kept / correction - p).to(FACTOR), wide)
+
+
+@triton.jit
+def move(
+    parameters,
+    directions,
+    roots,
+    flaws,
+    averages,
+    left,
+    rights,
+    m,
+    n,
+    k,
+    width,
+    group_rows,
+    group_stride,
+    parameter_stride,
+    direction_stride,
+    root_stride_m,
+    root_stride_n,
+    each,
+    beta1,
+    scale,
+    correction,
+    eps,
+    beta2,
+    lr,
+    decay,
+    clip,
+    PARAMETER: tl.constexpr,
+    DIRECTION: tl.constexpr,
+    AVERAGE: tl.constexpr,
+    RIGHT: tl.constexpr,
+    FACTOR: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHECKED: tl.constexpr,
+    DENSE: tl.constexpr,
+    ELEMENTWISE: tl.constexpr,
+    AVERAGED: tl.constexpr,
+    CLAMP: tl.constexpr,
+    FACTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``p = (1 - lr decay) p - lr clamp(scale (direction + left right) / (root / correction + eps))``.
+
+    ``parameters`` and ``directions`` are ``(m, n)``; with ``FACTORS``, ``left`` is ``(b, m, width)``, zero behind
+    ``k``, and ``rights`` are ``(k, n)``. Rows of a parameter come in groups of ``group_rows``, ``group_stride`` apart.
+    Roots are ``DENSE``, ``(b, m)``, or at addresses with the strides given, 0 where they broadcast; where
+    ``ELEMENTWISE``, these are averages of the squared direction, which they take first. Where ``CHECKED``, a direction
+    with a flaw is zero. Where ``AVERAGED``, ``averages`` ``(m, n)`` take the direction and stand in its place.
+    """
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    which = tl.program_id(2).to(tl.int64)
+    inside = (row[:, None] < m) & (column[None, :] < n)
+    wide = row.to(tl.int64)[:, None]
+    parameter = tl.load(parameters + which).to(tl.pointer_type(PARAMETER))
+    direction = tl.load(directions + which).to(tl.pointer_type(DIRECTION))
+    if ALIGNED:
+        parameter, direction = tl.multiple_of(parameter, 16), tl.multiple_of(direction, 16)
+    parameter += wide // group_rows * group_stride + wide % group_rows * parameter_stride + column[None, :]
+    d = tl.load(direction + wide * direction_stride + column[None, :], inside, 0.0).to(tl.float32)
+    p = tl.load(parameter, inside, 0.0).to(tl.float32)
+    if CHECKED:
+        d = tl.where(tl.load(flaws + which // each) == 0, d, 0.0)
+    if DENSE:
+        root = tl.load(roots + which * m + row, row < m, 0.0)[:, None]
+    else:
+        at = tl.load(roots + which).to(tl.pointer_type(tl.float32))
+        if ALIGNED and ELEMENTWISE:
+            at = tl.multiple_of(at, 16)
+        at += wide * root_stride_m + column[None, :] * root_stride_n
+        root = tl.load(at, inside, 0.0)
+        if ELEMENTWISE:
+            root = beta2 * root + (1 - beta2) * d * d
+            tl.store(at, root, inside)
+            root = tl.sqrt(root)
+    if AVERAGED:
+        average = tl.load(averages + which).to(tl.pointer_type(AVERAGE))
+        if ALIGNED:
+            average = tl.multiple_of(average, 16)
+        average += wide * n + column[None, :]
+        kept = tl.load(average, inside, 0.0).to(tl.float32)
+        d = kept + (1 - beta1) * (d - kept)
+        tl.store(average, d.to(AVERAGE), inside)
+    if FACTORS:
+        right = tl.load(rights + which).to(tl.pointer_type(RIGHT))
+        if ALIGNED:
+            right = tl.multiple_of(right, 16)
+        for start in range(0, width, BLOCK_K):
+            inner = start + tl.arange(0, BLOCK_K)
+            at = left + which * m * width + wide * width + inner[None, :]
+            a = tl.load(at, (row[:, None] < m) & (inner[None, :] < width), 0.0)
+            at = right + inner[:, None] * n + column[None, :]
+            b = tl.load(at, (inner[:, None] < k) & (column[None, :] < n), 0.0).to(FACTOR)
+            d = tl.dot(a, b, d)
+    update = scale * d / (root / correction + eps)
+    if CLAMP:
+        update = tl.minimum(tl.maximum(update, -clip), clip)
+    tl.store(parameter, (p * (1 - lr * decay) - lr * update).to(PARAMETER), inside)
