@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 import lightning_adapm
-from benchmarks.training import Run
+from benchmarks.setting import Run
 
 
 class Entry(NamedTuple):
