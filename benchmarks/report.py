@@ -106,10 +106,11 @@ def opening(name: str, study: Study) -> list[str]:
 
 def not_run(study: Study, table: Table) -> list[str]:
     """Rows without results, with the reason where their optimizer is not there."""
-    lines = []
+    reasons: dict[str, list[str]] = {}
     for label, (kind, _) in study.variants.items():
         if label not in table:
-            lines.append(f"- {label}: {missing(kind) or 'not run'}")
+            reasons.setdefault(missing(kind) or "not run", []).append(label)
+    lines = [f"- {reason}: {'; '.join(labels)}" for reason, labels in reasons.items()]
     return ["Rows without results:", "", *lines, ""] if lines else []
 
 

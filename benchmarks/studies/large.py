@@ -67,7 +67,7 @@ def update_size() -> Study:
         {"AdamW": full, "AdaPM": adapm(**FAST), **SCALED, **{k: v for k, v in PARTS.items() if v is not full}},
         lrs=(5e-4, 1e-3, 2e-3, 4e-3),
         edge=(),
-        setting=dataclasses.replace(GPT2_SMALL, points=20, observe=20),
+        setting=dataclasses.replace(GPT2_SMALL, observe=20, val_windows=128),
         curves=True,
         baselines={"AdamW": ("AdamW",)},
     )
