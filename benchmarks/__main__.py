@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.decoder import Shape
 from benchmarks.report import report
 from benchmarks.setting import Device
 from benchmarks.store import Store
@@ -51,10 +52,17 @@ def parse() -> argparse.Namespace:
         parser.error("--compile goes with --stack 1")
     if len(args.studies) > 1 and (args.name or args.only):
         parser.error(f"--name and --only go with one study; {args.study} is {', '.join(args.studies)}")
+    if args.size and not all(is_gpt2(STUDIES[name]) for name in args.studies):
+        parser.error(f"--size names a GPT-2-like model, and {args.study} trains another; leave it out")
     unknown = set(args.only or ()) - set(STUDIES[args.studies[0]].variants)
     if unknown:
         parser.error(f"--only: {', '.join(sorted(unknown))} not in {', '.join(STUDIES[args.studies[0]].variants)}")
     return args
+
+
+def is_gpt2(study: Study) -> bool:
+    shape = study.setting.shape
+    return isinstance(shape, Shape) and not shape.llama
 
 
 def chosen(study: Study, args: argparse.Namespace) -> Study:

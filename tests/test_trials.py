@@ -56,7 +56,7 @@ def test_other_models_train_side_by_side_as_alone(text, setting, kind):
     together = train(runs, data, CPU)
     alone = [train([run], data, CPU)[0] for run in runs]
     for a, b in zip(together, alone, strict=True):
-        assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-4)
+        assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-3)
     assert alone[0]["val_loss"] != alone[1]["val_loss"]
 
 
@@ -201,9 +201,8 @@ def test_a_run_that_is_observed_shows_its_updates_by_role(text):
     assert first["observed"]["steps"] == [2, 5] and len(first["curve"]) == 2
     assert first["curve"][0][2] <= first["curve"][1][2]
     mlp = second["observed"]["roles"]["mlp"]
-    assert (
-        set(mlp) == {"update_rms", "residual", "stationarity"} and "residual" not in first["observed"]["roles"]["value"]
-    )
+    assert set(mlp) == {"update_rms", "residual", "stationarity"}
+    assert set(first["observed"]["roles"]["value"]) == {"update_rms"}
     assert all(0 < value <= 1 for value in mlp["update_rms"]) and all(0 < value < 1 for value in mlp["residual"])
     assert mlp["update_rms"] == pytest.approx(alone["observed"]["roles"]["mlp"]["update_rms"], abs=1e-2)
     plain = train([run_of(TINY, rank=2)], text, CPU)[0]
@@ -262,12 +261,17 @@ def test_studies_that_share_runs_train_them_once_and_report_curves(tmp_path):
 
 def test_a_group_is_studies_and_a_size_is_part_of_the_name(monkeypatch, capsys):
     assert all(name in STUDIES for names in GROUPS.values() for name in names)
-    monkeypatch.setattr("sys.argv", ["benchmarks", "ablation", "--seeds", "2", "--size", "1M"])
+    monkeypatch.setattr("sys.argv", ["benchmarks", "ablation"])
+    assert parse().studies == GROUPS["ablation"]
+    monkeypatch.setattr("sys.argv", ["benchmarks", "convergence", "--seeds", "2", "--size", "1M"])
     args = parse()
-    assert args.studies == GROUPS["ablation"]
     small = chosen(STUDIES["convergence"], args)
     assert (small.seeds, small.setting.shape.width) == (2, 128)
-    monkeypatch.setattr("sys.argv", ["benchmarks", "ablation", "--only", "AdamW"])
-    with pytest.raises(SystemExit):
-        parse()
-    assert "--only go with one study" in capsys.readouterr().err
+    for options, message in {
+        ("ablation", "--only", "AdamW"): "--only go with one study",
+        ("images", "--size", "1M"): "GPT-2-like",
+    }.items():
+        monkeypatch.setattr("sys.argv", ["benchmarks", *options])
+        with pytest.raises(SystemExit):
+            parse()
+        assert message in capsys.readouterr().err
