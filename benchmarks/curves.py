@@ -91,12 +91,38 @@ def plot_curves(study: Study, table: Table, path: Path) -> bool:
     return True
 
 
-def observed_tables(table: Table) -> list[str]:
-    """What was observed at each row's best learning rate, by role; nothing for a study that did not look."""
+def observed(table: Table) -> dict[str, list[dict[str, Any]]]:
+    """What each row showed at its best learning rate, seed by seed; nothing for a study that did not look."""
     kept = {label: cells[best(cells)].results.values() for label, cells in table.items()}
-    runs = {label: [r["observed"] for r in results if "observed" in r] for label, results in kept.items()}
-    runs = {label: observed for label, observed in runs.items() if observed}
-    roles = list(dict.fromkeys(role for observed in runs.values() for one in observed for role in one["roles"]))
+    runs = {label: [result["observed"] for result in results if "observed" in result] for label, results in kept.items()}
+    return {label: found for label, found in runs.items() if found}
+
+
+def plot_observed(table: Table, path: Path, role: str = "mlp") -> bool:
+    """Of one role a panel for each figure as an SVG; False where there is nothing to see or no matplotlib."""
+    runs, plt = observed(table), plotting()
+    if plt is None or not runs:
+        return False
+    figure, panels = plt.subplots(1, len(FIGURES), figsize=(15, 5), layout="constrained")
+    for axes, (name, words) in zip(panels, FIGURES.items(), strict=True):
+        for index, (label, found) in enumerate(runs.items()):
+            series = [(one["steps"], one["roles"].get(role, {}).get(name, [])) for one in found]
+            means = [statistics.fmean(at) for at in zip(*(values for _, values in series), strict=False)]
+            if means:
+                axes.plot(series[0][0][: len(means)], means, label=label, **style(index, label))
+        axes.set_title(words, fontsize=8)
+        axes.set_xlabel(f"steps ({role})")
+        axes.grid(alpha=0.3)
+    panels[0].legend(fontsize=6)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+    return True
+
+
+def observed_tables(table: Table) -> list[str]:
+    """What was observed, by role; nothing for a study that did not look."""
+    runs = observed(table)
+    roles = list(dict.fromkeys(role for found in runs.values() for one in found for role in one["roles"]))
     page: list[str] = []
     for figure, words in FIGURES.items():
         shown = [role for role in roles if any(figure in o["roles"].get(role, {}) for r in runs.values() for o in r)]
@@ -105,17 +131,17 @@ def observed_tables(table: Table) -> list[str]:
         parts = " / ".join(f"{first:.0%} to {last:.0%}" for first, last in itertools.pairwise(PARTS))
         page += [f"{words}, in the parts {parts} of the run:", "", "| | " + " | ".join(shown) + " |"]
         page += ["|---" * (len(shown) + 1) + "|"]
-        for label, observed in runs.items():
-            cells = [" / ".join(averages(observed, role, figure)) for role in shown]
+        for label, found in runs.items():
+            cells = [" / ".join(averages(found, role, figure)) for role in shown]
             page.append(f"| {label} | " + " | ".join(cells) + " |")
         page.append("")
     return page
 
 
-def averages(observed: list[dict[str, Any]], role: str, figure: str) -> list[str]:
+def averages(runs: list[dict[str, Any]], role: str, figure: str) -> list[str]:
     """Of a figure over the parts of a run, and over the seeds; nothing where it was not seen."""
     found: list[list[float]] = [[] for _ in PARTS[1:]]
-    for one in observed:
+    for one in runs:
         values = one["roles"].get(role, {}).get(figure, [])
         for step, value in zip(one["steps"], values, strict=False):
             part = sum(step > share * one["steps"][-1] for share in PARTS[1:-1])

@@ -4,7 +4,7 @@ import math
 import statistics
 from pathlib import Path
 
-from benchmarks.curves import observed_tables, plot_curves, steps_table
+from benchmarks.curves import observed_tables, plot_curves, plot_observed, steps_table
 from benchmarks.optimizers import missing
 from benchmarks.store import Store
 from benchmarks.studies import Study
@@ -128,7 +128,11 @@ def section(study: Study, table: Table, image: Path) -> list[str]:
         curves = image.with_name(f"{image.stem}-curves.svg")
         if plot_curves(study, table, curves) or curves.exists():
             page += [f"![validation loss by steps, bytes and seconds]({curves.name})", ""]
-    return page + observed_tables(table)
+    page += observed_tables(table)
+    seen = image.with_name(f"{image.stem}-observed.svg")
+    if plot_observed(table, seen) or seen.exists():
+        page += [f"![what was observed of the MLPs over the steps]({seen.name})", ""]
+    return page
 
 
 def report(name: str, study: Study, store: Store) -> None:

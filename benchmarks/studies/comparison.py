@@ -57,7 +57,7 @@ def instructions() -> Study:
     setting = Setting(Shape(layers=4, width=192, n_head=6, context=512), steps=300, points=20)
     return Study(
         "And when weights pretrained with AdamW are finetuned on questions and answers (loss on the answers alone)?",
-        {label: PEERS[label] for label in PEERS if "APOLLO" not in label and "GaLore" not in label},
+        PEERS,
         lrs=(3e-4, 1e-3, 2e-3),
         edge=(),
         seeds=4,
