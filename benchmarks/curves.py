@@ -94,7 +94,9 @@ def plot_curves(study: Study, table: Table, path: Path) -> bool:
 def observed(table: Table) -> dict[str, list[dict[str, Any]]]:
     """What each row showed at its best learning rate, seed by seed; nothing for a study that did not look."""
     kept = {label: cells[best(cells)].results.values() for label, cells in table.items()}
-    runs = {label: [result["observed"] for result in results if "observed" in result] for label, results in kept.items()}
+    runs = {
+        label: [result["observed"] for result in results if "observed" in result] for label, results in kept.items()
+    }
     return {label: found for label, found in runs.items() if found}
 
 

@@ -3,6 +3,7 @@
 import datetime
 import hashlib
 import multiprocessing
+import os
 import shlex
 import statistics
 import sys
@@ -102,7 +103,8 @@ def sweep(
         "versions": versions(),
     }
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    gpus = visible_gpus() if device.type == "cuda" else []
+    with ProcessPoolExecutor(jobs, context, initializer=begin, initargs=(context.Value("i"), gpus)) as pool:
         folder = studies[0][1].path.parent
         queue = Queue(pool, Place(device, folder / "weights", deadline), jobs, session)
         plans = []
@@ -116,6 +118,24 @@ def sweep(
         raise SystemExit(f"{queue.failed} runs failed: see the errors above")
     if not queue.complete:
         print("Out of time; the same command goes on from here.")
+
+
+def visible_gpus() -> list[str]:
+    """Names of the GPUs that there are for ``CUDA_VISIBLE_DEVICES``."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
+
+
+def begin(workers: Any, gpus: list[str]) -> None:
+    """A worker's first act: one thread, and where there are several GPUs one of them.
+
+    By the environment, before CUDA is used: some optimizers take every GPU that they see for a process of theirs.
+    """
+    torch.set_num_threads(1)
+    with workers.get_lock():
+        index, workers.value = workers.value, workers.value + 1
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
 
 
 def distinct(groups: Iterable[Group]) -> list[Group]:

@@ -1,6 +1,8 @@
 import json
 import lzma
 import math
+import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
@@ -257,6 +259,16 @@ def test_studies_that_share_runs_train_them_once_and_report_curves(tmp_path):
     page = paths[0].with_suffix(".md").read_text()
     assert "| AdamW | 4 |" in page and "| AdamW, longer | 8 |" in page and "2 of 2" in page
     assert "needs lost-package" in page
+
+
+def test_workers_share_out_the_gpus(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    gpus, workers, given = sweep.visible_gpus(), multiprocessing.Value("i"), []
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    for _ in range(3):
+        sweep.begin(workers, gpus)
+        given.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    assert given == ["2", "5", "2"]
 
 
 def test_a_group_is_studies_and_a_size_is_part_of_the_name(monkeypatch, capsys):

@@ -17,6 +17,7 @@ def smaller(**options: object) -> tuple[str, dict[str, object]]:
 PARTS = {
     "AdaPM, all momentum full, no clamp (AdamW)": adapm(**FAST, momentum="full", clip_threshold=None),
     "AdaPM, embedding full": adapm(**FAST, momentum={"embedding": "full"}),
+    "AdaPM, embedding full, attn_out low-rank": adapm(**FAST, momentum={"embedding": "full", "attn_out": "low_rank"}),
     "AdaPM, embedding and attn_out full": adapm(**FAST, momentum={"embedding": "full", "attn_out": "full"}),
     "AdaPM, mlp full": adapm(**FAST, momentum={"mlp": "full"}),
     "AdaPM, attn_out full": adapm(**FAST, momentum={"attn_out": "full"}),
@@ -44,7 +45,7 @@ def gpt2() -> Study:
         "Do the main findings hold for a GPT-2 of 86 million parameters (124M with its own vocabulary) on a GPU, and"
         " which part of AdaPM makes the difference?",
         {**rows, **SCALED, **PARTS},
-        lrs=(6e-4, 3e-4, 1.2e-3, 2.4e-3),
+        lrs=(6e-4, 3e-4, 1.5e-4, 1.2e-3),
         edge=(),
         seeds=1,
         setting=GPT2_124M,
