@@ -14,6 +14,8 @@ from lightning_adapm.optim.tasks import PieceState
 from lightning_adapm.roles import Piece
 from lightning_adapm.sharding import ONE_PROCESS, Reduction
 
+KEYS = "exp_avg_l", "exp_avg_r"
+
 
 class Trial(AdaPM):
     """AdaPM with another low-rank momentum.
@@ -23,7 +25,7 @@ class Trial(AdaPM):
         divide_all: Adam's bias correction of the whole direction, as published, not of the average alone.
         slow_beta1: a second low-rank momentum with this decay beside the first; their mean is used.
         method: of the low-rank momentum, a name in :data:`LOW_RANK`.
-        residual: factor of what the subspace does not see.
+        residual: factor of what the subspace does not see, or ``"matched"``: see :class:`Scaled`.
         scale: policy to factor of the whole direction; ``residual`` and these make updates smaller.
     """
 
@@ -35,7 +37,7 @@ class Trial(AdaPM):
         divide_all: bool = False,
         slow_beta1: float | None = None,
         method: str | None = None,
-        residual: float = 1.0,
+        residual: float | str = 1.0,
         scale: Mapping[str, float] | None = None,
         **options: Any,
     ) -> None:
@@ -65,11 +67,14 @@ class Trial(AdaPM):
 
 @dataclass(frozen=True)
 class Scaled:
-    """A momentum whose direction is multiplied by ``scale``, and by ``residual`` what its subspace does not see."""
+    """A momentum whose direction is multiplied by ``scale``, and by ``residual`` what its subspace does not see.
+
+    ``"matched"``: by how much averaging makes the part that it does see smaller, as if the rest were as noisy.
+    """
 
     inner: Momentum
     scale: float
-    residual: float = 1.0
+    residual: float | str = 1.0
 
     @property
     def name(self) -> str:
@@ -86,14 +91,25 @@ class Scaled:
     ) -> Direction:
         used = self.inner.direction(grads, states, step, reduction)
         if self.residual != 1:
-            right = join([state["exp_avg_r"] for state in states]).to(grads[0].dtype)
-            outside = split(lowrank.residual(join(grads), right, reduction), grads)
-            tensors = torch._foreach_add(used.multiplied().tensors, outside, alpha=self.residual - 1)
+            left, right = (join([state[key] for state in states]).to(grads[0].dtype) for key in KEYS)
+            grad = join(grads)
+            outside = lowrank.residual(grad, right, reduction)
+            less = (1 - self._factor(grad @ right.mT, left, step)) * outside
+            tensors = torch._foreach_sub(used.multiplied().tensors, split(less, grads))
             used = used._replace(tensors=list(tensors), scratch=True, factors=None)
         return used._replace(scale=used.scale * self.scale)
 
+    def _factor(self, projected: Tensor, left: Tensor, step: int) -> Tensor | float:
+        """``residual`` as a number, or one per matrix; ``projected`` is what the subspace sees of the gradient."""
+        if not isinstance(self.residual, str):
+            return self.residual
+        assert isinstance(self.inner, LowRankMomentum) and self.residual == "matched"
+        averaged = torch.linalg.matrix_norm(left, keepdim=True) / (1 - self.inner.beta1**step)
+        size = torch.linalg.matrix_norm(projected, keepdim=True)
+        return (averaged / size.clamp_min(torch.finfo(size.dtype).tiny)).clamp_max(1.0)
 
-def scaled(inner: Momentum, scale: float, residual: float = 1.0) -> Momentum:
+
+def scaled(inner: Momentum, scale: float, residual: float | str = 1.0) -> Momentum:
     return cast(Momentum, Scaled(inner, scale, residual))  # whose name is not its class's
 
 
@@ -168,7 +184,7 @@ class Reprojected(LowRankMomentum):
         self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
     ) -> Direction:
         grad = join(grads)
-        left, right = (join([state[key] for state in states]).to(grad.dtype) for key in ("exp_avg_l", "exp_avg_r"))
+        left, right = (join([state[key] for state in states]).to(grad.dtype) for key in KEYS)
         new_right = self._next_basis(grad, left, right, states, step, reduction)
         if new_right is right:
             return super().direction(grads, states, step, reduction)

@@ -178,6 +178,20 @@ def test_a_smaller_residual_scales_what_the_subspace_does_not_see_alone():
     torch.testing.assert_close(both, 0.25 * half)
 
 
+def test_a_matched_residual_shrinks_as_the_average_does():
+    torch.manual_seed(0)
+    grad = torch.randn(12, 8)
+    _, constant = stepped(Scaled(low_rank(), 1.0, residual="matched"), [grad] * 4)
+    torch.testing.assert_close(constant, grad, atol=1e-5, rtol=1e-5)  # nothing shrinks where there is no noise
+    grads = [torch.randn(12, 8) for _ in range(30)]
+    state, plain = stepped(low_rank(gap=100), grads)
+    _, matched = stepped(Scaled(low_rank(gap=100), 1.0, residual="matched"), grads)
+    inside = state["exp_avg_r"].mT @ state["exp_avg_r"]
+    average = state["exp_avg_l"].norm() / (1 - 0.9**30) / (grads[-1] @ state["exp_avg_r"].mT).norm()
+    assert 0.1 < average < 0.5
+    torch.testing.assert_close(matched - matched @ inside, average * (plain - plain @ inside), atol=1e-5, rtol=1e-4)
+
+
 def test_scaling_a_policy_scales_its_roles_alone():
     updates = []
     for options in ({}, {"scale": {"none": 0.5}}):

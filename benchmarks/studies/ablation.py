@@ -10,7 +10,7 @@ BESIDE_FAST = {"AdamW": (FAST,)}
 
 
 def debias() -> Study:
-    lengths = {f"no residual correction, {factor:g} x steps": factor for factor in (1.25, 1.5, 2, 3, 4)}
+    lengths = {f"no residual correction, {factor:g} x steps": factor for factor in (1.5, 2, 3, 4)}
     rows = {
         FAST: adamw(0.9, 0.95),
         "AdaPM": adapm(betas=BETAS95),

@@ -32,6 +32,8 @@ SCALED = {
     "AdaPM, none and low-rank x 0.23": smaller(scale={"none": NOISE, "low_rank": NOISE}),
     "AdaPM, none and residual x 0.5": smaller(scale={"none": 0.5}, residual=0.5),
     "AdaPM, none and residual x 0.23": smaller(scale={"none": NOISE}, residual=NOISE),
+    "AdaPM, none x 0.5, residual matched": smaller(scale={"none": 0.5}, residual="matched"),
+    "AdaPM, residual matched": smaller(residual="matched"),
     "AdaPM, residual x 0.5": smaller(residual=0.5),
     "AdaPM, none x 0.5": smaller(scale={"none": 0.5}),
 }
