@@ -181,7 +181,7 @@ def test_a_smaller_residual_scales_what_the_subspace_does_not_see_alone():
 def test_a_matched_residual_shrinks_as_the_average_does():
     torch.manual_seed(0)
     grad = torch.randn(12, 8)
-    _, constant = stepped(Scaled(low_rank(), 1.0, residual="matched"), [grad] * 4)
+    _, constant = stepped(Scaled(low_rank(), 1.0, residual="matched"), [grad] * 3)
     torch.testing.assert_close(constant, grad, atol=1e-5, rtol=1e-5)  # nothing shrinks where there is no noise
     grads = [torch.randn(12, 8) for _ in range(30)]
     state, plain = stepped(low_rank(gap=100), grads)
