@@ -44,7 +44,7 @@ def train(
     replay = copies.recorded(windows) if device.type == "cuda" and device.graph and not device.compile else None
 
     before, largest = copies.flat.clone(), torch.zeros(len(runs), device=device.type)
-    log, curve, clock = Log(len(runs)), Curve(copies, text, len(runs)), Clock(device.type)
+    log, curve, clock = Log(len(runs)), Curve(copies, text), Clock(device.type)
     for step in range(setting.steps):
         now = lr * schedule(step, setting.steps, setting.change)
         for group in optimizer.param_groups:
@@ -96,7 +96,7 @@ class Clock:
 class Curve:
     """Validation losses of all copies, with the step and the seconds (of the stack, by its number of copies)."""
 
-    def __init__(self, copies: Copies, text: Text, count: int) -> None:
+    def __init__(self, copies: Copies, text: Text) -> None:
         self.copies, self.text, self.setting = copies, text, copies.setting
         self.val = text.val.to(copies.device.type)
         points, steps = self.setting.points, self.setting.steps
