@@ -29,6 +29,16 @@ class Shape:
         """Rows of the MLP: 4 widths, or 8/3 (rounded up to 64) where there is a gate as well."""
         return math.ceil(self.width * 8 / 3 / 64) * 64 if self.llama else 4 * self.width
 
+    def build(self) -> nn.Module:
+        return Decoder(self)
+
+    def __str__(self) -> str:
+        kind = "Llama-like" if self.llama else "GPT-2-like"
+        return (
+            f"A {kind} decoder: {self.layers} layers, width {self.width}, {self.n_head} heads,"
+            f" {self.n_query_groups or self.n_head} of keys and values"
+        )
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm, of operations that vmap knows."""

@@ -1,30 +1,39 @@
-"""Optimizers by name, with every option that they run under written out, and AdaPM's variants that are only tried."""
+"""Optimizers by name, with every option that they run under written out."""
 
-import dataclasses
+import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from lightning_adapm import AdaPM
-from lightning_adapm.momentum import Direction, LowRankMomentum, Momentum, State
-from lightning_adapm.optim.tasks import PieceState
+from benchmarks.trials import Trial
+from lightning_adapm import AdaLomo, AdamMini, AdaPM, LoRAPre
 from lightning_adapm.policy import momentum_table
-from lightning_adapm.roles import Piece
-from lightning_adapm.sharding import ONE_PROCESS, Reduction
 
 DECAY = 0.1
 """Weight decay of every optimizer, on every parameter."""
+ROLES: dict[str, Callable[..., Optimizer]] = {"AdaPM": AdaPM, "trial": Trial}
+"""Kinds with all of AdaPM's options."""
+NEIGHBOURS: dict[str, Callable[..., Optimizer]] = {"AdaLomo": AdaLomo, "AdamMini": AdamMini, "LoRAPre": LoRAPre}
+LIBRARIES = {
+    "Adafactor": ("torch.optim", "Adafactor", "torch 2.5"),
+    "Muon": ("torch.optim", "Muon", "torch 2.9"),
+    "adam_mini": ("adam_mini", "Adam_mini", "adam-mini"),
+    "GaLore": ("galore_torch", "GaLoreAdamW", "galore-torch"),
+    "APOLLO": ("apollo_torch", "APOLLOAdamW", "apollo-torch"),
+}
+"""Kind to module, class and what to install."""
 
 
 def resolve(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """``options`` with the defaults filled in, as JSON can hold them: what identifies a run, and what it ran under."""
     if kind == "AdamW":
         return {"kind": kind, "betas": [0.9, 0.999], **options}
+    if kind not in ROLES:
+        return {"kind": kind, **options}
     signature = inspect.signature(AdaPM.__init__).parameters
     fixed = (
         "self",
@@ -46,95 +55,78 @@ def resolve(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return resolved
 
 
+def missing(kind: str) -> str | None:
+    """Why an optimizer cannot run here; None if it can."""
+    if kind not in LIBRARIES:
+        return None
+    module, name, package = LIBRARIES[kind]
+    try:
+        getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        return f"needs {package}: {error}"
+    return None
+
+
 def build(
     resolved: Mapping[str, Any], named: Iterator[tuple[str, nn.Parameter]], model: nn.Module, lr: float
 ) -> Optimizer:
     """The optimizer of :func:`resolve`'s options over ``named`` parameters of copies of ``model``."""
-    options = {key: value for key, value in resolved.items() if key != "kind"}
-    options["betas"] = tuple(options["betas"])
-    params: Any = list(named)
-    if resolved["kind"] != "AdamW":
-        attention = next(module for module in model.modules() if hasattr(module, "n_query_groups"))
-        heads = {"n_head": attention.n_head, "n_query_groups": attention.n_query_groups}
-        params = [{"params": params, **heads}]
-    return KINDS[resolved["kind"]](params, lr=lr, weight_decay=DECAY, **options)
+    kind, options = resolved["kind"], {key: value for key, value in resolved.items() if key != "kind"}
+    if "betas" in options:
+        options["betas"] = tuple(options["betas"])
+    attention = next((module for module in model.modules() if hasattr(module, "n_query_groups")), None)
+    heads = {} if attention is None else {key: getattr(attention, key) for key in ("n_head", "n_query_groups")}
+    if kind == "AdamW":
+        return torch.optim.AdamW(list(named), lr=lr, weight_decay=DECAY, **options)
+    if kind in LIBRARIES:
+        return build_peer(kind, list(named), lr, options, heads)
+    params = [{"params": list(named), **heads}]
+    return (ROLES | NEIGHBOURS)[kind](params, lr=lr, weight_decay=DECAY, **options)
 
 
-class Trial(AdaPM):
-    """AdaPM with another low-rank momentum.
+def build_peer(
+    kind: str, named: list[tuple[str, nn.Parameter]], lr: float, options: Mapping[str, Any], heads: Mapping[str, int]
+) -> Optimizer:
+    """Another library's optimizer, used as its documentation says. A ``rank`` is a share of a matrix's smaller side.
 
-    Args:
-        low_rank: fields of :class:`LowRankMomentum` that differ, for instance ``{"flush": False}``.
-        divide_all: Adam's bias correction of the whole direction, as published, not of the average alone.
-        slow_beta1: a second low-rank momentum with this decay beside the first; their mean is used.
+    Raises:
+        ImportError: :func:`missing` says what to install.
     """
-
-    def __init__(
-        self,
-        params: Any,
-        *,
-        low_rank: Mapping[str, Any] | None = None,
-        divide_all: bool = False,
-        slow_beta1: float | None = None,
-        **options: Any,
-    ) -> None:
-        self.low_rank, self.divide_all, self.slow_beta1 = dict(low_rank or {}), divide_all, slow_beta1
-        super().__init__(params, **options)
-
-    def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:
-        momentum = super().momentum_for(piece, shape, group)
-        if not isinstance(momentum, LowRankMomentum):
-            return momentum
-        momentum = dataclasses.replace(momentum, **self.low_rank)
-        if self.divide_all:
-            return DivideAll(**dataclasses.asdict(momentum))
-        if self.slow_beta1 is not None:
-            return TwoTimeScales(momentum, dataclasses.replace(momentum, beta1=self.slow_beta1))
-        return momentum
-
-
-@dataclass(frozen=True)
-class DivideAll(LowRankMomentum):
-    """The published form: the whole direction, not only the average in it, is divided by ``1 - beta1**step``."""
-
-    def direction(
-        self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
-    ) -> Direction:
-        # a step so late that nothing is left to correct, in the same phase of the refresh
-        late = step + 10_000 * self.update_proj_gap
-        used = super().direction(grads, states, late, reduction)
-        return used._replace(scale=used.scale / (1 - self.beta1**step))
+    reason = missing(kind)
+    if reason is not None:
+        raise ImportError(f"{kind} {reason}")
+    module, name, _ = LIBRARIES[kind]
+    make = getattr(importlib.import_module(module), name)
+    common: dict[str, Any] = {"lr": lr, "weight_decay": DECAY}
+    if kind == "Adafactor":
+        return make([param for _, param in named], **common, **options)
+    if kind == "adam_mini":
+        width = next(param.shape[-1] for _, param in named if param.dim() == 2)
+        sizes = {"dim": width, "n_heads": heads["n_head"], "n_kv_heads": heads["n_query_groups"]}
+        return make(named, **common, **sizes, verbose=False, **options)
+    hidden = [param for key, param in named if param.dim() == 2 and ".blocks." in key]
+    rest = [param for key, param in named if param.dim() != 2 or ".blocks." not in key]
+    if kind == "Muon":
+        others = torch.optim.AdamW(rest, betas=(0.9, 0.95), **common)
+        return Together(make(hidden, **common, **options), others)
+    betas = {key: value for key, value in options.items() if key == "betas"}
+    projection = {key: value for key, value in options.items() if key not in ("betas", "rank")}
+    groups: list[dict[str, Any]] = [{"params": rest}]
+    for size in sorted({min(param.shape) for param in hidden}):
+        alike = [param for param in hidden if min(param.shape) == size]
+        groups.append({"params": alike, "rank": max(1, round(options["rank"] * size)), **projection})
+    return make(groups, **common, **betas, no_deprecation_warning=True)
 
 
-@dataclass(frozen=True)
-class TwoTimeScales:
-    """The mean of two low-rank momenta, each with factors of its own."""
+class Together(Optimizer):
+    """Two optimizers that step together and share a learning rate."""
 
-    fast: LowRankMomentum
-    slow: LowRankMomentum
-    name: ClassVar[str] = "low_rank"
+    def __init__(self, *optimizers: Optimizer) -> None:
+        self.optimizers = optimizers
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        super().__init__([{"params": group["params"]} for group in groups], {})
+        self.param_groups = groups  # theirs, so that a schedule reaches them
 
-    def due(self, step: int) -> bool:
-        return self.fast.due(step)
-
-    def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
-        made = {"fast.": self.fast.make(shape, like), "slow.": self.slow.make(shape, like)}
-        return {prefix + key: value for prefix, state in made.items() for key, value in state.items()}
-
-    def direction(
-        self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
-    ) -> Direction:
-        fast, slow = (
-            momentum.direction(
-                grads,
-                [PieceState(state, prefix) for state in states],  # type: ignore[arg-type]
-                step,
-                reduction,
-            )
-            for prefix, momentum in (("fast.", self.fast), ("slow.", self.slow))
-        )
-        both = torch._foreach_add(fast.multiplied().tensors, slow.multiplied().tensors)
-        return Direction(list(both), 0.5 * fast.scale, scratch=True, clamp=fast.clamp)
-
-
-KINDS: dict[str, Callable[..., Optimizer]] = {"AdamW": torch.optim.AdamW, "AdaPM": AdaPM, "trial": Trial}
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for optimizer in self.optimizers:
+            optimizer.step()

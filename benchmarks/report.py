@@ -1,83 +1,17 @@
 """From results to a page: losses by learning rate, best ones compared seed by seed, a plot."""
 
-import dataclasses
-import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from benchmarks.optimizers import resolve
-from benchmarks.store import Entry, Store
+from benchmarks.curves import observed_tables, plot_curves, plot_observed, steps_table
+from benchmarks.optimizers import missing
+from benchmarks.store import Store
 from benchmarks.studies import Study
+from benchmarks.table import Cell, Table, best, plotting, rivals, select, spread, style, tabulate
 
 STABLE = 0.1
 """A learning rate counts as stable where no seed diverged and the mean loss is this close (nats) to the best."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """Runs of one variant at one learning rate, by seed."""
-
-    results: dict[int, dict[str, Any]]
-
-    @property
-    def losses(self) -> dict[int, float]:
-        return {seed: math.inf if r["diverged"] else r["val_loss"] for seed, r in sorted(self.results.items())}
-
-    @property
-    def mean(self) -> float:
-        return statistics.fmean(self.losses.values())
-
-    def __str__(self) -> str:
-        diverged = sum(map(math.isinf, self.losses.values()))
-        return f"{diverged} of {len(self.losses)} diverged" if diverged else spread(self.losses.values())
-
-
-Table = dict[str, dict[float, Cell]]
-"""Label to learning rate to runs."""
-
-
-def spread(values: Iterable[float], sign: str = "") -> str:
-    """Mean, its standard error, and of how many."""
-    values = list(values)
-    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.4f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):{sign}.4f}{error} ({len(values)})"
-
-
-def select(study: Study, store: Store) -> dict[str, list[Entry]]:
-    """The study's runs among those known, by text; of a text only where the study's own file has runs."""
-    setting = json.loads(json.dumps(dataclasses.asdict(study.setting)))
-    texts: dict[str, list[Entry]] = {entry.run["text"]: [] for entry in store.own.values()}
-    for entry in store.known.values():
-        found = dict(entry.run["setting"])
-        if study.pretrained and found["start"]:
-            found["start"] = None
-        if found == setting and bool(entry.run["setting"]["start"]) == study.pretrained and entry.run["text"] in texts:
-            texts[entry.run["text"]].append(entry)
-    return {text: entries for text, entries in texts.items() if entries}
-
-
-def tabulate(study: Study, entries: list[Entry]) -> Table:
-    """Variants in the study's order; those without any run are left out."""
-    table: Table = {}
-    for label, variant in study.variants.items():
-        wanted = json.loads(json.dumps(resolve(*variant)))
-        cells: dict[float, Cell] = {}
-        for entry in entries:
-            if entry.run["optimizer"] == wanted:
-                cells.setdefault(entry.run["lr"], Cell({})).results[entry.run["seed"]] = entry.result
-        if cells:
-            table[label] = dict(sorted(cells.items()))
-    return table
-
-
-def best(cells: Mapping[float, Cell]) -> float:
-    """The learning rate with the lowest mean, among those with the most seeds."""
-    most = max(len(cell.results) for cell in cells.values())
-    return min((lr for lr, cell in cells.items() if len(cell.results) == most), key=lambda lr: cells[lr].mean)
 
 
 def losses_table(table: Table) -> list[str]:
@@ -91,12 +25,8 @@ def losses_table(table: Table) -> list[str]:
 
 def best_table(study: Study, table: Table) -> list[str]:
     """Each variant at its best learning rate, compared seed by seed with the best of each baseline."""
-    rivals = {}
-    for name, labels in study.baselines.items():
-        there = [label for label in labels if label in table]
-        if there:
-            rivals[name] = min(there, key=lambda label: table[label][best(table[label])].mean)
-    heads = ["best lr", "loss", *(f"minus {label}'s best" for label in rivals.values())]
+    others = rivals(study, table)
+    heads = ["best lr", "loss", *(f"minus {label}'s best" for label in others.values())]
     lines = [
         "| | " + " | ".join([*heads, "stable lr", "largest update / lr", "seconds"]) + " |",
         "|---" * (len(heads) + 4) + "|",
@@ -106,7 +36,7 @@ def best_table(study: Study, table: Table) -> list[str]:
         cell = cells[lr]
         edge = " (the highest tried)" if lr == max(cells) and len(cells) > 1 else ""
         row = [f"{lr:g}{edge}", f"{cell.mean:.4f}"]
-        for rival in rivals.values():
+        for rival in others.values():
             row.append("" if rival == label else paired(cell, table[rival][best(table[rival])]))
         stable = [rate for rate, other in cells.items() if other.mean <= cell.mean + STABLE]
         largest = [result["max_update"] for other in cells.values() for result in other.results.values()]
@@ -126,25 +56,19 @@ def paired(cell: Cell, rival: Cell) -> str:
 
 def plot(table: Table, path: Path) -> bool:
     """Loss against learning rate as an SVG; False where matplotlib is missing."""
-    try:
-        import matplotlib
-    except ImportError:
+    plt = plotting()
+    if plt is None:
         return False
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    matplotlib.rcParams.update({"svg.hashsalt": "benchmarks", "svg.fonttype": "none"})
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for index, (label, cells) in enumerate(table.items()):
         finite = {lr: cell for lr, cell in cells.items() if math.isfinite(cell.mean)}
         losses = [list(cell.losses.values()) for cell in finite.values()]
         errors = [statistics.stdev(x) / math.sqrt(len(x)) if len(x) > 1 else 0.0 for x in losses]
-        style = "o--" if label.startswith("Adam") and not label.startswith("AdaPM") else "o-"
         axes.errorbar(
-            list(finite), [statistics.fmean(x) for x in losses], errors, fmt=style, ms=3, lw=1.2, capsize=2,
-            color=plt.get_cmap("tab20")(index % 20), label=label,
+            list(finite), [statistics.fmean(x) for x in losses], errors, marker="o", ms=3, capsize=2, label=label,
+            **style(index, label),
         )  # fmt: skip
-    axes.set(xscale="log", xlabel="learning rate", ylabel="validation loss (nats per byte)")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="validation loss (nats)")
     rates = sorted({lr for cells in table.values() for lr in cells})
     axes.set_xticks(rates, [f"{lr:g}" for lr in rates], minor=False)
     axes.minorticks_off()
@@ -155,38 +79,70 @@ def plot(table: Table, path: Path) -> bool:
     return True
 
 
-def report(name: str, study: Study, store: Store) -> None:
-    """Write ``NAME.md`` and, where matplotlib is there, ``NAME.svg`` beside the results."""
+def opening(name: str, study: Study) -> list[str]:
+    """Question, finding and setting."""
     setting = study.setting
-    kind = "Llama-like" if setting.shape.llama else "GPT-2-like"
-    page = [
+    what = (
+        f"{setting.shape}; {setting.steps} steps of {setting.batch} images"
+        if study.images
+        else f"{setting.shape}; {setting.steps} steps of {setting.batch} x {setting.shape.context} bytes"
+    )
+    unit = "image" if study.images else "byte"
+    return [
         f"# {name}",
         "",
         f"{study.question}",
         "",
         f"**Finding.** {study.finding}",
         "",
-        f"A {kind} decoder: {setting.shape.layers} layers, width {setting.shape.width}, {setting.shape.n_head} heads,"
-        f" {setting.shape.n_query_groups or setting.shape.n_head} of keys and values; {setting.steps} steps of"
-        f" {setting.batch} x {setting.shape.context} bytes, warm-up and cosine to a tenth, weight decay 0.1 on"
+        f"{what}, warm-up and cosine to a tenth, weight decay 0.1 on"
         f" everything{', bfloat16 autocast' if setting.bf16 else ''}"
         f"{', from weights pretrained with AdamW on Python sources' if study.pretrained else ''}."
-        " Validation loss at the end in nats per byte: mean ± standard error (seeds). A seed gives every run the same"
-        " initial weights and batches, so differences are taken seed by seed.",
+        f" Validation loss at the end in nats per {unit}: mean ± standard error (seeds). A seed gives every run"
+        " the same initial weights and batches, so differences are taken seed by seed.",
         "",
     ]
-    sessions: dict[str, None] = {}
+
+
+def not_run(study: Study, table: Table) -> list[str]:
+    """Rows without results, with the reason where their optimizer is not there."""
+    reasons: dict[str, list[str]] = {}
+    for label, (kind, _) in study.variants.items():
+        if label not in table:
+            reasons.setdefault(missing(kind) or "not run", []).append(label)
+    lines = [f"- {reason}: {'; '.join(labels)}" for reason, labels in reasons.items()]
+    return ["Rows without results:", "", *lines, ""] if lines else []
+
+
+def section(study: Study, table: Table, image: Path) -> list[str]:
+    """All about one text; ``image`` is the file of its plot."""
+    page = [*losses_table(table), ""]
+    page += ["Bold: each row's best learning rate, chosen on the same seeds for every row. There:", ""]
+    page += [*best_table(study, table), ""]
+    page += [f"Stable: no seed diverged and the mean is within {STABLE} of the row's best.", ""]
+    page += not_run(study, table)
+    if plot(table, image) or image.exists():
+        page += [f"![validation loss by learning rate]({image.name})", ""]
+    if study.curves:
+        page += steps_table(study, table)
+        curves = image.with_name(f"{image.stem}-curves.svg")
+        if plot_curves(study, table, curves) or curves.exists():
+            page += [f"![validation loss by steps, bytes and seconds]({curves.name})", ""]
+    page += observed_tables(table)
+    seen = image.with_name(f"{image.stem}-observed.svg")
+    if plot_observed(table, seen) or seen.exists():
+        page += [f"![what was observed of the MLPs over the steps]({seen.name})", ""]
+    return page
+
+
+def report(name: str, study: Study, store: Store) -> None:
+    """Write ``NAME.md`` and, where matplotlib is there, the plots beside the results."""
+    page, sessions = opening(name, study), dict[str, None]()
     for index, (text, entries) in enumerate(select(study, store).items()):
         table = tabulate(study, entries)
         if not table:
             continue
-        page += [f"## {text}", "", *losses_table(table), ""]
-        page += ["Bold: each row's best learning rate, chosen on the same seeds for every row. There:", ""]
-        page += [*best_table(study, table), ""]
-        page += [f"Stable: no seed diverged and the mean is within {STABLE} of the row's best.", ""]
-        image = store.path.with_name(f"{name}{index or ''}.svg")
-        if plot(table, image) or image.exists():
-            page += [f"![validation loss by learning rate]({image.name})", ""]
+        page += [f"## {text}", "", *section(study, table, store.path.with_name(f"{name}{index or ''}.svg"))]
         sessions |= dict.fromkeys(
             "- {date}, {hardware}, {versions}: `{command}`".format_map(entry.session) for entry in entries
         )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 import lightning_adapm
-from benchmarks.training import Run
+from benchmarks.setting import Run
 
 
 class Entry(NamedTuple):
@@ -78,7 +78,10 @@ def hardware(device: str) -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), cpu)
     cores = f"{os.cpu_count()} cores of {cpu}"
-    return f"{torch.cuda.get_device_name()}, {cores}" if device == "cuda" else cores
+    if device != "cuda":
+        return cores
+    count = torch.cuda.device_count()
+    return f"{f'{count} x ' if count > 1 else ''}{torch.cuda.get_device_name()}, {cores}"
 
 
 def versions() -> str:

@@ -3,28 +3,43 @@
 import datetime
 import hashlib
 import multiprocessing
+import os
 import shlex
 import statistics
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.optimizers import resolve
+from benchmarks.elsewhere import Images, made_images
+from benchmarks.optimizers import missing, resolve
+from benchmarks.setting import Device, Run, Setting
 from benchmarks.store import Store, hardware, versions
 from benchmarks.studies import Study, adamw
 from benchmarks.text import Text, read_text
-from benchmarks.training import Device, Run, Setting, train
+from benchmarks.training import train
 
 PRETRAINING_LR, PRETRAINING_STEPS = 2e-3, 600
 
-_text: dict[Path | None, Text] = {}
+Source = Path | Images | None
+"""What is trained on: a text file, images of these sizes, Python's sources."""
+
+_text: dict[Source, Text] = {}
+
+
+class Group(NamedTuple):
+    """Runs that train together, where their results go, and under which name their weights (then no results)."""
+
+    runs: list[Run]
+    store: Store
+    source: Source
+    save: str | None = None
 
 
 class Sweep:
@@ -32,26 +47,36 @@ class Sweep:
     that one that stops early has compared everything on some seeds.
     """
 
-    def __init__(self, study: Study, store: Store, text: str, stack: int) -> None:
-        self.study, self.store, self.text, self.stack = study, store, text, stack
+    def __init__(self, study: Study, store: Store, source: Source, stack: int) -> None:
+        self.study, self.store, self.source, self.stack = study, store, source, stack
+        self.text = load(source).name
+        self.labels = [label for label in study.variants if not self._absent(label)]
+
+    def _absent(self, label: str) -> str | None:
+        reason = missing(self.study.variants[label][0])
+        if reason is not None:
+            print(f"{label}: skipped, {reason}", flush=True)
+        return reason
 
     def run(self, label: str, lr: float, seed: int) -> Run:
         kind, options = self.study.variants[label]
-        return Run(resolve(kind, options), lr, seed, self.study.setting, self.text)
+        return Run(resolve(kind, options), lr, seed, self.study.setting_of(label), self.text)
 
-    def missing(self) -> Iterator[list[Run]]:
-        """Groups of runs that train together."""
+    def missing(self) -> Iterator[Group]:
+        """What is not in the store."""
         for first in range(0, self.study.seeds, self.stack):
             seeds = range(first, min(first + self.stack, self.study.seeds))
-            for lr in self.study.lrs:
-                for label in self.study.variants:
-                    yield from self._group(label, lr, seeds)
+            for index in range(max(len(self.study.lrs_of(label)) for label in self.labels)):
+                for label in self.labels:
+                    for lr in self.study.lrs_of(label)[index : index + 1]:
+                        yield from self._group(label, lr, seeds)
 
-    def beyond(self) -> Iterator[list[Run]]:
+    def beyond(self) -> Iterator[Group]:
         """The next higher learning rate of each variant whose best is its highest."""
-        for label in self.study.variants:
-            tried = [lr for lr in (*self.study.lrs, *self.study.edge) if self.run(label, lr, 0) in self.store]
-            following = [lr for lr in self.study.edge if lr not in tried]
+        for label in self.labels:
+            edge = self.study.edge_of(label)
+            tried = [lr for lr in (*self.study.lrs_of(label), *edge) if self.run(label, lr, 0) in self.store]
+            following = [lr for lr in edge if lr not in tried]
             if tried and following and min(tried, key=lambda lr: self.mean(label, lr)) == max(tried):
                 yield from self._group(label, following[0], range(self.study.seeds))
 
@@ -61,16 +86,16 @@ class Sweep:
         losses = [self.store[run]["val_loss"] for run in runs if run in self.store]
         return statistics.fmean(float("inf") if loss is None else loss for loss in losses)
 
-    def _group(self, label: str, lr: float, seeds: range) -> Iterator[list[Run]]:
+    def _group(self, label: str, lr: float, seeds: range) -> Iterator[Group]:
         runs = [run for seed in seeds if (run := self.run(label, lr, seed)) not in self.store]
         for first in range(0, len(runs), self.stack):
-            yield runs[first : first + self.stack]
+            yield Group(runs[first : first + self.stack], self.store, self.source)
 
 
 def sweep(
-    study: Study, store: Store, data: Path | None, device: Device, jobs: int, stack: int, deadline: float
+    studies: list[tuple[Study, Store]], data: Path | None, device: Device, jobs: int, stack: int, deadline: float
 ) -> None:
-    """Train all that is missing; ``deadline`` is of ``time.time()``."""
+    """Train all that is missing of studies, one after the other; ``deadline`` is of ``time.time()``."""
     session = {
         "command": "python -m benchmarks " + shlex.join(sys.argv[1:]),
         "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}",
@@ -78,13 +103,16 @@ def sweep(
         "versions": versions(),
     }
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        place = Place(device, data, store.path.parent / "weights", deadline)
-        queue = Queue(pool, store, place, jobs, session)
-        setting = starting(study, queue, stack) if study.pretrained else study.setting
-        plan = Sweep(replace(study, setting=setting), store, load_text(data).name, stack)
-        queue.work(list(plan.missing()))
-        while queue.complete and (more := list(plan.beyond())):
+    gpus = visible_gpus() if device.type == "cuda" else []
+    with ProcessPoolExecutor(jobs, context, initializer=begin, initargs=(context.Value("i"), gpus)) as pool:
+        folder = studies[0][1].path.parent
+        queue = Queue(pool, Place(device, folder / "weights", deadline), jobs, session)
+        plans = []
+        for study, store in studies:
+            setting = starting(study, store, queue, stack) if study.pretrained else study.setting
+            plans.append(Sweep(replace(study, setting=setting), store, source_of(study, data), stack))
+        queue.work(distinct(group for plan in plans for group in plan.missing()))
+        while queue.complete and (more := distinct(group for plan in plans for group in plan.beyond())):
             queue.work(more)
     if queue.failed:
         raise SystemExit(f"{queue.failed} runs failed: see the errors above")
@@ -92,16 +120,55 @@ def sweep(
         print("Out of time; the same command goes on from here.")
 
 
-def starting(study: Study, queue: "Queue", stack: int) -> Setting:
+def visible_gpus() -> list[str]:
+    """Names of the GPUs that there are for ``CUDA_VISIBLE_DEVICES``."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
+
+
+def begin(workers: Any, gpus: list[str]) -> None:
+    """A worker's first act: one thread, and where there are several GPUs one of them.
+
+    By the environment, before CUDA is used: some optimizers take every GPU that they see for a process of theirs.
+    """
+    torch.set_num_threads(1)
+    with workers.get_lock():
+        index, workers.value = workers.value, workers.value + 1
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
+
+
+def distinct(groups: Iterable[Group]) -> list[Group]:
+    """Without runs that are in a group before: studies share some."""
+    seen: set[str] = set()
+    kept = []
+    for group in groups:
+        runs = [run for run in group.runs if run.key not in seen]
+        seen |= {run.key for run in runs}
+        if runs:
+            kept.append(group._replace(runs=runs))
+    return kept
+
+
+def source_of(study: Study, data: Path | None) -> Source:
+    """What a study trains on; ``data`` is the command line's."""
+    if not study.images:
+        return data
+    assert isinstance(study.setting.shape, Images)
+    return study.setting.shape
+
+
+def starting(study: Study, store: Store, queue: "Queue", stack: int) -> Setting:
     """Train the weights that the study starts from on Python's sources, where they are missing; its setting with them
     named.
     """
-    text = load_text(None).name
-    optimizer, setting = resolve(*adamw()), replace(study.setting, steps=PRETRAINING_STEPS)
-    start = f"{study.setting.shape}, {setting.steps} x {setting.batch} windows of {text}"
+    text = load(None).name
+    optimizer, setting = resolve(*adamw()), replace(study.setting, steps=PRETRAINING_STEPS, points=10)
+    start = f"{study.setting.shape!r}, {setting.steps} x {setting.batch} windows of {text}"
     runs = [Run(optimizer, PRETRAINING_LR, seed, setting, text) for seed in range(study.seeds)]
     runs = [run for run in runs if not weights_file(queue.place.weights, start, run.seed).exists()]
-    queue.work([runs[first : first + stack] for first in range(0, len(runs), stack)], save=start)
+    parts = [runs[first : first + stack] for first in range(0, len(runs), stack)]
+    queue.work([Group(part, store, None, save=start) for part in parts])
     return replace(study.setting, start=start)
 
 
@@ -114,7 +181,6 @@ class Place:
     """What a worker must know beside its runs."""
 
     device: Device
-    data: Path | None
     weights: Path
     deadline: float
 
@@ -122,39 +188,38 @@ class Place:
 class Queue:
     """Hands groups of runs to the workers, and begins none that would not end before the deadline."""
 
-    def __init__(
-        self, pool: ProcessPoolExecutor, store: Store, place: Place, jobs: int, session: dict[str, str]
-    ) -> None:
-        self.pool, self.store, self.place, self.jobs, self.session = pool, store, place, jobs, session
+    def __init__(self, pool: ProcessPoolExecutor, place: Place, jobs: int, session: dict[str, str]) -> None:
+        self.pool, self.place, self.jobs, self.session = pool, place, jobs, session
         self.complete, self.failed, self.latest = True, 0, 0.0
 
-    def work(self, groups: list[list[Run]], save: str | None = None) -> None:
-        """Train groups of runs, and keep their results, or under the name ``save`` their weights. Once time has run
-        out or a run has failed, ``complete`` is False and no more groups are begun in another call.
+    def work(self, groups: list[Group]) -> None:
+        """Train groups of runs, and keep their results or weights. Once time has run out or a run has failed,
+        ``complete`` is False and no more groups are begun in another call.
         """
         waiting, done = list(reversed(groups if self.complete else [])), 0
-        running: dict[Future[list[dict[str, Any]] | None], tuple[list[Run], float]] = {}
+        running: dict[Future[list[dict[str, Any]] | None], tuple[Group, float]] = {}
         while running or (waiting and self._fits()):
             while waiting and len(running) < self.jobs and self._fits():
                 group = waiting.pop()
-                running[self.pool.submit(work, group, self.place, save)] = group, time.time()
+                future = self.pool.submit(work, group.runs, group.source, group.save, self.place)
+                running[future] = group, time.time()
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 group, since = running.pop(future)
                 self.latest = time.time() - since
-                done += self._finish(group, future, save)
+                done += self._finish(group, future)
                 print(f"{len(groups) - done} of {len(groups)} groups of runs to go", flush=True)
         self.complete = self.complete and done == len(groups)
 
-    def _finish(self, group: list[Run], future: "Future[list[dict[str, Any]] | None]", save: str | None) -> bool:
+    def _finish(self, group: Group, future: "Future[list[dict[str, Any]] | None]") -> bool:
         try:
             results = future.result()
         except Exception:  # the other runs are worth having
             traceback.print_exc()
-            self.failed += len(group)
+            self.failed += len(group.runs)
             return False
-        for run, result in zip(group, results or (), strict=False):
-            if save is None:
-                self.store.add(run, result, self.session)
+        for run, result in zip(group.runs, results or (), strict=False):
+            if group.save is None:
+                group.store.add(run, result, self.session)
             print(describe(run, result), flush=True)
         return results is not None
 
@@ -162,24 +227,24 @@ class Queue:
         return time.time() + 1.2 * self.latest < self.place.deadline
 
 
-def load_text(data: Path | None) -> Text:
-    if data not in _text:
-        _text[data] = read_text(data)
-    return _text[data]
+def load(source: Source) -> Text:
+    if source not in _text:
+        _text[source] = made_images(source) if isinstance(source, Images) else read_text(source)
+    return _text[source]
 
 
-def work(group: list[Run], place: Place, save: str | None) -> list[dict[str, Any]] | None:
+def work(runs: list[Run], source: Source, save: str | None, place: Place) -> list[dict[str, Any]] | None:
     """In a worker: train one group of runs."""
-    start = group[0].setting.start
+    start = runs[0].setting.start
     if save is not None:
         place.weights.mkdir(parents=True, exist_ok=True)
     return train(
-        group,
-        load_text(None if save else place.data),
+        runs,
+        load(source),
         place.device,
         place.deadline,
-        start=[weights_file(place.weights, start, run.seed) for run in group] if start else None,
-        save=[weights_file(place.weights, save, run.seed) for run in group] if save else None,
+        start=[weights_file(place.weights, start, run.seed) for run in runs] if start else None,
+        save=[weights_file(place.weights, save, run.seed) for run in runs] if save else None,
     )
 
 

@@ -1,6 +1,7 @@
 """The text that benchmarks train on: bytes, so that a tokenizer is needed nowhere."""
 
 import hashlib
+import json
 import lzma
 import platform
 import random
@@ -11,30 +12,60 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+NO_TARGET = 256
+"""Added to a byte that is read but not to be predicted."""
+
 
 @dataclass(frozen=True)
 class Text:
-    """Bytes to train on and others to validate on, uint8; ``name`` tells texts apart."""
+    """Bytes to train on and others to validate on, uint8, or int16 where some are :data:`NO_TARGET`; ``name`` tells
+    texts apart. ``starts``: where windows of the two may begin; None for anywhere.
+    """
 
     name: str
     train: Tensor
     val: Tensor
+    starts: tuple[Tensor, Tensor] | None = None
 
 
 def read_text(path: Path | None = None) -> Text:
     """The text file ``path`` (``.xz`` is unpacked), its last twentieth kept for validation; without a path the sources
-    of Python's standard library, 40 of 400 files kept for validation.
+    of Python's standard library, 40 of 400 files kept for validation. Of ``.jsonl`` the answers alone are targets.
 
     Raises:
-        ValueError: an empty file.
+        ValueError: an empty file; a line of ``.jsonl`` without question or answer.
     """
     if path is None:
         return named(f"Python {platform.python_version()} sources", *standard_library())
     raw = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+    if ".jsonl" in path.suffixes:
+        return instructions(path, raw)
     cut = len(raw) - len(raw) // 20
     if cut == len(raw):
         raise ValueError(f"--data {path}: holds {len(raw)} bytes; name a text file of some megabytes")
     return named(path.name, raw[:cut], raw[cut:])
+
+
+def instructions(path: Path, raw: bytes) -> Text:
+    """Lines ``{"question": ..., "answer": ...}``, one after the other; windows begin with a question."""
+    parts: list[list[Tensor]] = [[], []]
+    lines = raw.splitlines()
+    for number, line in enumerate(lines):
+        try:
+            record = json.loads(line)
+            asked, answered = (record[key].encode() for key in ("question", "answer"))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f'--data {path}: line {number + 1} is not {{"question": "...", "answer": "..."}}, but {line[:60]!r}'
+            ) from error
+        prompt, answer = (as_tensor(part).to(torch.int16) for part in (asked + b"\n", answered + b"\n\n"))
+        parts[number >= len(lines) - len(lines) // 20].append(torch.cat([prompt + NO_TARGET, answer]))
+    if not all(parts):
+        raise ValueError(f"--data {path}: holds {len(lines)} lines; give it 20 or more")
+    starts = [torch.tensor([0, *map(len, part[:-1])]).cumsum(0) for part in parts]
+    digest = hashlib.sha256(raw).hexdigest()[:8]
+    name = f"{path.name} ({len(lines)} questions, {digest})"
+    return Text(name, torch.cat(parts[0]), torch.cat(parts[1]), (starts[0], starts[1]))
 
 
 def standard_library() -> tuple[bytes, bytes]:
@@ -49,5 +80,8 @@ def standard_library() -> tuple[bytes, bytes]:
 
 def named(source: str, train: bytes, val: bytes) -> Text:
     digest = hashlib.sha256(train + val).hexdigest()[:8]
-    name = f"{source} ({len(train) / 1e6:.1f} MB, {digest})"
-    return Text(name, *(torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in (train, val)))
+    return Text(f"{source} ({len(train) / 1e6:.1f} MB, {digest})", as_tensor(train), as_tensor(val))
+
+
+def as_tensor(raw: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)

@@ -8,18 +8,26 @@ import torch
 
 from benchmarks import step_time
 from benchmarks.decoder import Decoder, Shape
-from benchmarks.optimizers import DivideAll, TwoTimeScales, build, resolve
+from benchmarks.elsewhere import Images, Recurrent
+from benchmarks.optimizers import build, missing, resolve
 from benchmarks.report import report
+from benchmarks.setting import Device, Run, Setting
 from benchmarks.store import Store
 from benchmarks.studies import STUDIES, Study, adamw, adapm
 from benchmarks.sweep import sweep
 from benchmarks.text import Text, read_text
-from benchmarks.training import Device, Run, Setting, schedule, train
+from benchmarks.training import schedule, train
+from benchmarks.trials import DivideAll, TwoTimeScales
 from lightning_adapm.momentum import LowRankMomentum
 
 TINY = Setting(Shape(layers=1, width=16, n_head=2, context=8), steps=4, batch=2, val_windows=4)
 TINY_LLAMA = dataclasses.replace(TINY, shape=dataclasses.replace(TINY.shape, llama=True, n_query_groups=1))
 CPU = Device()
+SMALL = {
+    Shape: {"layers": 1, "width": 48, "n_head": 3, "context": 8, "n_query_groups": None},
+    Recurrent: {"layers": 1, "width": 16, "context": 8},
+    Images: {"blocks": 1, "width": 8, "side": 8},
+}
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +100,15 @@ def test_a_run_is_identified_by_all_that_its_result_depends_on():
 def test_every_variant_of_a_study_takes_a_step(name):
     study = STUDIES[name]
     assert {label for labels in study.baselines.values() for label in labels} <= set(study.variants)
-    shape = dataclasses.replace(study.setting.shape, layers=1, width=48, n_head=3, context=8, n_query_groups=None)
-    for variant in study.variants.values():
-        model = Decoder(shape)
-        optimizer = build(json.loads(json.dumps(resolve(*variant))), model.named_parameters(), model, 1e-3)
+    shape = dataclasses.replace(study.setting.shape, **SMALL[type(study.setting.shape)])
+    there = [variant for variant in study.variants.values() if missing(variant[0]) is None]
+    assert len(there) > len(study.variants) / 2
+    for variant in there:
+        model = shape.build()
+        named = ((f"copy0.{name}", param) for name, param in model.named_parameters())
+        optimizer = build(json.loads(json.dumps(resolve(*variant))), named, model, 1e-3)
         before = [param.clone() for param in model.parameters()]
-        model(torch.arange(8)[None]).logsumexp(dim=-1).sum().backward()
+        model(torch.arange(shape.context)[None]).logsumexp(dim=-1).sum().backward()
         optimizer.step()
         changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
         assert all(changed)
@@ -150,15 +161,15 @@ def test_a_study_runs_resumes_and_reports(study, tmp_path):
     data.write_bytes(bytes(range(250)) * 20)
     path = tmp_path / "results" / "study.json"
 
-    sweep(study, Store(path), data, CPU, jobs=1, stack=2, deadline=time.time() - 1)
+    sweep([(study, Store(path))], data, CPU, jobs=1, stack=2, deadline=time.time() - 1)
     assert not path.exists()
-    sweep(study, Store(path), data, CPU, jobs=1, stack=2, deadline=math.inf)
+    sweep([(study, Store(path))], data, CPU, jobs=1, stack=2, deadline=math.inf)
     first = Store(path).own
     rates = {entry.run["lr"] for entry in first.values()}
     assert {1e-3, 2e-3} <= rates and all(len(entry.result["curve"]) == 4 for entry in first.values())
 
     more = dataclasses.replace(study, seeds=2, edge=())
-    sweep(more, Store(path), data, CPU, jobs=1, stack=2, deadline=math.inf)
+    sweep([(more, Store(path))], data, CPU, jobs=1, stack=2, deadline=math.inf)
     then = Store(path).own
     assert {key: then[key] for key in first} == first
     assert sum(entry.run["seed"] == 1 for entry in then.values()) == 4

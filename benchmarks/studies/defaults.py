@@ -1,77 +1,22 @@
-"""The studies, as data: what is asked, which variants answer it, and at which learning rates."""
+"""The studies behind the defaults, and whether what they find holds elsewhere."""
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
-from benchmarks.decoder import Shape
-from benchmarks.training import Setting
-
-GPT2_SMALL = Setting(Shape(layers=4, width=192, n_head=6, context=128))
-LLAMA_SMALL = Setting(Shape(layers=4, width=192, n_head=6, context=128, llama=True, n_query_groups=2))
-GPT2_124M = Setting(
-    Shape(layers=12, width=768, n_head=12, context=1024), steps=800, batch=32, val_windows=64, bf16=True
+from benchmarks.studies.base import (
+    ADAM_MINI,
+    ADAMW,
+    BESIDE_ADAMW,
+    BETAS95,
+    BOTH,
+    GPT2_SMALL,
+    KEY_ROWS,
+    LLAMA_SMALL,
+    Study,
+    adamw,
+    adapm,
+    small,
+    trial,
 )
-
-
-@dataclass(frozen=True)
-class Study:
-    """One question. ``variants``: label to optimizer and options; ``baselines``: labels that every other variant is
-    compared with, those of one name together (the best of them counts); ``edge``: learning rates added to a variant
-    whose best is the highest tried so far.
-    """
-
-    question: str
-    variants: Mapping[str, tuple[str, Mapping[str, Any]]]
-    lrs: tuple[float, ...] = (1e-3, 2e-3)
-    edge: tuple[float, ...] = (3e-3, 4e-3, 6e-3)
-    seeds: int = 8
-    setting: Setting = GPT2_SMALL
-    needs_data: bool = False
-    pretrained: bool = False
-    baselines: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    finding: str = "Not yet drawn."
-
-
-def adamw(beta1: float = 0.9, beta2: float = 0.999) -> tuple[str, Mapping[str, Any]]:
-    return "AdamW", {"betas": [beta1, beta2]}
-
-
-def adapm(**options: Any) -> tuple[str, Mapping[str, Any]]:
-    return "AdaPM", options
-
-
-def small(**options: Any) -> tuple[str, Mapping[str, Any]]:
-    """AdaPM with the smallest state that is recommended: rank 3 %, factors in bfloat16."""
-    return "AdaPM", SMALL | options
-
-
-def trial(**options: Any) -> tuple[str, Mapping[str, Any]]:
-    return "trial", SMALL | options
-
-
-SMALL = {"rank": 0.03, "state_dtype": {"low_rank": "bfloat16"}}
-BETAS95 = [0.9, 0.95]
-ADAMW = {"AdamW": adamw(), "AdamW, betas .9 .95": adamw(0.9, 0.95)}
-ADAM_MINI = {
-    "Adam-mini": adapm(momentum="full", second_moment="block"),
-    "Adam-mini, betas .9 .95": adapm(momentum="full", second_moment="block", betas=BETAS95),
-}
-KEY_ROWS = {
-    **ADAMW,
-    "AdaPM": adapm(),
-    "AdaPM, betas .9 .95": adapm(betas=BETAS95),
-    **ADAM_MINI,
-    "AdaPM block": adapm(second_moment="block"),
-    "AdaPM block, betas .9 .95": adapm(second_moment="block", betas=BETAS95),
-    "AdaPM smallest": small(),
-    "AdaPM smallest, betas .9 .95": small(betas=BETAS95),
-    "AdaPM smallest, block": small(second_moment="block"),
-    "AdaPM smallest, block, betas .9 .95": small(second_moment="block", betas=BETAS95),
-}
-BOTH = {"AdamW": tuple(ADAMW), "Adam-mini": tuple(ADAM_MINI)}
-BESIDE_ADAMW = {"AdamW": tuple(ADAMW)}
 
 
 def main() -> Study:
@@ -140,6 +85,7 @@ def leaving() -> Study:
         "dropped, average divided": trial(low_rank={"flush": False}),
         "flushed, all divided (published)": trial(divide_all=True),
         "dropped, all divided": trial(low_rank={"flush": False}, divide_all=True),
+        "re-projected, average divided": trial(method="re-projected"),
     }
     return Study(
         "What becomes of momentum that leaves the subspace at a refresh, and what is divided by 1 - beta1**t?",
@@ -284,28 +230,3 @@ def finetune() -> Study:
             "lower ones 0.003 to 0.012 above it."
         ),
     )
-
-
-def gpt2() -> Study:
-    rows = {label: KEY_ROWS[label] for label in KEY_ROWS if label.endswith("betas .9 .95")}
-    return Study(
-        "Do the main findings hold for a GPT-2 of 86 million parameters (124M with its own vocabulary) on a GPU?",
-        rows,
-        lrs=(6e-4, 1.2e-3, 2.4e-3),
-        edge=(),
-        seeds=1,
-        setting=GPT2_124M,
-        needs_data=True,
-        baselines={"AdamW": ("AdamW, betas .9 .95",), "Adam-mini": ("Adam-mini, betas .9 .95",)},
-        finding=(
-            "Not at the start of training: after 800 steps (26 million bytes) AdaPM is at 1.107 nats where AdamW is "
-            "at 0.986 (6e-4, the best of both of two learning rates), and below it at 1.2e-3 (1.131 and 1.170). One "
-            "seed, so without an error."
-        ),
-    )
-
-
-STUDIES = {
-    make.__name__: make()
-    for make in (main, refresh, clamp, leaving, rank, roles, second, beta1, llama, text, longer, finetune, gpt2)
-}

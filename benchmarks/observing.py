@@ -1,0 +1,65 @@
+"""What the optimizer does inside a step, by role: how large its updates are and what the low-rank momentum misses."""
+
+import re
+import statistics
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_adapm.diagnostics import ResidualProbe
+from lightning_adapm.optim.tasks import Task
+
+FIGURES = {
+    "update_rms": "Root mean square of the update / lr",
+    "residual": "Norm of the gradient outside the subspace / norm of the gradient",
+    "stationarity": "Cosine between that part and the one of the step before",
+}
+
+
+class Log:
+    """An observer for ``AdaPM.observer``. Of every role, the mean over its pieces of
+
+    - ``update_rms``: root mean square of the update that is applied, in units of the learning rate;
+    - ``residual``: norm of the gradient outside the subspace, relative to the gradient's;
+    - ``stationarity``: cosine between that part and the one of the step before.
+
+    Args:
+        copies: models that train side by side, whose parameters are named ``copy0.``, ``copy1.`` and so on.
+    """
+
+    def __init__(self, copies: int) -> None:
+        self.probe = ResidualProbe()
+        self.seen: list[Tensor] = []
+        self.steps: list[int] = []
+        self.copies: list[dict[str, dict[str, list[float | None]]]] = [{} for _ in range(copies)]
+
+    def __call__(self, task: Task, direction: Tensor, update: Tensor, clip_threshold: float | None) -> None:
+        """Take in one piece of one step; see :class:`lightning_adapm.optim.tasks.Observer`."""
+        self.probe(task, direction, update, clip_threshold)
+        applied = update if clip_threshold is None else update.clamp(-clip_threshold, clip_threshold)
+        size = task.grad.norm().clamp_min(torch.finfo(task.grad.dtype).tiny)
+        self.seen.append(torch.stack([applied.square().mean().sqrt(), direction.norm() / size]))
+
+    def take(self, step: int) -> None:
+        """Keep what the latest of the steps seen showed; waits for the device."""
+        readings, own = self.probe.read(), torch.stack(self.seen).tolist()
+        self.seen = []
+        found: list[dict[tuple[str, str], list[float]]] = [defaultdict(list) for _ in self.copies]
+        half = len(readings) // 2  # two steps in a row: the first is there for the second's stationarity
+        for reading, (rms, used) in list(zip(readings, own, strict=True))[half:]:
+            copy = found[int(re.match(r"copy(\d+)\.", reading.name)[1])]  # type: ignore[index]
+            copy[reading.role, "update_rms"].append(rms)
+            if "norm" in reading.figures:
+                copy[reading.role, "residual"].append(reading.figures["norm"] * used)
+            if "stationarity" in reading.figures:
+                copy[reading.role, "stationarity"].append(reading.figures["stationarity"])
+        self.steps.append(step)
+        for kept, copy in zip(self.copies, found, strict=True):
+            for (role, figure), values in copy.items():
+                kept.setdefault(role, {}).setdefault(figure, []).append(round(statistics.fmean(values), 4))
+
+    def of(self, index: int) -> dict[str, Any]:
+        """For a run's result; nothing where nothing was observed."""
+        return {"observed": {"steps": self.steps, "roles": self.copies[index]}} if self.steps else {}

@@ -1,0 +1,51 @@
+"""The studies, as data: what is asked, which variants answer it, and at which learning rates."""
+
+from benchmarks.studies import ablation, comparison, defaults, large
+from benchmarks.studies.base import SIZES, Study, adamw, adapm
+
+STUDIES: dict[str, Study] = {
+    make.__name__: make()
+    for make in (
+        defaults.main,
+        defaults.refresh,
+        defaults.clamp,
+        defaults.leaving,
+        defaults.rank,
+        defaults.roles,
+        defaults.second,
+        defaults.beta1,
+        defaults.llama,
+        defaults.text,
+        defaults.longer,
+        defaults.finetune,
+        large.gpt2,
+        large.update_size,
+        comparison.convergence,
+        comparison.instructions,
+        comparison.recurrent,
+        comparison.images,
+        ablation.debias,
+        ablation.grid,
+        ablation.factoriser,
+        ablation.lr_change,
+    )
+}
+
+GROUPS = {
+    "ablation": (
+        "debias",
+        "factoriser",
+        "leaving",
+        "lr_change",
+        "roles",
+        "beta1",
+        "clamp",
+        "second",
+        "recurrent",
+        "images",
+        "grid",
+    ),
+}
+"""Studies that one command runs, in this order."""
+
+__all__ = ["GROUPS", "SIZES", "STUDIES", "Study", "adamw", "adapm"]

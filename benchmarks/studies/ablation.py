@@ -1,0 +1,85 @@
+"""One part of AdaPM taken away or replaced at a time."""
+
+import dataclasses
+from typing import Any
+
+from benchmarks.studies.base import ADAMW, BESIDE_ADAMW, BETAS95, GPT2_SMALL, Study, adamw, adapm, trial
+
+FAST = "AdamW, betas .9 .95"
+BESIDE_FAST = {"AdamW": (FAST,)}
+
+
+def debias() -> Study:
+    lengths = {f"no residual correction, {factor:g} x steps": factor for factor in (1.5, 2, 3, 4)}
+    rows = {
+        FAST: adamw(0.9, 0.95),
+        "AdaPM": adapm(betas=BETAS95),
+        "AdaPM, every 100": adapm(betas=BETAS95, update_proj_gap=100),
+        "no residual correction": adapm(betas=BETAS95, debias=False),
+        "no residual correction, every 100": adapm(betas=BETAS95, debias=False, update_proj_gap=100),
+        **{label: adapm(betas=BETAS95, debias=False) for label in lengths},
+    }
+    return Study(
+        "How many more steps does AdaPM need without the residual correction to be where AdamW ends?",
+        rows,
+        edge=(),
+        setting=dataclasses.replace(GPT2_SMALL, points=60),
+        curves=True,
+        baselines=BESIDE_FAST,
+        changes={label: {"length": factor} for label, factor in lengths.items()},
+    )
+
+
+def grid() -> Study:
+    rows = {
+        f"rank {share:.0%}, every {gap}": adapm(betas=BETAS95, rank=share, update_proj_gap=gap)
+        for gap in (10, 1, 100, 1000, 2, 5, 50, 500)
+        for share in (0.05, 0.01, 0.25, 0.02, 0.03, 0.1)
+    }
+    return Study(
+        "How do rank and refresh interval go together?",
+        {FAST: adamw(0.9, 0.95), **rows},
+        lrs=(2e-3,),
+        edge=(),
+        seeds=4,
+        baselines=BESIDE_FAST,
+    )
+
+
+def factoriser() -> Study:
+    rows = {
+        f"{name}, every {gap}{more}": trial(**method, **options, update_proj_gap=gap)
+        for more, options in (("", {}), (", betas .9 .95", {"betas": BETAS95}))
+        for gap in (10, 100)
+        for name, method in (
+            ("subspace iteration (shipped)", {}),
+            ("exact SVD", {"method": "exact SVD"}),
+            ("gradient descent", {"method": "gradient descent"}),
+        )
+    }
+    return Study(
+        "Does it matter how the subspace is found?", {**ADAMW, **rows}, lrs=(2e-3,), edge=(), baselines=BESIDE_ADAMW
+    )
+
+
+def lr_change() -> Study:
+    full = {"momentum": "full", "clip_threshold": None}
+    optimizers: dict[str, dict[str, Any]] = {
+        "AdamW": full,
+        "AdaPM": {},
+        "AdaPM, every 100": {"update_proj_gap": 100},
+    }
+    changes = {"": None, ", lr x 0.1 at half": (0.5, 0.1), ", lr x 3 at half": (0.5, 3.0)}
+    rows = {
+        label + after: adapm(betas=BETAS95, **options) for label, options in optimizers.items() for after in changes
+    }
+    return Study(
+        "What does an abrupt change of the learning rate do to the residual that the correction takes for stationary?",
+        rows,
+        lrs=(1e-3,),
+        edge=(),
+        setting=dataclasses.replace(GPT2_SMALL, points=60, observe=20),
+        curves=True,
+        baselines={"AdamW": ("AdamW",)},
+        changes={label + after: {"change": change} for label in optimizers for after, change in changes.items()},
+    )

@@ -1,0 +1,104 @@
+"""What a study is, and the names for what many of them compare."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.decoder import Shape
+from benchmarks.setting import Setting
+
+GPT2_SMALL = Setting(Shape(layers=4, width=192, n_head=6, context=128))
+LLAMA_SMALL = Setting(Shape(layers=4, width=192, n_head=6, context=128, llama=True, n_query_groups=2))
+GPT2_124M = Setting(
+    Shape(layers=12, width=768, n_head=12, context=1024), steps=800, batch=32, val_windows=64, bf16=True
+)
+SIZES = {
+    "1M": Shape(layers=5, width=128, n_head=4, context=128),
+    "10M": Shape(layers=8, width=320, n_head=5, context=256),
+    "25M": Shape(layers=8, width=512, n_head=8, context=512),
+    "86M": GPT2_124M.shape,
+    "125M": Shape(layers=18, width=768, n_head=12, context=1024),
+}
+"""GPT-2-like decoders by their number of parameters, for ``--size``."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """One question.
+
+    ``variants``: label to optimizer and options; ``baselines``: labels that every other variant is compared with, those
+    of one name together (the best of them counts); ``edge``: learning rates added to a variant whose best is the
+    highest tried so far; ``rates``: label to learning rates of its own; ``changes``: label to what differs in its
+    setting, where ``length`` multiplies the steps. ``images``: on images made here, not on text; ``curves``: also plot
+    the loss against steps, bytes and seconds, and count the steps to a baseline's loss.
+    """
+
+    question: str
+    variants: Mapping[str, tuple[str, Mapping[str, Any]]]
+    lrs: tuple[float, ...] = (1e-3, 2e-3)
+    edge: tuple[float, ...] = (3e-3, 4e-3, 6e-3)
+    seeds: int = 8
+    setting: Setting = GPT2_SMALL
+    needs_data: bool = False
+    pretrained: bool = False
+    images: bool = False
+    curves: bool = False
+    baselines: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    finding: str = "Not yet drawn."
+
+    def setting_of(self, label: str) -> Setting:
+        """Of a variant's runs."""
+        changed = dict(self.changes.get(label, {}))
+        steps = round(self.setting.steps * changed.pop("length", 1))
+        return dataclasses.replace(self.setting, steps=steps, **changed)
+
+    def lrs_of(self, label: str) -> tuple[float, ...]:
+        """Learning rates of a variant, without what is added at the edge."""
+        return self.rates.get(label, self.lrs)
+
+    def edge_of(self, label: str) -> tuple[float, ...]:
+        """Learning rates that may be added."""
+        return () if label in self.rates else self.edge
+
+
+def adamw(beta1: float = 0.9, beta2: float = 0.999) -> tuple[str, Mapping[str, Any]]:
+    return "AdamW", {"betas": [beta1, beta2]}
+
+
+def adapm(**options: Any) -> tuple[str, Mapping[str, Any]]:
+    return "AdaPM", options
+
+
+def small(**options: Any) -> tuple[str, Mapping[str, Any]]:
+    """AdaPM with the smallest state that is recommended: rank 3 %, factors in bfloat16."""
+    return "AdaPM", SMALL | options
+
+
+def trial(**options: Any) -> tuple[str, Mapping[str, Any]]:
+    return "trial", SMALL | options
+
+
+SMALL = {"rank": 0.03, "state_dtype": {"low_rank": "bfloat16"}}
+BETAS95 = [0.9, 0.95]
+ADAMW = {"AdamW": adamw(), "AdamW, betas .9 .95": adamw(0.9, 0.95)}
+ADAM_MINI = {
+    "Adam-mini": adapm(momentum="full", second_moment="block"),
+    "Adam-mini, betas .9 .95": adapm(momentum="full", second_moment="block", betas=BETAS95),
+}
+KEY_ROWS = {
+    **ADAMW,
+    "AdaPM": adapm(),
+    "AdaPM, betas .9 .95": adapm(betas=BETAS95),
+    **ADAM_MINI,
+    "AdaPM block": adapm(second_moment="block"),
+    "AdaPM block, betas .9 .95": adapm(second_moment="block", betas=BETAS95),
+    "AdaPM smallest": small(),
+    "AdaPM smallest, betas .9 .95": small(betas=BETAS95),
+    "AdaPM smallest, block": small(second_moment="block"),
+    "AdaPM smallest, block, betas .9 .95": small(second_moment="block", betas=BETAS95),
+}
+BOTH = {"AdamW": tuple(ADAMW), "Adam-mini": tuple(ADAM_MINI)}
+BESIDE_ADAMW = {"AdamW": tuple(ADAMW)}

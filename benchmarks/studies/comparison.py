@@ -1,0 +1,106 @@
+"""AdaPM beside every optimizer that would be used instead, and outside of transformers."""
+
+import dataclasses
+
+from benchmarks.decoder import Shape
+from benchmarks.elsewhere import Images, Recurrent
+from benchmarks.setting import Setting
+from benchmarks.studies.base import ADAMW, BESIDE_ADAMW, BETAS95, GPT2_SMALL, Study, adapm
+
+LOW_RANK = {"rank": 0.25, "update_proj_gap": 200, "proj_type": "std"}
+"""As GaLore's and APOLLO's papers recommend: a quarter of the width, projected anew every 200 steps."""
+PEERS = {
+    **ADAMW,
+    "AdaPM": adapm(betas=BETAS95),
+    "AdaPM block": adapm(betas=BETAS95, second_moment="block"),
+    "AdaPM factored": adapm(betas=BETAS95, second_moment="factored"),
+    "Adafactor (torch)": ("Adafactor", {}),
+    "Muon (torch)": ("Muon", {"adjust_lr_fn": "match_rms_adamw"}),
+    "Adam-mini (adam_mini)": ("adam_mini", {"betas": BETAS95}),
+    "AdamMini (this package)": ("AdamMini", {"betas": BETAS95}),
+    "GaLore (galore-torch)": ("GaLore", {**LOW_RANK, "betas": BETAS95, "scale": 0.25}),
+    "APOLLO (apollo-torch)": (
+        "APOLLO",
+        {**LOW_RANK, "betas": BETAS95, "scale": 1.0, "proj": "random", "scale_type": "channel"},
+    ),
+    "LoRA-Pre": ("LoRAPre", {"betas": BETAS95}),
+    "LoRA-Pre, Muon": ("LoRAPre", {"betas": BETAS95, "variant": "muon"}),
+    "AdaLomo": ("AdaLomo", {"update_in_backward": False}),
+}
+RATES = {
+    "Adafactor (torch)": (3e-3, 1e-2, 2e-2, 4e-2),
+    "Muon (torch)": (1e-3, 2e-3, 4e-3, 8e-3),
+    "GaLore (galore-torch)": (1e-3, 2e-3, 5e-3, 1e-2),
+    "APOLLO (apollo-torch)": (1e-3, 2e-3, 5e-3, 1e-2),
+    "LoRA-Pre, Muon": (1e-3, 2e-3, 5e-3, 1e-2),
+    "AdaLomo": (5e-3, 1e-2, 2e-2, 4e-2),
+}
+"""Of those whose learning rate means something else than AdamW's."""
+
+
+def convergence() -> Study:
+    return Study(
+        "How fast does each optimizer train, at its own best learning rate, by steps, bytes and seconds?",
+        PEERS,
+        lrs=(5e-4, 1e-3, 2e-3, 3e-3),
+        edge=(),
+        seeds=4,
+        setting=dataclasses.replace(GPT2_SMALL, points=20),
+        curves=True,
+        baselines=BESIDE_ADAMW,
+        rates=RATES,
+    )
+
+
+def instructions() -> Study:
+    """Questions are longer than the other texts' windows."""
+    setting = Setting(Shape(layers=4, width=192, n_head=6, context=512), steps=300, points=20)
+    return Study(
+        "And when weights pretrained with AdamW are finetuned on questions and answers (loss on the answers alone)?",
+        PEERS,
+        lrs=(3e-4, 1e-3, 2e-3),
+        edge=(),
+        seeds=4,
+        setting=setting,
+        needs_data=True,
+        pretrained=True,
+        curves=True,
+        baselines=BESIDE_ADAMW,
+        rates={label: rates[:3] for label, rates in RATES.items()},
+    )
+
+
+def recurrent() -> Study:
+    """What no rule matches has to be taught."""
+    taught = {policy: {"roles": {r"weight_(ih|hh)": policy}} for policy in ("full", "low_rank", "none")}
+    rows = {f"AdaPM, recurrent weights {policy}": adapm(betas=BETAS95, **options) for policy, options in taught.items()}
+    return Study(
+        "Outside transformers: an LSTM language model. Its matrices have no role and are refused until roles= says what"
+        " they get.",
+        {**ADAMW, **rows, "AdaPM block, recurrent weights low_rank": adapm(
+            betas=BETAS95, second_moment="block", **taught["low_rank"]
+        )},
+        lrs=(1e-3, 2e-3, 4e-3),
+        edge=(8e-3,),
+        setting=Setting(Recurrent(layers=1, width=256, context=128), steps=600),
+        baselines=BESIDE_ADAMW,
+    )  # fmt: skip
+
+
+def images() -> Study:
+    rows = {
+        f"AdaPM, convolutions {policy}": adapm(betas=BETAS95, unmatched=policy)
+        for policy in ("full", "low_rank", "none")
+    }
+    return Study(
+        "Outside transformers: a small ResNet on images made here (synthetic classes with noise, no photographs). Its"
+        " convolutions are refused until unmatched= says what they get.",
+        {**ADAMW, **rows, "AdaPM block, convolutions low_rank": adapm(
+            betas=BETAS95, second_moment="block", unmatched="low_rank"
+        )},
+        lrs=(3e-4, 1e-3, 3e-3),
+        edge=(1e-2,),
+        setting=Setting(Images(blocks=2, width=32), steps=600, batch=64, val_windows=2000),
+        images=True,
+        baselines=BESIDE_ADAMW,
+    )  # fmt: skip
