@@ -88,14 +88,14 @@ def refresh_basis(
     sketch = torch.where(empty, _kept_starting_rows(rank, n, right.dtype, right.device), right)
     projected = grad @ sketch.mT
     reduction.rows(projected)
-    seen = torch.baddbmm((1 - beta1) * projected, left, right @ sketch.mT, beta=1, alpha=beta1)
+    seen = torch.baddbmm(projected, left, right @ sketch.mT, beta=1 - beta1, alpha=beta1)
     # Columns of unit length: keeps gradients of any scale inside float32 and the next product well conditioned.
-    tiny = torch.finfo(seen.dtype).tiny
-    seen = seen / reduction.largest(seen).clamp_min(tiny)
-    seen = seen / reduction.length(seen).clamp_min(tiny)
-    fresh, inner = reduction.total([(1 - beta1) * (seen.mT @ grad), reduction.owned(seen).mT @ left])
-    rows = torch.baddbmm(fresh, inner, right, beta=1, alpha=beta1)
-    usable = rows.isfinite().all(dim=(-2, -1), keepdim=True) & fresh.any(dim=-1, keepdim=True).any(-2, keepdim=True)
+    length = reduction.length(seen).clamp_min(torch.finfo(seen.dtype).tiny)
+    seen = seen * length.reciprocal().to(seen.dtype)
+    fresh, inner = reduction.total([seen.mT @ grad, reduction.owned(seen).mT @ left])
+    rows = torch.baddbmm(fresh, inner, right, beta=1 - beta1, alpha=beta1)
+    shown, size = (torch.linalg.vector_norm(each, torch.inf, (-2, -1), keepdim=True) for each in (fresh, rows))
+    usable = (shown > 0) & (size < torch.inf)
     return torch.where(usable, orthonormal_rows(torch.where(usable, rows, 0.0)), right)
 
 

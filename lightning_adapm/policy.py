@@ -27,6 +27,9 @@ DEFAULT_MOMENTUM: Mapping[str, str] = {
     "bias": "full",
     "adapter": "full",
 }
+_PHASES = 2
+"""Of the refreshes, by the number of the transformer block: no step pays for all of them, and on a device that many
+share kernels."""
 SECOND_MOMENTS = ("elementwise", "block", "factored")
 
 
@@ -68,7 +71,7 @@ def momentum_for(piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> M
         rank = rank_for(group["rank"], shape)
         if rank * (m + n) < m * n:
             gap = group["update_proj_gap"]
-            return LowRankMomentum(rank, beta1, gap, group["debias"], offset=piece.block % gap)
+            return LowRankMomentum(rank, beta1, gap, group["debias"], offset=piece.block % _PHASES * (gap // _PHASES))
     return FullMomentum(beta1)
 
 

@@ -227,8 +227,8 @@ class Reduction:
         return values.abs().amax(dim=-2, keepdim=True)
 
     def length(self, values: Tensor) -> Tensor:
-        """Euclidean length of the columns of ``(b, k, c)``, ``(b, 1, c)``."""
-        return torch.linalg.vector_norm(values, dim=-2, keepdim=True)
+        """Euclidean length of the columns of ``(b, k, c)``, ``(b, 1, c)``, in float64: it may be beyond float32."""
+        return torch.linalg.vector_norm(values, dim=-2, keepdim=True, dtype=torch.float64)
 
     def any(self, flags: Tensor) -> Tensor:
         """Whether a flag is set on any process."""
@@ -301,7 +301,7 @@ class ProcessReduction(Reduction):
         return found
 
     def length(self, values: Tensor) -> Tensor:
-        (squares,) = self.total([self.owned(values).square().sum(dim=-2, keepdim=True)])
+        (squares,) = self.total([super().length(self.owned(values)).square_()])
         return squares.sqrt_()
 
     def any(self, flags: Tensor) -> Tensor:

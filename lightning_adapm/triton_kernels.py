@@ -1,9 +1,9 @@
 """Triton kernels of a step on CUDA: read gradients, advance what is kept of their rows, move parameters.
 
 Every launch works on ``b`` matrices of one shape that lie anywhere: their addresses are tables on the device, int64.
-Arithmetic is float32 whatever is stored. Products with a basis take their operands as TF32 or bfloat16 and add up in
-float32; what makes a basis orthonormal is not here. ``flaws`` ``(b / each,)``, int32, is not zero where a gradient, of
-``each`` matrices, has an entry that is not finite. ``TRITON_INTERPRET=1`` runs them on a CPU.
+Arithmetic is float32 whatever is stored; products of the low-rank momentum round their operands to ``FACTOR`` or TF32
+and add up in float32. What makes a basis orthonormal is not here. ``flaws`` ``(b / each,)``, int32, is not zero where
+a gradient, of ``each`` matrices, has an entry that is not finite. ``TRITON_INTERPRET=1`` runs them on a CPU.
 """
 
 import triton
@@ -23,8 +23,10 @@ def read(
     width,
     stride,
     each,
+    one,
     GRAD: tl.constexpr,
     BASIS: tl.constexpr,
+    FACTOR: tl.constexpr,
     ALIGNED: tl.constexpr,
     FIRST: tl.constexpr,
     PROJECT: tl.constexpr,
@@ -60,10 +62,9 @@ def read(
             square += g * g
             flaw += g * 0.0
         if PROJECT:
-            part = tl.load(basis + column[None, :], (rank[:, None] < r) & (column[None, :] < n), 0.0).to(tl.float32)
-            # a value of its own: straight from the copies into shared memory, products of float32 came out wrong
-            g = tl.where(g == g, g, 0.0)
-            product = tl.dot(g, tl.trans(part), product, input_precision="tf32")
+            part = tl.load(basis + column[None, :], (rank[:, None] < r) & (column[None, :] < n), 0.0).to(FACTOR)
+            # a value of its own: what is copied to shared memory for a product and used for more comes out wrong
+            product = tl.dot((g * one).to(FACTOR), tl.trans(part), product)
     if PROJECT:
         out = projected + which * m * width + row.to(tl.int64)[:, None] * width + rank[None, :]
         tl.store(out, product, (row[:, None] < m) & (rank[None, :] < width))
@@ -269,10 +270,10 @@ def move(
             right = tl.multiple_of(right, 16)
         for start in range(0, width, BLOCK_K):
             inner = start + tl.arange(0, BLOCK_K)
-            at = left + which * m * width + wide * width + inner[None, :]
-            a = tl.load(at, (row[:, None] < m) & (inner[None, :] < width), 0.0)
-            at = right + inner[:, None] * n + column[None, :]
-            b = tl.load(at, (inner[:, None] < k) & (column[None, :] < n), 0.0).to(FACTOR)
+            own = left + which * m * width + wide * width + inner[None, :]
+            a = tl.load(own, (row[:, None] < m) & (inner[None, :] < width), 0.0)
+            other = right + inner[:, None] * n + column[None, :]
+            b = tl.load(other, (inner[:, None] < k) & (column[None, :] < n), 0.0).to(FACTOR)
             d = tl.dot(a, b, d)
     update = scale * d / (root / correction + eps)
     if CLAMP:

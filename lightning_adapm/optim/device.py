@@ -6,6 +6,7 @@ momenta and second moments do what they do on every device with :class:`DeviceGr
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.functional import pad
 
 from lightning_adapm import kernels
 from lightning_adapm.kernels import Divisors, Matrices, Reading
-from lightning_adapm.momentum import Direction, FullMomentum, LowRankMomentum, Momentum, NoMomentum, Stack, State
+from lightning_adapm.momentum import Direction, FullMomentum, LowRankMomentum, Momentum, NoMomentum, Stack, State, join
 from lightning_adapm.optim.tasks import Task, reduction_of
 from lightning_adapm.second_moment import (
     BlockSecondMoment,
@@ -77,24 +78,26 @@ class DeviceGradients(Stack):
         self._reading = found if self._agreed is None else found._replace(flaws=self._agreed)
         return product, self._reading
 
+    @cached_property
     def _counting(self) -> Tensor:
-        """Flags of the matrices that count, ``(b,)``."""
-        return (self.reading.flaws == 0).repeat_interleave(len(self.matrices.addresses) // len(self))
+        """Flags of the matrices that count, ``(b, 1)``."""
+        each = len(self.matrices.addresses) // len(self)
+        return (self.reading.flaws == 0)[:, None].expand(-1, each).reshape(-1, 1)
 
     def squares(self) -> list[Tensor]:
-        squares = torch.where(self._counting()[:, None], self.reading.squares, 0.0)
+        squares = torch.where(self._counting, self.reading.squares, 0.0)
         return [part.view(*self[0].shape[:-1], 1) for part in squares.chunk(len(self))]
 
     def __matmul__(self, columns: Tensor) -> Tensor:
         product = self.read(Matrices.of([columns.mT.contiguous()]))[..., : columns.shape[-1]]
-        return torch.where(self._counting()[:, None, None], product, 0.0)
+        return torch.where(self._counting[..., None], product, 0.0)
 
     def __rmatmul__(self, weights: Tensor) -> Tensor:
         return kernels.combine(self.matrices, weights, self.reading.flaws)
 
     def joined(self) -> Tensor:
         stack = torch.cat([grad.reshape(-1, *grad.shape[-2:]) for grad in self]).float()
-        return torch.where(self._counting()[:, None, None], stack, 0.0)
+        return torch.where(self._counting[..., None], stack, 0.0)
 
 
 def step(
@@ -119,7 +122,9 @@ def step(
     if isinstance(momentum, LowRankMomentum):
         if momentum.due(number) or not all(state["seeded"] for state in states):
             return False
-        lefts, rights, beta1 = _matrices(states, "exp_avg_l"), _matrices(states, "exp_avg_r"), momentum.beta1
+        lefts, beta1 = _matrices(states, "exp_avg_l"), momentum.beta1
+        # read by every block of rows: half the bytes are worth a copy
+        rights = Matrices.of([join([state["exp_avg_r"] for state in states]).to(kernels.FACTOR)])
         projected = grads.read(rights)
     if isinstance(momentum, FullMomentum):
         average, scale = (_matrices(states, "exp_avg"), momentum.beta1), 1 / (1 - momentum.beta1**number)

@@ -49,13 +49,24 @@ class NonFiniteGradients:
         exact = [task.grad if task.grad.dtype == torch.float64 else task.grad.float() for task in tasks]
         if maximize:
             exact = list(torch._foreach_neg(exact))
+        on_device = exact[0].device.type != "cpu"
+        if on_device and exact[0].dim() and all(grad.shape == exact[0].shape for grad in exact):
+            exact = self._zeroed(tasks, torch.stack(exact))
+        else:
+            finite = self.agreed_on(tasks)
+            finite = _finite(exact) if finite is None else finite
+            if on_device or not finite.all():  # on a CPU, asking costs nothing
+                self.count(tasks, (~finite).to(torch.int32))
+                exact = [torch.where(fine, grad, 0.0) for fine, grad in zip(finite.unbind(), exact, strict=True)]
+        return [task._replace(grad=grad) for task, grad in zip(tasks, exact, strict=True)]
+
+    def _zeroed(self, tasks: list[Task], grads: Tensor) -> list[Tensor]:
+        """Gradients as one tensor, by a few kernels for all of them."""
         finite = self.agreed_on(tasks)
         if finite is None:
-            finite = _finite(exact)
-        if finite.device.type != "cpu" or not finite.all():  # on a CPU, asking costs nothing
-            self.count(tasks, (~finite).to(torch.int32))
-            exact = _zeroed(exact, finite)
-        return [task._replace(grad=grad) for task, grad in zip(tasks, exact, strict=True)]
+            finite = grads.sum(dim=-1).view(len(tasks), -1).isfinite().all(dim=-1)
+        self.count(tasks, (~finite).to(torch.int32))
+        return list(grads.masked_fill_(~finite.view(-1, *(1,) * (grads.dim() - 1)), 0.0).unbind())
 
     def agreed_on(self, tasks: list[Task]) -> Tensor | None:
         """Flags ``(tasks,)``: finite, as far as processes have agreed on it."""
@@ -84,11 +95,3 @@ def _finite(grads: list[Tensor]) -> Tensor:
     """
     exact = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
     return torch.stack([grad.sum(dim=-1, dtype=exact).flatten() for grad in grads]).isfinite().all(dim=-1)
-
-
-def _zeroed(grads: list[Tensor], finite: Tensor) -> list[Tensor]:
-    """Zero where not finite; by one kernel where they are of one shape."""
-    if grads[0].dim() == 0 or any(grad.shape != grads[0].shape for grad in grads):
-        return [torch.where(fine, grad, 0.0) for fine, grad in zip(finite.unbind(), grads, strict=True)]
-    together = torch.stack(grads)
-    return list(together.masked_fill_(~finite.view(-1, *(1,) * grads[0].dim()), 0.0).unbind())
