@@ -137,6 +137,9 @@ def section(study: Study, table: Table, image: Path) -> list[str]:
 
 def report(name: str, study: Study, store: Store) -> None:
     """Write ``NAME.md`` and, where matplotlib is there, the plots beside the results."""
+    if not store.own:
+        print(f"{name}: no results yet")
+        return
     page, sessions = opening(name, study), dict[str, None]()
     for index, (text, entries) in enumerate(select(study, store).items()):
         table = tabulate(study, entries)

@@ -267,6 +267,8 @@ def test_studies_that_share_runs_train_them_once_and_report_curves(tmp_path):
     finally:
         del optimizers.LIBRARIES["lost"]
     first, second = (Store(path) for path in paths)
+    report("other", study, second)
+    assert not paths[1].with_suffix(".md").exists()
     assert len(first.own) == 6 and not second.own and set(second.known) == set(first.own)
     assert {entry.run["lr"] for entry in first.own.values() if entry.run["optimizer"]["kind"] == "AdaPM"} == {2e-3}
     assert {entry.run["setting"]["steps"] for entry in first.own.values()} == {4, 8}
