@@ -7,9 +7,10 @@ import sys
 import traceback
 
 USAGE = """\
-usage: lightning-adapm {plan,fit,validate,test,predict,litgpt} [--config FILE ...] [--OPTION VALUE ...]
+usage: lightning-adapm {plan,prepare,fit,validate,test,predict,litgpt} [--config FILE ...] [--OPTION VALUE ...]
 
   plan       what the optimizer's state will cost:  lightning-adapm plan --model_name Llama-3-8B
+  prepare    a tokenizer, tokens and instructions from text on this machine, for litgpt's commands
   fit        train a model:  lightning-adapm fit --config recipes/trainer/pretrain/quickstart.yaml
   validate   one pass over the validation data
   test       one pass over the test data
@@ -42,6 +43,11 @@ def main(args: list[str] | None = None) -> None:
             from lightning_adapm import plan_command
 
             sys.exit(plan_command.run(words[1:]))
+        if words[0] == "prepare":
+            from lightning_adapm import prepare_command
+
+            prepare_command.run(words[1:])
+            return
         if words[0] == "litgpt" or words[0] in LITGPT_COMMANDS:
             from lightning_adapm import litgpt_command
 
