@@ -12,7 +12,7 @@ from finetuning import write_instructions
 from jsonargparse import CLI, capture_parser
 from litgpt.finetune import full, lora
 from litgpt.pretrain import setup as pretrain
-from litgpt_commands import FINETUNE, PRETRAIN, optimizer, run_litgpt, write_checkpoint
+from litgpt_commands import FINETUNE, PRETRAIN, optimizer, run_litgpt, text_files, write_checkpoint
 
 from lightning_adapm import litgpt_command
 
@@ -94,7 +94,7 @@ def test_pretrained_finetuned_and_generated_from(tmp_path):
     pytest.importorskip("litdata", reason="TextFiles needs it")
     tokenizer, corpus = write_checkpoint(tmp_path / "checkpoint"), write_corpus(tmp_path / "text")
     instructions = write_instructions(tmp_path / "instructions.json", 24)
-    words = ["litgpt", "pretrain", "pythia-14m", "--data=TextFiles", f"--data.train_data_path={corpus}", *PRETRAIN]
+    words = ["litgpt", "pretrain", "pythia-14m", *text_files(corpus), *PRETRAIN]
     words += [f"--tokenizer_dir={tokenizer}", "--out_dir=pretrained", "--train.max_tokens=4096"]
     words += ["--train.lr_warmup_steps=2", optimizer("lightning_adapm.AdaPM", lr=1e-2, second_moment="block")]
     printed = run_litgpt(tmp_path, *words, module="lightning_adapm").stdout
