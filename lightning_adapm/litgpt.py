@@ -12,7 +12,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torchmetrics import MeanMetric
 
-from lightning_adapm.litgpt_model import build, check_data, litgpt_config, load_tokenizer
+from lightning_adapm.litgpt_checks import check_data
+from lightning_adapm.litgpt_model import build, litgpt_config, load_tokenizer
 from lightning_adapm.mixin import AdaPMMixin
 
 if TYPE_CHECKING:

@@ -52,17 +52,20 @@ class PreparedText(DataModule):
         self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None
     ) -> None:
         """Take litgpt's tokenizer, the windows per batch of a process, and the positions of a window."""
-        own = Tokenizer(self.path)
-        if tokenizer is None:
-            raise ValueError(f"`tokenizer_dir`: PreparedText needs the text's tokenizer; give {str(self.path)!r}")
-        if tokenizer.processor.to_str() != own.processor.to_str():
-            raise ValueError(
-                f"`tokenizer_dir`: the text in {str(self.path)!r} was made with another tokenizer than"
-                f" {tokenizer.model_name!r}; give {str(self.path)!r}"
-            )
+        self.connect_tokenizer(tokenizer)
         if max_seq_length is None:
             raise ValueError("`max_seq_length`: PreparedText needs the positions of a window")
-        self.tokenizer, self.batch_size, self.max_seq_length = tokenizer, batch_size, max_seq_length
+        self.batch_size, self.max_seq_length = batch_size, max_seq_length
+
+    def connect_tokenizer(self, tokenizer: Tokenizer | None) -> None:
+        """Take litgpt's tokenizer, if it is the text's."""
+        if tokenizer is None or tokenizer.processor.to_str() != Tokenizer(self.path).processor.to_str():
+            found = "none" if tokenizer is None else f"{tokenizer.model_name!r}"
+            raise ValueError(
+                f"`tokenizer_dir`: PreparedText needs the tokenizer that its tokens were made with, but got {found};"
+                f" give {str(self.path)!r}"
+            )
+        self.tokenizer = tokenizer
 
     @property
     def vocab_size(self) -> int | None:

@@ -31,7 +31,7 @@ def describe(optimizer):
 
 
 class ReportingAdaPM(AdaPM):
-    """AdaPM that writes itself, and the rate of every step, into a file, whose name ends with the rank of other processes."""
+    """AdaPM that writes itself, and the rate of every step, into a file of each process."""
 
     def step(self, closure=None):
         file = Path(os.environ[REPORT] + os.environ.get("LOCAL_RANK", "0").replace("0", ""))

@@ -14,7 +14,7 @@ from litgpt.finetune import full, lora
 from litgpt.pretrain import setup as pretrain
 from litgpt_commands import FINETUNE, PRETRAIN, optimizer, run_litgpt, text_files, write_checkpoint
 
-from lightning_adapm import litgpt_command
+from lightning_adapm import litgpt_checks, litgpt_command
 
 SETUPS = {"finetune_full": full.setup, "finetune_lora": lora.setup, "pretrain": pretrain}
 
@@ -26,7 +26,7 @@ def test_recipes_are_what_litgpts_commands_take(recipe):
     command = next(line for line in text.splitlines() if line.startswith("#   litgpt ")).split()[2]
     pytest.importorskip("requests" if "LitData" not in text else "litdata", reason="litgpt's data modules need it")
     parsed = capture_parser(lambda: CLI(SETUPS[command])).parse_args(["--config", str(recipe)])
-    litgpt_command.check_optimizer(parsed.optimizer)
+    litgpt_checks.check_optimizer(parsed.optimizer)
     assert parsed.optimizer["init_args"] == yaml.safe_load(text)["optimizer"]["init_args"]
     assert parsed.train.global_batch_size % parsed.train.micro_batch_size == 0
     validate = SETUPS[command].__globals__["validate_args"]
@@ -71,14 +71,14 @@ def test_commands_that_do_not_train(words, message):
 )
 def test_bad_input_is_one_line_before_any_work(arguments, error, message):
     with pytest.raises(error, match=message):
-        litgpt_command.check(arguments)
+        litgpt_checks.check(arguments)
 
 
 def test_a_checkpoint_of_another_model(tmp_path):
     folder = write_checkpoint(tmp_path / "checkpoint")
-    litgpt_command.check({"checkpoint_dir": folder, "optimizer": "AdamW"})
+    litgpt_checks.check({"checkpoint_dir": folder, "optimizer": "AdamW"})
     with pytest.raises(ValueError, match="is of another model: lm_head.weight has shape"):
-        litgpt_command.check({"model_name": "pythia-14m", "initial_checkpoint_dir": folder})
+        litgpt_checks.check({"model_name": "pythia-14m", "initial_checkpoint_dir": folder})
 
 
 def rows(folder):

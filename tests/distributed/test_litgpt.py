@@ -57,9 +57,9 @@ def litgpt(on, folder, devices, *words, **variables):
 
 
 def pretrain(on, folder, devices, out, *words, **variables):
-    """Eight steps of eight windows, the same on any number of devices."""
+    """Eight steps of two batches of four windows; the learning rate depends on the number of batches, too."""
     start = ["pretrain", "tiny", *prepared("text"), *PRETRAIN, f"--out_dir={out}"]
-    start += ["--train.max_tokens=2048", "--train.lr_warmup_steps=2", "--train.micro_batch_size=2"]
+    start += ["--train.max_tokens=2048", "--train.lr_warmup_steps=2", f"--train.micro_batch_size={4 // devices}"]
     return litgpt(on, folder, devices, *start, *words, **variables)
 
 
