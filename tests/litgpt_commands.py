@@ -53,6 +53,7 @@ def run_litgpt(folder, *words, module="litgpt", check=True, **variables):
     """``python -m MODULE``, or a file, with these words, started in ``folder``, without compiling."""
     paths = [*map(str, (REPOSITORY, TESTS, TESTS / "distributed")), *filter(None, [os.environ.get("PYTHONPATH")])]
     settings = {"PYTHONPATH": os.pathsep.join(paths), "TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    settings["LITDATA_DISABLE_VERSION_CHECK"] = "1"  # which asks the package index
     result = subprocess.run(
         [sys.executable, *([] if module.endswith(".py") else ["-m"]), module, *map(str, words)],
         cwd=folder,
