@@ -49,7 +49,7 @@ FINETUNE = [
 """Options that shrink any finetuning with ``JSON``."""
 
 
-def run_litgpt(folder, *words, module="litgpt", check=True, **variables):
+def run_litgpt(folder, *words, module="litgpt", check=True, stdin=None, **variables):
     """``python -m MODULE``, or a file, with these words, started in ``folder``, without compiling."""
     paths = [*map(str, (REPOSITORY, TESTS, TESTS / "distributed")), *filter(None, [os.environ.get("PYTHONPATH")])]
     settings = {"PYTHONPATH": os.pathsep.join(paths), "TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -60,6 +60,7 @@ def run_litgpt(folder, *words, module="litgpt", check=True, **variables):
         env=os.environ | settings | {name: str(value) for name, value in variables.items()},
         capture_output=True,
         text=True,
+        input=stdin,
         timeout=280,
         check=False,
     )
@@ -71,6 +72,11 @@ def run_litgpt(folder, *words, module="litgpt", check=True, **variables):
 def optimizer(class_path, **init_args):
     """The option that chooses an optimizer, in the form that litgpt's parser reads whole."""
     return f"--optimizer={json.dumps({'class_path': class_path, 'init_args': init_args})}"
+
+
+def optimizer_config(class_path, **init_args):
+    """The option that replaces the optimizer of a configuration file."""
+    return f"--config={json.dumps({'optimizer': {'class_path': class_path, 'init_args': init_args}})}"
 
 
 def text_files(corpus):
