@@ -71,7 +71,7 @@ def check(arguments: Mapping[str, Any]) -> None:
 
 def _check_pretraining_tokens(arguments: Mapping[str, Any], config: Any) -> None:
     """See that data which wants a tokenizer gets one, and that its tokens fit into the model."""
-    data = arguments.get("data")
+    data: Any = arguments.get("data")
     if arguments.get("tokenizer_dir") is None:
         if hasattr(data, "tokenizer"):
             raise ValueError(
