@@ -57,7 +57,7 @@ def check(arguments: Mapping[str, Any]) -> None:
             return  # litgpt does
         litgpt_model.check_weights(litgpt_model.litgpt_config(None, None, str(folder)), str(folder))
         litgpt_model.check_tokenizer(folder)
-        if parse_devices(arguments.get("devices", 1)) > 1:
+        if parse_devices(arguments.get("devices", 1)) > 1 or "lora_r" in arguments:  # LoRA's are merged at the end
             litgpt_model.check_raw(folder)
     if "model_name" not in arguments or arguments["model_name"] == "list":
         return

@@ -1,5 +1,7 @@
 """litgpt's commands take AdaPM by ``--optimizer``: what it then does is what it does with the plain model."""
 
+import shutil
+
 import pytest
 import torch
 from finetuning import write_instructions
@@ -65,6 +67,16 @@ def test_pretraining_has_the_plain_models_roles(workplace, corpus, tie_embedding
     assert len(rates) == 3
     assert max(rates) <= SETTINGS["lr"]
     assert rates[-1] > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_pretraining_has_the_plain_models_roles(workplace, corpus):
+    """As litgpt runs where nothing is disabled: the model is within what ``torch.compile`` puts around it."""
+    file = workplace / "compiled.json"
+    words = [optimizer("reporting.ReportingAdaPM", **SETTINGS), "--train.max_tokens=512", "--train.lr_warmup_steps=1"]
+    pretrain(workplace, corpus, "out/compiled", *words, **{REPORT: file, "TORCHDYNAMO_DISABLE": "0"})
+    assert len(assert_as_plain(file, "pretrain", SETTINGS)) == 2
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ SMALL = [
     "--eval.max_iters=4",
 ]
 PRETRAINED, FINETUNED = "out/quickstart/pretrain/final", "out/quickstart/finetune/final"
+LORA_DATA = "--data.json_path=data/quickstart/instructions/train.json"
 QUESTION = "What does this Python function do?\ndef read_text(path, encoding=None):"
 
 
@@ -76,7 +77,7 @@ def test_resumed_equals_uninterrupted(workplace):
 @pytest.fixture(scope="module")
 def finetuned(workplace):
     words = ["litgpt", "finetune_full", "--config", LITGPT / "finetune" / "quickstart.yaml", "--train.max_steps=30"]
-    words += ["--train.micro_batch_size=4", "--train.lr_warmup_steps=3", "--train.log_interval=4", "--eval.max_iters=2"]
+    words += ["--train.micro_batch_size=4", "--train.lr_warmup_steps=3", "--eval.max_iters=2"]
     run_litgpt(workplace, *words, module="lightning_adapm")
     return workplace
 
@@ -97,10 +98,16 @@ def test_chatting_with_it(finetuned):
 
 
 def test_lora_from_it(workplace):
-    words = ["finetune_lora", "--config", LITGPT / "finetune" / "llama-3-8b-lora.yaml", PRETRAINED]
-    words += [*FINETUNE, "--data.json_path=data/quickstart/instructions/train.json", "--train.max_steps=40"]
+    start = ["finetune_lora", "--config", LITGPT / "finetune" / "llama-3-8b-lora.yaml"]
+    refused = run_litgpt(
+        workplace, "litgpt", *start, PRETRAINED, *FINETUNE, LORA_DATA, module="lightning_adapm", check=False
+    )
+    assert refused.returncode and "write litgpt convert_pretrained_checkpoint" in refused.stderr.splitlines()[-1]
+    run_litgpt(workplace, "convert_pretrained_checkpoint", PRETRAINED, "weights")
+    words = [*start, "weights"]
+    words += [*FINETUNE, LORA_DATA, "--train.max_steps=40"]
     words += ["--train.lr_warmup_steps=2", "--train.max_seq_length=160", "--eval.final_validation=false"]
-    run_litgpt(workplace, *words)
-    assert falls(workplace / "out" / "finetune" / "llama-3-8b-lora", 0.0)
+    run_litgpt(workplace, *words, optimizer_config("lightning_adapm.AdaPM", lr=1e-2))
+    assert falls(workplace / "out" / "finetune" / "llama-3-8b-lora", 0.1)
     final = "out/finetune/llama-3-8b-lora/final"
     assert QUESTION in run_litgpt(workplace, "generate", final, f"--prompt={QUESTION}", "--max_new_tokens=4").stdout
