@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from lightning_adapm import litgpt_model
 from lightning_adapm.optim import AdaPM
@@ -31,13 +32,23 @@ def check_words(words: Sequence[str]) -> None:
                 f" --optimizer='{_EXAMPLE}'"
             )
     given = [word.partition("=")[2] or following for word, following in zip(words, [*words[1:], ""], strict=True)]
-    if "--config" in names and any(
-        name == "--optimizer" and value.lstrip().startswith("{") for name, value in zip(names, given, strict=True)
-    ):
+    options = list(zip(names, given, strict=True))
+    in_file = any(name == "--config" and _has_an_optimizer(value) for name, value in options)
+    if in_file and any(name == "--optimizer" and value.lstrip().startswith("{") for name, value in options):
         raise ValueError(
-            "--optimizer: litgpt's parser fails where a configuration file is given besides; write"
+            "--optimizer: litgpt's parser fails where a configuration file has an optimizer; write"
             f""" --config='{{"optimizer": {_EXAMPLE}}}' after the file"""
         )
+
+
+def _has_an_optimizer(config: str) -> bool:
+    """Of what ``--config`` takes, a file or YAML itself; the parser says what else is wrong with it."""
+    try:
+        path = Path(config)
+        read = yaml.safe_load(path.read_text(encoding="utf-8") if path.is_file() else config)
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(read, dict) and isinstance(read.get("optimizer"), dict)
 
 
 def check(arguments: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from litgpt_commands import FINETUNE, MODEL, PRETRAIN, optimizer, run_litgpt, te
 from lightning_adapm import litgpt_checks, litgpt_command
 from lightning_adapm.litgpt_data import PreparedText
 
+RECIPE = str(RECIPES / "litgpt" / "pretrain" / "quickstart.yaml")
 SETUPS = {"finetune_full": full.setup, "finetune_lora": lora.setup, "pretrain": pretrain}
 
 
@@ -95,14 +96,16 @@ def test_bad_input_is_one_line_before_any_work(arguments, error, message):
             ["--optimizer.init_args.lr=1"],
             "--optimizer.init_args.lr: litgpt's parser does not put an optimizer together",
         ),
-        (["--config", "x.yaml", '--optimizer={"class_path": "x"}'], 'write --config=\'{"optimizer": '),
-        (["--config=x.yaml", "--optimizer", '{"class_path": "x"}'], 'write --config=\'{"optimizer": '),
+        (["--config", RECIPE, '--optimizer={"class_path": "x"}'], 'write --config=\'{"optimizer": '),
+        ([f"--config={RECIPE}", "--optimizer", '{"class_path": "x"}'], 'write --config=\'{"optimizer": '),
     ],
 )
 def test_ways_to_give_an_optimizer_that_litgpts_parser_drops(words, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         litgpt_command.run(["pretrain", *words])
-    litgpt_checks.check_words(["--config=x.yaml", "--optimizer=AdamW"])
+    litgpt_checks.check_words([f"--config={RECIPE}", "--optimizer=AdamW"])
+    litgpt_checks.check_words(['--config={"seed": 1}', '--optimizer={"class_path": "x"}'])
+    litgpt_checks.check_words(["--config=nowhere.yaml", '--optimizer={"class_path": "x"}'])
 
 
 class Chunks:
