@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# What litgpt's TextFiles and LitData read with. litdata asks for torchvision, which it needs for images only, and with
+# which pip would replace torch by a CUDA build: so litdata comes alone, and what else it requires by name.
+LITDATA := boto3 filelock obstore requests tifffile
 RECIPE := recipes/trainer/pretrain
 
 .PHONY: help pretrain test test-slow lint types clean
@@ -22,7 +25,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' || \
 		{ echo "'$(PYTHON)' lacks the venv module (on Debian and Ubuntu: the package python3-venv)."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[quickstart,test,lint]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[quickstart,test,lint]' $(LITDATA)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps --no-warn-conflicts litdata
 	@touch $@
 
 # Where another process takes one of two cores, threads that spin while they wait make every step ten times slower.

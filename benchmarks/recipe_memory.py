@@ -40,11 +40,11 @@ def memory_line(recipe: Path) -> str:
 
 
 def complete_recipes() -> list[Path]:
-    """The recipes that describe a model and state its memory, in order; overlays and the quick start are others."""
+    """The recipes that describe a model and state its memory, in order; not overlays, nor what starts from a result."""
     return [
         path
         for path in sorted(RECIPES.rglob("*.yaml"))
-        if not path.stem.startswith("quickstart")
+        if path.relative_to(RECIPES).as_posix() != "litgpt/finetune/quickstart.yaml"
         and {"model", "model_name", "checkpoint_dir"} & yaml.safe_load(path.read_text(encoding="utf-8")).keys()
     ]
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import linecache
+import re
 import sys
 import traceback
 
 USAGE = """\
-usage: lightning-adapm {plan,fit,validate,test,predict,litgpt} [--config FILE ...] [--OPTION VALUE ...]
+usage: lightning-adapm {plan,prepare,fit,validate,test,predict,litgpt} [--config FILE ...] [--OPTION VALUE ...]
 
   plan       what the optimizer's state will cost:  lightning-adapm plan --model_name Llama-3-8B
+  prepare    a tokenizer, tokens and instructions from text on this machine, for litgpt's commands
   fit        train a model:  lightning-adapm fit --config recipes/trainer/pretrain/quickstart.yaml
   validate   one pass over the validation data
   test       one pass over the test data
@@ -42,6 +46,11 @@ def main(args: list[str] | None = None) -> None:
             from lightning_adapm import plan_command
 
             sys.exit(plan_command.run(words[1:]))
+        if words[0] == "prepare":
+            from lightning_adapm import prepare_command
+
+            prepare_command.run(words[1:])
+            return
         if words[0] == "litgpt" or words[0] in LITGPT_COMMANDS:
             from lightning_adapm import litgpt_command
 
@@ -68,12 +77,29 @@ def _leave_process_group() -> None:
 
 def _reason(error: Exception) -> str:
     """What the error says; of the parser's list of the types that a value does not have, only what a class refused."""
-    lines = str(error).splitlines()
-    if "Union subtypes" not in str(error):
-        return str(error)
-    refusals = [line.strip().removeprefix("- ") for line in lines if line.startswith("  - ")]
-    refusals = [line for line in refusals if not line.startswith("Expected a ")]
-    return refusals[0] if len(refusals) == 1 else str(error)
+    text = str(error)
+    if "Union subtypes" not in text:
+        return " ".join(text.split()) if text.startswith("Parser key") else text
+    refusals = [line for line in re.findall(r"^ +- (.*)$", text, re.MULTILINE) if not line.startswith("Expected a ")]
+    refused = re.findall(r"^( +)- Problem with given class_path '(.+)':\n((?:\1 +.*\n?)+)", text, re.MULTILINE)
+    if len(refusals) != 1:
+        return text
+    if not refused:
+        return refusals[0]
+    [(_, class_path, details)] = refused
+    return f"{class_path}: {' '.join(details.split()).removeprefix('Validation failed: ')}{_hint(class_path, details)}"
+
+
+def _hint(class_path: str, details: str) -> str:
+    """What a misspelt argument of a class may have been."""
+    unexpected = re.search(r"Key '(\w+)' is not expected", details)
+    module, _, name = class_path.rpartition(".")
+    if unexpected is None:
+        return ""
+    from lightning_adapm.optim.options import instead_of
+
+    known = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    return f"; {instead_of(unexpected[1], known)}"
 
 
 def _is_message_to_the_user(error: Exception) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.cli import LightningCLI, LRSchedulerTypeUnion, instantiate_class
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeUnion, instantiate_class
 from torch.optim import Optimizer
 
 from lightning_adapm.mixin import AdaPMMixin
@@ -50,6 +50,10 @@ class AdaPMCLI(LightningCLI):
             parser_kwargs={name: {"usage": f"lightning-adapm {name} [options]"} for name in self.subcommands()},
             args=args,
         )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Let errors come out: the command line says them in one line."""
+        return super().init_parser(**kwargs, exit_on_error=False)
 
     def before_instantiate_classes(self) -> None:
         """Choose the precision where the user left it open."""

@@ -12,7 +12,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torchmetrics import MeanMetric
 
-from lightning_adapm.litgpt_model import build, check_data, litgpt_config, load_tokenizer
+from lightning_adapm.litgpt_checks import check_data
+from lightning_adapm.litgpt_model import build, litgpt_config, load_tokenizer
 from lightning_adapm.mixin import AdaPMMixin
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
     """Next-token training of a litgpt ``GPT``, from random weights or from a litgpt checkpoint directory.
 
     Logs ``train_loss`` (of the batch), ``val_loss`` (mean cross-entropy in nats per target token) and ``val_ppl``, its
-    exponential. A batch is an int64 tensor of shape (batch, positions + 1), as ``TextDataModule`` and litgpt's
+    exponential. A batch is an integer tensor of shape (batch, positions + 1), as ``TextDataModule`` and litgpt's
     pretraining data make them, or a dict with int64 ``input_ids`` and ``labels`` of shape (batch, positions), as
     litgpt's finetuning data makes them; labels equal to the data's ``ignore_index`` (-100) do not count.
 
@@ -202,5 +203,6 @@ def batch_length(batch: Tensor | Mapping[str, Any]) -> int:
 def _shifted(batch: Tensor | Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Inputs and the tokens that they predict."""
     if isinstance(batch, Tensor):
+        batch = batch.long()  # litdata gives what the tokenizer gave, int32
         return batch[:, :-1], batch[:, 1:]
     return batch["input_ids"][:, :-1], batch["labels"][:, 1:]

@@ -7,21 +7,18 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from torch.optim import Optimizer
 
-from lightning_adapm import litgpt_model
 from lightning_adapm.__main__ import LITGPT_COMMANDS
 from lightning_adapm.callbacks.monitors import Monitored, pooled_residual, pooled_state
 from lightning_adapm.callbacks.pooling import ResidualFigures
 from lightning_adapm.callbacks.run import StepClock
 from lightning_adapm.callbacks.summary import print_summary
+from lightning_adapm.litgpt_checks import check, check_words
 from lightning_adapm.optim import AdaPM
-from lightning_adapm.optim.options import instead_of
 
 EVERY_N_STEPS = 50
 """Optimizer steps from one measurement to the next, as the callbacks' default."""
@@ -47,6 +44,7 @@ def run(words: list[str]) -> None:
         raise ModuleNotFoundError(
             f"litgpt's command line needs {error.name}: pip install 'lightning-adapm[litgpt]'"
         ) from error
+    check_words(words)
     for name in LITGPT_COMMANDS:
         litgpt.PARSER_DATA[name] = _checked(litgpt.PARSER_DATA[name])
     sys.argv[1:] = words  # litgpt reads them there, more than once
@@ -124,60 +122,3 @@ def _checked(setup: Callable[..., None]) -> Callable[..., None]:
         setup(*args, **kwargs)
 
     return checked
-
-
-def check(arguments: Mapping[str, Any]) -> None:
-    """Look at the arguments of one of litgpt's commands.
-
-    Raises:
-        ValueError: A model, an optimizer, an option of it, or data that there is not; a checkpoint of another model.
-        FileNotFoundError: A folder without the checkpoint or the tokenizer that it should have.
-    """
-    check_optimizer(arguments.get("optimizer"))
-    litgpt_model.check_data(arguments.get("data"))
-    if arguments.get("tokenizer_dir") is not None:
-        litgpt_model.check_tokenizer(_found(arguments["tokenizer_dir"]))
-    if arguments.get("checkpoint_dir") is not None:
-        folder = _found(arguments["checkpoint_dir"])
-        litgpt_model.check_weights(litgpt_model.litgpt_config(None, None, str(folder)), str(folder))
-        litgpt_model.check_tokenizer(folder)
-    if "model_name" not in arguments or arguments["model_name"] == "list":
-        return
-    config = arguments.get("model_config") or litgpt_model.litgpt_config(arguments["model_name"])
-    if arguments.get("initial_checkpoint_dir") is not None:
-        litgpt_model.check_weights(config, str(_found(arguments["initial_checkpoint_dir"])))
-
-
-def _found(folder: Path) -> Path:
-    """As litgpt takes a folder: as it is, or else in ``checkpoints``."""
-    from litgpt.utils import extend_checkpoint_dir
-
-    return Path(extend_checkpoint_dir(folder))
-
-
-def check_optimizer(optimizer: str | Mapping[str, Any] | None) -> None:
-    """See that an optimizer can be found and has the options it is given.
-
-    Raises:
-        ValueError: Naming what was found, and what to write instead.
-    """
-    if not isinstance(optimizer, Mapping):
-        return
-    example = 'optimizer: {"class_path": "lightning_adapm.AdaPM", "init_args": {"lr": 1e-3}}'
-    if not {"class_path", "init_args"} <= optimizer.keys():
-        raise ValueError(
-            f"optimizer: litgpt needs class_path and init_args, but got {dict(optimizer)}; write {example}"
-        )
-    path, _, name = str(optimizer["class_path"]).rpartition(".")
-    try:
-        found = getattr(importlib.import_module(path), name)
-    except (AttributeError, ImportError, ValueError):
-        raise ValueError(f"optimizer: there is no class {optimizer['class_path']!r}; write {example}") from None
-    known = inspect.signature(found).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
-        return
-    for option in optimizer["init_args"]:
-        if option not in known:
-            raise ValueError(f"optimizer: {name} has no option {option!r}; {instead_of(option, known)}")
-    if isinstance(found, type) and issubclass(found, AdaPM):  # which checks their values when it is built
-        found([{"params": [torch.zeros(1, requires_grad=True)], "role": "norm"}], **optimizer["init_args"])

@@ -136,24 +136,6 @@ def check_tokenizer(folder: Path) -> None:
         )
 
 
-def check_data(data: Any) -> None:
-    """See that litgpt's ``TextFiles`` finds its files: litgpt says so late, and by a bare assertion.
-
-    Raises:
-        ValueError: Naming the option, and what was found.
-    """
-    folder = getattr(data, "train_data_path", None)
-    if folder is None:
-        return
-    found = len(list(Path(folder).glob("*.txt")))
-    least = 1 if data.val_data_path is not None else 2
-    if found < least:
-        raise ValueError(
-            f"`train_data_path`: {found} .txt files in {str(folder)!r}; give a folder with at least {least}, of which"
-            " the first validates where there is no `val_data_path`."
-        )
-
-
 def check_weights(config: Config, checkpoint_dir: str) -> None:
     """See that a checkpoint is of the model that ``config`` describes, without taking memory for either.
 
@@ -166,6 +148,20 @@ def check_weights(config: Config, checkpoint_dir: str) -> None:
     with torch.device("meta"):
         model = GPT(config)
     _matching(model, checkpoint_file(checkpoint_dir, WEIGHTS), tie_embeddings=False)
+
+
+def check_raw(checkpoint_dir: Path) -> None:
+    """See that a checkpoint has nothing but weights, where litgpt reads it without looking.
+
+    Raises:
+        ValueError: If there is a training state around them.
+    """
+    saved = torch.load(checkpoint_dir / WEIGHTS, map_location="cpu", mmap=True, weights_only=True)
+    if "model" in saved:
+        raise ValueError(
+            f"{str(checkpoint_dir / WEIGHTS)!r} holds the whole state of a training, which litgpt cannot start from"
+            f" here; write litgpt convert_pretrained_checkpoint {checkpoint_dir} OUT_DIR, and give that folder"
+        )
 
 
 def _load(model: GPT, path: Path, tie_embeddings: bool) -> None:

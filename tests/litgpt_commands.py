@@ -11,7 +11,12 @@ import torch
 import yaml
 from commands import REPOSITORY
 from finetuning import CONFIG, write_tokenizer
-from litgpt import GPT, Config
+from litgpt import GPT, Config, adapter_v2, lora
+from reporting import ReportingAdaPM, describe
+
+from lightning_adapm.prepare_command import prepare
+
+TESTS = Path(__file__).parent
 
 MODEL = CONFIG | {"block_size": 512}  # an Alpaca prompt in a vocabulary of 300
 """Fields of a litgpt model of seconds."""
@@ -26,9 +31,8 @@ PRETRAIN = [
     "--train.max_seq_length=32",
     "--train.log_interval=1",
     "--eval.max_iters=2",
-    "--data.num_workers=0",
 ]
-"""Options that shrink any pretraining with ``TextFiles``."""
+"""Options that shrink any pretraining."""
 
 FINETUNE = [
     "--precision=32-true",
@@ -45,16 +49,18 @@ FINETUNE = [
 """Options that shrink any finetuning with ``JSON``."""
 
 
-def run_litgpt(folder, *words, module="litgpt", check=True, **variables):
-    """``python -m MODULE`` with these words, started in ``folder``, without compiling."""
-    paths = [str(REPOSITORY), str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+def run_litgpt(folder, *words, module="litgpt", check=True, stdin=None, **variables):
+    """``python -m MODULE``, or a file, with these words, started in ``folder``, without compiling."""
+    paths = [*map(str, (REPOSITORY, TESTS, TESTS / "distributed")), *filter(None, [os.environ.get("PYTHONPATH")])]
     settings = {"PYTHONPATH": os.pathsep.join(paths), "TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    settings["LITDATA_DISABLE_VERSION_CHECK"] = "1"  # which asks the package index
     result = subprocess.run(
-        [sys.executable, "-m", module, *map(str, words)],
+        [sys.executable, *([] if module.endswith(".py") else ["-m"]), module, *map(str, words)],
         cwd=folder,
         env=os.environ | settings | {name: str(value) for name, value in variables.items()},
         capture_output=True,
         text=True,
+        input=stdin,
         timeout=280,
         check=False,
     )
@@ -68,6 +74,27 @@ def optimizer(class_path, **init_args):
     return f"--optimizer={json.dumps({'class_path': class_path, 'init_args': init_args})}"
 
 
+def optimizer_config(class_path, **init_args):
+    """The option that replaces the optimizer of a configuration file."""
+    return f"--config={json.dumps({'optimizer': {'class_path': class_path, 'init_args': init_args}})}"
+
+
+def text_files(corpus):
+    """The options for litgpt's own data module, which needs litdata."""
+    return ["--data=TextFiles", f"--data.train_data_path={corpus}", "--data.num_workers=0"]
+
+
+def prepared(text):
+    """The options for text of :func:`write_text`."""
+    return ["--data=lightning_adapm.litgpt_data.PreparedText", f"--data.path={text}", f"--tokenizer_dir={text}"]
+
+
+def write_text(folder, corpus):
+    """Tokenizer and tokens as ``lightning-adapm prepare`` makes them of text files."""
+    prepare(str(folder), str(corpus), "*.txt", val_fraction=0.2, vocab_size=300, cache_dir=str(folder / "cache"))
+    return folder
+
+
 def write_checkpoint(folder):
     """A litgpt checkpoint directory with random weights and a tokenizer."""
     write_tokenizer(folder)
@@ -76,3 +103,30 @@ def write_checkpoint(folder):
     torch.save(GPT(config).state_dict(), folder / "lit_model.pth")
     (folder / "model_config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config)))
     return folder
+
+
+LORA = {"lora_r": 4, "lora_key": True, "lora_projection": True, "lora_mlp": True, "lora_head": True}
+
+
+def plain(command):
+    """The model that a command trains, without what the command wraps around it."""
+    if command == "finetune_lora":
+        model = lora.GPT(lora.Config(**MODEL, **LORA, lora_query=True, lora_value=True))
+        lora.mark_only_lora_as_trainable(model)
+    elif command == "finetune_adapter_v2":
+        model = adapter_v2.GPT(adapter_v2.Config(**MODEL))
+        adapter_v2.mark_only_adapter_v2_as_trainable(model)
+    else:
+        model = GPT(Config(**MODEL))
+    return model
+
+
+def assert_as_plain(file, command, settings, tie_embeddings=False):
+    """See that a ``ReportingAdaPM`` reported what it would do with the plain model; the rates of its steps."""
+    report, model = json.loads(file.read_text()), plain(command)
+    if tie_embeddings:
+        model.transformer.wte.weight = model.lm_head.weight
+    expected = describe(ReportingAdaPM(model.named_parameters(), **settings))
+    assert report["roles"] == expected
+    assert expected.keys() == {name for name, param in model.named_parameters() if param.requires_grad}
+    return report["lr"]

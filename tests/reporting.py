@@ -31,10 +31,10 @@ def describe(optimizer):
 
 
 class ReportingAdaPM(AdaPM):
-    """AdaPM that writes itself, and the learning rate of every step, into a file."""
+    """AdaPM that writes itself, and the rate of every step, into a file of each process."""
 
     def step(self, closure=None):
-        file = Path(os.environ[REPORT])
+        file = Path(os.environ[REPORT] + os.environ.get("LOCAL_RANK", "0").replace("0", ""))
         report = json.loads(file.read_text()) if file.exists() else {"roles": describe(self), "lr": []}
         report["lr"].append(self.param_groups[0]["lr"])
         file.write_text(json.dumps(report))

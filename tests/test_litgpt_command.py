@@ -1,21 +1,27 @@
 """``lightning-adapm litgpt``: what it refuses before any work, what it adds to litgpt's logs, and litgpt's recipes."""
 
 import csv
+import re
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from commands import RECIPES
 from conftest import write_corpus
-from finetuning import write_instructions
+from finetuning import write_instructions, write_tokenizer
 from jsonargparse import CLI, capture_parser
+from litgpt import Config
+from litgpt.data import JSON, TextFiles
 from litgpt.finetune import full, lora
 from litgpt.pretrain import setup as pretrain
-from litgpt_commands import FINETUNE, PRETRAIN, optimizer, run_litgpt, write_checkpoint
+from litgpt_commands import FINETUNE, MODEL, PRETRAIN, optimizer, run_litgpt, text_files, write_checkpoint, write_text
 
-from lightning_adapm import litgpt_command
+from lightning_adapm import litgpt_checks, litgpt_command
+from lightning_adapm.litgpt_data import PreparedText
 
+RECIPE = str(RECIPES / "litgpt" / "pretrain" / "quickstart.yaml")
 SETUPS = {"finetune_full": full.setup, "finetune_lora": lora.setup, "pretrain": pretrain}
 
 
@@ -25,9 +31,14 @@ def test_recipes_are_what_litgpts_commands_take(recipe):
     text = recipe.read_text()
     command = next(line for line in text.splitlines() if line.startswith("#   litgpt ")).split()[2]
     pytest.importorskip("requests" if "LitData" not in text else "litdata", reason="litgpt's data modules need it")
-    parsed = capture_parser(lambda: CLI(SETUPS[command])).parse_args(["--config", str(recipe)])
-    litgpt_command.check_optimizer(parsed.optimizer)
-    assert parsed.optimizer["init_args"] == yaml.safe_load(text)["optimizer"]["init_args"]
+    parser = capture_parser(lambda: CLI(SETUPS[command]))
+    parsed = parser.parse_args(["--config", str(recipe)])
+    given = parsed.optimizer["init_args"]
+    litgpt_checks.check_optimizer(parsed.optimizer)
+    assert given == yaml.safe_load(text)["optimizer"]["init_args"]
+    twin = parser.parse_args(["--config", str(recipe), "--config", re.search(r"--config='(.*)'", text)[1]]).optimizer
+    assert twin["class_path"] == "torch.optim.AdamW"
+    assert twin["init_args"] == {name: given[name] for name in ("lr", "betas", "weight_decay") if name in given}
     assert parsed.train.global_batch_size % parsed.train.micro_batch_size == 0
     validate = SETUPS[command].__globals__["validate_args"]
     validate(parsed.train, parsed.eval, *((None, False) if command == "pretrain" else ()))
@@ -65,20 +76,99 @@ def test_commands_that_do_not_train(words, message):
             "rank must be an int >= 1",
         ),
         ({"model_name": "pythia-14n", "optimizer": "AdamW"}, ValueError, "no model_name 'pythia-14n'; did you mean"),
-        ({"tokenizer_dir": Path("nowhere")}, FileNotFoundError, "`tokenizer_dir`: there is neither tokenizer.json"),
+        (
+            {"model_name": "pythia-14m", "tokenizer_dir": Path("nowhere")},
+            FileNotFoundError,
+            "`tokenizer_dir`: there is neither tokenizer.json",
+        ),
         ({"checkpoint_dir": Path("nowhere")}, FileNotFoundError, "`checkpoint_dir`: 'nowhere' does not exist"),
     ],
 )
 def test_bad_input_is_one_line_before_any_work(arguments, error, message):
     with pytest.raises(error, match=message):
-        litgpt_command.check(arguments)
+        litgpt_checks.check(arguments)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--optimizer.init_args.lr=1"],
+            "--optimizer.init_args.lr: litgpt's parser does not put an optimizer together",
+        ),
+        (["--config", RECIPE, '--optimizer={"class_path": "x"}'], 'write --config=\'{"optimizer": '),
+        ([f"--config={RECIPE}", "--optimizer", '{"class_path": "x"}'], 'write --config=\'{"optimizer": '),
+    ],
+)
+def test_ways_to_give_an_optimizer_that_litgpts_parser_drops(words, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        litgpt_command.run(["pretrain", *words])
+    litgpt_checks.check_words([f"--config={RECIPE}", "--optimizer=AdamW"])
+    litgpt_checks.check_words(['--config={"seed": 1}', '--optimizer={"class_path": "x"}'])
+    litgpt_checks.check_words(["--config=nowhere.yaml", '--optimizer={"class_path": "x"}'])
+
+
+class Chunks:
+    """As litgpt's LitData."""
+
+    def __init__(self, data_path, split_names=("train", "val")):
+        self.data_path, self.split_names = data_path, split_names
+
+
+def test_data_that_is_not_there(tmp_path):
+    samples = write_instructions(tmp_path / "instructions.json", 4)
+    litgpt_checks.check_data(JSON(samples, val_split_fraction=0.5))
+    with pytest.raises(ValueError, match="`json_path`: no samples to validate on"):
+        litgpt_checks.check_data(JSON(samples, val_split_fraction=0.0))
+    samples.write_text("[]")
+    with pytest.raises(ValueError, match="`json_path`: no samples to train on in .*instructions.json"):
+        litgpt_checks.check_data(JSON(samples, val_split_fraction=0.5))
+    with pytest.raises(ValueError, match="`data_path`: there is no index.json in .*train"):
+        litgpt_checks.check_data(Chunks(tmp_path))
+    with pytest.raises(ValueError, match="`train_data_path`: 0 .txt files in"):
+        litgpt_checks.check_data(TextFiles(tmp_path))
+    litgpt_checks.check_data(Chunks("s3://somewhere", None))
+
+
+def test_a_tokenizer_that_does_not_fit(corpus, tmp_path):
+    text, other = write_text(tmp_path / "text", corpus), write_tokenizer(tmp_path / "other")
+    small = {"model_name": "x", "model_config": Config(**MODEL | {"vocab_size": 99, "padded_vocab_size": 99})}
+    given = {"model_name": "pythia-14m", "data": PreparedText(text)}
+    litgpt_checks.check(given | {"tokenizer_dir": text})
+    with pytest.raises(ValueError, match="`tokenizer_dir`: PreparedText needs a tokenizer"):
+        litgpt_checks.check(given)
+    with pytest.raises(ValueError, match="was|were made with, but got 'other'"):
+        litgpt_checks.check(given | {"tokenizer_dir": other})
+    with pytest.raises(
+        ValueError, match="a vocabulary of 300 tokens does not fit into the model's `padded_vocab_size` of 99"
+    ):
+        litgpt_checks.check(small | {"tokenizer_dir": text, "data": PreparedText(text)})
+
+
+def test_a_checkpoint_with_more_than_weights(tmp_path):
+    """litgpt reads those of a training in some places only."""
+    folder = write_checkpoint(tmp_path / "checkpoint")
+    weights = torch.load(folder / "lit_model.pth")
+    torch.save({"model": weights, "step_count": 3}, folder / "lit_model.pth")
+    litgpt_checks.check({"checkpoint_dir": folder, "devices": 1})
+    message = "holds the whole state .* write litgpt convert_pretrained_checkpoint"
+    with pytest.raises(ValueError, match=message):
+        litgpt_checks.check({"checkpoint_dir": folder, "devices": 2})
+    with pytest.raises(ValueError, match=message):
+        litgpt_checks.check({"model_name": "x", "model_config": Config(**MODEL), "initial_checkpoint_dir": folder})
+
+
+def test_what_litgpt_would_download_is_left_to_it():
+    litgpt_checks.check({"checkpoint_dir": Path("EleutherAI/pythia-14m")})
+    with pytest.raises(FileNotFoundError, match="'EleutherAI/pythia-14n' does not exist"):
+        litgpt_checks.check({"checkpoint_dir": Path("EleutherAI/pythia-14n")})
 
 
 def test_a_checkpoint_of_another_model(tmp_path):
     folder = write_checkpoint(tmp_path / "checkpoint")
-    litgpt_command.check({"checkpoint_dir": folder, "optimizer": "AdamW"})
+    litgpt_checks.check({"checkpoint_dir": folder, "optimizer": "AdamW"})
     with pytest.raises(ValueError, match="is of another model: lm_head.weight has shape"):
-        litgpt_command.check({"model_name": "pythia-14m", "initial_checkpoint_dir": folder})
+        litgpt_checks.check({"model_name": "pythia-14m", "initial_checkpoint_dir": folder})
 
 
 def rows(folder):
@@ -94,7 +184,7 @@ def test_pretrained_finetuned_and_generated_from(tmp_path):
     pytest.importorskip("litdata", reason="TextFiles needs it")
     tokenizer, corpus = write_checkpoint(tmp_path / "checkpoint"), write_corpus(tmp_path / "text")
     instructions = write_instructions(tmp_path / "instructions.json", 24)
-    words = ["litgpt", "pretrain", "pythia-14m", "--data=TextFiles", f"--data.train_data_path={corpus}", *PRETRAIN]
+    words = ["litgpt", "pretrain", "pythia-14m", *text_files(corpus), *PRETRAIN]
     words += [f"--tokenizer_dir={tokenizer}", "--out_dir=pretrained", "--train.max_tokens=4096"]
     words += ["--train.lr_warmup_steps=2", optimizer("lightning_adapm.AdaPM", lr=1e-2, second_moment="block")]
     printed = run_litgpt(tmp_path, *words, module="lightning_adapm").stdout

@@ -1,32 +1,26 @@
 """litgpt's commands take AdaPM by ``--optimizer``: what it then does is what it does with the plain model."""
 
-import json
+import shutil
 
 import pytest
 import torch
 from finetuning import write_instructions
-from litgpt import GPT, Config, adapter_v2, lora
-from litgpt_commands import FINETUNE, MODEL, PRETRAIN, optimizer, run_litgpt, write_checkpoint
-from reporting import REPORT, ReportingAdaPM, describe
+from litgpt_commands import (
+    FINETUNE,
+    LORA,
+    PRETRAIN,
+    assert_as_plain,
+    optimizer,
+    run_litgpt,
+    text_files,
+    write_checkpoint,
+)
+from reporting import REPORT
 
 pytest.importorskip("requests", reason="litgpt's command line needs it")
 pytest.importorskip("litdata", reason="TextFiles needs it")
 
 SETTINGS = {"lr": 3e-3, "rank": 3, "momentum": {"value": "low_rank"}, "second_moment": "block"}
-LORA = {"lora_r": 4, "lora_key": True, "lora_projection": True, "lora_mlp": True, "lora_head": True}
-
-
-def plain(command):
-    """The model that a command trains, without what the command wraps around it."""
-    if command == "finetune_lora":
-        model = lora.GPT(lora.Config(**MODEL, **LORA, lora_query=True, lora_value=True))
-        lora.mark_only_lora_as_trainable(model)
-    elif command == "finetune_adapter_v2":
-        model = adapter_v2.GPT(adapter_v2.Config(**MODEL))
-        adapter_v2.mark_only_adapter_v2_as_trainable(model)
-    else:
-        model = GPT(Config(**MODEL))
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -44,18 +38,8 @@ def finetune(folder, command, *words, **variables):
 
 
 def pretrain(folder, corpus, out, *words, **variables):
-    start = ["pretrain", "pythia-14m", "--data=TextFiles", f"--data.train_data_path={corpus}", *PRETRAIN]
+    start = ["pretrain", "pythia-14m", *text_files(corpus), *PRETRAIN]
     return run_litgpt(folder, *start, "--tokenizer_dir=checkpoint", f"--out_dir={out}", *words, **variables)
-
-
-def assert_as_plain(file, command, tie_embeddings=False):
-    report, model = json.loads(file.read_text()), plain(command)
-    if tie_embeddings:
-        model.transformer.wte.weight = model.lm_head.weight
-    expected = describe(ReportingAdaPM(model.named_parameters(), **SETTINGS))
-    assert report["roles"] == expected
-    assert expected.keys() == {name for name, param in model.named_parameters() if param.requires_grad}
-    return report["lr"]
 
 
 @pytest.mark.slow
@@ -67,7 +51,7 @@ def test_finetuning_has_the_plain_models_roles(workplace, command):
     if command == "finetune_lora":
         words += [f"--{name}={str(value).lower()}" for name, value in LORA.items()]
     finetune(workplace, command, *words, **{REPORT: file})
-    rates = assert_as_plain(file, command)
+    rates = assert_as_plain(file, command, SETTINGS)
     assert len(rates) == 3
     assert rates[1] == pytest.approx(SETTINGS["lr"] / 2)  # of the warm-up
 
@@ -79,10 +63,20 @@ def test_pretraining_has_the_plain_models_roles(workplace, corpus, tie_embedding
     words = [optimizer("reporting.ReportingAdaPM", **SETTINGS), "--train.max_tokens=768", "--train.lr_warmup_steps=1"]
     words += [f"--train.tie_embeddings={str(tie_embeddings).lower()}", "--train.min_lr=1e-3"]
     pretrain(workplace, corpus, f"out/pretrain-{tie_embeddings}", *words, **{REPORT: file})
-    rates = assert_as_plain(file, "pretrain", tie_embeddings)
+    rates = assert_as_plain(file, "pretrain", SETTINGS, tie_embeddings)
     assert len(rates) == 3
     assert max(rates) <= SETTINGS["lr"]
     assert rates[-1] > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_pretraining_has_the_plain_models_roles(workplace, corpus):
+    """As litgpt runs where nothing is disabled: the model is within what ``torch.compile`` puts around it."""
+    file = workplace / "compiled.json"
+    words = [optimizer("reporting.ReportingAdaPM", **SETTINGS), "--train.max_tokens=512", "--train.lr_warmup_steps=1"]
+    pretrain(workplace, corpus, "out/compiled", *words, **{REPORT: file, "TORCHDYNAMO_DISABLE": "0"})
+    assert len(assert_as_plain(file, "pretrain", SETTINGS)) == 2
 
 
 @pytest.mark.slow

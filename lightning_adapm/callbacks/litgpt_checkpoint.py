@@ -12,7 +12,7 @@ import torch
 import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_adapm.data.tokens import END_OF_TEXT
+from lightning_adapm.data.tokens import save_tokenizer
 
 if TYPE_CHECKING:
     from litgpt import Config
@@ -84,10 +84,7 @@ def write_checkpoint(out_dir: Path, module: LitGPTModule, state: dict[str, Any],
     if module.tokenizer_dir is not None and Path(module.tokenizer_dir).expanduser().resolve() != out_dir.resolve():
         copy_config_files(Path(module.tokenizer_dir).expanduser(), out_dir)
     elif hasattr(getattr(data, "tokenizer", None), "to_str"):  # TextDataModule's, trained on the spot
-        (out_dir / "tokenizer.json").write_text(data.tokenizer.to_str(), encoding="utf-8")
-        special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "add_bos_token": False}
-        special["tokenizer_class"] = "PreTrainedTokenizerFast"  # litgpt reads this key without asking
-        (out_dir / "tokenizer_config.json").write_text(json.dumps(special), encoding="utf-8")
+        save_tokenizer(data.tokenizer, out_dir)
     save_config(_without_lora(config), out_dir)  # after the copy, which may bring another model's
     if getattr(data, "prompt_style", None) is not None:
         save_prompt_style(data.prompt_style, out_dir)

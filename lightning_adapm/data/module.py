@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
 
-from lightning_adapm.data.corpus import Corpus, find_corpus
+from lightning_adapm.data.corpus import PARTS, Corpus, find_corpus
 from lightning_adapm.data.loaders import TrainLoader, ValLoader
 from lightning_adapm.data.tokens import (
     MIN_VOCAB_SIZE,
@@ -107,23 +107,26 @@ class TextDataModule(L.LightningDataModule):
         order = f"{self._folder.name} {self.block_size} {self.batch_size} {self.val_batches} {self.seed}"
         return hashlib.sha256(order.encode()).hexdigest()[:16]
 
+    def tokens(self, part: Literal["train", "val"]) -> np.ndarray:
+        """All tokens of one part, one-dimensional, memory-mapped; after ``setup``."""
+        return self._tokens[part]
+
     def prepare_data(self) -> None:
         """Find, tokenise and cache the text (called on one process of a node)."""
-        build_cache(self._corpus(), self.max_vocab_size, self.cache_dir)
+        build_cache(self.corpus(), self.max_vocab_size, self.cache_dir)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the cached tokens; training starts at the first batch unless a checkpoint says otherwise."""
-        self._folder = folder = cache_folder(self._corpus(), self.max_vocab_size, self.cache_dir)
+        self._folder = folder = cache_folder(self.corpus(), self.max_vocab_size, self.cache_dir)
         if not folder.is_dir():
             raise RuntimeError(
                 f"TextDataModule has no tokens of this text in {self.cache_dir}: call `prepare_data` first."
             )
         self._tokenizer = import_tokenizers().Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self._train_tokens = np.load(folder / "train.npy", mmap_mode="r")
-        self._val_tokens = np.load(folder / "val.npy", mmap_mode="r")
+        self._tokens = {part: np.load(folder / f"{part}.npy", mmap_mode="r") for part in PARTS}
         if stage in (None, "fit"):
             self._train_loader = TrainLoader(
-                self._train_tokens, self.block_size, self.batch_size, self.seed, **self._processes()
+                self.tokens("train"), self.block_size, self.batch_size, self.seed, **self._processes()
             )
 
     def train_dataloader(self) -> TrainLoader:
@@ -134,7 +137,7 @@ class TextDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> ValLoader:
         """The fixed validation windows."""
-        return ValLoader(self._val_tokens, self.block_size, self.batch_size, self.val_batches, **self._processes())
+        return ValLoader(self.tokens("val"), self.block_size, self.batch_size, self.val_batches, **self._processes())
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the training stream.
@@ -149,7 +152,8 @@ class TextDataModule(L.LightningDataModule):
         if self._train_loader is not None and "train_loader" in state_dict:
             self._train_loader.load_state_dict(state_dict["train_loader"])
 
-    def _corpus(self) -> Corpus:
+    def corpus(self) -> Corpus:
+        """Which texts train and which validate."""
         return find_corpus(self.path, self.pattern, self.exclude, self.val_fraction, self.max_bytes)
 
     def _processes(self) -> dict[str, int]:

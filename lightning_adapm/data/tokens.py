@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import os
 import shutil
 import time
@@ -87,6 +88,14 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a trained tokenizer into a folder, with the settings that litgpt reads beside it."""
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "add_bos_token": False}
+    special["tokenizer_class"] = "PreTrainedTokenizerFast"  # litgpt reads this key without asking
+    (folder / "tokenizer_config.json").write_text(json.dumps(special), encoding="utf-8")
 
 
 def import_tokenizers() -> Any:

@@ -1,0 +1,46 @@
+"""Instructions for finetuning, made from the docstrings of Python sources."""
+
+from __future__ import annotations
+
+import ast
+import warnings
+from collections.abc import Iterable, Iterator
+
+QUESTION = "What does this Python function do?"
+_ANSWER_LENGTH = range(16, 121)
+_LONGEST_SIGNATURE = 120
+
+
+def instructions(texts: Iterable[str]) -> list[dict[str, str]]:
+    """Questions about functions and their answers, in Alpaca's format; each question once.
+
+    The question has the function's signature, the answer is the first paragraph of its docstring. Texts that are not
+    Python of this version have none.
+
+    Args:
+        texts: Sources.
+
+    Returns:
+        Dicts of ``instruction``, ``input`` (empty) and ``output``.
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        for signature, answer in _documented(text):
+            found.setdefault(f"{QUESTION}\n{signature}", answer)
+    return [{"instruction": question, "input": "", "output": answer} for question, answer in found.items()]
+
+
+def _documented(text: str) -> Iterator[tuple[str, str]]:
+    """Signatures and first paragraphs of docstrings, where both are of a length that a small model can learn."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # sources have invalid escapes now and then
+            tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            answer = " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split())
+            signature = f"def {node.name}({ast.unparse(node.args)}):"
+            if len(answer) in _ANSWER_LENGTH and len(signature) <= _LONGEST_SIGNATURE:
+                yield signature, answer
