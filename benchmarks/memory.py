@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -57,11 +58,15 @@ class Ledger(TorchDispatchMode):
     def __init__(self, known: Mapping[str, Iterable[Tensor]] | None = None) -> None:
         super().__init__()
         self.category = "transient"
+        self.begin(known or {})
+
+    def begin(self, known: Mapping[str, Iterable[Tensor]]) -> None:
+        """Forget everything but the tensors that are there now, by category."""
         self.operations = 0
         self.peak: Counter[str] = Counter()
         self._alive: Counter[str] = Counter()
         self._entries: dict[int, tuple[StorageWeakRef, str, int]] = {}
-        for category, tensors in (known or {}).items():
+        for category, tensors in known.items():
             for tensor in tensors:
                 self._enter(tensor, category)
         self._note()
@@ -72,6 +77,15 @@ class Ledger(TorchDispatchMode):
         if key in self._entries:
             self._leave(key)
         self._enter(tensor, category)
+
+    @contextmanager
+    def counting(self, category: str) -> Iterator[None]:
+        """What is allocated meanwhile is of ``category``."""
+        before, self.category = self.category, category
+        try:
+            yield
+        finally:
+            self.category = before
 
     def _enter(self, tensor: Tensor, category: str) -> None:
         storage = tensor.untyped_storage()

@@ -9,19 +9,22 @@ import contextlib
 import importlib
 import io
 from collections import ChainMap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from benchmarks.timing import time_steps
 from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre
 
 Result = TypeVar("Result")
 
 LR = 1e-4
+OUT_OF_MEMORY = "out of memory"
 TABLES = ("wte", "wpe", "lm_head")
 """Parts of names of matrices that are not hidden: what Muon, GaLore and APOLLO leave to AdamW."""
 
@@ -77,6 +80,7 @@ class Peer:
     ``interval``: steps from one refresh of what it does not compute in every step to the next. ``restart`` makes the
     next step a refresh, for intervals too long to be timed. ``in_backward``: it updates inside backward unless built
     with ``update_in_backward=False``. ``svd``: a refresh decomposes every hidden matrix.
+    ``training_only``: differs from another peer only in a whole training step.
     """
 
     name: str
@@ -85,6 +89,7 @@ class Peer:
     restart: Callable[[Optimizer], None] | None = None
     in_backward: bool = False
     svd: bool = False
+    training_only: bool = False
 
     @property
     def ours(self) -> bool:
@@ -190,6 +195,13 @@ PEERS: tuple[Peer, ...] = (
     Peer("AdaPM block", _ours(AdaPM, second_moment="block"), 10),
     Peer("AdaPM factored", _ours(AdaPM, second_moment="factored"), 10),
     Peer("AdaPM block, bfloat16 factors", _ours(AdaPM, second_moment="block", state_dtype=_BF16), 10),
+    Peer(
+        "AdaPM block, in backward",
+        _ours(AdaPM, second_moment="block", update_in_backward=True),
+        10,
+        in_backward=True,
+        training_only=True,
+    ),
     Peer("AdaPM, every step", _ours(AdaPM, update_proj_gap=1)),
     Peer("AdamMini", _ours(AdamMini)),
     Peer("LoRAPre", _ours(LoRAPre)),
@@ -208,6 +220,23 @@ PEERS: tuple[Peer, ...] = (
 )
 
 
+def build(peer: Peer, of: Parameters, limit: float, **options: Any) -> Optimizer:
+    """The optimizer, unless a single one of its refreshes would take more than ``limit`` seconds."""
+    if peer.svd and (expected := _svd_seconds(of)) > limit:
+        raise UnavailableError(f"one refresh by SVDs takes {expected:.0f} s, by one of each shape (--peer-limit)")
+    return peer.build(of, **options)
+
+
+def _svd_seconds(of: Parameters) -> float:
+    """How long the singular values and vectors of all hidden matrices take, by one of each shape."""
+    shapes = [param.shape for param in of.hidden]
+    device, total = of.tensors[0].device, 0.0
+    for shape in set(shapes):
+        decompose = partial(torch.linalg.svd, torch.randn(shape, device=device), full_matrices=False)
+        total += time_steps(decompose, 1, device.type)[0] * shapes.count(shape)
+    return total
+
+
 def attempt(peer: Peer, work: Callable[[], Result]) -> tuple[Result | None, str | None]:
     """What ``work`` returns and None, or None and why the peer cannot be measured.
 
@@ -218,7 +247,7 @@ def attempt(peer: Peer, work: Callable[[], Result]) -> tuple[Result | None, str 
     except UnavailableError as error:
         return None, str(error)
     except torch.OutOfMemoryError:
-        return None, "out of memory"
+        return None, OUT_OF_MEMORY
     except Exception as error:
         if peer.ours:
             raise
@@ -236,3 +265,8 @@ def chosen(word: str) -> tuple[Peer, ...]:
         names = ", ".join(repr(peer.name) for peer in PEERS)
         raise argparse.ArgumentTypeError(f"{word!r} is in none of the names {names}")
     return found
+
+
+def select(found: Sequence[Sequence[Peer]] | None) -> tuple[Peer, ...]:
+    """Each peer once of what a ``--peers`` option was given; all without it."""
+    return PEERS if found is None else tuple(dict.fromkeys(peer for several in found for peer in several))

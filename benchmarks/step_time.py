@@ -8,6 +8,7 @@ at the bandwidth of a plain copy, measured in the same run.
 import argparse
 import gc
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from benchmarks.decoder import Decoder, Shape
 from benchmarks.memory import held_bytes, state_bytes, tensors_in
 from benchmarks.models import DTYPES, MODELS, free_bytes, materialise, numel, shorten
 from benchmarks.pages import RESULTS, provenance, session, stacked_bars, table, write
-from benchmarks.peers import BASES, PEERS, Parameters, Peer, Result, UnavailableError, attempt, chosen
+from benchmarks.peers import BASES, Parameters, Peer, Result, UnavailableError, attempt, build, chosen, select
 from benchmarks.timing import copy_bandwidth, launched, time_steps, transient_bytes
 from lightning_adapm.tables import show_bytes, show_count
 
@@ -111,25 +112,11 @@ def _prepare(peer: Peer, of: Parameters, plan: Plan) -> Optimizer:
     """A peer that has taken its first steps."""
     if time.monotonic() > plan.deadline:
         raise UnavailableError("no time left (--time-limit)")
-    if peer.svd and (expected := _svd_seconds(of, plan.device)) > plan.peer_limit:
-        raise UnavailableError(
-            f"the SVDs of every refresh would take {expected:.0f} s by one of each shape, more than --peer-limit"
-        )
-    optimizer = peer.build(of, **({"update_in_backward": False} if peer.in_backward else {}))
+    print(peer.name, file=sys.stderr, flush=True)
+    optimizer = build(peer, of, plan.peer_limit, **({"update_in_backward": False} if peer.in_backward else {}))
     for _ in range(plan.warmup):
         optimizer.step()
     return optimizer
-
-
-def _svd_seconds(of: Parameters, device: str) -> float:
-    """How long the singular values and vectors of all hidden matrices take, by one of each shape."""
-    shapes = [param.shape for param in of.hidden]
-    total = 0.0
-    for shape in set(shapes):
-        matrix = torch.randn(shape, device=device)
-        (taken,) = time_steps(lambda: torch.linalg.svd(matrix, full_matrices=False), 1, device)  # noqa: B023
-        total += taken * shapes.count(shape)
-    return total
 
 
 def _count(row: Measured, optimizer: Optimizer, of: Parameters, plan: Plan) -> None:
@@ -284,7 +271,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    peers = tuple(dict.fromkeys(peer for found in args.peers for peer in found)) if args.peers else PEERS
+    peers = tuple(peer for peer in select(args.peers) if not peer.training_only)
     deadline = time.monotonic() + args.time_limit
     torch.set_num_threads(args.threads)
     published_first = sorted(MODELS, key=lambda name: name in ("gpt2", "llama"))
