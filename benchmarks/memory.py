@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import Optimizer
@@ -49,7 +50,7 @@ def state_bytes(optimizer: Optimizer) -> int:
 
 
 class Ledger(TorchDispatchMode):
-    """Follows every storage that operations make while it is entered, by category, and counts the operations.
+    """Follows every storage that operations make meanwhile, by category, and counts the operations.
 
     What an operation allocates and frees inside itself is not seen. ``peak`` is by category at the moment when most
     was alive.
@@ -77,6 +78,14 @@ class Ledger(TorchDispatchMode):
         if key in self._entries:
             self._leave(key)
         self._enter(tensor, category)
+        if self._alive.total() == self.peak.total():
+            self.peak = Counter(self._alive)
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Follow what happens meanwhile; what would be compiled runs operation by operation, to be seen."""
+        with torch.compiler.set_stance("force_eager"), self:
+            yield
 
     @contextmanager
     def counting(self, category: str) -> Iterator[None]:

@@ -88,22 +88,26 @@ class Training:
             self.backward()
             self.optimizer.step()
 
+    def _allocated(self) -> int:
+        """The most bytes at once that the GPU's allocator gives out in a step."""
+        self.optimizer.zero_grad()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        self.step()
+        return torch.cuda.max_memory_allocated()
+
     def measured(self, device: str) -> dict[str, int]:
         """Bytes of the parts at the peak of one step, and ``peak``, their sum."""
+        allocated = self._allocated() if device == "cuda" else 0
         self.optimizer.zero_grad()
         state = list(tensors_in(list(self.optimizer.state.values())))
         self.ledger.begin({"parameters": self.model.parameters(), "state": state})
-        if device == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        with self.ledger:
+        with self.ledger.following():
             self.step()
         parts = {part: self.ledger.peak[part] for part in PARTS}
-        total = self.ledger.peak.total()
-        if device == "cuda":
-            # what the allocator knows beyond that is inside of operations, such as workspaces of products
-            total = torch.cuda.max_memory_allocated()
-            parts["transient"] = total - sum(parts[part] for part in PARTS if part != "transient")
+        total = allocated or self.ledger.peak.total()
+        # what the allocator knows beyond the parts is inside of operations, such as workspaces of products
+        parts["transient"] += total - self.ledger.peak.total()
         return parts | {"peak": total, "all_state": state_bytes(self.optimizer)}
 
 

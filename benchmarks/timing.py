@@ -39,7 +39,8 @@ def time_steps(step: Step, steps: int, device: str) -> list[float]:
 def launched(step: Step, steps: int, device: str, held: Sequence[Tensor]) -> float:
     """Kernels per step on a GPU, by the profiler; on a CPU operations of torch."""
     if device != "cuda":
-        with Ledger({"held": held}) as ledger:
+        ledger = Ledger({"held": held})
+        with ledger.following():
             for _ in range(steps):
                 step()
         return ledger.operations / steps
@@ -60,7 +61,8 @@ def transient_bytes(step: Step, steps: int, device: str, held: Sequence[Tensor])
     On a GPU by the allocator, on a CPU of the tensors that operations return (:class:`Ledger`).
     """
     if device != "cuda":
-        with Ledger({"held": held}) as ledger:
+        ledger = Ledger({"held": held})
+        with ledger.following():
             for _ in range(steps):
                 step()
         return ledger.peak.total() - ledger.peak["held"]
