@@ -9,7 +9,7 @@ import torch
 from litgpt import GPT, Config
 from torch import nn
 
-from benchmarks import peers, step_time
+from benchmarks import docs, peers, step_time
 from benchmarks.decoder import Decoder, Shape
 from benchmarks.memory import state_bytes
 from benchmarks.models import MODELS, materialise, numel, shorten
@@ -212,3 +212,17 @@ def test_the_command(monkeypatch, tmp_path):
         assert "| AdaPM block |" in page and "| bitsandbytes 8-bit | skipped: " in page
         assert (tmp_path / f"step_time-cpu-llama-{dtype}.json").exists()
         assert (tmp_path / f"step_time-cpu-llama-{dtype}.svg").exists()
+
+
+def test_the_documentation_shows_the_results():
+    page = docs.PAGE.read_text()
+    assert docs.filled(page) == page  # or run: python -m benchmarks.docs
+    with pytest.raises(ValueError, match="lacks the marks <!-- step_time -->"):
+        docs.filled("# Benchmarks")
+
+
+def test_pages_are_shown_under_their_section(tmp_path):
+    (tmp_path / "step_time-b.md").write_text("# B\n\n## Part\n![Plot](b.svg)\n")
+    (tmp_path / "step_time-a.md").write_text("# A\n")
+    assert docs.section("step_time", tmp_path) == "### A\n\n### B\n\n#### Part\n![Plot](../benchmarks/results/b.svg)"
+    assert docs.section("scaling", tmp_path) == "Nothing is measured yet."
