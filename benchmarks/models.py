@@ -1,5 +1,6 @@
 """Models whose parameters have exactly the shapes of published ones, and how many of their layers fit in memory."""
 
+import gc
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -53,6 +54,7 @@ def numel(shape: Shape) -> int:
 
 def free_bytes(device: str) -> int:
     """Memory that could still be allocated on ``device``."""
+    gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]

@@ -161,6 +161,8 @@ def page(result: dict[str, Any], plot: str | None) -> str:
     """The result as Markdown."""
     layers = f"{result['layers']} of {result['all_layers']} layers"
     turns = "taking turns" if result["together"] else "one after another, each with the memory to itself"
+    fewer = any(len(row["turns_ms"]) < result["repeats"] for row in result["rows"].values() if "turns_ms" in row)
+    count = f"{result['repeats']} turns{' or, where the time limit came, fewer,' if fewer else ''}"
     counted = "kernels" if result["device"] == "cuda" else "operations"
     lines = [
         f"# Time of the optimizer step: {result['model']}, {result['dtype']}, {result['device']}",
@@ -168,7 +170,7 @@ def page(result: dict[str, Any], plot: str | None) -> str:
         provenance(result) + f"; {result['threads']} threads",
         "",
         f"{show_count(result['parameters'])} parameters ({layers}) and random gradients, the optimizers {turns}."
-        f" The mean is over {result['repeats']} turns of whole refresh intervals ({INTERVAL} steps; where 200, one"
+        f" The mean is over {count} of whole refresh intervals ({INTERVAL} steps; where 200, one"
         " timed refresh counts as one step in 200), in parentheses the means of the fastest and the slowest turn. The"
         f" floor is the time to move what must be moved at the {result['bandwidth'] / 1e9:,.1f} GB/s of a copy:"
         " parameters read and written, gradients read, state read and written. Ratios are of means."

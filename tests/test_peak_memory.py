@@ -1,5 +1,6 @@
 """Bytes that the benchmarks count, against sizes that are known."""
 
+import gc
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -12,8 +13,9 @@ from benchmarks import peak_memory, scaling
 from benchmarks.decoder import Decoder, Shape
 from benchmarks.memory import Ledger, held_bytes
 from benchmarks.models import numel
-from benchmarks.peak_memory import PARTS, Setting, byte_count, deepest, measure
+from benchmarks.peak_memory import byte_count, deepest
 from benchmarks.peers import chosen
+from benchmarks.training_step import PARTS, Setting, free, measure
 
 TINY = Shape(layers=2, width=32, n_head=4, n_query_groups=2, context=16, vocab=64, llama=True)
 SETTING = Setting("cpu", torch.float32, batch=2, length=16)
@@ -66,8 +68,8 @@ def test_checkpointing_and_updates_in_backward_save_what_they_are_for():
 
 def test_nothing_of_a_step_is_left():
     def alive():
-        peak_memory._free("cpu")
-        return sum(issubclass(type(found), nn.Module) for found in peak_memory.gc.get_objects())
+        free("cpu")
+        return sum(issubclass(type(found), nn.Module) for found in gc.get_objects())
 
     before = alive()
     measure(TINY, IN_BACKWARD, SETTING, checkpointing=True)
