@@ -55,10 +55,12 @@ class Plan:
 class Measured:
     """What is known of one optimizer: seconds of its steps by turn, or why there are none.
 
-    ``refresh``: seconds of a step that refreshes, where the interval is too long for a turn.
+    ``refresh``: seconds of a step that refreshes, where the interval is too long for a turn; ``pace``: of the last step
+    before the first turn.
     """
 
     peer: Peer
+    pace: float = 0.0
     turns: list[list[float]] = field(default_factory=list)
     refresh: float | None = None
     counts: dict[str, float] = field(default_factory=dict)
@@ -97,8 +99,10 @@ def measure(model: Decoder, peers: Sequence[Peer], plan: Plan) -> list[Measured]
 
 
 def _measure_together(rows: Sequence[Measured], of: Parameters, plan: Plan) -> None:
-    prepared = [(row, row.attempt(_prepare, row.peer, of, plan)) for row in rows]
+    prepared = [(row, row.attempt(_prepare, row, of, plan)) for row in rows]
     ready = [(row, optimizer) for row, optimizer in prepared if optimizer is not None]
+    # slow ones last, so that the others' turns are close together: who else uses the machine meets them alike
+    ready.sort(key=lambda pair: pair[0].pace)
     for turn in range(plan.repeats):
         for row, optimizer in ready:
             if turn == 0 or time.monotonic() < plan.deadline:
@@ -108,14 +112,14 @@ def _measure_together(rows: Sequence[Measured], of: Parameters, plan: Plan) -> N
         row.attempt(_count, row, optimizer, of, plan)
 
 
-def _prepare(peer: Peer, of: Parameters, plan: Plan) -> Optimizer:
-    """A peer that has taken its first steps."""
+def _prepare(row: Measured, of: Parameters, plan: Plan) -> Optimizer:
+    """The optimizer, after its first steps."""
+    peer = row.peer
     if time.monotonic() > plan.deadline:
         raise UnavailableError("no time left (--time-limit)")
     print(peer.name, file=sys.stderr, flush=True)
     optimizer = build(peer, of, plan.peer_limit, **({"update_in_backward": False} if peer.in_backward else {}))
-    for _ in range(plan.warmup):
-        optimizer.step()
+    row.pace = time_steps(optimizer.step, plan.warmup, plan.device)[-1]
     return optimizer
 
 
@@ -173,21 +177,27 @@ def page(result: dict[str, Any], plot: str | None) -> str:
         f" The mean is over {count} of whole refresh intervals ({INTERVAL} steps; where 200, one"
         " timed refresh counts as one step in 200), in parentheses the means of the fastest and the slowest turn. The"
         f" floor is the time to move what must be moved at the {result['bandwidth'] / 1e9:,.1f} GB/s of a copy:"
-        " parameters read and written, gradients read, state read and written. Ratios are of means."
+        " parameters read and written, gradients read, state read and written. Ratios are of means; in parentheses of"
+        " means in the same turn, lowest to highest."
         f" {counted.capitalize()} are the mean of a step; transient is what a step allocates and frees again at most.",
         "",
     ]
     header = ["", "mean ms", "worst ms", "floor ms", "/ floor", *(f"/ {base}" for base in BASES)]
-    rows = [[name, *_cells(row, len(header) + 2)] for name, row in result["rows"].items()]
+    base = result["rows"].get(BASES[-1], {}).get("turns_ms", []) if result["together"] else []
+    rows = [[name, *_cells(row, base, len(header) + 2)] for name, row in result["rows"].items()]
     lines += table([*header, counted, "transient", "state"], rows)
     lines += ["", f"![Step time]({plot})"] if plot else []
     return "\n".join(lines) + "\n"
 
 
-def _cells(row: dict[str, Any], count: int) -> list[str]:
+def _cells(row: dict[str, Any], base: Sequence[float], count: int) -> list[str]:
+    """``base``: milliseconds of AdamW by turn, if the optimizers took turns."""
     if "skipped" in row:
         return [f"skipped: {row['skipped']}".replace("|", "/"), *[""] * (count - 1)]
-    ratios = (f"{row['ratios'][base]:.2f}" if base in row["ratios"] else "" for base in BASES)
+    ratios = [f"{row['ratios'][name]:.2f}" if name in row["ratios"] else "" for name in BASES]
+    by_turn = [ours / adamw for ours, adamw in zip(row["turns_ms"], base, strict=False)]
+    if by_turn:
+        ratios[-1] += f" ({min(by_turn):.2f} to {max(by_turn):.2f})"
     return [
         f"{row['mean_ms']:.2f} ({min(row['turns_ms']):.2f} to {max(row['turns_ms']):.2f})",
         f"{row['worst_ms']:.2f}",
