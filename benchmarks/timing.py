@@ -76,9 +76,13 @@ def transient_bytes(step: Step, steps: int, device: str, held: Sequence[Tensor])
     return most
 
 
-def copy_bandwidth(device: str, repeats: int = 10) -> float:
-    """Bytes read and written per second by the fastest of some copies of a tensor larger than every cache."""
+def bandwidth(device: str, repeats: int = 10) -> float:
+    """Bytes read and written per second by the fastest of some copies and scalings in place, larger than every cache.
+
+    A CPU reads what a copy writes before it writes it, which a step in place does not.
+    """
     source = torch.ones((1 << 28) if device == "cuda" else (1 << 26), device=device)
     target = torch.empty_like(source)
     seconds = time_steps(lambda: target.copy_(source), repeats, device)
+    seconds += time_steps(lambda: target.mul_(1.0), repeats, device)
     return 2 * source.nbytes / min(seconds)

@@ -170,7 +170,7 @@ def test_the_floor_and_the_ratios_are_of_means_over_whole_intervals():
     fused = Measured(chosen("fused")[0], turns=[[1.0, 1.0], [2.0, 4.0]], counts=counts)
     galore = Measured(Peer("galore", build, interval=4), turns=[[1.0]], refresh=9.0, counts=counts)
     gone = Measured(chosen("Lomo")[0], skipped="why")
-    rows = summarise([fused, galore, gone], bandwidth=100.0)
+    rows = summarise([fused, galore, gone], speed=100.0)
     assert rows["AdamW, fused"]["mean_ms"] == 2000 and rows["AdamW, fused"]["worst_ms"] == 4000
     assert rows["AdamW, fused"]["turns_ms"] == [1000, 3000]
     assert rows["AdamW, fused"]["floor_ms"] == 2000 and rows["AdamW, fused"]["over_floor"] == 1
