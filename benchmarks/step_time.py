@@ -177,8 +177,8 @@ def page(result: dict[str, Any], plot: str | None) -> str:
         f" The mean is over {count} of whole refresh intervals ({INTERVAL} steps; where 200, one"
         " timed refresh counts as one step in 200), in parentheses the means of the fastest and the slowest turn. The"
         f" floor is the time to move what must be moved at {result['bandwidth'] / 1e9:,.1f} GB/s, the fastest copy or"
-        " scaling in place: parameters read and written, gradients read, state read and written. Ratios are of means; in"
-        " parentheses of means in the same turn, lowest to highest."
+        " scaling in place: parameters read and written, gradients read, state read and written. Ratios are of means;"
+        " in parentheses of means in the same turn, lowest to highest."
         f" {counted.capitalize()} are the mean of a step; transient is what a step allocates and frees again at most.",
         "",
     ]
