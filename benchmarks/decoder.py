@@ -39,6 +39,16 @@ class Shape:
             f" {self.n_query_groups or self.n_head} of keys and values"
         )
 
+    @property
+    def tied(self) -> bool:
+        """The head is the table of tokens."""
+        return not self.llama
+
+    @property
+    def rotary(self) -> bool:
+        """Positions turn queries and keys; otherwise they are a table."""
+        return self.llama
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm, of operations that vmap knows."""
@@ -61,7 +71,7 @@ class Attention(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.n_head, self.n_query_groups = shape.n_head, shape.n_query_groups or shape.n_head
-        self.head_size, self.rotary, bias = shape.width // shape.n_head, shape.llama, not shape.llama
+        self.head_size, self.rotary, bias = shape.width // shape.n_head, shape.rotary, not shape.llama
         self.qkv = nn.Linear(shape.width, (self.n_head + 2 * self.n_query_groups) * self.head_size, bias=bias)
         self.proj = nn.Linear(self.n_head * self.head_size, shape.width, bias=bias)
 
@@ -119,10 +129,10 @@ class Decoder(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.wte = nn.Embedding(shape.vocab, shape.width)
-        self.wpe = None if shape.llama else nn.Embedding(shape.context, shape.width)
+        self.wpe = None if shape.rotary else nn.Embedding(shape.context, shape.width)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = norm(shape)
-        self.lm_head = nn.Linear(shape.width, shape.vocab, bias=False) if shape.llama else None
+        self.lm_head = None if shape.tied else nn.Linear(shape.width, shape.vocab, bias=False)
         for name, param in self.named_parameters():
             if param.dim() == 2:  # GPT-2's: outputs on the residual stream start smaller
                 on_stream = name.endswith(("proj.weight", "down.weight"))

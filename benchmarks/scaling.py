@@ -1,31 +1,194 @@
-"""The table of docs/distributed.md: AdaPM's momentum on 1 to 1,024 processes, computed from shapes.
+"""AdaPM's momentum and traffic on many processes: ``python -m benchmarks.scaling``.
 
-Run: ``python -m benchmarks.scaling``
+On paper for a large model on up to 1,024 processes, the table of docs/distributed.md; and for a small one both on paper
+and as counted on 1, 2 and 4 real ones (gloo, FSDP2).
 """
 
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
 import torch
-from litgpt import GPT, Config
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import multiprocessing
+from torch.distributed.fsdp import fully_shard
 
+from benchmarks.decoder import Decoder, Shape
+from benchmarks.models import MODELS
+from benchmarks.pages import RESULTS, provenance, session, stacked_bars, table, write
 from lightning_adapm import AdaPM
-from lightning_adapm.scaling import scaling
+from lightning_adapm.planner import measure
+from lightning_adapm.scaling import Scaling, scaling
+from lightning_adapm.sharding import TRAFFIC
 
-MODEL = "Llama-3-8B"
+LARGE = "llama-3-8b"
+SMALL = Shape(layers=2, width=64, n_head=4, n_query_groups=2, context=16, vocab=256, llama=True)
+GAP = 3
+"""Steps from one refresh to the next, in the small model."""
+WINDOWS = 4
+"""Of a step of the small model, shared out among the processes."""
+
+
+class Counted(NamedTuple):
+    """What processes were seen to keep and exchange: ``kept`` and ``state`` in bytes by process."""
+
+    kept: list[int]
+    state: list[int]
+    step: int
+    refresh: int
+
+
+def paper(shape: Shape, world_size: int, basis: str, **options: Any) -> Scaling:
+    """The cost of a model that is only planned."""
+    with torch.device("meta"):
+        return scaling(AdaPM(Decoder(shape).named_parameters(), **options), world_size, basis)
+
+
+def count(world_size: int, basis: str) -> Counted:
+    """Train the small model on as many processes, and count; all of them are gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.start_processes(_train, (world_size, basis, folder), world_size)
+        exchanged, kept, state = torch.load(Path(folder) / "counted.pt")
+    interval = exchanged[1 : 1 + GAP]  # the first step also finds out where there is a gradient
+    step = min(interval)
+    return Counted(kept, state, step, sum(interval) - GAP * step)
+
+
+def _train(rank: int, world_size: int, basis: str, folder: str) -> None:
+    """One process: an interval of steps after the first, each of whose bytes are counted."""
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", store, timedelta(seconds=120), rank=rank, world_size=world_size)
+    torch.manual_seed(0)
+    model = Decoder(SMALL)
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    optimizer = AdaPM(model.named_parameters(), update_proj_gap=GAP, basis=basis)
+    exchanged = []
+    for _ in range(1 + GAP):
+        tokens = torch.randint(SMALL.vocab, (WINDOWS, SMALL.context + 1)).chunk(world_size)[rank]
+        before = TRAFFIC.bytes
+        optimizer.zero_grad()
+        F.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:].flatten()).backward()
+        optimizer.step()
+        exchanged.append(TRAFFIC.bytes - before)
+    held = measure(optimizer)
+    gathered: list[Any] = [None] * world_size
+    dist.all_gather_object(gathered, (held.momentum, held.total))
+    if rank == 0:
+        kept, state = zip(*gathered, strict=True)
+        torch.save((exchanged, list(kept), list(state)), Path(folder) / "counted.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads now and then abort an interpreter that shuts down
+
+
+def bases(world_size: int) -> Sequence[str]:
+    return ("replicate", "shard") if world_size > 1 else ("replicate",)
+
+
+def counted_rows(sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """The small model, counted and on paper."""
+    return [
+        {
+            "processes": size,
+            "basis": basis,
+            "counted": count(size, basis)._asdict(),
+            "paper": paper(SMALL, size, basis, update_proj_gap=GAP)._asdict(),
+        }
+        for size in sizes
+        for basis in bases(size)
+    ]
+
+
+def large_rows(sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """The large model on paper."""
+    return [paper(MODELS[LARGE], size, basis)._asdict() for size in sizes for basis in bases(size)]
+
+
+def page(result: dict[str, Any], plot: str | None) -> str:
+    """The result as Markdown."""
+    counted = []
+    for row in result["counted"]:
+        seen, planned = row["counted"], row["paper"]
+        alone = row["processes"] == 1
+        counted.append(
+            [
+                str(row["processes"]),
+                row["basis"],
+                " + ".join(f"{size:,}" for size in seen["kept"]),
+                f"{row['processes']} * {planned['momentum']:,.0f}",
+                f"{max(seen['state']):,}",
+                *(f"{seen[key]:,}" for key in ("step", "refresh")),
+                *("0" if alone else f"{planned[key]:,}" for key in ("step", "refresh")),
+            ]
+        )
+    header = ["processes", "basis", "momentum by process", "on paper", "largest state of a process"]
+    header += ["exchanged per step", "at a refresh", "per step, on paper", "at a refresh, on paper"]
+    lines = [
+        "# AdaPM on many processes",
+        "",
+        provenance(result),
+        "",
+        "## Counted",
+        "",
+        f"Bytes of a decoder of {SMALL.layers} layers of width {SMALL.width} in float32, trained under FSDP2 on"
+        f" processes of one machine (gloo), every basis refreshed once in {GAP} steps. Gradients are"
+        f" {result['counted'][0]['paper']['gradients']:,} bytes. Of a fused weight, the processes with the value's rows"
+        " keep all of its full momentum, so that shares differ. On paper is what every process would keep on average.",
+        "",
+        *table(header, counted),
+        "",
+        f"## On paper: {LARGE}, rank 0.05, float32",
+        "",
+        "Exchanged bytes as a share of the gradients' bytes.",
+        "",
+        *table(*large_table(result["large"])),
+    ]
+    lines += ["", f"![Momentum]({plot})"] if plot else []
+    return "\n".join(lines) + "\n"
+
+
+def large_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of docs/distributed.md's table."""
+    header = ["processes", "basis", "momentum per process", "saved", "exchanged per step", "at a refresh"]
+    cells = []
+    for row in rows:
+        exchanged = (row["step"], row["refresh"]) if row["world_size"] > 1 else (0, 0)
+        cells.append(
+            [
+                str(row["world_size"]),
+                row["basis"],
+                f"{row['momentum'] / 2**20:,.1f} MiB",
+                f"{100 * (1 - row['momentum'] / row['adamw']):.1f} %",
+                *(f"{100 * size / row['gradients']:.3g} %" for size in exchanged),
+            ]
+        )
+    return header, cells
 
 
 def main() -> None:
-    with torch.device("meta"):
-        model = GPT(Config.from_name(MODEL))
-    optimizer = AdaPM(model.named_parameters())
-    print(f"{MODEL}, rank 0.05, float32; exchanged bytes as a share of the gradients' bytes\n")
-    print("| processes | basis | momentum per process | saved | exchanged per step | at a refresh |")
-    print("|---|---|---|---|---|---|")
-    for world_size in (1, 2, 4, 8, 16, 32, 64, 256, 1024):
-        for basis in ("replicate", "shard") if world_size > 1 else ("replicate",):
-            cost = scaling(optimizer, world_size, basis)
-            exchanged = (cost.step, cost.refresh) if world_size > 1 else (0, 0)
-            shares = " | ".join(f"{100 * size / cost.gradients:.3g} %" for size in exchanged)
-            kept = f"{cost.momentum / 2**20:,.1f} MiB | {100 * cost.saved:.1f} %"
-            print(f"| {world_size} | {basis} | {kept} | {shares} |")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
+    parser.add_argument("--processes", type=int, nargs="*", default=[1, 2, 4], help="real ones, of this machine")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    result = session("scaling", "cpu") | {
+        "counted": counted_rows(args.processes),
+        "large": large_rows((1, 2, 4, 8, 16, 32, 64, 256, 1024)),
+    }
+    bars = {f"{row['world_size']}, {row['basis']}": {"momentum": row["momentum"] / 2**20} for row in result["large"]}
+    plot = (args.output / "scaling.json").with_suffix(".svg")
+    drawn = stacked_bars(plot, f"{LARGE}: momentum per process", "MiB", bars)
+    write(args.output / "scaling.json", result, page(result, plot.name if drawn else None))
+    print((args.output / "scaling.md").read_text())
 
 
 if __name__ == "__main__":

@@ -1,144 +1,303 @@
-"""Time of the optimizer step alone, AdaPM beside ``torch.optim.AdamW``: ``python -m benchmarks.step_time``.
+"""Time of the optimizer step alone, every peer beside ``torch.optim.AdamW``: ``python -m benchmarks.step_time``.
 
-The parameters of a decoder of 30 million parameters with random gradients. All optimizers take turns, step by step, so
-that whatever else the machine does meets all of them; several refresh intervals are timed, refreshes included.
+The parameters have exactly a model's shapes, the gradients are random. Beside each optimizer stands its floor: the
+time to move the bytes that its step has to move (parameters read and written, gradients read, state read and written)
+at the bandwidth of a plain copy or scaling in place, measured in the same run.
 """
 
 import argparse
-import datetime
-import json
-import shlex
-import statistics
+import gc
+import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from benchmarks.decoder import Decoder, Shape
-from benchmarks.store import hardware, versions
-from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre
+from benchmarks.memory import held_bytes, state_bytes, tensors_in
+from benchmarks.models import DTYPES, MODELS, free_bytes, materialise, numel, shorten
+from benchmarks.pages import RESULTS, provenance, session, stacked_bars, table, write
+from benchmarks.peers import BASES, Parameters, Peer, Result, UnavailableError, attempt, build, chosen, select
+from benchmarks.timing import bandwidth, launched, time_steps, transient_bytes
+from lightning_adapm.tables import show_bytes, show_count
 
-SHAPES = {
-    "gpt2": Shape(layers=8, width=512, n_head=8, context=512, vocab=8192),
-    "llama": Shape(layers=8, width=512, n_head=8, context=512, vocab=4096, llama=True, n_query_groups=4),
-}
-BASE = "AdamW"
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
-    BASE: AdamW,
-    "AdamW, foreach": lambda params, **kw: AdamW(params, foreach=True, **kw),
-    "AdamW, fused": lambda params, **kw: AdamW(params, fused=True, **kw),
-    "AdaPM": AdaPM,
-    "AdaPM block": lambda params, **kw: AdaPM(params, second_moment="block", **kw),
-    "AdaPM factored": lambda params, **kw: AdaPM(params, second_moment="factored", **kw),
-    "AdaPM, every step": lambda params, **kw: AdaPM(params, update_proj_gap=1, **kw),
-    "AdamMini": AdamMini,
-    "AdaLomo": lambda params, **kw: AdaLomo(params, update_in_backward=False, **kw),
-    "Lomo": lambda params, **kw: Lomo(params, update_in_backward=False, **kw),
-    "LoRAPre": LoRAPre,
-    "LoRAPre, Muon": lambda params, **kw: LoRAPre(params, variant="muon", **kw),
-}
+INTERVAL = 10
+"""Steps of a turn of those that refresh as often: each of their bases is refreshed once in as many."""
+ELEMENTS = 6
+"""Per parameter, what AdamW needs: parameter, gradient, two moments, temporaries, and room to spare."""
 
 
-def measure(shape: Shape, device: str, steps: int, warmup: int) -> tuple[int, dict[str, list[float]]]:
-    """Number of parameters, and seconds of every timed step by optimizer."""
-    torch.manual_seed(0)
-    models = {name: Decoder(shape).to(device) for name in OPTIMIZERS}
-    optimizers = {name: make(models[name].parameters(), lr=1e-3, weight_decay=0.1) for name, make in OPTIMIZERS.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in OPTIMIZERS}
-    params = list(models[BASE].parameters())
-    for step in range(warmup + steps):
-        grads = [torch.randn_like(param) * 1e-3 for param in params]
-        for name, optimizer in optimizers.items():
-            for param, grad in zip(models[name].parameters(), grads, strict=True):
-                param.grad = grad
-            taken = timed(optimizer, device)
-            if step >= warmup:
-                seconds[name].append(taken)
-    return sum(param.numel() for param in params), seconds
+@dataclass(frozen=True)
+class Plan:
+    """What is timed where, how often, and until when.
+
+    ``together``: all optimizers are alive at once and take turns; otherwise each has the memory to itself.
+    ``peer_limit``: seconds that the first step of one peer may take, where that can be known before.
+    """
+
+    device: str
+    repeats: int = 3
+    steps: int = 10
+    warmup: int = 3
+    together: bool = True
+    peer_limit: float = math.inf
+    deadline: float = math.inf
 
 
-def timed(optimizer: Optimizer, device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    optimizer.step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+@dataclass
+class Measured:
+    """What is known of one optimizer: seconds of its steps by turn, or why there are none.
+
+    ``refresh``: seconds of a step that refreshes, where the interval is too long for a turn; ``pace``: of the last step
+    before the first turn.
+    """
+
+    peer: Peer
+    pace: float = 0.0
+    turns: list[list[float]] = field(default_factory=list)
+    refresh: float | None = None
+    counts: dict[str, float] = field(default_factory=dict)
+    skipped: str | None = None
+
+    def attempt(self, work: Callable[..., Result], *arguments: Any) -> Result | None:
+        """Do one part of the work, unless the peer is skipped already."""
+        if self.skipped is not None:
+            return None
+        result, self.skipped = attempt(self.peer, partial(work, *arguments))
+        return result
+
+    def steps(self, plan: Plan) -> int:
+        """In one turn."""
+        return INTERVAL if self.peer.interval == INTERVAL else plan.steps
+
+    @property
+    def mean(self) -> float:
+        """Seconds of a step over whole intervals between refreshes."""
+        step, interval = fmean(taken for turn in self.turns for taken in turn), self.peer.interval
+        return step if self.refresh is None else ((interval - 1) * step + self.refresh) / interval
 
 
-def summarise(repeats: list[dict[str, list[float]]]) -> dict[str, dict[str, Any]]:
-    """Milliseconds over all repeats; ``ratio`` of means to AdamW's, one per repeat."""
-    rows = {}
-    for name in OPTIMIZERS:
-        every = [1e3 * taken for repeat in repeats for taken in repeat[name]]
-        rows[name] = {
-            "mean_ms": statistics.fmean(every),
-            "median_ms": statistics.median(every),
-            "worst_ms": max(every),
-            "ratio": [statistics.fmean(repeat[name]) / statistics.fmean(repeat[BASE]) for repeat in repeats],
-            "median_ratio": [statistics.median(repeat[name]) / statistics.median(repeat[BASE]) for repeat in repeats],
-        }
+def measure(model: Decoder, peers: Sequence[Peer], plan: Plan) -> list[Measured]:
+    """Every peer's steps on the model's parameters, which they share: what a step costs does not depend on values."""
+    of = Parameters.of(model)
+    for param in of.tensors:
+        param.grad = torch.randn_like(param) * 1e-3
+    rows = [Measured(peer) for peer in peers]
+    for turn in [rows] if plan.together else [[row] for row in rows]:
+        _measure_together(turn, of, plan)
+        gc.collect()
+        if plan.device == "cuda":
+            torch.cuda.empty_cache()
     return rows
 
 
-def page(result: dict[str, Any]) -> str:
+def _measure_together(rows: Sequence[Measured], of: Parameters, plan: Plan) -> None:
+    prepared = [(row, row.attempt(_prepare, row, of, plan)) for row in rows]
+    ready = [(row, optimizer) for row, optimizer in prepared if optimizer is not None]
+    # slow ones last, so that the others' turns are close together: who else uses the machine meets them alike
+    ready.sort(key=lambda pair: pair[0].pace)
+    for turn in range(plan.repeats):
+        for row, optimizer in ready:
+            if turn == 0 or time.monotonic() < plan.deadline:
+                taken = row.attempt(time_steps, optimizer.step, row.steps(plan), plan.device)
+                row.turns += [] if taken is None else [taken]
+    for row, optimizer in ready:
+        row.attempt(_count, row, optimizer, of, plan)
+
+
+def _prepare(row: Measured, of: Parameters, plan: Plan) -> Optimizer:
+    """The optimizer, after its first steps."""
+    peer = row.peer
+    if time.monotonic() > plan.deadline:
+        raise UnavailableError("no time left (--time-limit)")
+    print(peer.name, file=sys.stderr, flush=True)
+    optimizer = build(peer, of, plan.peer_limit, **({"update_in_backward": False} if peer.in_backward else {}))
+    row.pace = time_steps(optimizer.step, plan.warmup, plan.device)[-1]
+    return optimizer
+
+
+def _count(row: Measured, optimizer: Optimizer, of: Parameters, plan: Plan) -> None:
+    """What is not a time, and the step that refreshes."""
+    if row.peer.restart is not None:
+        row.peer.restart(optimizer)
+        (row.refresh,) = time_steps(optimizer.step, 1, plan.device)
+    params, grads = of.tensors, [param.grad for param in of.tensors if param.grad is not None]
+    state = state_bytes(optimizer)
+    held = [*params, *grads, *tensors_in(list(optimizer.state.values()))]
+    steps = min(row.peer.interval, INTERVAL)
+    row.counts = {
+        "state_bytes": state,
+        "floor_bytes": 2 * held_bytes(params) + held_bytes(grads) + 2 * state,
+        "transient_bytes": transient_bytes(optimizer.step, steps, plan.device, held),
+        "launched": launched(optimizer.step, steps, plan.device, held),
+    }
+
+
+def summarise(rows: Sequence[Measured], speed: float) -> dict[str, dict[str, Any]]:
+    """By name: milliseconds, the floor at a ``speed`` in bytes per second, ratios; or why it was skipped."""
+    means = {row.peer.name: row.mean for row in rows if row.skipped is None}
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row.skipped is not None:
+            found[row.peer.name] = {"skipped": row.skipped}
+            continue
+        floor = row.counts["floor_bytes"] / speed
+        found[row.peer.name] = {
+            "mean_ms": 1e3 * row.mean,
+            "turns_ms": [1e3 * fmean(turn) for turn in row.turns],
+            "worst_ms": 1e3 * max([*(taken for turn in row.turns for taken in turn), row.refresh or 0.0]),
+            "floor_ms": 1e3 * floor,
+            "over_floor": row.mean / floor,
+            "ratios": {base: row.mean / means[base] for base in BASES if base in means},
+            **row.counts,
+        }
+    return found
+
+
+def page(result: dict[str, Any], plot: str | None) -> str:
+    """The result as Markdown."""
+    layers = f"{result['layers']} of {result['all_layers']} layers"
+    turns = "taking turns" if result["together"] else "one after another, each with the memory to itself"
+    fewer = any(len(row["turns_ms"]) < result["repeats"] for row in result["rows"].values() if "turns_ms" in row)
+    count = f"{result['repeats']} turns{' or, where the time limit came, fewer,' if fewer else ''}"
+    counted = "kernels" if result["device"] == "cuda" else "operations"
     lines = [
-        "# Time of the optimizer step",
+        f"# Time of the optimizer step: {result['model']}, {result['dtype']}, {result['device']}",
         "",
-        f"{result['date']}, {result['hardware']}, {result['threads']} threads, {result['versions']}:"
-        f" `{result['command']}`",
+        provenance(result) + f"; {result['threads']} threads",
         "",
-        f"{result['parameters'] / 1e6:.1f} million parameters ({result['shape']}) on {result['device']}, random"
-        f" gradients; {result['repeats']} repeats of {result['steps']} timed steps, the optimizers taking turns;"
-        " refreshes (every 10 steps) included. Ratios are to AdamW in the same repeat, lowest to highest repeat.",
+        f"{show_count(result['parameters'])} parameters ({layers}) and random gradients, the optimizers {turns}."
+        f" The mean is over {count} of whole refresh intervals ({INTERVAL} steps; where 200, one"
+        " timed refresh counts as one step in 200), in parentheses the means of the fastest and the slowest turn. The"
+        f" floor is the time to move what must be moved at {result['bandwidth'] / 1e9:,.1f} GB/s, the fastest copy or"
+        " scaling in place: parameters read and written, gradients read, state read and written. Ratios are of means;"
+        " in parentheses of means in the same turn, lowest to highest."
+        f" {counted.capitalize()} are the mean of a step; transient is what a step allocates and frees again at most.",
         "",
-        "| | mean ms | ratio of means | median ms | ratio of medians | worst step ms |",
-        "|---|---|---|---|---|---|",
     ]
-    for name, row in result["rows"].items():
-        ratios = [f"{min(row[key]):.2f} to {max(row[key]):.2f}" for key in ("ratio", "median_ratio")]
-        lines.append(
-            f"| {name} | {row['mean_ms']:.2f} | {ratios[0]} | {row['median_ms']:.2f} | {ratios[1]} |"
-            f" {row['worst_ms']:.2f} |"
-        )
+    header = ["", "mean ms", "worst ms", "floor ms", "/ floor", *(f"/ {base}" for base in BASES)]
+    base = result["rows"].get(BASES[-1], {}).get("turns_ms", []) if result["together"] else []
+    rows = [[name, *_cells(row, base, len(header) + 2)] for name, row in result["rows"].items()]
+    lines += table([*header, counted, "transient", "state"], rows)
+    lines += ["", f"![Step time]({plot})"] if plot else []
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step_time", description=__doc__)
-    parser.add_argument("--shape", choices=SHAPES, default="llama")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--steps", type=int, default=40, help="timed in each repeat; a refresh comes every 10")
-    parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    measured = [measure(SHAPES[args.shape], args.device, args.steps, args.warmup) for _ in range(args.repeats)]
-    result = {
-        "command": "python -m benchmarks.step_time " + shlex.join(sys.argv[1:]),
-        "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}",
-        "hardware": hardware(args.device),
-        "versions": versions(),
-        "threads": args.threads,
-        "device": args.device,
-        "shape": args.shape,
-        "parameters": measured[0][0],
-        "steps": args.steps,
-        "repeats": args.repeats,
-        "rows": summarise([seconds for _, seconds in measured]),
+def _cells(row: dict[str, Any], base: Sequence[float], count: int) -> list[str]:
+    """``base``: milliseconds of AdamW by turn, if the optimizers took turns."""
+    if "skipped" in row:
+        return [f"skipped: {row['skipped']}".replace("|", "/"), *[""] * (count - 1)]
+    ratios = [f"{row['ratios'][name]:.2f}" if name in row["ratios"] else "" for name in BASES]
+    by_turn = [ours / adamw for ours, adamw in zip(row["turns_ms"], base, strict=False)]
+    if by_turn:
+        ratios[-1] += f" ({min(by_turn):.2f} to {max(by_turn):.2f})"
+    return [
+        f"{row['mean_ms']:.2f} ({min(row['turns_ms']):.2f} to {max(row['turns_ms']):.2f})",
+        f"{row['worst_ms']:.2f}",
+        f"{row['floor_ms']:.2f}",
+        f"{row['over_floor']:.2f}",
+        *ratios,
+        f"{row['launched']:,.0f}",
+        show_bytes(row["transient_bytes"]),
+        show_bytes(row["state_bytes"]),
+    ]
+
+
+def run(name: str, dtype: str, shape: Shape, peers: Sequence[Peer], plan: Plan, output: Path) -> None:
+    """Measure one model in one dtype, and write the JSON, the page and the plot."""
+    torch.manual_seed(0)
+    model = materialise(shape, plan.device, DTYPES[dtype])
+    before = bandwidth(plan.device)
+    measured = measure(model, peers, plan)
+    best = max(before, bandwidth(plan.device))  # other work on a shared machine must not lower it
+    rows = summarise(measured, best)
+    result = session("step_time", plan.device) | {
+        "threads": torch.get_num_threads(),
+        "device": plan.device,
+        "model": name,
+        "dtype": dtype,
+        "layers": shape.layers,
+        "all_layers": MODELS[name].layers,
+        "parameters": numel(shape),
+        "bandwidth": best,
+        "repeats": plan.repeats,
+        "together": plan.together,
+        "rows": rows,
     }
-    args.output.mkdir(parents=True, exist_ok=True)
-    file = args.output / f"step_time-{args.device}.json"
-    file.write_text(json.dumps(result, indent=2) + "\n")
-    file.with_suffix(".md").write_text(page(result))
-    print(page(result))
+    file = output / f"step_time-{plan.device}-{name}-{dtype}.json"
+    bars = {peer: {"step": row["mean_ms"], "floor": row["floor_ms"]} for peer, row in rows.items() if "mean_ms" in row}
+    plot = file.with_suffix(".svg")
+    drawn = stacked_bars(plot, f"{name}, {dtype}, {plan.device}", "milliseconds", bars, mark="floor")
+    write(file, result, page(result, plot.name if drawn else None))
+    print(file.with_suffix(".md").read_text(), flush=True)
+
+
+def fitting(name: str, dtype: str, device: str, layers: int | None) -> Shape | None:
+    """The model's shape with ``layers`` layers, or as many as AdamW has memory for; None if not even one."""
+    if layers is not None:
+        return replace(MODELS[name], layers=min(layers, MODELS[name].layers))
+    return shorten(MODELS[name], ELEMENTS * DTYPES[dtype].itemsize, free_bytes(device))
+
+
+def plan_of(args: argparse.Namespace, shape: Shape, dtype: str, peers: Sequence[Peer], deadline: float) -> Plan:
+    """Optimizers take turns where the states of all of them fit."""
+    on_gpu = args.device == "cuda"
+    states = 2 * max(DTYPES[dtype].itemsize, 4) * numel(shape) * len(peers)
+    return Plan(
+        args.device,
+        args.repeats,
+        steps=args.steps or (10 if on_gpu else 5),
+        warmup=args.warmup or (INTERVAL if on_gpu else 3),
+        together=states < free_bytes(args.device) / 2,
+        peer_limit=args.peer_limit,
+        deadline=deadline,
+    )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step_time", description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--model", choices=MODELS, default="llama")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument(
+        "--all", action="store_true", help="every model in every dtype; --model and --dtype are not used"
+    )
+    parser.add_argument("--layers", type=int, help="of the model; default: all, or as many as AdamW has memory for")
+    parser.add_argument(
+        "--peers", nargs="*", type=chosen, metavar="NAME", help="only those whose names contain one of these"
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="turns of each optimizer")
+    parser.add_argument("--steps", type=int, help=f"of a turn, for those that do not refresh every {INTERVAL}")
+    parser.add_argument("--warmup", type=int, help="steps before the first turn")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--peer-limit", type=float, default=20, help="seconds that a refresh by SVDs may take")
+    parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds, after which the rest is skipped")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    peers = tuple(peer for peer in select(args.peers) if not peer.training_only)
+    deadline = time.monotonic() + args.time_limit
+    torch.set_num_threads(args.threads)
+    published_first = sorted(MODELS, key=lambda name: name in ("gpt2", "llama"))
+    wanted = [(name, dtype) for name in published_first for dtype in DTYPES] if args.all else [(args.model, args.dtype)]
+    for name, dtype in wanted:
+        shape = fitting(name, dtype, args.device, args.layers)
+        if shape is None or time.monotonic() > deadline:
+            reason = "no memory for one layer of it" if shape is None else "no time left (--time-limit)"
+            print(f"{name}, {dtype}: skipped: {reason}", flush=True)
+            continue
+        plan = plan_of(args, shape, dtype, peers, deadline)
+        run(name, dtype, shape, peers, plan, args.output)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import step_time
-from benchmarks.decoder import Decoder, Shape
+from benchmarks.decoder import Shape
 from benchmarks.elsewhere import Images, Recurrent
 from benchmarks.optimizers import build, missing, resolve
 from benchmarks.report import report
@@ -195,11 +194,3 @@ def test_the_report_compares_seed_by_seed_and_leaves_out_what_diverged(study, tm
     assert "**2.5000 ± 0.5000 (2)**" in page  # AdamW at 1e-3
     assert "1 of 2 diverged" in page
     assert "-0.3000 ± 0.1000 (2)" in page  # -0.2 and -0.4
-
-
-def test_the_optimizer_step_is_timed_beside_adamw(monkeypatch):
-    monkeypatch.setattr(step_time, "SHAPES", {"tiny": TINY.shape})
-    parameters, seconds = step_time.measure(TINY.shape, "cpu", steps=3, warmup=1)
-    rows = step_time.summarise([seconds])
-    assert parameters == sum(param.numel() for param in Decoder(TINY.shape).parameters())
-    assert rows["AdamW"]["ratio"] == [1.0] and all(row["worst_ms"] >= row["median_ms"] > 0 for row in rows.values())

@@ -1,0 +1,74 @@
+"""What every benchmark's result is written as: JSON, and from it a dated page with a plot."""
+
+import datetime
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.store import hardware, versions
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def session(module: str, device: str) -> dict[str, Any]:
+    """With what, when and how something is measured."""
+    return {
+        "command": f"python -m benchmarks.{module} {shlex.join(sys.argv[1:])}".strip(),
+        "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}",
+        "hardware": hardware(device),
+        "versions": versions(),
+    }
+
+
+def provenance(result: Mapping[str, Any]) -> str:
+    """The line of a page that says how to get its numbers again."""
+    return f"{result['date']}, {result['hardware']}, {result['versions']}: `{result['command']}`"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    return lines + [f"| {' | '.join(row)} |" for row in rows]
+
+
+def write(file: Path, result: Mapping[str, Any], page: str) -> None:
+    """The JSON to ``file`` and the page beside it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(result, indent=2) + "\n")
+    file.with_suffix(".md").write_text(page)
+
+
+def stacked_bars(file: Path, title: str, unit: str, bars: Mapping[str, Mapping[str, float]], mark: str = "") -> bool:
+    """Horizontal bars of parts, one per name, as an SVG; whether there is matplotlib to draw it.
+
+    The part called ``mark`` is not stacked but drawn as a line across the bar.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    matplotlib.rcParams["svg.hashsalt"] = "lightning-adapm"  # the same picture, the same file
+    figure, axes = plt.subplots(figsize=(8, 0.32 * len(bars) + 1.2), layout="constrained")
+    names = list(bars)
+    left = [0.0] * len(names)
+    for part in dict.fromkeys(part for parts in bars.values() for part in parts if part != mark):
+        widths = [bars[name].get(part, 0.0) for name in names]
+        axes.barh(names, widths, left=left, label=part)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    marks = [(index, bars[name][mark]) for index, name in enumerate(names) if mark in bars[name]]
+    if marks:
+        axes.vlines([at for _, at in marks], [i - 0.4 for i, _ in marks], [i + 0.4 for i, _ in marks], "k", label=mark)
+    axes.invert_yaxis()
+    axes.set_xlabel(unit)
+    axes.set_title(title)
+    axes.legend()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, metadata={"Date": None})
+    plt.close(figure)
+    return True

@@ -1,0 +1,118 @@
+"""One training step of a decoder, whose bytes are followed through forward, backward and the optimizer."""
+
+import gc
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.decoder import Shape
+from benchmarks.memory import Ledger, state_bytes, tensors_in
+from benchmarks.models import materialise
+from benchmarks.peers import Parameters, Peer, build
+
+PARTS = ("parameters", "gradients", "activations", "state", "transient")
+WARMUP = 2
+"""Steps before the one that is measured: the first makes the state."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained where: ``batch`` windows of ``length`` tokens."""
+
+    device: str
+    dtype: torch.dtype
+    batch: int
+    length: int
+    svd_limit: float = math.inf
+
+
+def _claim(ledger: Ledger, param: Tensor) -> None:
+    """A hook, which must not hold the model: no garbage collector sees a circle through a hook."""
+    assert param.grad is not None
+    ledger.claim(param.grad, "gradients")
+
+
+class Training:
+    """A decoder with an optimizer, whose steps a ledger can follow."""
+
+    def __init__(self, shape: Shape, peer: Peer, setting: Setting, checkpointing: bool) -> None:
+        torch.manual_seed(0)
+        self.model = materialise(shape, setting.device, setting.dtype)
+        self.optimizer: Optimizer = build(peer, Parameters.of(self.model), setting.svd_limit)
+        self.in_backward = peer.in_backward
+        self.tokens = torch.randint(shape.vocab, (setting.batch, setting.length + 1), device=setting.device)
+        self.ledger = Ledger()
+        if checkpointing:
+            for block in self.model.blocks:
+                block.forward = self._checkpointed(block.forward)
+        for param in self.model.parameters():
+            param.register_post_accumulate_grad_hook(partial(_claim, self.ledger))
+
+    def _checkpointed(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def counted(*inputs: Any) -> Tensor:
+            with self.ledger.counting("activations"):  # also when backward computes it again
+                return forward(*inputs)
+
+        return partial(checkpoint, counted, use_reentrant=False, preserve_rng_state=False)
+
+    def backward(self) -> Tensor:
+        with self.ledger.counting("activations"):
+            loss = F.cross_entropy(self.model(self.tokens[:, :-1]), self.tokens[:, 1:].flatten())
+        loss.backward()
+        return loss.detach()
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        if self.in_backward:
+            self.optimizer.step(self.backward)  # type: ignore[arg-type]
+        else:
+            self.backward()
+            self.optimizer.step()
+
+    def _allocated(self) -> int:
+        """The most bytes at once that the GPU's allocator gives out in a step."""
+        self.optimizer.zero_grad()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        self.step()
+        return torch.cuda.max_memory_allocated()
+
+    def measured(self, device: str) -> dict[str, int]:
+        """Bytes of the parts at the peak of one step, and ``peak``, their sum."""
+        allocated = self._allocated() if device == "cuda" else 0
+        self.optimizer.zero_grad()
+        state = list(tensors_in(list(self.optimizer.state.values())))
+        self.ledger.begin({"parameters": self.model.parameters(), "state": state})
+        with self.ledger.following():
+            self.step()
+        parts = {part: self.ledger.peak[part] for part in PARTS}
+        total = allocated or self.ledger.peak.total()
+        # what the allocator knows beyond the parts is inside of operations, such as workspaces of products
+        parts["transient"] += total - self.ledger.peak.total()
+        return parts | {"peak": total, "all_state": state_bytes(self.optimizer)}
+
+
+def measure(shape: Shape, peer: Peer, setting: Setting, checkpointing: bool) -> dict[str, int]:
+    """Bytes by part at the peak of a training step that is not the first."""
+    free(setting.device)
+    # on a CPU all steps are as the one that is followed: nothing is compiled
+    with torch.compiler.set_stance("default" if setting.device == "cuda" else "force_eager"):
+        training = Training(shape, peer, setting, checkpointing)
+        for _ in range(WARMUP):
+            training.step()
+        return training.measured(setting.device)
+
+
+def free(device: str) -> None:
+    """Give back what nothing refers to."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
