@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_adapm import AdaPM, lowrank
-from lightning_adapm.momentum import Direction, LowRankMomentum, Momentum, State, join, split, store
+from lightning_adapm.momentum import Direction, LowRankMomentum, Momentum, Stack, State, join, split, store
 from lightning_adapm.optim.tasks import PieceState
 from lightning_adapm.roles import Piece
 from lightning_adapm.sharding import ONE_PROCESS, Reduction
@@ -118,8 +118,15 @@ class ExactSVD(LowRankMomentum):
     """The basis is the first right singular vectors of ``M~``, not one iteration towards them."""
 
     def _next_basis(
-        self, grad: Tensor, left: Tensor, right: Tensor, states: Sequence[State], step: int, reduction: Reduction
+        self,
+        grad: Tensor | Stack,
+        left: Tensor,
+        right: Tensor,
+        states: Sequence[State],
+        step: int,
+        reduction: Reduction,
     ) -> Tensor:
+        grad = join(grad) if isinstance(grad, Stack) else grad
         shipped = super()._next_basis(grad, left, right, states, step, reduction)
         if shipped is right:
             return right
@@ -137,8 +144,15 @@ class GradientDescent(LowRankMomentum):
     iterations: ClassVar[int] = 5
 
     def _next_basis(
-        self, grad: Tensor, left: Tensor, right: Tensor, states: Sequence[State], step: int, reduction: Reduction
+        self,
+        grad: Tensor | Stack,
+        left: Tensor,
+        right: Tensor,
+        states: Sequence[State],
+        step: int,
+        reduction: Reduction,
     ) -> Tensor:
+        grad = join(grad) if isinstance(grad, Stack) else grad
         shipped = super()._next_basis(grad, left, right, states, step, reduction)
         if shipped is right:
             return right
