@@ -18,7 +18,7 @@ itself is kept in its own precision, and the gradient is added in float32.
 """
 
 READ, PROJECT = (16, 512, 4, 3), (64, 64, 4, 3)
-MOVE, MOVE_ALONG = (4, 1024, 4, 3), (32, 128, 4, 3)
+MOVE, MOVE_ALONG = (4, 1024, 4, 3), (16, 128, 4, 3)
 """Rows and columns of a tile, warps, stages: without and with products. Measured on an H100."""
 
 

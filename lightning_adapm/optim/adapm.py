@@ -235,10 +235,8 @@ class AdaPM(Checkpointed):
             gathered = [self._gather(*each, found) for each, found in zip(selected, grads, strict=True)]
             self._nonfinite.agree(task for buckets in gathered for bucket in buckets for task in bucket.tasks)
             for (group, _, _), buckets in zip(selected, gathered, strict=True):
-                for plan, step, tasks in buckets:
-                    as_they_are = self._as_they_are(tasks, plan.momentum, plan.second_moment, group)
-                    for batch in batches(tasks, copied=tasks[0].shard is not None or not as_they_are):
-                        self._update(batch, plan.momentum, plan.second_moment, step, plan.decay, group)
+                for bucket in buckets:
+                    self._move_together(bucket, group)
         return True
 
     def _forget_places(self) -> None:
@@ -305,7 +303,9 @@ class AdaPM(Checkpointed):
         if not moving:
             return ()
         counters = [plans[0].task.state.step for _, plans in moving]
-        torch._foreach_add_(counters, 1)
+        torch._foreach_add_(
+            counters, torch.ones((), dtype=counters[0].dtype)
+        )  # not 1: it would become a tensor for each
         buckets: dict[Any, Bucket] = {}
         for (grad, plans), count in zip(moving, torch.stack(counters).tolist(), strict=True):
             step = int(count)
@@ -340,23 +340,29 @@ class AdaPM(Checkpointed):
         self._plans[param] = depends, plans
         return plans
 
-    def _as_they_are(
-        self, tasks: list[Task], momentum: Momentum, second_moment: SecondMoment, group: Mapping[str, Any]
-    ) -> bool:
-        """Whether a step takes the gradients of ``tasks`` without copying them."""
-        return self.observer is None and not group["maximize"] and device.takes(tasks, momentum, second_moment)
+    def _move_together(self, bucket: Bucket, group: Mapping[str, Any]) -> None:
+        plan, step, tasks = bucket
+        if tasks[0].shard is None:
+            as_they_are = self._as_they_are(tasks, plan, group)
+            for batch in batches(tasks, copied=not as_they_are):
+                self._update(batch, plan, step, group, as_they_are)
+            return
+        for batch in batches(tasks, copied=True):
+            taken = [task.taken() for task in batch]
+            self._update(taken, plan, step, group, self._as_they_are(taken, plan, group))
+            for task, moved in zip(batch, taken, strict=True):
+                assert task.shard is not None
+                task.shard.put(task.param, moved.param)
 
-    def _update(
-        self,
-        tasks: list[Task],
-        momentum: Momentum,
-        second_moment: SecondMoment,
-        step: int,
-        decay: float,
-        group: Mapping[str, Any],
-    ) -> None:
-        held, tasks = tasks, [task.taken() for task in tasks]
-        if self._as_they_are(tasks, momentum, second_moment, group):
+    def _as_they_are(self, tasks: list[Task], plan: Plan, group: Mapping[str, Any]) -> bool:
+        """Whether a step takes the gradients of ``tasks`` without copying them."""
+        if self.observer is not None or group["maximize"]:
+            return False
+        return device.takes(tasks, plan.momentum, plan.second_moment)
+
+    def _update(self, tasks: list[Task], plan: Plan, step: int, group: Mapping[str, Any], as_they_are: bool) -> None:
+        momentum, second_moment, decay = plan.momentum, plan.second_moment, plan.decay
+        if as_they_are:
             grads = device.DeviceGradients(tasks, self._nonfinite.agreed_on(tasks))
             if not device.step(tasks, grads, momentum, second_moment, step, decay, group):
                 self._move(tasks, grads, momentum, second_moment, step, decay, group)
@@ -365,9 +371,6 @@ class AdaPM(Checkpointed):
             # only now, batch by batch: copies of all gradients in float32 would be larger than the state that is saved
             tasks = self._nonfinite.replace(tasks, group["maximize"])
             self._move(tasks, [task.grad for task in tasks], momentum, second_moment, step, decay, group)
-        for task, taken in zip(held, tasks, strict=True):
-            if task.shard is not None:
-                task.shard.put(task.param, taken.param)
 
     def _move(
         self,
