@@ -20,6 +20,7 @@ PARTS = {
     "AdaPM, embedding full, attn_out low-rank": adapm(**FAST, momentum={"embedding": "full", "attn_out": "low_rank"}),
     "AdaPM, embedding and attn_out full": adapm(**FAST, momentum={"embedding": "full", "attn_out": "full"}),
     "AdaPM, mlp full": adapm(**FAST, momentum={"mlp": "full"}),
+    "AdaPM, attn_out low-rank": adapm(**FAST, momentum={"attn_out": "low_rank"}),
     "AdaPM, attn_out full": adapm(**FAST, momentum={"attn_out": "full"}),
     "AdaPM, query and key full": adapm(**FAST, momentum={"query": "full", "key": "full"}),
     "AdaPM, every step": adapm(**FAST, update_proj_gap=1),
