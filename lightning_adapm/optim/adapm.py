@@ -60,7 +60,7 @@ class AdaPM(Checkpointed):
         weight_decay: decoupled weight decay, as in AdamW.
         rank: of the low-rank momentum; an int, or a float in (0, 1] for a share of the smaller dimension of the unfused
             matrix. A piece that factors would not make smaller keeps full momentum.
-        update_proj_gap: steps between two refreshes of a subspace, staggered over the transformer's blocks.
+        update_proj_gap: steps between two refreshes of a subspace; every second transformer block's come half-way.
         debias: add the residual correction to the low-rank momentum.
         second_moment: ``"elementwise"`` (AdamW), ``"block"`` (Adam-mini) or ``"factored"`` (Adafactor).
         momentum: policies by role that differ from the default, ``{"mlp": "full", "lm_head": "none"}``, or one policy
