@@ -41,7 +41,8 @@ def readable(matrices: Sequence[Tensor]) -> bool:
 def movable(params: Sequence[Tensor], directions: Sequence[Tensor]) -> bool:
     """Whether the layouts of parameters and of what moves them are known."""
     param, matrix = params[0], directions[0]
-    fit = param.shape == matrix.shape or (param.dim() == 3 and param.flatten(0, 1).shape == matrix.shape)
+    heads = param.dim() == 3 and matrix.dim() == 2 and (len(param) * param.shape[1], param.shape[2]) == matrix.shape
+    fit = param.shape == matrix.shape or heads
     return readable(directions) and fit and _alike(params)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_adapm import AdaPM
+from lightning_adapm import AdaPM, kernels
 
 pytestmark = [
     pytest.mark.gpu,
@@ -105,3 +105,18 @@ def test_a_state_saved_on_a_gpu_loads_on_a_cpu(tmp_path):
     for p, q in zip(net.parameters(), twin.parameters(), strict=True):
         for key, value in optimizer.state[p].items():
             assert torch.equal(torch.as_tensor(value).cpu(), torch.as_tensor(loaded.state[q][key])), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("m", "n", "r"), [(2048, 1024, 102), (512, 2048, 26), (1000, 777, 10)])
+def test_products_of_gradients(dtype, m, n, r):
+    """Every time: where a compiler lets a copy overtake the product that reads it, only some come out wrong."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    grads = [torch.randn(m, n, device="cuda", dtype=dtype, generator=generator) for _ in range(6)]
+    bases = torch.randn(6, r, n, device="cuda", generator=generator).to(torch.bfloat16)
+    expected = torch.stack([grad.float() @ basis.float().T for grad, basis in zip(grads, bases, strict=True)])
+    for _ in range(5):
+        product, reading = kernels.read(kernels.Matrices.of(grads), 6, kernels.Matrices.of([bases]), r, None)
+        assert (product[..., :r] - expected).norm() < 5e-3 * expected.norm()
+        torch.testing.assert_close(reading.squares, torch.stack([grad.float().square().sum(1) for grad in grads]))
+        assert not reading.flaws.any()

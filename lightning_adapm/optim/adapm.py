@@ -325,6 +325,9 @@ class AdaPM(Checkpointed):
         known = self._plans.get(param)
         if known is not None and known[0] == depends:
             return known[1]
+        for key, value in state.items():  # a state that was loaded may be views, and kernels take none
+            if isinstance(value, Tensor) and not value.is_contiguous():
+                state[key] = value.contiguous()
         placement, plans = self.placement(param), []
         for index, piece in enumerate(self.pieces[param] if placement.layout is not None or param.numel() else ()):
             shape, shard = placement.shapes[index], placement.shards[index]
