@@ -17,9 +17,11 @@ FACTOR = torch.bfloat16
 itself is kept in its own precision, and the gradient is added in float32.
 """
 
-READ, PROJECT = (16, 512, 4, 3), (64, 64, 4, 3)
-MOVE, MOVE_ALONG = (4, 1024, 4, 3), (16, 128, 4, 3)
-"""Rows and columns of a tile, warps, stages: without and with products. Measured on an H100."""
+READ, PROJECT, COMBINE = (16, 512, 4, 3), (64, 64, 4, 3), (64, 128, 4, 3)
+MOVE, MOVE_ALONG, MOVE_ALONG_ELEMENTWISE = (1, 2048, 4, 3), (64, 64, 4, 4), (16, 128, 4, 3)
+"""Rows and columns of a tile, warps, stages: of a reading without and with products and of a combination; of a move
+without products and with them, by block and by elementwise second moments. The fastest of some on an H200.
+"""
 
 
 def runs_on(device: torch.device) -> bool:
@@ -33,9 +35,9 @@ def _installed() -> bool:
 
 
 def readable(matrices: Sequence[Tensor]) -> bool:
-    """Whether these are matrices, or stacks of them, of one layout that the kernels know."""
+    """Whether these are vectors, matrices or stacks of matrices of one layout that the kernels know."""
     first = matrices[0]
-    return runs_on(first.device) and first.dim() in (2, 3) and first.numel() > 0 and _alike(matrices)
+    return runs_on(first.device) and first.dim() in (1, 2, 3) and first.numel() > 0 and _alike(matrices)
 
 
 def movable(params: Sequence[Tensor], directions: Sequence[Tensor]) -> bool:
@@ -56,7 +58,7 @@ def _alike(tensors: Sequence[Tensor]) -> bool:
 
 
 class Matrices(NamedTuple):
-    """``b`` matrices of one shape and layout: those of a list of tensors, stacks of them taken apart."""
+    """``b`` matrices of one shape and layout: those of a list of tensors, stacks taken apart, vectors as rows."""
 
     like: Tensor
     """One of the list."""
@@ -71,6 +73,16 @@ class Matrices(NamedTuple):
         apart, count = like.stride(0) * like.element_size(), len(like)
         firsts = [tensor.data_ptr() for tensor in tensors]
         return cls(like, tuple(first + index * apart for first in firsts for index in range(count)))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of each of them."""
+        return (self.like.shape[-2] if self.like.dim() > 1 else 1), self.like.shape[-1]
+
+    @property
+    def stride(self) -> int:
+        """From row to row."""
+        return self.like.stride(-2) if self.like.dim() > 1 else self.like.shape[-1]
 
     @property
     def table(self) -> Tensor:
@@ -108,11 +120,11 @@ def read(
     from lightning_adapm import triton_kernels
 
     like, b = grads.like, len(grads.addresses)
-    m, n = like.shape[-2:]
+    m, n = grads.shape
     width = padded(r)
     projected = None if bases is None else like.new_empty((b, m, width), dtype=torch.float32)
     found = known or Reading(like.new_empty((b, m), dtype=torch.float32), like.new_zeros(gradients, dtype=torch.int32))
-    block_m, block_n, warps, stages = READ if bases is None else PROJECT
+    block_m, block_n, warps, stages = _narrowed(READ if bases is None else PROJECT, n)
     block_r = 16 if bases is None else block(r)
     with _on(like.device):
         triton_kernels.read[-(-m // block_m), b, max(1, -(-width // block_r))](
@@ -124,7 +136,7 @@ def read(
             n,
             r,
             width,
-            like.stride(-2),
+            grads.stride,
             b // gradients,
             1.0,
             GRAD=_of(like.dtype),
@@ -143,36 +155,52 @@ def read(
 
 
 def combine(grads: Matrices, weights: Tensor, flaws: Tensor) -> Tensor:
-    """``weights`` ``(b, r, m)`` times ``grads`` ``(m, n)``; those of gradients with a flaw count as zero."""
+    """Transposed ``weights`` ``(b, m, r)`` times ``grads`` ``(m, n)``; those of gradients with a flaw count as zero."""
     from lightning_adapm import triton_kernels
 
-    b, r, m = weights.shape
+    b, m, r = weights.shape
     n = grads.like.shape[-1]
     product = weights.new_empty(b, r, n)
+    block_m, block_n, warps, stages = _narrowed(COMBINE, n)
     with _on(product.device):
-        triton_kernels.combine[-(-n // 64), b, -(-r // block(r))](
+        triton_kernels.combine[-(-n // block_n), b, -(-r // block(r))](
             grads.table,
-            weights.contiguous(),
+            weights.to(FACTOR).contiguous(),  # read by every block of columns
             flaws,
             product,
             m,
             n,
             r,
-            grads.like.stride(-2),
+            grads.stride,
             b // len(flaws),
             GRAD=_of(grads.like.dtype),
+            FACTOR=_of(FACTOR),
             ALIGNED=grads.aligned,
-            BLOCK_M=32,
-            BLOCK_N=64,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
             BLOCK_R=block(r),
+            num_warps=warps,
+            num_stages=stages,
         )
     return product
+
+
+class Refreshed(NamedTuple):
+    """What a new basis leaves of left factors, ``(b, m, r)`` in float32."""
+
+    held: Tensor
+    """What they were."""
+    moved: Tensor
+    """What of it the new basis holds."""
+    flush: float
+    """How much of the difference is paid out at once."""
 
 
 def advance(
     reading: Reading,
     projected: Tensor | None,
     lefts: Matrices | None,
+    refreshed: Refreshed | None,
     averages: Matrices | None,
     shape: torch.Size,
     blocks: int | None,
@@ -183,15 +211,16 @@ def advance(
     second moments, if there are ``averages``, of each row or of ``blocks``. ``correction`` is Adam's of the momentum.
 
     Returns:
-        What times the basis is to be added to the gradients, ``(b, m, width)``; and roots of the second
-        moments by row, ``(b, m)``.
+        What times the basis is to be added to the gradients, ``(b, m, width)``, or, where it was ``refreshed``, times
+        the new basis and the one before it; and roots of the second moments by row, ``(b, m)``.
     """
     from lightning_adapm import triton_kernels
 
     squares, flaws = reading
     b, (m, n) = len(squares), shape
-    r, width = (0, 16) if lefts is None or projected is None else (lefts.like.shape[-1], projected.shape[-1])
-    factors = None if projected is None else torch.empty_like(projected, dtype=FACTOR)
+    r = 0 if lefts is None else lefts.like.shape[-1]
+    width = padded(r if refreshed is None else 2 * r)
+    factors = None if projected is None else squares.new_empty((b, m, width), dtype=FACTOR)
     roots = None if averages is None else torch.empty_like(squares)
     span = 16 if blocks is None else m // blocks
     with _on(squares.device):
@@ -201,10 +230,12 @@ def advance(
             flaws,
             flaws if lefts is None else lefts.table,
             flaws if averages is None else averages.table,
+            *(squares, squares) if refreshed is None else (refreshed.held, refreshed.moved),
             squares if factors is None else factors,
             squares if roots is None else roots,
             m,
             r,
+            0 if projected is None else projected.shape[-1],
             width,
             span,
             b // len(flaws),
@@ -212,13 +243,15 @@ def advance(
             torch.finfo(torch.float32).max * 2.0**-30,
             *betas,
             correction,
+            0.0 if refreshed is None else refreshed.flush,
             LEFT=_of((squares if lefts is None else lefts.like).dtype),
             FACTOR=_of(FACTOR),
             LOW_RANK=lefts is not None,
+            REFRESHED=refreshed is not None,
             BLOCKS=averages is not None,
             SHARED=blocks is not None,
             BLOCK_M=power_of_two(span),
-            BLOCK_R=min(64, power_of_two(width)),
+            BLOCK_R=max(16, min(64, power_of_two(width))),
         )
     return factors, roots
 
@@ -255,19 +288,21 @@ def move(
     from lightning_adapm import triton_kernels
 
     param, used = params[0], directions.like
-    m, n = used.shape[-2:]
+    m, n = directions.shape
     grouped = param.dim() > used.dim()  # heads of a fused weight, which are one matrix of the gradient
     moved = Matrices.of(params, stacks=used.dim() == 3)
     known, strides = [moved, directions], [0, 0]
     if isinstance(divisors.roots, Matrices):
         like = divisors.roots.like
-        strides = [0 if size == 1 else apart for size, apart in zip(like.shape[-2:], like.stride()[-2:], strict=True)]
+        apart = (divisors.roots.stride, like.stride(-1))
+        strides = [0 if size == 1 else step for size, step in zip(divisors.roots.shape, apart, strict=True)]
         known += [] if divisors.beta2 is None else [divisors.roots]
     if average is not None:
         known.append(average[0])
     if factors is not None:
         known.append(factors[1])
-    block_m, block_n, warps, stages = MOVE if factors is None else MOVE_ALONG
+    along = MOVE_ALONG if divisors.beta2 is None else MOVE_ALONG_ELEMENTWISE
+    block_m, block_n, warps, stages = _narrowed(MOVE if factors is None else along, n)
     b = len(directions.addresses)
     with _on(param.device):
         triton_kernels.move[-(-m // block_m), -(-n // block_n), b](
@@ -284,8 +319,8 @@ def move(
             0 if factors is None else factors[0].shape[-1],
             param.shape[1] if grouped else m,
             param.stride(0) if grouped else 0,
-            param.stride(-2),
-            used.stride(-2),
+            moved.stride,
+            directions.stride,
             *strides,
             1 if flaws is None else b // len(flaws),
             0.0 if average is None else average[1],
@@ -314,6 +349,13 @@ def move(
             num_warps=warps,
             num_stages=stages,
         )
+
+
+def _narrowed(tile: tuple[int, int, int, int], n: int) -> tuple[int, int, int, int]:
+    """With more rows instead where there are less than its columns, ``n``."""
+    rows, columns, warps, stages = tile
+    width = min(columns, max(16, power_of_two(n)))
+    return rows * columns // width, width, warps, stages
 
 
 def padded(r: int) -> int:

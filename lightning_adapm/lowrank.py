@@ -7,11 +7,13 @@ may be zero: a direction in which there was nothing to see yet. No function here
 Source: AdaPM, arXiv 2510.09103, Algorithms 1 to 3 (low-rank momentum with residual correction, warm-started factors).
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lightning_adapm.sharding import ONE_PROCESS, Reduction
 
@@ -39,28 +41,47 @@ def _kept_starting_rows(rank: int, n: int, dtype: torch.dtype, device: torch.dev
 
 
 def orthonormal_rows(rows: Tensor) -> Tensor:
-    """Orthonormal rows with the span of ``rows`` ``(b, r, n)``; a row that depends on those before it becomes zero.
+    """Orthonormal rows with the span of ``rows`` ``(b, r, n)``; a row that depends on those before it becomes zero."""
+    return orthonormalise([rows])[0]
+
+
+def orthonormalise(stacks: Sequence[Tensor]) -> list[Tensor]:
+    """:func:`orthonormal_rows` of each of some ``stacks`` of any shapes, whose small matrices are factorised together.
 
     Cholesky-QR, twice, in float64 (never TF32): the first pass is shifted so that it cannot fail and shows which rows
     are dependent, the second makes the others orthonormal to working precision. Only ``r x r`` matrices are factorised,
     and a column in which every row is zero stays exactly zero, which a Householder QR does not give.
     """
-    tiny = torch.finfo(rows.dtype).tiny
-    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float64)
-    seen = length > _DEPENDENT * length.amax(dim=-2, keepdim=True)
-    unit = torch.where(seen, rows / length.clamp_min(tiny), 0.0)
-    first = _solve_gram(unit, _DEPENDENT**2)
-    alive = torch.linalg.vector_norm(first, dim=-1, keepdim=True) > 0.5
-    second = _solve_gram(torch.where(alive, first, 0.0), (~alive).to(torch.float64).squeeze(-1))
-    return second.to(rows.dtype)
+    rows = [stack.to(torch.float64) for stack in stacks]
+    gram = _gram(rows)
+    length = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    seen = length > _DEPENDENT * length.amax(dim=-1, keepdim=True)
+    rows = _multiplied(_whitening(gram, torch.where(seen, length.reciprocal(), 0.0), _DEPENDENT**2), rows)
+    gram = _gram(rows)
+    alive = (gram.diagonal(dim1=-2, dim2=-1) > 0.25).to(gram.dtype)
+    rows = _multiplied(_whitening(gram, alive, 1 - alive), rows)
+    return [row.to(stack.dtype) for row, stack in zip(rows, stacks, strict=True)]
 
 
-def _solve_gram(rows: Tensor, shift: Tensor | float) -> Tensor:
-    """``chol(rows rowsᵀ + diag(shift))⁻¹ rows`` in float64."""
-    gram = rows @ rows.mT
+def _gram(stacks: Sequence[Tensor]) -> Tensor:
+    """``rows rowsᵀ`` of all of them, with rows of zero up to the largest number of rows."""
+    most = max(stack.shape[-2] for stack in stacks)
+    grams = [stack @ stack.mT for stack in stacks]
+    return torch.cat([pad(gram, (0, most - gram.shape[-1]) * 2) for gram in grams]) if len(grams) > 1 else grams[0]
+
+
+def _multiplied(weights: Tensor, stacks: Sequence[Tensor]) -> list[Tensor]:
+    """Each of the stacks with its part of ``weights`` from the left."""
+    parts = zip(weights.split([len(stack) for stack in stacks]), stacks, strict=True)
+    return [part[:, : stack.shape[-2], : stack.shape[-2]] @ stack for part, stack in parts]
+
+
+def _whitening(gram: Tensor, scale: Tensor, shift: Tensor | float) -> Tensor:
+    """``chol(scale gram scale + shift)⁻¹ scale`` with the diagonal matrices ``scale`` and ``shift``, ``(b, r)``."""
+    gram = gram * (scale.unsqueeze(-1) * scale.unsqueeze(-2))
     gram.diagonal(dim1=-2, dim2=-1).add_(shift)
     factor, _ = torch.linalg.cholesky_ex(gram)  # the variant that reports failure on the device
-    return torch.linalg.solve_triangular(factor, rows, upper=False)
+    return torch.linalg.solve_triangular(factor, scale.diag_embed(), upper=False)
 
 
 class Multiplied(Protocol):
@@ -83,20 +104,30 @@ def refresh_basis(
     ``grad`` and ``left`` may be the rows of this process: ``reduction`` then adds what the others hold, so that the
     basis is the same on all of them.
     """
+    rows, usable = iterated_rows(grad, left, right, beta1, reduction)
+    return torch.where(usable, orthonormal_rows(rows), right)
+
+
+def iterated_rows(
+    grad: Multiplied, left: Tensor, right: Tensor, beta1: float, reduction: Reduction = ONE_PROCESS
+) -> tuple[Tensor, Tensor]:
+    """What :func:`refresh_basis` makes orthonormal, ``(M~ᵀ M~ rightᵀ)ᵀ``, and where that is to be used, ``(b, 1, 1)``.
+
+    Of a direction that is sketched, ``M~ rightᵀ`` is taken of the gradient alone.
+    """
     rank, n = right.shape[-2:]
     empty = ~right.any(dim=-1, keepdim=True)
     sketch = torch.where(empty, _kept_starting_rows(rank, n, right.dtype, right.device), right)
     projected = grad @ sketch.mT
     reduction.rows(projected)
-    seen = torch.baddbmm(projected, left, right @ sketch.mT, beta=1 - beta1, alpha=beta1)
+    seen = torch.lerp(left, projected, 1 - beta1)  # left right rightᵀ is left: rows of the basis are orthonormal
     # Columns of unit length: keeps gradients of any scale inside float32 and the next product well conditioned.
     length = reduction.length(seen).clamp_min(torch.finfo(seen.dtype).tiny)
     seen = seen * length.reciprocal().to(seen.dtype)
     fresh, inner = reduction.total([seen.mT @ grad, reduction.owned(seen).mT @ left])
     rows = torch.baddbmm(fresh, inner, right, beta=1 - beta1, alpha=beta1)
     shown, size = (torch.linalg.vector_norm(each, torch.inf, (-2, -1), keepdim=True) for each in (fresh, rows))
-    usable = (shown > 0) & (size < torch.inf)
-    return torch.where(usable, orthonormal_rows(torch.where(usable, rows, 0.0)), right)
+    return rows, (shown > 0) & (size < torch.inf)
 
 
 def move_left(left: Tensor, right: Tensor, new_right: Tensor) -> Tensor:

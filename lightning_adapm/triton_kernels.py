@@ -1,9 +1,9 @@
 """Triton kernels of a step on CUDA: read gradients, advance what is kept of their rows, move parameters.
 
 Every launch works on ``b`` matrices of one shape that lie anywhere: their addresses are tables on the device, int64.
-Arithmetic is float32 whatever is stored; products of the low-rank momentum round their operands to ``FACTOR`` or TF32
-and add up in float32. What makes a basis orthonormal is not here. ``flaws`` ``(b / each,)``, int32, is not zero where
-a gradient, of ``each`` matrices, has an entry that is not finite. ``TRITON_INTERPRET=1`` runs them on a CPU.
+Arithmetic is float32 whatever is stored; products round their operands to ``FACTOR`` and add up in float32. What makes
+a basis orthonormal is not here. ``flaws`` ``(b / each,)``, int32, is not zero where a gradient, of ``each`` matrices,
+has an entry that is not finite. ``TRITON_INTERPRET=1`` runs them on a CPU.
 """
 
 import triton
@@ -87,12 +87,13 @@ def combine(
     stride,
     each,
     GRAD: tl.constexpr,
+    FACTOR: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """``combined`` ``(b, r, n)``: ``weights`` ``(b, r, m)`` times matrices; those with a flaw count as zero."""
+    """``combined`` ``(b, r, n)``: transposed ``weights`` ``(b, m, r)`` times matrices, zero those with a flaw."""
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     which = tl.program_id(1).to(tl.int64)
     rank = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -106,9 +107,9 @@ def combine(
         at = grad + row.to(tl.int64)[:, None] * stride + column[None, :]
         g = tl.load(at, (row[:, None] < m) & (column[None, :] < n), 0.0).to(tl.float32)
         g = tl.where(counts, g, 0.0)
-        at = weights + which * r * m + rank[:, None] * m + row[None, :]
-        weight = tl.load(at, (rank[:, None] < r) & (row[None, :] < m), 0.0)
-        product = tl.dot(weight, g, product, input_precision="tf32")
+        at = weights + which * m * r + row.to(tl.int64)[:, None] * r + rank[None, :]
+        weight = tl.load(at, (row[:, None] < m) & (rank[None, :] < r), 0.0)
+        product = tl.dot(tl.trans(weight), g.to(FACTOR), product)
     out = combined + which * r * n + rank[:, None] * n + column[None, :]
     tl.store(out, product, (rank[:, None] < r) & (column[None, :] < n))
 
@@ -120,10 +121,13 @@ def advance(
     flaws,
     lefts,
     averages,
+    held,
+    moved,
     factors,
     roots,
     m,
     r,
+    projected_width,
     width,
     span,
     each,
@@ -132,9 +136,11 @@ def advance(
     beta1,
     beta2,
     correction,
+    flush,
     LEFT: tl.constexpr,
     FACTOR: tl.constexpr,
     LOW_RANK: tl.constexpr,
+    REFRESHED: tl.constexpr,
     BLOCKS: tl.constexpr,
     SHARED: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -142,40 +148,47 @@ def advance(
 ):
     """Take what :func:`read` found into the low-rank momentum and the second moments of blocks of rows.
 
-    Where ``LOW_RANK``, ``lefts`` ``(m, r)`` become ``beta1 left + (1 - beta1) projected``, and ``factors``
-    ``left / correction - projected``; these two are ``(b, m, width)``, zero behind ``r``. Where ``BLOCKS``,
-    ``averages`` become ``beta2 average + (1 - beta2) mean`` with the means of squares of each row or (``SHARED``) of
-    every ``span`` rows, of ``count`` entries each and not above ``largest``; ``roots`` ``(b, m)`` are their roots.
+    Where ``LOW_RANK``, ``lefts`` ``(m, r)`` become ``beta1 left + (1 - beta1) projected``, with ``projected``
+    ``(b, m, projected_width)``, and ``factors`` ``(b, m, width)`` ``left / correction - projected``, zero behind ``r``.
+    Where a basis was ``REFRESHED``, ``moved`` ``(b, m, r)`` are in the place of the lefts that there were, ``held``,
+    and the factors are ``[left / correction - projected - flush moved, flush held]``.
+    Where ``BLOCKS``, ``averages`` become ``beta2 average + (1 - beta2) mean`` with the means of squares of each row or
+    (``SHARED``) of every ``span`` rows, of ``count`` entries each and not above ``largest``; ``roots`` ``(b, m)`` are
+    their roots.
     """
     inside = tl.arange(0, BLOCK_M)
     row = tl.program_id(0) * span + inside
     which = tl.program_id(1).to(tl.int64)
-    held = (inside < span) & (row < m)
+    mine = (inside < span) & (row < m)
     counts = tl.load(flaws + which // each) == 0
     if BLOCKS:
         average = tl.load(averages + which).to(tl.pointer_type(tl.float32))
-        square = tl.where(counts, tl.load(squares + which * m + row, held, 0.0), 0.0)
+        square = tl.where(counts, tl.load(squares + which * m + row, mine, 0.0), 0.0)
         if SHARED:
             mean = tl.minimum(tl.sum(square, 0) / count, largest)
             value = beta2 * tl.load(average + tl.program_id(0)) + (1 - beta2) * mean
             tl.store(average + tl.program_id(0), value)
-            tl.store(roots + which * m + row, tl.sqrt(value + tl.zeros_like(square)), held)
+            tl.store(roots + which * m + row, tl.sqrt(value + tl.zeros_like(square)), mine)
         else:
-            value = beta2 * tl.load(average + row, held, 0.0) + (1 - beta2) * tl.minimum(square / count, largest)
-            tl.store(average + row, value, held)
-            tl.store(roots + which * m + row, tl.sqrt(value), held)
+            value = beta2 * tl.load(average + row, mine, 0.0) + (1 - beta2) * tl.minimum(square / count, largest)
+            tl.store(average + row, value, mine)
+            tl.store(roots + which * m + row, tl.sqrt(value), mine)
     if LOW_RANK:
         left = tl.load(lefts + which).to(tl.pointer_type(LEFT))
+        line = which * m + row.to(tl.int64)[:, None]
         for start in range(0, width, BLOCK_R):
-            rank = start + tl.arange(0, BLOCK_R)
-            at = which * m * width + row.to(tl.int64)[:, None] * width + rank[None, :]
-            wide = held[:, None] & (rank[None, :] < width)
-            p = tl.where(counts, tl.load(projected + at, wide, 0.0), 0.0)
-            own = left + row.to(tl.int64)[:, None] * r + rank[None, :]
-            kept = tl.load(own, wide & (rank[None, :] < r), 0.0).to(tl.float32)
-            kept += (1 - beta1) * (p - kept)
-            tl.store(own, kept.to(LEFT), wide & (rank[None, :] < r))
-            tl.store(factors + at, (kept / correction - p).to(FACTOR), wide)
+            rank = start + tl.arange(0, BLOCK_R)[None, :]
+            own = mine[:, None] & (rank < r)
+            p = tl.where(counts, tl.load(projected + line * projected_width + rank, own, 0.0), 0.0)
+            at = left + row.to(tl.int64)[:, None] * r + rank
+            before = tl.load(moved + line * r + rank, own, 0.0) if REFRESHED else tl.load(at, own, 0.0).to(tl.float32)
+            kept = before + (1 - beta1) * (p - before)
+            tl.store(at, kept.to(LEFT), own)
+            factor = kept / correction - p
+            if REFRESHED:
+                old = tl.load(held + line * r + rank - r, mine[:, None] & (rank >= r) & (rank < 2 * r), 0.0)
+                factor += flush * (old - before)
+            tl.store(factors + line * width + rank, factor.to(FACTOR), mine[:, None] & (rank < width))
 
 
 @triton.jit
@@ -235,12 +248,26 @@ def move(
     which = tl.program_id(2).to(tl.int64)
     inside = (row[:, None] < m) & (column[None, :] < n)
     wide = row.to(tl.int64)[:, None]
-    parameter = tl.load(parameters + which).to(tl.pointer_type(PARAMETER))
     direction = tl.load(directions + which).to(tl.pointer_type(DIRECTION))
     if ALIGNED:
-        parameter, direction = tl.multiple_of(parameter, 16), tl.multiple_of(direction, 16)
-    parameter += wide // group_rows * group_stride + wide % group_rows * parameter_stride + column[None, :]
+        direction = tl.multiple_of(direction, 16)
     d = tl.load(direction + wide * direction_stride + column[None, :], inside, 0.0).to(tl.float32)
+    if FACTORS:  # before the parameter is loaded: registers are short in the loop
+        right = tl.load(rights + which).to(tl.pointer_type(RIGHT))
+        if ALIGNED:
+            right = tl.multiple_of(right, 16)
+        product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, width, BLOCK_K):
+            inner = start + tl.arange(0, BLOCK_K)
+            own = left + which * m * width + wide * width + inner[None, :]
+            a = tl.load(own, (row[:, None] < m) & (inner[None, :] < width), 0.0)
+            other = right + inner[:, None] * n + column[None, :]
+            b = tl.load(other, (inner[:, None] < k) & (column[None, :] < n), 0.0).to(FACTOR)
+            product = tl.dot(a, b, product)
+    parameter = tl.load(parameters + which).to(tl.pointer_type(PARAMETER))
+    if ALIGNED:
+        parameter = tl.multiple_of(parameter, 16)
+    parameter += wide // group_rows * group_stride + wide % group_rows * parameter_stride + column[None, :]
     p = tl.load(parameter, inside, 0.0).to(tl.float32)
     if CHECKED:
         d = tl.where(tl.load(flaws + which // each) == 0, d, 0.0)
@@ -265,16 +292,7 @@ def move(
         d = kept + (1 - beta1) * (d - kept)
         tl.store(average, d.to(AVERAGE), inside)
     if FACTORS:
-        right = tl.load(rights + which).to(tl.pointer_type(RIGHT))
-        if ALIGNED:
-            right = tl.multiple_of(right, 16)
-        for start in range(0, width, BLOCK_K):
-            inner = start + tl.arange(0, BLOCK_K)
-            own = left + which * m * width + wide * width + inner[None, :]
-            a = tl.load(own, (row[:, None] < m) & (inner[None, :] < width), 0.0)
-            other = right + inner[:, None] * n + column[None, :]
-            b = tl.load(other, (inner[:, None] < k) & (column[None, :] < n), 0.0).to(FACTOR)
-            d = tl.dot(a, b, d)
+        d += product
     update = scale * d / (root / correction + eps)
     if CLAMP:
         update = tl.minimum(tl.maximum(update, -clip), clip)

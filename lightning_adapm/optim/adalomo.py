@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_adapm.momentum import Momentum, State
+from lightning_adapm.momentum import State
 from lightning_adapm.optim.adapm import AdaPM
-from lightning_adapm.optim.tasks import Task, reduction_of
+from lightning_adapm.optim.tasks import Plan, Task, reduction_of
 from lightning_adapm.roles import Piece
 from lightning_adapm.second_moment import Denominators, SecondMoment, mean_squares
 from lightning_adapm.sharding import ONE_PROCESS, Reduction
@@ -162,19 +162,11 @@ class AdaLomo(AdaPM):
     def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
         return RelativeSecondMoment()
 
-    def _move(
-        self,
-        tasks: list[Task],
-        grads: list[Tensor],
-        momentum: Momentum,
-        second_moment: SecondMoment,
-        step: int,
-        decay: float,
-        group: Mapping[str, Any],
-    ) -> None:
-        reduction, lr, clip = reduction_of(tasks), float(group["lr"]), float(group["clip_threshold"])
+    def _move(self, tasks: list[Task], grads: list[Tensor], plan: Plan, step: int, group: Mapping[str, Any]) -> None:
+        states, decay, reduction = [task.state for task in tasks], plan.decay, reduction_of(tasks)
+        lr, clip = float(group["lr"]), float(group["clip_threshold"])
         params = [task.param for task in tasks]
-        divisors, _ = second_moment.denominators(grads, [task.state for task in tasks], step, reduction).settle(True)
+        divisors, _ = plan.second_moment.denominators(grads, states, step, reduction).settle(True)
         updates = list(torch._foreach_div(grads, divisors))
         # of the matrices: a parameter's own view may have a dimension for heads, or those of a convolution
         values = [param.to(grad.dtype).reshape(grad.shape) for param, grad in zip(params, grads, strict=True)]

@@ -235,8 +235,7 @@ class AdaPM(Checkpointed):
             gathered = [self._gather(*each, found) for each, found in zip(selected, grads, strict=True)]
             self._nonfinite.agree(task for buckets in gathered for bucket in buckets for task in bucket.tasks)
             for (group, _, _), buckets in zip(selected, gathered, strict=True):
-                for bucket in buckets:
-                    self._move_together(bucket, group)
+                self._move_together(buckets, group)
         return True
 
     def _forget_places(self) -> None:
@@ -343,16 +342,26 @@ class AdaPM(Checkpointed):
         self._plans[param] = depends, plans
         return plans
 
-    def _move_together(self, bucket: Bucket, group: Mapping[str, Any]) -> None:
-        plan, step, tasks = bucket
-        if tasks[0].shard is None:
+    def _move_together(self, buckets: Iterable[Bucket], group: Mapping[str, Any]) -> None:
+        ready: list[device.Batch] = []
+        for bucket in buckets:
+            plan, step, tasks = bucket
+            if tasks[0].shard is not None:
+                self._move_shards(bucket, group)
+                continue
             as_they_are = self._as_they_are(tasks, plan, group)
-            for batch in batches(tasks, copied=not as_they_are):
-                self._update(batch, plan, step, group, as_they_are)
-            return
-        for batch in batches(tasks, copied=True):
+            for batch in batches(bucket, copied=not as_they_are):
+                ready.append(self._batch(batch, plan, step, as_they_are))
+        device.refresh(ready)
+        for each in ready:
+            self._update(each, group)
+
+    def _move_shards(self, bucket: Bucket, group: Mapping[str, Any]) -> None:
+        """Pieces that are taken out of what this process holds, which may copy them: one batch after another."""
+        plan, step, _ = bucket
+        for batch in batches(bucket, copied=True):
             taken = [task.taken() for task in batch]
-            self._update(taken, plan, step, group, self._as_they_are(taken, plan, group))
+            self._update(self._batch(taken, plan, step, self._as_they_are(taken, plan, group)), group)
             for task, moved in zip(batch, taken, strict=True):
                 assert task.shard is not None
                 task.shard.put(task.param, moved.param)
@@ -363,33 +372,26 @@ class AdaPM(Checkpointed):
             return False
         return device.takes(tasks, plan.momentum, plan.second_moment)
 
-    def _update(self, tasks: list[Task], plan: Plan, step: int, group: Mapping[str, Any], as_they_are: bool) -> None:
-        momentum, second_moment, decay = plan.momentum, plan.second_moment, plan.decay
-        if as_they_are:
-            grads = device.DeviceGradients(tasks, self._nonfinite.agreed_on(tasks))
-            if not device.step(tasks, grads, momentum, second_moment, step, decay, group):
-                self._move(tasks, grads, momentum, second_moment, step, decay, group)
-            self._nonfinite.count(tasks, grads.reading.flaws)
-        else:
+    def _batch(self, tasks: list[Task], plan: Plan, step: int, as_they_are: bool) -> device.Batch:
+        grads = device.DeviceGradients(tasks, self._nonfinite.agreed_on(tasks)) if as_they_are else None
+        return device.Batch(tasks, plan, step, grads)
+
+    def _update(self, batch: device.Batch, group: Mapping[str, Any]) -> None:
+        tasks, grads = batch.tasks, batch.grads
+        if grads is None:
             # only now, batch by batch: copies of all gradients in float32 would be larger than the state that is saved
             tasks = self._nonfinite.replace(tasks, group["maximize"])
-            self._move(tasks, [task.grad for task in tasks], momentum, second_moment, step, decay, group)
+            self._move(tasks, [task.grad for task in tasks], batch.plan, batch.step, group)
+        else:
+            if not device.step(batch, group):
+                self._move(tasks, grads, batch.plan, batch.step, group)
+            self._nonfinite.count(tasks, grads.reading.flaws)
 
-    def _move(
-        self,
-        tasks: list[Task],
-        grads: list[Tensor],
-        momentum: Momentum,
-        second_moment: SecondMoment,
-        step: int,
-        decay: float,
-        group: Mapping[str, Any],
-    ) -> None:
+    def _move(self, tasks: list[Task], grads: list[Tensor], plan: Plan, step: int, group: Mapping[str, Any]) -> None:
         """The step itself, of pieces of one shape with ``grads`` that are finite, or count as zero."""
-        states = [task.state for task in tasks]
-        reduction = reduction_of(tasks)
-        direction = momentum.direction(grads, states, step, reduction)
-        update(tasks, grads, direction, second_moment, step, reduction, decay, group, self.observer)
+        states, reduction = [task.state for task in tasks], reduction_of(tasks)
+        direction = plan.momentum.direction(grads, states, step, reduction)
+        update(tasks, grads, direction, plan.second_moment, step, reduction, plan.decay, group, self.observer)
 
     def nonfinite_gradients(self) -> dict[str, int]:
         """Parameters whose gradient was not finite since this optimizer was built, with the number of steps.

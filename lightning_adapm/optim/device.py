@@ -1,22 +1,33 @@
 """Steps by :mod:`lightning_adapm.kernels`, which write nothing of a gradient's size but what they move.
 
 A step reads gradients twice, once for what it has to know of them (are they finite, sums of squares of rows, products
-with a basis) and once for moving the parameters. Where a basis is refreshed or processes hold parts of matrices,
-momenta and second moments do what they do on every device with :class:`DeviceGradients`; else kernels do the same.
+with a basis) and once for moving the parameters; twice more where it refreshes a basis. Where there is no basis
+yet or processes hold parts of matrices, momenta and second moments do what they do on every device with
+:class:`DeviceGradients`; else kernels do the same.
 """
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_adapm import kernels
+from lightning_adapm import kernels, lowrank
 from lightning_adapm.kernels import Divisors, Matrices, Reading
-from lightning_adapm.momentum import Direction, FullMomentum, LowRankMomentum, Momentum, NoMomentum, Stack, State, join
-from lightning_adapm.optim.tasks import Task, reduction_of
+from lightning_adapm.momentum import (
+    Direction,
+    FullMomentum,
+    LowRankMomentum,
+    Momentum,
+    NoMomentum,
+    Stack,
+    State,
+    join,
+    store,
+)
+from lightning_adapm.optim.tasks import PieceState, Plan, Task, reduction_of
 from lightning_adapm.second_moment import (
     BlockSecondMoment,
     ElementwiseSecondMoment,
@@ -24,6 +35,9 @@ from lightning_adapm.second_moment import (
     bias_correction,
 )
 from lightning_adapm.sharding import ONE_PROCESS, Reduction
+
+_TOGETHER_NUMEL = 1 << 24
+"""Elements of bases that are made orthonormal together: they are copied in float64."""
 
 
 def takes(tasks: list[Task], momentum: Momentum, second_moment: SecondMoment) -> bool:
@@ -33,6 +47,7 @@ def takes(tasks: list[Task], momentum: Momentum, second_moment: SecondMoment) ->
     rows = type(second_moment) is BlockSecondMoment and second_moment.outputs == -2
     return (
         multiplies
+        and (tasks[0].grad.dim() > 1 or tasks[0].shard is None)
         and (rows or type(second_moment) is ElementwiseSecondMoment)
         and kernels.movable([task.param for task in tasks], [task.grad for task in tasks])
     )
@@ -53,10 +68,12 @@ class DeviceGradients(Stack):
         self.matrices = Matrices.of(self)
         self._agreed = None if finite is None else (~finite).to(torch.int32)
         self._reading: Reading | None = None
+        self.basis: Tensor | None = None
+        """The next one ``(b, r, n)``, where this step refreshes it."""
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((len(self.matrices.addresses), *self[0].shape[-2:]))
+        return torch.Size((len(self.matrices.addresses), *self.matrices.shape))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,43 +106,97 @@ class DeviceGradients(Stack):
         return [part.view(*self[0].shape[:-1], 1) for part in squares.chunk(len(self))]
 
     def __matmul__(self, columns: Tensor) -> Tensor:
-        product = self.read(Matrices.of([columns.mT.contiguous()]))[..., : columns.shape[-1]]
+        product = self.read(Matrices.of([columns.mT.to(kernels.FACTOR).contiguous()]))[..., : columns.shape[-1]]
         return torch.where(self._counting[..., None], product, 0.0)
 
     def __rmatmul__(self, weights: Tensor) -> Tensor:
-        return kernels.combine(self.matrices, weights, self.reading.flaws)
+        return kernels.combine(self.matrices, weights.mT, self.reading.flaws)
 
     def joined(self) -> Tensor:
         stack = torch.cat([grad.reshape(-1, *grad.shape[-2:]) for grad in self]).float()
         return torch.where(self._counting[..., None], stack, 0.0)
 
 
-def step(
-    tasks: list[Task],
-    grads: DeviceGradients,
-    momentum: Momentum,
-    second_moment: SecondMoment,
-    number: int,
-    decay: float,
-    group: Mapping[str, Any],
-) -> bool:
-    """Move the parameters of ``tasks``, which :func:`takes`, in their step ``number``; False where it is the general
+class Batch(NamedTuple):
+    """Pieces of one shape that a step takes together, and their gradients where these are taken as they are."""
+
+    tasks: list[Task]
+    plan: Plan
+    step: int
+    grads: DeviceGradients | None
+
+    @property
+    def states(self) -> list[PieceState]:
+        return [task.state for task in self.tasks]
+
+    def joined(self, key: str) -> Tensor:
+        """States as one ``(b, ...)`` batch in float32; a copy, but of a single one."""
+        return join([state[key] for state in self.states]).float()
+
+    @property
+    def refreshes(self) -> bool:
+        """Whether :func:`refresh` finds its next bases."""
+        momentum = self.plan.momentum
+        return (
+            self.grads is not None
+            and isinstance(momentum, LowRankMomentum)
+            and momentum.due(self.step)
+            and momentum.rank < self.grads.shape[-1]
+            and reduction_of(self.tasks) is ONE_PROCESS
+            and all(state["seeded"] for state in self.states)
+        )
+
+
+def refresh(batches: Sequence[Batch]) -> None:
+    """Leave the next bases with the gradients of batches that refresh them.
+
+    What a basis is made of is found batch by batch. Making it orthonormal is many small kernels in a row, which take
+    as long for one batch as for all of them.
+    """
+    found: list[tuple[DeviceGradients, Tensor, Tensor, Tensor]] = []
+    for batch in batches:
+        if not batch.refreshes:
+            continue
+        grads, momentum, right = batch.grads, batch.plan.momentum, batch.joined("exp_avg_r")
+        assert grads is not None and isinstance(momentum, LowRankMomentum)
+        found.append((grads, right, *lowrank.iterated_rows(grads, batch.joined("exp_avg_l"), right, momentum.beta1)))
+        if sum(rows.numel() for _, _, rows, _ in found) > _TOGETHER_NUMEL:
+            _settle(found)
+            found = []
+    _settle(found)
+
+
+def _settle(found: Sequence[tuple[DeviceGradients, Tensor, Tensor, Tensor]]) -> None:
+    bases = lowrank.orthonormalise([rows for _, _, rows, _ in found]) if found else ()
+    for (grads, right, _, usable), basis in zip(found, bases, strict=True):
+        grads.basis = torch.where(usable, basis, right)
+
+
+def step(batch: Batch, group: Mapping[str, Any]) -> bool:
+    """Move the parameters of a batch that :func:`takes` and :func:`refresh` have seen; False where it is the general
     way that does it.
     """
+    tasks, (momentum, second_moment, decay), number = batch.tasks, batch.plan[1:4], batch.step
+    grads, states = batch.grads, batch.states
+    assert grads is not None
     assert isinstance(momentum, NoMomentum | FullMomentum | LowRankMomentum)
     assert isinstance(second_moment, BlockSecondMoment | ElementwiseSecondMoment)
-    states = [task.state for task in tasks]
-    lefts = rights = projected = averages = blocks = left = roots = average = clip = None
+    lefts = right = refreshed = projected = averages = blocks = left = roots = average = clip = None
     beta1, scale = 0.0, 1.0
     if reduction_of(tasks) is not ONE_PROCESS:
         return False
     if isinstance(momentum, LowRankMomentum):
-        if momentum.due(number) or not all(state["seeded"] for state in states):
+        if not all(state["seeded"] for state in states):
             return False
         lefts, beta1 = _matrices(states, "exp_avg_l"), momentum.beta1
         # read by every block of rows: half the bytes are worth a copy
-        rights = Matrices.of([join([state["exp_avg_r"] for state in states]).to(kernels.FACTOR)])
-        projected = grads.read(rights)
+        right = join([state["exp_avg_r"] for state in states]).to(kernels.FACTOR)
+        read = right
+        if grads.basis is not None:
+            read, refreshed = grads.basis.to(kernels.FACTOR), _refreshed(batch, grads.basis, momentum)
+            right = torch.cat([read, right], dim=-2)
+            store(grads.basis, [state["exp_avg_r"] for state in states])
+        projected = grads.read(Matrices.of([read]))
     if isinstance(momentum, FullMomentum):
         average, scale = (_matrices(states, "exp_avg"), momentum.beta1), 1 / (1 - momentum.beta1**number)
     elif group["clip_threshold"] is not None:
@@ -135,14 +206,14 @@ def step(
     if lefts is not None or averages is not None:
         betas = beta1, second_moment.beta2
         left, roots = kernels.advance(
-            grads.reading, projected, lefts, averages, grads.shape[1:], blocks, betas, 1 - beta1**number
+            grads.reading, projected, lefts, refreshed, averages, grads.shape[1:], blocks, betas, 1 - beta1**number
         )
     kernels.move(
         [task.param for task in tasks],
         grads.matrices,
         grads.reading.flaws,
         average,
-        None if left is None or rights is None else (left, rights),
+        None if left is None or right is None else (left, Matrices.of([right])),
         _divisors(second_moment, states, number, roots),
         scale,
         float(group["lr"]),
@@ -150,6 +221,15 @@ def step(
         clip,
     )
     return True
+
+
+def _refreshed(batch: Batch, basis: Tensor, momentum: LowRankMomentum) -> kernels.Refreshed:
+    """What the new ``basis`` ``(b, r, n)`` leaves of the left factors."""
+    held = batch.joined("exp_avg_l")
+    if len(batch.tasks) == 1:  # a view of the state, which is to change
+        held = held.clone()
+    moved = lowrank.move_left(held, batch.joined("exp_avg_r"), basis)
+    return kernels.Refreshed(held, moved, momentum.beta1 / (1 - momentum.beta1) if momentum.flush else 0.0)
 
 
 def _matrices(states: Sequence[State], key: str) -> Matrices:
@@ -187,8 +267,7 @@ def move(
     else:
         roots, correction, eps = second_moment.denominators(grads, states, number, reduction)
         roots = [
-            root if root.dim() > 1 else root.expand(*grad.shape[:-2], 1, 1)
-            for root, grad in zip(roots, used, strict=True)
+            root if root.dim() else root.expand(*grad.shape[:-2], 1, 1) for root, grad in zip(roots, used, strict=True)
         ]
         divisors = Divisors(Matrices.of(roots), correction, eps)
     factors = None

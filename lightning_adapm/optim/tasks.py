@@ -15,8 +15,8 @@ from lightning_adapm.sharding import ONE_PROCESS, ProcessReduction, Reduction, R
 # Pieces of one shape are taken through a step together while their gradients hold at most this many elements: small
 # matrices share kernels, large ones (which fill a device alone) are not copied and bound the temporaries.
 _BATCH_NUMEL = {"cpu": 1 << 16, "cuda": 1 << 24}
-# Where nothing is copied, temporaries are projections, of a share of that.
-_UNCOPIED_NUMEL = 1 << 27
+# Where nothing is copied, temporaries are projections, a small share of that, and several of them in a refresh.
+_UNCOPIED_NUMEL, _REFRESHED_NUMEL = 1 << 29, 1 << 27
 
 
 class Placement(NamedTuple):
@@ -149,14 +149,18 @@ class PieceState:
         return counter
 
 
-def batches(tasks: list[Task], copied: bool) -> Iterable[list[Task]]:
+def batches(bucket: Bucket, copied: bool) -> Iterable[list[Task]]:
     """Pieces of one shape in batches of a bounded size, the same on every process that holds a part of them.
 
     ``copied`` says whether a step copies their gradients.
     """
+    plan, step, tasks = bucket
     grad, shard = tasks[0].grad, tasks[0].shard
     numel = grad.numel() if shard is None else shard.most * shard.layout.shape[1:].numel()
-    limit = _BATCH_NUMEL.get(grad.device.type, _BATCH_NUMEL["cuda"]) if copied else _UNCOPIED_NUMEL
+    if copied:
+        limit = _BATCH_NUMEL.get(grad.device.type, _BATCH_NUMEL["cuda"])
+    else:
+        limit = _REFRESHED_NUMEL if plan.momentum.due(step) else _UNCOPIED_NUMEL
     size = max(1, limit // max(1, numel))
     return (tasks[start : start + size] for start in range(0, len(tasks), size))
 
