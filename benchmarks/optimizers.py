@@ -1,31 +1,146 @@
-"""Optimizers by name, with every option that they run under written out."""
+"""Optimizers by kind: each is built as its own documentation says, with every option that it runs under written out."""
 
+import contextlib
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import io
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from benchmarks.trials import Trial
-from lightning_adapm import AdaLomo, AdamMini, AdaPM, LoRAPre
+from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre
 from lightning_adapm.policy import momentum_table
 
 DECAY = 0.1
-"""Weight decay of every optimizer, on every parameter."""
+"""Weight decay unless the options say another, on every parameter."""
+TABLES = ("wte", "wpe", "lm_head")
+"""Parts of names of matrices that are not hidden: what Muon, GaLore and APOLLO leave to AdamW."""
 ROLES: dict[str, Callable[..., Optimizer]] = {"AdaPM": AdaPM, "trial": Trial}
 """Kinds with all of AdaPM's options."""
-NEIGHBOURS: dict[str, Callable[..., Optimizer]] = {"AdaLomo": AdaLomo, "AdamMini": AdamMini, "LoRAPre": LoRAPre}
+OURS = ROLES | {"AdaLomo": AdaLomo, "AdamMini": AdamMini, "LoRAPre": LoRAPre, "Lomo": Lomo}
+
+
+class UnavailableError(Exception):
+    """Why an optimizer cannot be had here."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Named parameters of a model or of copies of it, and the head counts of its attention, if it has any."""
+
+    named: list[tuple[str, nn.Parameter]]
+    heads: Mapping[str, int]
+
+    @classmethod
+    def of(cls, model: nn.Module, named: Iterable[tuple[str, nn.Parameter]] | None = None) -> "Parameters":
+        """``named`` are its copies'; by default its own."""
+        attention = next((module for module in model.modules() if hasattr(module, "n_query_groups")), None)
+        heads = {} if attention is None else {key: getattr(attention, key) for key in ("n_head", "n_query_groups")}
+        return cls(list(model.named_parameters() if named is None else named), heads)
+
+    @property
+    def tensors(self) -> list[nn.Parameter]:
+        return [param for _, param in self.named]
+
+    @property
+    def hidden(self) -> list[nn.Parameter]:
+        """The matrices inside the blocks."""
+        return [param for name, param in self.named if self._is_hidden(name, param)]
+
+    @property
+    def other(self) -> list[nn.Parameter]:
+        """Tables, norms and biases."""
+        return [param for name, param in self.named if not self._is_hidden(name, param)]
+
+    @staticmethod
+    def _is_hidden(name: str, param: Tensor) -> bool:
+        return param.dim() == 2 and not any(table in name.split(".") for table in TABLES)
+
+    @property
+    def group(self) -> dict[str, Any]:
+        """A group from whose names AdaPM finds the roles."""
+        return {"params": self.named, **self.heads}
+
+
+class Several(Optimizer):
+    """Optimizers of different parameters as one; their groups are its own, so that a schedule reaches them."""
+
+    def __init__(self, *parts: Optimizer) -> None:
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.state: Any = ChainMap(*(part.state for part in parts))
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+
+def _of_all(make: Callable[..., Any], of: Parameters, **options: Any) -> Optimizer:
+    return make(of.tensors, **options)
+
+
+def _muon(make: Callable[..., Any], of: Parameters, lr: float, weight_decay: float, **options: Any) -> Optimizer:
+    """Of the hidden matrices; AdamW's the rest, at the same learning rate."""
+    rest = torch.optim.AdamW(of.other, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
+    return Several(make(of.hidden, lr=lr, weight_decay=weight_decay, **options), rest)
+
+
+def _adam_mini(make: Callable[..., Any], of: Parameters, **options: Any) -> Optimizer:
+    width = next(param.shape[-1] for param in of.tensors if param.dim() == 2)
+    sizes = {"dim": width, "n_heads": of.heads["n_head"], "n_kv_heads": of.heads["n_query_groups"]}
+    optimizer = make(of.named, verbose=False, **sizes, **options)
+    # as its warnings ask (its README says nothing of fused weights): a matrix whose name it lacks would be one block
+    optimizer.wqk_names.add("qkv")
+    optimizer.embd_names.add("wpe")
+    return optimizer
+
+
+def _projected(
+    make: Callable[..., Any],
+    of: Parameters,
+    rank: float,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    **projection: Any,
+) -> Optimizer:
+    """GaLore and APOLLO, of the hidden matrices; a ``rank`` below 1 is a share of a matrix's smaller side."""
+    groups: list[dict[str, Any]] = [{"params": of.other}]
+    for side in sorted({min(param.shape) for param in of.hidden}):
+        alike = [param for param in of.hidden if min(param.shape) == side]
+        groups.append({"params": alike, "rank": max(1, round(rank * side)) if rank < 1 else rank, **projection})
+    return make(groups, lr=lr, betas=betas, weight_decay=weight_decay, no_deprecation_warning=True)
+
+
+class Library(NamedTuple):
+    """Where a class is, what to install for it, and how it is used."""
+
+    module: str
+    name: str
+    package: str
+    use: Callable[..., Optimizer] = _of_all
+
+
 LIBRARIES = {
-    "Adafactor": ("torch.optim", "Adafactor", "torch 2.5"),
-    "Muon": ("torch.optim", "Muon", "torch 2.9"),
-    "adam_mini": ("adam_mini", "Adam_mini", "adam-mini"),
-    "GaLore": ("galore_torch", "GaLoreAdamW", "galore-torch"),
-    "APOLLO": ("apollo_torch", "APOLLOAdamW", "apollo-torch"),
+    "AdamW": Library("torch.optim", "AdamW", "torch"),
+    "Adafactor": Library("torch.optim", "Adafactor", "torch 2.5"),
+    "Muon": Library("torch.optim", "Muon", "torch 2.9", _muon),
+    "adam_mini": Library("adam_mini", "Adam_mini", "adam-mini", _adam_mini),
+    "GaLore": Library("galore_torch", "GaLoreAdamW", "galore-torch", _projected),
+    "APOLLO": Library("apollo_torch", "APOLLOAdamW", "apollo-torch", _projected),
+    "torchao 8-bit": Library("torchao.optim", "AdamW8bit", "torchao"),
+    "torchao 4-bit": Library("torchao.optim", "AdamW4bit", "torchao"),
+    "bitsandbytes 8-bit": Library("bitsandbytes.optim", "AdamW8bit", "bitsandbytes"),
 }
-"""Kind to module, class and what to install."""
 
 
 def resolve(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,74 +174,42 @@ def missing(kind: str) -> str | None:
     """Why an optimizer cannot run here; None if it can."""
     if kind not in LIBRARIES:
         return None
-    module, name, package = LIBRARIES[kind]
     try:
-        getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        return f"needs {package}: {error}"
+        load(LIBRARIES[kind])
+    except UnavailableError as reason:
+        return f"needs {LIBRARIES[kind].package}: {reason}"
     return None
 
 
-def build(
-    resolved: Mapping[str, Any], named: Iterator[tuple[str, nn.Parameter]], model: nn.Module, lr: float
-) -> Optimizer:
-    """The optimizer of :func:`resolve`'s options over ``named`` parameters of copies of ``model``."""
-    kind, options = resolved["kind"], {key: value for key, value in resolved.items() if key != "kind"}
-    if "betas" in options:
-        options["betas"] = tuple(options["betas"])
-    attention = next((module for module in model.modules() if hasattr(module, "n_query_groups")), None)
-    heads = {} if attention is None else {key: getattr(attention, key) for key in ("n_head", "n_query_groups")}
-    if kind == "AdamW":
-        return torch.optim.AdamW(list(named), lr=lr, weight_decay=DECAY, **options)
-    if kind in LIBRARIES:
-        return build_peer(kind, list(named), lr, options, heads)
-    params = [{"params": list(named), **heads}]
-    return (ROLES | NEIGHBOURS)[kind](params, lr=lr, weight_decay=DECAY, **options)
-
-
-def build_peer(
-    kind: str, named: list[tuple[str, nn.Parameter]], lr: float, options: Mapping[str, Any], heads: Mapping[str, int]
-) -> Optimizer:
-    """Another library's optimizer, used as its documentation says. A ``rank`` is a share of a matrix's smaller side.
+def load(library: Library) -> Any:
+    """The class.
 
     Raises:
-        ImportError: :func:`missing` says what to install.
+        UnavailableError: it is not installed, or what it imports is not.
     """
-    reason = missing(kind)
-    if reason is not None:
-        raise ImportError(f"{kind} {reason}")
-    module, name, _ = LIBRARIES[kind]
-    make = getattr(importlib.import_module(module), name)
-    common: dict[str, Any] = {"lr": lr, "weight_decay": DECAY}
-    if kind == "Adafactor":
-        return make([param for _, param in named], **common, **options)
-    if kind == "adam_mini":
-        width = next(param.shape[-1] for _, param in named if param.dim() == 2)
-        sizes = {"dim": width, "n_heads": heads["n_head"], "n_kv_heads": heads["n_query_groups"]}
-        return make(named, **common, **sizes, verbose=False, **options)
-    hidden = [param for key, param in named if param.dim() == 2 and ".blocks." in key]
-    rest = [param for key, param in named if param.dim() != 2 or ".blocks." not in key]
-    if kind == "Muon":
-        others = torch.optim.AdamW(rest, betas=(0.9, 0.95), **common)
-        return Together(make(hidden, **common, **options), others)
-    betas = {key: value for key, value in options.items() if key == "betas"}
-    projection = {key: value for key, value in options.items() if key not in ("betas", "rank")}
-    groups: list[dict[str, Any]] = [{"params": rest}]
-    for size in sorted({min(param.shape) for param in hidden}):
-        alike = [param for param in hidden if min(param.shape) == size]
-        groups.append({"params": alike, "rank": max(1, round(options["rank"] * size)), **projection})
-    return make(groups, **common, **betas, no_deprecation_warning=True)
+    module, name = library.module, library.name
+    try:
+        # some print or warn about themselves on import
+        with contextlib.redirect_stdout(io.StringIO()):
+            found = getattr(importlib.import_module(module), name, None)
+    except Exception as error:
+        raise UnavailableError(f"not importable: {error}".splitlines()[0]) from error
+    if found is None:
+        version = getattr(importlib.import_module(module.split(".")[0]), "__version__", "")
+        raise UnavailableError(f"{module.split('.')[0]} {version} has no {name}")
+    return found
 
 
-class Together(Optimizer):
-    """Two optimizers that step together and share a learning rate."""
+def build(resolved: Mapping[str, Any], of: Parameters, lr: float) -> Optimizer:
+    """The optimizer of :func:`resolve`'s options.
 
-    def __init__(self, *optimizers: Optimizer) -> None:
-        self.optimizers = optimizers
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        super().__init__([{"params": group["params"]} for group in groups], {})
-        self.param_groups = groups  # theirs, so that a schedule reaches them
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for optimizer in self.optimizers:
-            optimizer.step()
+    Raises:
+        UnavailableError: :func:`missing` says what to install.
+    """
+    options = {"lr": lr, "weight_decay": DECAY, **resolved}
+    kind = options.pop("kind")
+    if "betas" in options:
+        options["betas"] = tuple(options["betas"])
+    if kind in OURS:
+        return OURS[kind]([of.group], **options)
+    return LIBRARIES[kind].use(load(LIBRARIES[kind]), of, **options)

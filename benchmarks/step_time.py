@@ -23,8 +23,9 @@ from torch.optim import Optimizer
 from benchmarks.decoder import Decoder, Shape
 from benchmarks.memory import held_bytes, state_bytes, tensors_in
 from benchmarks.models import DTYPES, MODELS, free_bytes, materialise, numel, shorten
+from benchmarks.optimizers import Parameters, UnavailableError
 from benchmarks.pages import RESULTS, provenance, session, stacked_bars, table, write
-from benchmarks.peers import BASES, Parameters, Peer, Result, UnavailableError, attempt, build, chosen, select
+from benchmarks.peers import BASES, Peer, Result, attempt, build, chosen, select
 from benchmarks.timing import bandwidth, launched, time_steps, transient_bytes
 from lightning_adapm.tables import show_bytes, show_count
 

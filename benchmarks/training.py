@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.copies import Copies
 from benchmarks.observing import Log
-from benchmarks.optimizers import build
+from benchmarks.optimizers import Parameters, build
 from benchmarks.setting import Device, Run, Setting
 from benchmarks.text import Text
 
@@ -36,7 +36,7 @@ def train(
     began, setting, lr = time.time(), runs[0].setting, runs[0].lr
     seeds = [run.seed for run in runs]
     copies = Copies(setting, seeds, device, start)
-    optimizer = build(runs[0].optimizer, copies.named_parameters(), copies.models[0], lr)
+    optimizer = build(runs[0].optimizer, Parameters.of(copies.models[0], copies.named_parameters()), lr)
     data = text.train.to(device.type)
     starts = torch.stack([batch_starts(text, setting, seed) for seed in seeds]).to(device.type)
     span = torch.arange(setting.shape.context + 1, device=device.type)

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.decoder import Shape
 from benchmarks.memory import Ledger, state_bytes, tensors_in
 from benchmarks.models import materialise
-from benchmarks.peers import Parameters, Peer, build
+from benchmarks.optimizers import Parameters
+from benchmarks.peers import Peer, build
 
 PARTS = ("parameters", "gradients", "activations", "state", "transient")
 WARMUP = 2

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.decoder import Shape
 from benchmarks.elsewhere import Images, Recurrent
-from benchmarks.optimizers import build, missing, resolve
+from benchmarks.optimizers import Parameters, build, missing, resolve
 from benchmarks.report import report
 from benchmarks.setting import Device, Run, Setting
 from benchmarks.store import Store
@@ -105,7 +105,7 @@ def test_every_variant_of_a_study_takes_a_step(name):
     for variant in there:
         model = shape.build()
         named = ((f"copy0.{name}", param) for name, param in model.named_parameters())
-        optimizer = build(json.loads(json.dumps(resolve(*variant))), named, model, 1e-3)
+        optimizer = build(json.loads(json.dumps(resolve(*variant))), Parameters.of(model, named), 1e-3)
         before = [param.clone() for param in model.parameters()]
         model(torch.arange(shape.context)[None]).logsumexp(dim=-1).sum().backward()
         optimizer.step()

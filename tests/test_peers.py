@@ -13,7 +13,8 @@ from benchmarks import docs, peers, step_time
 from benchmarks.decoder import Decoder, Shape
 from benchmarks.memory import state_bytes
 from benchmarks.models import MODELS, materialise, numel, shorten
-from benchmarks.peers import OURS, PEERS, Parameters, Peer, UnavailableError, attempt, build, chosen, select
+from benchmarks.optimizers import OURS, Parameters, UnavailableError
+from benchmarks.peers import PEERS, Peer, attempt, build, chosen, select
 from benchmarks.step_time import INTERVAL, Measured, Plan, measure, summarise
 from lightning_adapm import AdaPM, explain
 from lightning_adapm.planner import measure as planner_measure
@@ -168,7 +169,7 @@ def test_peers_are_chosen_by_a_part_of_their_name():
 def test_the_floor_and_the_ratios_are_of_means_over_whole_intervals():
     counts = {"state_bytes": 40, "floor_bytes": 200, "transient_bytes": 0, "launched": 1}
     fused = Measured(chosen("fused")[0], turns=[[1.0, 1.0], [2.0, 4.0]], counts=counts)
-    galore = Measured(Peer("galore", build, interval=4), turns=[[1.0]], refresh=9.0, counts=counts)
+    galore = Measured(Peer("galore", "GaLore", interval=4), turns=[[1.0]], refresh=9.0, counts=counts)
     gone = Measured(chosen("Lomo")[0], skipped="why")
     rows = summarise([fused, galore, gone], speed=100.0)
     assert rows["AdamW, fused"]["mean_ms"] == 2000 and rows["AdamW, fused"]["worst_ms"] == 4000

@@ -14,7 +14,7 @@ from benchmarks.copies import Copies
 from benchmarks.curves import reached
 from benchmarks.decoder import Shape
 from benchmarks.elsewhere import Images, Recurrent, made_images
-from benchmarks.optimizers import build, build_peer, missing, resolve
+from benchmarks.optimizers import Library, Parameters, UnavailableError, build, missing, resolve
 from benchmarks.report import report
 from benchmarks.setting import Device, Run, Setting
 from benchmarks.store import Store
@@ -65,7 +65,7 @@ def test_other_models_train_side_by_side_as_alone(text, setting, kind):
 @pytest.mark.parametrize("setting", [RECURRENT, IMAGES])
 def test_what_is_no_transformer_is_refused_until_it_is_taught(setting):
     with pytest.raises(ValueError, match="role"):
-        build(resolve("AdaPM", {}), setting.shape.build().named_parameters(), setting.shape.build(), 1e-3)
+        build(resolve("AdaPM", {}), Parameters.of(setting.shape.build()), 1e-3)
 
 
 def test_images_can_be_told_apart_and_only_their_label_is_a_target():
@@ -198,7 +198,7 @@ def test_scaling_a_policy_scales_its_roles_alone():
         torch.manual_seed(0)
         model = TINY.shape.build()
         before = {name: param.detach().clone() for name, param in model.named_parameters()}
-        optimizer = build(resolve("trial", {"clip_threshold": None, **options}), model.named_parameters(), model, 1e-3)
+        optimizer = build(resolve("trial", {"clip_threshold": None, **options}), Parameters.of(model), 1e-3)
         for group in optimizer.param_groups:
             group["weight_decay"] = 0.0
         model(torch.arange(8)[None]).logsumexp(dim=-1).sum().backward()
@@ -227,16 +227,15 @@ def test_a_run_that_is_observed_shows_its_updates_by_role(text):
 
 def test_a_peer_that_is_not_there_says_what_to_install(monkeypatch):
     assert missing("AdaPM") is None and missing("Adafactor") is None
-    monkeypatch.setitem(optimizers.LIBRARIES, "GaLore", ("no_such_module", "GaLoreAdamW", "galore-torch"))
-    assert "galore-torch" in missing("GaLore")
-    with pytest.raises(ImportError, match="needs galore-torch"):
-        build_peer("GaLore", [], 1e-3, {}, {})
+    monkeypatch.setitem(optimizers.LIBRARIES, "GaLore", Library("no_such_module", "GaLoreAdamW", "galore-torch"))
+    assert missing("GaLore").startswith("needs galore-torch: not importable")
+    with pytest.raises(UnavailableError, match="no_such_module"):
+        build({"kind": "GaLore"}, Parameters.of(TINY.shape.build()), 1e-3)
 
 
 def test_a_schedule_reaches_both_halves_of_muon():
     model = TINY.shape.build()
-    named = [(f"copy0.{name}", param) for name, param in model.named_parameters()]
-    optimizer = build_peer("Muon", named, 1e-3, {}, {})
+    optimizer = build({"kind": "Muon"}, Parameters.of(model), 1e-3)
     before = [param.detach().clone() for param in model.parameters()]
     model(torch.arange(8)[None]).logsumexp(dim=-1).sum().backward()
     for group in optimizer.param_groups:
@@ -244,6 +243,18 @@ def test_a_schedule_reaches_both_halves_of_muon():
     optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(before)
+
+
+def test_adam_mini_has_a_block_for_every_head_of_a_fused_weight_and_every_row_of_a_table():
+    model = TINY.shape.build()
+    named = [(f"copy0.{name}", param) for name, param in model.named_parameters()]
+    optimizer = build({"kind": "adam_mini", "betas": [0.9, 0.95]}, Parameters.of(model, named), 1e-3)
+    model(torch.arange(8)[None]).logsumexp(dim=-1).sum().backward()
+    optimizer.step()
+    blocks = {name: optimizer.state[param]["vmean"].numel() for name, param in named if param.dim() == 2}
+    attention = blocks.pop("copy0.blocks.0.attn.qkv.weight")
+    assert attention == 3 * TINY.shape.n_head
+    assert blocks == {name: len(param) for name, param in named if name in blocks}
 
 
 @pytest.mark.parametrize(("loss", "step"), [(3.0, 10), (2.5, 15.0), (2.0, 20.0), (0.5, None), (1.25, 27.5)], ids=str)
@@ -259,7 +270,7 @@ def test_studies_that_share_runs_train_them_once_and_report_curves(tmp_path):
         "Which?", variants, (1e-3,), (), 2, TINY, curves=True, baselines={"AdamW": ("AdamW",)},
         rates={"AdaPM": (2e-3,)}, changes={"AdamW, longer": {"length": 2}},
     )  # fmt: skip
-    optimizers.LIBRARIES["lost"] = "no_such_module", "Lost", "lost-package"
+    optimizers.LIBRARIES["lost"] = Library("no_such_module", "Lost", "lost-package")
     try:
         paths = [tmp_path / "results" / f"{name}.json" for name in ("one", "other")]
         sweep.sweep([(study, Store(path)) for path in paths], data, CPU, jobs=1, stack=2, deadline=math.inf)
