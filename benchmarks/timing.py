@@ -16,8 +16,8 @@ Step = Callable[[], object]
 def time_steps(step: Step, steps: int, device: str) -> list[float]:
     """Seconds of each of ``steps`` steps in a row.
 
-    On a GPU between events in its stream, without waiting in between: the host runs ahead as it does in training,
-    and a step that the host cannot launch fast enough takes as long as the launches.
+    On a GPU between events in its stream, after one more step and without waiting in between: the host runs ahead as it
+    does in training, and a step that the host cannot launch fast enough takes as long as the launches.
     """
     if device != "cuda":
         taken = []
@@ -28,8 +28,7 @@ def time_steps(step: Step, steps: int, device: str) -> list[float]:
         return taken
     events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
     torch.cuda.synchronize()
-    events[0].record()
-    for event in events[1:]:
+    for event in events:
         step()
         event.record()
     torch.cuda.synchronize()

@@ -42,11 +42,13 @@ def _kept_starting_rows(rank: int, n: int, dtype: torch.dtype, device: torch.dev
 
 def orthonormal_rows(rows: Tensor) -> Tensor:
     """Orthonormal rows with the span of ``rows`` ``(b, r, n)``; a row that depends on those before it becomes zero."""
-    return orthonormalise([rows])[0]
+    return orthonormalise([rows])[0][0]
 
 
-def orthonormalise(stacks: Sequence[Tensor]) -> list[Tensor]:
+def orthonormalise(stacks: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     """:func:`orthonormal_rows` of each of some ``stacks`` of any shapes, whose small matrices are factorised together.
+
+    And for each matrix of all stacks whether it is finite, ``(sum of b, 1, 1)``; what comes of others means nothing.
 
     Cholesky-QR, twice, in float64 (never TF32): the first pass is shifted so that it cannot fail and shows which rows
     are dependent, the second makes the others orthonormal to working precision. Only ``r x r`` matrices are factorised,
@@ -55,12 +57,13 @@ def orthonormalise(stacks: Sequence[Tensor]) -> list[Tensor]:
     rows = [stack.to(torch.float64) for stack in stacks]
     gram = _gram(rows)
     length = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    seen = length > _DEPENDENT * length.amax(dim=-1, keepdim=True)
+    longest = length.amax(dim=-1, keepdim=True)
+    seen = length > _DEPENDENT * longest
     rows = _multiplied(_whitening(gram, torch.where(seen, length.reciprocal(), 0.0), _DEPENDENT**2), rows)
     gram = _gram(rows)
     alive = (gram.diagonal(dim1=-2, dim2=-1) > 0.25).to(gram.dtype)
     rows = _multiplied(_whitening(gram, alive, 1 - alive), rows)
-    return [row.to(stack.dtype) for row, stack in zip(rows, stacks, strict=True)]
+    return [row.to(stack.dtype) for row, stack in zip(rows, stacks, strict=True)], longest.isfinite().unsqueeze(-1)
 
 
 def _gram(stacks: Sequence[Tensor]) -> Tensor:
@@ -104,16 +107,22 @@ def refresh_basis(
     ``grad`` and ``left`` may be the rows of this process: ``reduction`` then adds what the others hold, so that the
     basis is the same on all of them.
     """
-    rows, usable = iterated_rows(grad, left, right, beta1, reduction)
-    return torch.where(usable, orthonormal_rows(rows), right)
+    return refreshed([(*iterated_rows(grad, left, right, beta1, reduction), right)])[0]
+
+
+def refreshed(iterated: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
+    """The next bases, from what :func:`iterated_rows` found and the bases that there were."""
+    bases, finite = orthonormalise([rows for rows, _, _ in iterated])
+    flags = finite.split([len(rows) for rows, _, _ in iterated])
+    found = zip(iterated, bases, flags, strict=True)
+    return [torch.where(shown & flag, basis, right) for (_, shown, right), basis, flag in found]
 
 
 def iterated_rows(
     grad: Multiplied, left: Tensor, right: Tensor, beta1: float, reduction: Reduction = ONE_PROCESS
 ) -> tuple[Tensor, Tensor]:
-    """What :func:`refresh_basis` makes orthonormal, ``(M~ᵀ M~ rightᵀ)ᵀ``, and where that is to be used, ``(b, 1, 1)``.
-
-    Of a direction that is sketched, ``M~ rightᵀ`` is taken of the gradient alone.
+    """What :func:`refresh_basis` makes orthonormal, ``(M~ᵀ M~ rightᵀ)ᵀ``, and where the gradient shows something,
+    ``(b, 1, 1)``. Of a direction that is sketched, ``M~ rightᵀ`` is taken of the gradient alone.
     """
     rank, n = right.shape[-2:]
     empty = ~right.any(dim=-1, keepdim=True)
@@ -126,8 +135,7 @@ def iterated_rows(
     seen = seen * length.reciprocal().to(seen.dtype)
     fresh, inner = reduction.total([seen.mT @ grad, reduction.owned(seen).mT @ left])
     rows = torch.baddbmm(fresh, inner, right, beta=1 - beta1, alpha=beta1)
-    shown, size = (torch.linalg.vector_norm(each, torch.inf, (-2, -1), keepdim=True) for each in (fresh, rows))
-    return rows, (shown > 0) & (size < torch.inf)
+    return rows, fresh.any(dim=-1, keepdim=True).any(dim=-2, keepdim=True)
 
 
 def move_left(left: Tensor, right: Tensor, new_right: Tensor) -> Tensor:

@@ -39,6 +39,9 @@ from lightning_adapm.sharding import ONE_PROCESS, Reduction
 _TOGETHER_NUMEL = 1 << 24
 """Elements of bases that are made orthonormal together: they are copied in float64."""
 
+Iterated = tuple[Tensor, Tensor, Tensor]
+"""What :func:`lowrank.refreshed` takes."""
+
 
 def takes(tasks: list[Task], momentum: Momentum, second_moment: SecondMoment) -> bool:
     """Whether a step with these needs no more of gradients than kernels find."""
@@ -153,23 +156,24 @@ def refresh(batches: Sequence[Batch]) -> None:
     What a basis is made of is found batch by batch. Making it orthonormal is many small kernels in a row, which take
     as long for one batch as for all of them.
     """
-    found: list[tuple[DeviceGradients, Tensor, Tensor, Tensor]] = []
+    found: list[tuple[DeviceGradients, Iterated]] = []
     for batch in batches:
         if not batch.refreshes:
             continue
         grads, momentum, right = batch.grads, batch.plan.momentum, batch.joined("exp_avg_r")
         assert grads is not None and isinstance(momentum, LowRankMomentum)
-        found.append((grads, right, *lowrank.iterated_rows(grads, batch.joined("exp_avg_l"), right, momentum.beta1)))
-        if sum(rows.numel() for _, _, rows, _ in found) > _TOGETHER_NUMEL:
+        iterated = lowrank.iterated_rows(grads, batch.joined("exp_avg_l"), right, momentum.beta1)
+        found.append((grads, (*iterated, right)))
+        if sum(right.numel() for _, (_, _, right) in found) > _TOGETHER_NUMEL:
             _settle(found)
             found = []
-    _settle(found)
+    if found:
+        _settle(found)
 
 
-def _settle(found: Sequence[tuple[DeviceGradients, Tensor, Tensor, Tensor]]) -> None:
-    bases = lowrank.orthonormalise([rows for _, _, rows, _ in found]) if found else ()
-    for (grads, right, _, usable), basis in zip(found, bases, strict=True):
-        grads.basis = torch.where(usable, basis, right)
+def _settle(found: Sequence[tuple[DeviceGradients, Iterated]]) -> None:
+    for (grads, _), basis in zip(found, lowrank.refreshed([iterated for _, iterated in found]), strict=True):
+        grads.basis = basis
 
 
 def step(batch: Batch, group: Mapping[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from lightning_adapm.sharding import ONE_PROCESS, ProcessReduction, Reduction, R
 # matrices share kernels, large ones (which fill a device alone) are not copied and bound the temporaries.
 _BATCH_NUMEL = {"cpu": 1 << 16, "cuda": 1 << 24}
 # Where nothing is copied, temporaries are projections, a small share of that, and several of them in a refresh.
-_UNCOPIED_NUMEL, _REFRESHED_NUMEL = 1 << 29, 1 << 27
+_UNCOPIED_NUMEL, _REFRESHED_NUMEL = 1 << 29, 1 << 28
 
 
 class Placement(NamedTuple):
