@@ -115,8 +115,8 @@ class ResNet(nn.Module):
         self.blocks = nn.Sequential()
         for before, after in zip([shape.width, *widths], widths, strict=False):
             for index in range(shape.blocks):
-                first = index == 0
-                self.blocks.append(ResidualBlock(before if first else after, after, 2 if after > before else 1))
+                inputs = before if index == 0 else after
+                self.blocks.append(ResidualBlock(inputs, after, stride=2 if after > inputs else 1))
         self.classifier = nn.Linear(widths[-1], shape.vocab)
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -68,6 +68,12 @@ def trained(dtype, steps=8, spoiled=(), **options):
     return torch.cat([p.detach().float().flatten() for p in model.parameters()]), torch.cat(states), optimizer
 
 
+def test_bases_are_refreshed_in_groups_of_a_bounded_size(interpreted, monkeypatch):
+    together = trained(torch.float32, rank=2)[0]
+    monkeypatch.setattr("lightning_adapm.optim.device._TOGETHER_NUMEL", 1)
+    torch.testing.assert_close(trained(torch.float32, rank=2)[0], together)
+
+
 @pytest.mark.parametrize("second_moment", ["elementwise", "block", "factored"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)])
 def test_as_without_kernels(interpreted, monkeypatch, second_moment, dtype, tolerance):

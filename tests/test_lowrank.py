@@ -35,6 +35,22 @@ def test_dependent_rows_become_zero_and_dead_columns_stay_zero():
     assert not result[:, :, ::3].any()
 
 
+def test_stacks_of_any_shapes_are_made_orthonormal_together():
+    """As one by one; one with an entry that is not finite spoils no other and keeps its basis."""
+    stacks = [torch.randn(2, 3, 40), torch.randn(1, 7, 20), torch.randn(3, 1, 9)]
+    together, finite = lowrank.orthonormalise(stacks)
+    assert finite.all()
+    for result, stack in zip(together, stacks, strict=True):
+        torch.testing.assert_close(result, lowrank.orthonormal_rows(stack))
+    stacks[1][0, 2, 3] = float("inf")
+    bases = [torch.randn_like(stack) for stack in stacks]
+    shown = [torch.ones(len(stack), 1, 1, dtype=torch.bool) for stack in stacks]
+    found = lowrank.refreshed(list(zip(stacks, shown, bases, strict=True)))
+    torch.testing.assert_close(found[1], bases[1], rtol=0, atol=0)
+    for result, expected in zip(found[::2], together[::2], strict=True):
+        torch.testing.assert_close(result, expected)
+
+
 @pytest.mark.parametrize("shape", [(40, 30), (30, 40)])
 def test_refreshes_find_the_strongest_subspace(shape):
     u, v = (torch.linalg.qr(torch.randn(n, 30, dtype=torch.float64)).Q for n in shape)

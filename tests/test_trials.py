@@ -27,7 +27,7 @@ from lightning_adapm.momentum import LowRankMomentum
 CPU = Device()
 TINY = Setting(Shape(layers=1, width=16, n_head=2, context=8), steps=4, batch=2, val_windows=4)
 RECURRENT = Setting(Recurrent(layers=1, width=16, context=8), steps=4, batch=2, val_windows=4)
-IMAGES = Setting(Images(blocks=1, width=8, side=8), steps=4, batch=2, val_windows=4)
+IMAGES = Setting(Images(blocks=2, width=8, side=8), steps=4, batch=2, val_windows=4)
 TAUGHT = {Recurrent: {"roles": {r"weight_(ih|hh)": "low_rank"}}, Images: {"unmatched": "low_rank"}}
 
 

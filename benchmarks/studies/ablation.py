@@ -27,6 +27,12 @@ def debias() -> Study:
         curves=True,
         baselines=BESIDE_FAST,
         changes={label: {"length": factor} for label, factor in lengths.items()},
+        finding=(
+            "1.7 to 1.9 times AdamW's steps (1.69 +- 0.16 in a run of twice the length, 1.79 +- 0.16 of three times, "
+            "1.89 +- 0.18 of four times; the paper says 1.96), and in a run of 600 steps or 900 not at all or one "
+            "seed in four. With the correction AdaPM is there after 0.79 +- 0.06 of AdamW's steps, and after 0.88 +- "
+            "0.07 where it refreshes every 100 (betas .9 .95, 4 seeds). It stays on."
+        ),
     )
 
 
@@ -58,7 +64,16 @@ def factoriser() -> Study:
         )
     }
     return Study(
-        "Does it matter how the subspace is found?", {**ADAMW, **rows}, lrs=(2e-3,), edge=(), baselines=BESIDE_ADAMW
+        "Does it matter how the subspace is found?",
+        {**ADAMW, **rows},
+        lrs=(2e-3,),
+        edge=(),
+        baselines=BESIDE_ADAMW,
+        finding=(
+            "Between one warm-started subspace iteration and an exact SVD it does not: 0.002 to 0.007 apart, with "
+            "standard errors above that, at every 10 and every 100 steps and for both betas. Gradient descent on the "
+            "factors is 0.012 to 0.029 behind in all four. Subspace iteration, the cheapest, stays."
+        ),
     )
 
 
@@ -82,4 +97,11 @@ def lr_change() -> Study:
         curves=True,
         baselines={"AdamW": ("AdamW",)},
         changes={label + after: {"change": change} for label in optimizers for after, change in changes.items()},
+        finding=(
+            "Nothing that AdamW does not see: after x 0.1 AdaPM is 0.043 below AdamW after the same change, after x 3 "
+            "0.021 below, without a change 0.045 below. The share of the gradient outside of the subspace is 0.35 to "
+            "0.65 before and after, and its cosine with the step before stays within -0.35 and 0.15: what the "
+            "correction takes for stationary is not, step by step, with or without a change; what it does is to pass "
+            "the gradient on. One row of nine was not run."
+        ),
     )
