@@ -54,11 +54,12 @@ def test_results_from_before_a_setting_had_more_fields_are_still_found():
 def test_other_models_train_side_by_side_as_alone(text, setting, kind):
     data = made_images(setting.shape, 50, 20) if isinstance(setting.shape, Images) else text
     options = TAUGHT[type(setting.shape)] if kind == "AdaPM" else {}
-    runs = [run_of(setting, seed, kind, **options) for seed in (0, 1)]
+    # at 1e-2 four steps on two images amplify the last bits of a product to 1e-2; in float64 they do not
+    runs = [run_of(setting, seed, kind, lr=1e-3, **options) for seed in (0, 1)]
     together = train(runs, data, CPU)
     alone = [train([run], data, CPU)[0] for run in runs]
     for a, b in zip(together, alone, strict=True):
-        assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-3)
+        assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-4)
     assert alone[0]["val_loss"] != alone[1]["val_loss"]
 
 
