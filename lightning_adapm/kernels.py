@@ -20,18 +20,21 @@ itself is kept in its own precision, and the gradient is added in float32.
 READ, PROJECT, COMBINE = (16, 512, 4, 3), (64, 64, 4, 3), (64, 128, 4, 3)
 MOVE, MOVE_ALONG, MOVE_ALONG_ELEMENTWISE = (1, 2048, 4, 3), (64, 64, 4, 4), (16, 128, 4, 3)
 """Rows and columns of a tile, warps, stages: of a reading without and with products and of a combination; of a move
-without products and with them, by block and by elementwise second moments. The fastest of some on an H200.
+without products and with them, by block and by elementwise second moments. The fastest of some on an H200, and within
+the 99 KiB of shared memory that a block has on smaller GPUs.
 """
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether the kernels run there: on CUDA, where Triton is installed."""
-    return device.type == "cuda" and _installed()
+    """Whether the kernels run there: on NVIDIA's GPUs from compute capability 8.0 on, which Triton asks for."""
+    return device.type == "cuda" and _supported(device)
 
 
 @cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _supported(device: torch.device) -> bool:
+    if torch.version.hip is not None or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def readable(matrices: Sequence[Tensor]) -> bool:

@@ -120,3 +120,7 @@ def test_products_of_gradients(dtype, m, n, r):
         assert (product[..., :r] - expected).norm() < 5e-3 * expected.norm()
         torch.testing.assert_close(reading.squares, torch.stack([grad.float().square().sum(1) for grad in grads]))
         assert not reading.flaws.any()
+        weights = product[..., :r].contiguous()
+        combined = kernels.combine(kernels.Matrices.of(grads), weights, reading.flaws)
+        summed = weights.mT @ torch.stack([grad.float() for grad in grads])
+        assert (combined - summed).norm() < 5e-3 * summed.norm()
