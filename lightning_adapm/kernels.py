@@ -25,6 +25,10 @@ the 99 KiB of shared memory that a block has on smaller GPUs.
 """
 
 
+_MOST_COLUMNS = 1 << 21
+"""A grid has at most 65,535 tiles along columns."""
+
+
 def runs_on(device: torch.device) -> bool:
     """Whether the kernels run there: on NVIDIA's GPUs from compute capability 8.0 on, which Triton asks for."""
     return device.type == "cuda" and _supported(device)
@@ -40,7 +44,8 @@ def _supported(device: torch.device) -> bool:
 def readable(matrices: Sequence[Tensor]) -> bool:
     """Whether these are vectors, matrices or stacks of matrices of one layout that the kernels know."""
     first = matrices[0]
-    return runs_on(first.device) and first.dim() in (1, 2, 3) and first.numel() > 0 and _alike(matrices)
+    fits = first.dim() in (1, 2, 3) and 0 < first.numel() and first.shape[-1] <= _MOST_COLUMNS
+    return runs_on(first.device) and fits and _alike(matrices)
 
 
 def movable(params: Sequence[Tensor], directions: Sequence[Tensor]) -> bool:
