@@ -44,7 +44,7 @@ def _supported(device: torch.device) -> bool:
 def readable(matrices: Sequence[Tensor]) -> bool:
     """Whether these are vectors, matrices or stacks of matrices of one layout that the kernels know."""
     first = matrices[0]
-    fits = first.dim() in (1, 2, 3) and 0 < first.numel() and first.shape[-1] <= _MOST_COLUMNS
+    fits = first.dim() in (1, 2, 3) and first.numel() > 0 and first.shape[-1] <= _MOST_COLUMNS
     return runs_on(first.device) and fits and _alike(matrices)
 
 
