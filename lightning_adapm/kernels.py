@@ -167,7 +167,7 @@ def combine(grads: Matrices, weights: Tensor, flaws: Tensor) -> Tensor:
     from lightning_adapm import triton_kernels
 
     b, m, r = weights.shape
-    n = grads.like.shape[-1]
+    n = grads.shape[1]
     product = weights.new_empty(b, r, n)
     block_m, block_n, warps, stages = _narrowed(COMBINE, n)
     with _on(product.device):

@@ -195,6 +195,11 @@ class LowRankMomentum:
     name: ClassVar[str] = "low_rank"
     clamp: ClassVar[float] = 1.0
 
+    @property
+    def payout(self) -> float:
+        """How much of what leaves the subspace at a refresh is paid out; see ``flush``."""
+        return self.beta1 / (1 - self.beta1) if self.flush else 0.0
+
     def due(self, step: int) -> bool:
         return (step - 1 - self.offset) % self.update_proj_gap == 0
 
@@ -224,9 +229,8 @@ class LowRankMomentum:
         inside = new_left / (1 - self.beta1**step)
         factors = inside - projected, new_right
         if new_right is not right and self.flush:
-            weight = self.beta1 / (1 - self.beta1)
             factors = (
-                torch.cat([inside - projected - weight * moved, weight * left], dim=-1),
+                torch.cat([inside - projected - self.payout * moved, self.payout * left], dim=-1),
                 torch.cat([new_right, right], dim=-2),
             )
         store(new_left, [state["exp_avg_l"] for state in states])  # only now: left and right may be views of it

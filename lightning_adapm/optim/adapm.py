@@ -302,9 +302,8 @@ class AdaPM(Checkpointed):
         if not moving:
             return ()
         counters = [plans[0].task.state.step for _, plans in moving]
-        torch._foreach_add_(
-            counters, torch.ones((), dtype=counters[0].dtype)
-        )  # not 1: it would become a tensor for each
+        one = torch.ones((), dtype=counters[0].dtype)  # not 1: it would become a tensor for each
+        torch._foreach_add_(counters, one)
         buckets: dict[Any, Bucket] = {}
         for (grad, plans), count in zip(moving, torch.stack(counters).tolist(), strict=True):
             step = int(count)
@@ -350,8 +349,8 @@ class AdaPM(Checkpointed):
                 self._move_shards(bucket, group)
                 continue
             as_they_are = self._as_they_are(tasks, plan, group)
-            for batch in batches(bucket, copied=not as_they_are):
-                ready.append(self._batch(batch, plan, step, as_they_are))
+            together = batches(bucket, copied=not as_they_are)
+            ready += [self._batch(batch, plan, step, as_they_are) for batch in together]
         device.refresh(ready)
         for each in ready:
             self._update(each, group)
@@ -383,7 +382,9 @@ class AdaPM(Checkpointed):
             tasks = self._nonfinite.replace(tasks, group["maximize"])
             self._move(tasks, [task.grad for task in tasks], batch.plan, batch.step, group)
         else:
-            if not device.step(batch, group):
+            if batch.by_kernels:
+                device.step(batch, group)
+            else:
                 self._move(tasks, grads, batch.plan, batch.step, group)
             self._nonfinite.count(tasks, grads.reading.flaws)
 

@@ -137,17 +137,11 @@ class Batch(NamedTuple):
         return join([state[key] for state in self.states]).float()
 
     @property
-    def refreshes(self) -> bool:
-        """Whether :func:`refresh` finds its next bases."""
-        momentum = self.plan.momentum
-        return (
-            self.grads is not None
-            and isinstance(momentum, LowRankMomentum)
-            and momentum.due(self.step)
-            and momentum.rank < self.grads.shape[-1]
-            and reduction_of(self.tasks) is ONE_PROCESS
-            and all(state["seeded"] for state in self.states)
-        )
+    def by_kernels(self) -> bool:
+        """Whether :func:`step` does all of it: where nothing is shared out and every basis is there."""
+        if self.grads is None or reduction_of(self.tasks) is not ONE_PROCESS:
+            return False
+        return not isinstance(self.plan.momentum, LowRankMomentum) or all(state["seeded"] for state in self.states)
 
 
 def refresh(batches: Sequence[Batch]) -> None:
@@ -158,10 +152,12 @@ def refresh(batches: Sequence[Batch]) -> None:
     """
     found: list[tuple[DeviceGradients, Iterated]] = []
     for batch in batches:
-        if not batch.refreshes:
+        grads, momentum = batch.grads, batch.plan.momentum
+        if grads is None or not isinstance(momentum, LowRankMomentum) or not momentum.due(batch.step):
             continue
-        grads, momentum, right = batch.grads, batch.plan.momentum, batch.joined("exp_avg_r")
-        assert grads is not None and isinstance(momentum, LowRankMomentum)
+        if momentum.rank >= grads.shape[-1] or not batch.by_kernels:
+            continue
+        right = batch.joined("exp_avg_r")
         iterated = lowrank.iterated_rows(grads, batch.joined("exp_avg_l"), right, momentum.beta1)
         found.append((grads, (*iterated, right)))
         if sum(right.numel() for _, (_, _, right) in found) > _TOGETHER_NUMEL:
@@ -176,10 +172,8 @@ def _settle(found: Sequence[tuple[DeviceGradients, Iterated]]) -> None:
         grads.basis = basis
 
 
-def step(batch: Batch, group: Mapping[str, Any]) -> bool:
-    """Move the parameters of a batch that :func:`takes` and :func:`refresh` have seen; False where it is the general
-    way that does it.
-    """
+def step(batch: Batch, group: Mapping[str, Any]) -> None:
+    """Move the parameters of a batch ``by_kernels`` that :func:`refresh` has seen."""
     tasks, (momentum, second_moment, decay), number = batch.tasks, batch.plan[1:4], batch.step
     grads, states = batch.grads, batch.states
     assert grads is not None
@@ -187,17 +181,14 @@ def step(batch: Batch, group: Mapping[str, Any]) -> bool:
     assert isinstance(second_moment, BlockSecondMoment | ElementwiseSecondMoment)
     lefts = right = refreshed = projected = averages = blocks = left = roots = average = clip = None
     beta1, scale = 0.0, 1.0
-    if reduction_of(tasks) is not ONE_PROCESS:
-        return False
     if isinstance(momentum, LowRankMomentum):
-        if not all(state["seeded"] for state in states):
-            return False
         lefts, beta1 = _matrices(states, "exp_avg_l"), momentum.beta1
         # read by every block of rows: half the bytes are worth a copy
-        right = join([state["exp_avg_r"] for state in states]).to(kernels.FACTOR)
-        read = right
+        kept = join([state["exp_avg_r"] for state in states])
+        right = read = kept.to(kernels.FACTOR)
         if grads.basis is not None:
-            read, refreshed = grads.basis.to(kernels.FACTOR), _refreshed(batch, grads.basis, momentum)
+            refreshed = _refreshed(batch, kept.float(), grads.basis, momentum)
+            read = grads.basis.to(kernels.FACTOR)
             right = torch.cat([read, right], dim=-2)
             store(grads.basis, [state["exp_avg_r"] for state in states])
         projected = grads.read(Matrices.of([read]))
@@ -224,16 +215,14 @@ def step(batch: Batch, group: Mapping[str, Any]) -> bool:
         decay,
         clip,
     )
-    return True
 
 
-def _refreshed(batch: Batch, basis: Tensor, momentum: LowRankMomentum) -> kernels.Refreshed:
-    """What the new ``basis`` ``(b, r, n)`` leaves of the left factors."""
+def _refreshed(batch: Batch, right: Tensor, basis: Tensor, momentum: LowRankMomentum) -> kernels.Refreshed:
+    """What a new ``basis`` in the place of ``right``, both ``(b, r, n)``, leaves of the left factors."""
     held = batch.joined("exp_avg_l")
     if len(batch.tasks) == 1:  # a view of the state, which is to change
         held = held.clone()
-    moved = lowrank.move_left(held, batch.joined("exp_avg_r"), basis)
-    return kernels.Refreshed(held, moved, momentum.beta1 / (1 - momentum.beta1) if momentum.flush else 0.0)
+    return kernels.Refreshed(held, lowrank.move_left(held, right, basis), momentum.payout)
 
 
 def _matrices(states: Sequence[State], key: str) -> Matrices:
