@@ -3,6 +3,7 @@
 import math
 import statistics
 from pathlib import Path
+from typing import Any
 
 from benchmarks.curves import observed_tables, plot_curves, plot_observed, steps_table
 from benchmarks.optimizers import missing
@@ -52,6 +53,53 @@ def paired(cell: Cell, rival: Cell) -> str:
     common = [(loss, rival.losses[seed]) for seed, loss in cell.losses.items() if seed in rival.losses]
     differences = [a - b for a, b in common]
     return spread(differences, "+") if differences and all(map(math.isfinite, differences)) else "not finite"
+
+
+def crossings(study: Study, table: Table) -> dict[Any, dict[Any, Cell]]:
+    """Of two crossed options: the second's value to the first's to the best learning rate's runs, both ascending."""
+    assert study.crossed is not None
+    columns, rows = study.crossed
+    found: dict[Any, dict[Any, Cell]] = {}
+    for label, cells in table.items():
+        options = study.variants[label][1]
+        if columns in options and rows in options:
+            found.setdefault(options[rows], {})[options[columns]] = cells[best(cells)]
+    return {value: dict(sorted(found[value].items())) for value in sorted(found)}
+
+
+def crossed_table(study: Study, table: Table) -> list[str]:
+    """Mean loss by the values of both options."""
+    assert study.crossed is not None
+    found = crossings(study, table)
+    heads = sorted({value for cells in found.values() for value in cells})
+    lines = [f"Loss by `{study.crossed[1]}` (rows) and `{study.crossed[0]}` (columns):", ""]
+    lines += ["| | " + " | ".join(map(str, heads)) + " |", "|---" * (len(heads) + 1) + "|"]
+    for value, cells in found.items():
+        means = (f"{cells[head].mean:.4f}" if head in cells else "" for head in heads)
+        lines.append(f"| {value} | " + " | ".join(means) + " |")
+    return lines
+
+
+def plot_crossed(study: Study, table: Table, path: Path) -> bool:
+    """Loss against one option, a line for each value of the other, baselines level; False without matplotlib."""
+    plt = plotting()
+    if plt is None:
+        return False
+    assert study.crossed is not None
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for index, (value, cells) in enumerate(crossings(study, table).items()):
+        axes.plot(
+            list(cells), [cell.mean for cell in cells.values()], marker="o", ms=3, label=f"{study.crossed[1]} {value}",
+            **style(index, "AdaPM"),
+        )  # fmt: skip
+    for label in rivals(study, table).values():
+        axes.axhline(table[label][best(table[label])].mean, color="black", lw=1.2, ls="--", label=label)
+    axes.set(xscale="log", xlabel=study.crossed[0], ylabel="validation loss (nats)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+    return True
 
 
 def plot(table: Table, path: Path) -> bool:
@@ -116,13 +164,18 @@ def not_run(study: Study, table: Table) -> list[str]:
 
 def section(study: Study, table: Table, image: Path) -> list[str]:
     """All about one text; ``image`` is the file of its plot."""
-    page = [*losses_table(table), ""]
+    page = [*crossed_table(study, table), ""] if study.crossed else []
+    page += [*losses_table(table), ""]
     page += ["Bold: each row's best learning rate, chosen on the same seeds for every row. There:", ""]
     page += [*best_table(study, table), ""]
     page += [f"Stable: no seed diverged and the mean is within {STABLE} of the row's best.", ""]
     page += not_run(study, table)
-    if plot(table, image) or image.exists():
-        page += [f"![validation loss by learning rate]({image.name})", ""]
+    if study.crossed:
+        drawn, shown = plot_crossed(study, table, image), " and ".join(study.crossed)
+    else:
+        drawn, shown = plot(table, image), "learning rate"
+    if drawn or image.exists():
+        page += [f"![validation loss by {shown}]({image.name})", ""]
     if study.curves:
         page += steps_table(study, table)
         curves = image.with_name(f"{image.stem}-curves.svg")

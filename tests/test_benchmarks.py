@@ -180,6 +180,19 @@ def test_a_study_runs_resumes_and_reports(study, tmp_path):
     assert "minus AdamW's best" in page and "(2)" in page and then.popitem()[1].session["command"] in page
 
 
+def test_crossed_options_are_shown_against_each_other(study, tmp_path):
+    rows = {f"{rank}, {gap}": adapm(rank=rank, update_proj_gap=gap) for gap in (10, 2) for rank in (0.5, 0.25)}
+    crossed = dataclasses.replace(study, variants={"AdamW": adamw(), **rows}, crossed=("update_proj_gap", "rank"))
+    store = Store(tmp_path / "study.json")
+    for loss, variant in enumerate(crossed.variants.values()):
+        result = {"val_loss": float(loss), "curve": [], "max_update": 1.0, "diverged": False, "seconds": 1.0}
+        run = Run(resolve(*variant), 1e-3, 0, TINY, "numbers")
+        store.add(run, result, {"command": "c", "date": "d", "hardware": "h", "versions": "v"})
+    report("study", crossed, Store(store.path))
+    page = (tmp_path / "study.md").read_text()
+    assert "| | 2 | 10 |" in page and "| 0.25 | 4.0000 | 2.0000 |" in page and "| 0.5 | 3.0000 | 1.0000 |" in page
+
+
 def test_the_report_compares_seed_by_seed_and_leaves_out_what_diverged(study, tmp_path):
     store = Store(tmp_path / "study.json")
     losses = {"AdamW": {1e-3: (2.0, 3.0), 2e-3: (2.5, None)}, "AdaPM": {1e-3: (1.8, 2.6)}}

@@ -31,7 +31,8 @@ class Study:
     of one name together (the best of them counts); ``edge``: learning rates added to a variant whose best is the
     highest tried so far; ``rates``: label to learning rates of its own; ``changes``: label to what differs in its
     setting, where ``length`` multiplies the steps. ``images``: on images made here, not on text; ``curves``: also plot
-    the loss against steps, bytes and seconds, and count the steps to a baseline's loss.
+    the loss against steps, bytes and seconds, and count the steps to a baseline's loss. ``crossed``: two options of
+    whose values the variants are all combinations, which a table and a plot then show against each other.
     """
 
     question: str
@@ -44,6 +45,7 @@ class Study:
     pretrained: bool = False
     images: bool = False
     curves: bool = False
+    crossed: tuple[str, str] | None = None
     baselines: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
