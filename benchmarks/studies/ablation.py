@@ -113,7 +113,7 @@ def lr_change() -> Study:
             "0.021 below, without a change 0.045 below. The share of the gradient outside of the subspace is 0.35 to "
             "0.65 before and after, and its cosine with the step before stays within -0.35 and 0.15: what the "
             "correction takes for stationary is not, step by step, with or without a change: what it does is to pass "
-            "the gradient on. Refreshed every 100 steps it is 0.017 below without a change, 0.015 below after x 0.1, and "
-            "0.016 +- 0.009 above after x 3: a staler subspace gains less from a jump."
+            "the gradient on. Refreshed every 100 steps it is 0.017 below without a change, 0.015 below after x 0.1, "
+            "and 0.016 +- 0.009 above after x 3: a staler subspace gains less from a jump."
         ),
     )

@@ -79,9 +79,9 @@ def instructions() -> Study:
         finding=(
             "As in pretraining (4 seeds, gsm8k): AdaPM is below AdamW at the same rate, by 0.016 +- 0.004 at 1e-3 and "
             "0.035 +- 0.006 at 2e-3 (betas .9 .95); AdaPM block is 0.028 +- 0.005 above AdamW at both and at 1e-3, "
-            "the highest rate at which Adam-mini was run, 0.012 below Adam-mini. torch's Muon is 0.17 below AdamW. Every "
-            "row's best rate is the highest it was run at. LoRA-Pre and AdaLomo have their lowest rate alone and are "
-            "not to be compared; GaLore, APOLLO and Adafactor were not run."
+            "the highest rate at which Adam-mini was run, 0.012 below Adam-mini. torch's Muon is 0.17 below AdamW. "
+            "Every row's best rate is the highest it was run at. LoRA-Pre and AdaLomo have their lowest rate alone and "
+            "are not to be compared; GaLore, APOLLO and Adafactor were not run."
         ),
     )
 
