@@ -77,7 +77,7 @@ class Matrices(NamedTuple):
         """``stacks`` says what three dimensions are, if not stacks: the heads of one matrix."""
         like = tensors[0]
         if not (like.dim() == 3 if stacks is None else stacks):
-            return cls(like, tuple(tensor.data_ptr() for tensor in tensors))
+            return cls(like, tuple([tensor.data_ptr() for tensor in tensors]))
         apart, count = like.stride(0) * like.element_size(), len(like)
         firsts = [tensor.data_ptr() for tensor in tensors]
         return cls(like, tuple(first + index * apart for first in firsts for index in range(count)))
@@ -95,19 +95,20 @@ class Matrices(NamedTuple):
     @property
     def table(self) -> Tensor:
         """The addresses, on the device."""
-        return _table(self.addresses, self.like.device)
+        return _table(self.addresses, self.like.device)[0]
 
     @property
     def aligned(self) -> bool:
         """Every row of every matrix begins at a multiple of 16 bytes."""
         size = self.like.element_size()
-        return not any(n * size % 16 for n in self.like.stride()[:-1]) and not any(a % 16 for a in self.addresses)
+        return not any(n * size % 16 for n in self.like.stride()[:-1]) and _table(self.addresses, self.like.device)[1]
 
 
 @lru_cache(maxsize=4096)  # from step to step, memory is mostly where it was
-def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
+def _table(addresses: tuple[int, ...], device: torch.device) -> tuple[Tensor, bool]:
+    """On the device, and whether all are multiples of 16."""
     table = torch.tensor(addresses, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return table.to(device, non_blocking=True)
+    return table.to(device, non_blocking=True), not any(address % 16 for address in addresses)
 
 
 class Reading(NamedTuple):

@@ -71,6 +71,8 @@ class Piece:
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """:meth:`view` as a matrix or a stack of matrices; as it is where it has fewer than two dimensions."""
+        if self.stop is None:
+            return tensor.flatten(1) if self.flat else tensor
         view = self.view(tensor)
         if self.flat:
             return view.flatten(1)

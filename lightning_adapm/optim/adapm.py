@@ -2,6 +2,7 @@
 
 import warnings
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -16,6 +17,7 @@ from lightning_adapm.momentum import LowRankMomentum, Momentum
 from lightning_adapm.optim import device, in_backward, options
 from lightning_adapm.optim.assign import assign_roles
 from lightning_adapm.optim.checkpointed import FORMAT_VERSION, Checkpointed
+from lightning_adapm.optim.counters import StepCounters
 from lightning_adapm.optim.gradients import NonFiniteGradients
 from lightning_adapm.optim.tasks import (
     Bucket,
@@ -242,6 +244,8 @@ class AdaPM(Checkpointed):
         self._placements: dict[Tensor, tuple[torch.Size, Placement]] = {}
         self._plans: dict[Tensor, tuple[tuple[Any, ...], list[Plan]]] = {}
         self._alike: dict[Any, int] = {}
+        self._settings: dict[int, dict[str, Any]] = {}
+        self._counters: defaultdict[int, StepCounters] = defaultdict(StepCounters)
 
     def placement(self, param: Tensor) -> Placement:
         """Where a parameter's pieces are, and the shapes of their matrices over all processes."""
@@ -292,6 +296,9 @@ class AdaPM(Checkpointed):
     ) -> Iterable[Bucket]:
         """Count the step of every parameter with a gradient, and sort its pieces into buckets that step together."""
         settings = {key: value for key, value in group.items() if key not in _PER_STEP}
+        if settings == self._settings.get(id(group)):
+            settings = self._settings[id(group)]  # the same one is compared faster
+        self._settings[id(group)] = settings
         moving: list[tuple[Tensor, list[Plan]]] = []
         for name, param, grad in zip(names, params, grads, strict=True):
             if grad is not None:
@@ -301,19 +308,16 @@ class AdaPM(Checkpointed):
                     moving.append((local(grad), plans))
         if not moving:
             return ()
-        counters = [plans[0].task.state.step for _, plans in moving]
-        one = torch.ones((), dtype=counters[0].dtype)  # not 1: it would become a tensor for each
-        torch._foreach_add_(counters, one)
+        counts = self._counters[id(group)].count([plans[0].task.state.whole for _, plans in moving])
         buckets: dict[Any, Bucket] = {}
-        for (grad, plans), count in zip(moving, torch.stack(counters).tolist(), strict=True):
-            step = int(count)
+        for (grad, plans), step in zip(moving, counts, strict=True):
             for plan in plans:
                 task = plan.task
                 taken = grad if task.shard is not None else task.piece.matrix(grad)
                 key = plan.alike, step, plan.momentum.due(step), task.state.get("seeded")
                 if key not in buckets:
                     buckets[key] = Bucket(plan, step, [])
-                buckets[key].tasks.append(task._replace(grad=taken))
+                buckets[key].tasks.append(task.with_gradient(taken))
         return buckets.values()
 
     def _planned(self, name: str, param: Tensor, group: Mapping[str, Any], settings: dict[str, Any]) -> list[Plan]:
