@@ -1,4 +1,4 @@
-"""Puts the results of step_time, peak_memory and scaling into docs/benchmarks.md: ``python -m benchmarks.docs``."""
+"""Puts results into docs/benchmarks.md, but those of studies: ``python -m benchmarks.docs``."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from benchmarks.pages import RESULTS
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
-SECTIONS = ("step_time", "peak_memory", "scaling")
+SECTIONS = ("step_time", "training_time", "peak_memory", "scaling")
 
 
 def section(name: str, results: Path = RESULTS) -> str:

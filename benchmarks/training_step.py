@@ -1,4 +1,4 @@
-"""One training step of a decoder, whose bytes are followed through forward, backward and the optimizer."""
+"""One training step of a decoder, which can be followed byte by byte through forward, backward and the optimizer."""
 
 import gc
 import math
@@ -26,13 +26,14 @@ WARMUP = 2
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained where: ``batch`` windows of ``length`` tokens."""
+    """What is trained where: ``batch`` windows of ``length`` tokens. ``autocast``: products are in bfloat16."""
 
     device: str
     dtype: torch.dtype
     batch: int
     length: int
     svd_limit: float = math.inf
+    autocast: bool = False
 
 
 def _claim(ledger: Ledger, param: Tensor) -> None:
@@ -42,14 +43,44 @@ def _claim(ledger: Ledger, param: Tensor) -> None:
 
 
 class Training:
-    """A decoder with an optimizer, whose steps a ledger can follow."""
+    """A decoder on random tokens with an optimizer."""
 
-    def __init__(self, shape: Shape, peer: Peer, setting: Setting, checkpointing: bool) -> None:
+    def __init__(self, shape: Shape, peer: Peer, setting: Setting) -> None:
         torch.manual_seed(0)
+        self.setting = setting
         self.model = materialise(shape, setting.device, setting.dtype)
         self.optimizer: Optimizer = build(peer, Parameters.of(self.model), setting.svd_limit)
         self.in_backward = peer.in_backward
         self.tokens = torch.randint(shape.vocab, (setting.batch, setting.length + 1), device=setting.device)
+
+    def forward(self) -> Tensor:
+        with torch.autocast(self.setting.device, torch.bfloat16, enabled=self.setting.autocast):
+            return F.cross_entropy(self.model(self.tokens[:, :-1]), self.tokens[:, 1:].flatten())
+
+    def backward(self) -> Tensor:
+        loss = self.forward()
+        loss.backward()
+        return loss.detach()
+
+    def gradients(self) -> None:
+        """A step without the optimizer's."""
+        self.optimizer.zero_grad()
+        self.backward()
+
+    def step(self) -> None:
+        if self.in_backward:
+            self.optimizer.zero_grad()
+            self.optimizer.step(self.backward)  # type: ignore[arg-type]
+        else:
+            self.gradients()
+            self.optimizer.step()
+
+
+class Followed(Training):
+    """Whose steps a ledger can follow."""
+
+    def __init__(self, shape: Shape, peer: Peer, setting: Setting, checkpointing: bool) -> None:
+        super().__init__(shape, peer, setting)
         self.ledger = Ledger()
         if checkpointing:
             for block in self.model.blocks:
@@ -64,19 +95,9 @@ class Training:
 
         return partial(checkpoint, counted, use_reentrant=False, preserve_rng_state=False)
 
-    def backward(self) -> Tensor:
+    def forward(self) -> Tensor:
         with self.ledger.counting("activations"):
-            loss = F.cross_entropy(self.model(self.tokens[:, :-1]), self.tokens[:, 1:].flatten())
-        loss.backward()
-        return loss.detach()
-
-    def step(self) -> None:
-        self.optimizer.zero_grad()
-        if self.in_backward:
-            self.optimizer.step(self.backward)  # type: ignore[arg-type]
-        else:
-            self.backward()
-            self.optimizer.step()
+            return super().forward()
 
     def _allocated(self) -> int:
         """The most bytes at once that the GPU's allocator gives out in a step."""
@@ -106,7 +127,7 @@ def measure(shape: Shape, peer: Peer, setting: Setting, checkpointing: bool) -> 
     free(setting.device)
     # on a CPU all steps are as the one that is followed: nothing is compiled
     with torch.compiler.set_stance("default" if setting.device == "cuda" else "force_eager"):
-        training = Training(shape, peer, setting, checkpointing)
+        training = Followed(shape, peer, setting, checkpointing)
         for _ in range(WARMUP):
             training.step()
         return training.measured(setting.device)

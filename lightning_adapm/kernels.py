@@ -118,10 +118,12 @@ class Reading(NamedTuple):
     """Sums of squares of rows, ``(b, m)``."""
     flaws: Tensor
     """``(gradients,)``, int32: not 0 where an entry is not finite."""
+    columns: Tensor | None = None
+    """Sums of squares of columns in parts that add up, ``(b, parts, n)``, if they were asked for."""
 
 
 def read(
-    grads: Matrices, gradients: int, bases: Matrices | None, r: int, known: Reading | None
+    grads: Matrices, gradients: int, bases: Matrices | None, r: int, known: Reading | None, columns: bool = False
 ) -> tuple[Tensor | None, Reading]:
     """Products of ``grads`` with the transposed ``bases`` ``(r, n)``, ``(b, m, padded(r))``; and what else so many
     ``gradients`` show, unless that is ``known``.
@@ -132,15 +134,22 @@ def read(
     m, n = grads.shape
     width = padded(r)
     projected = None if bases is None else like.new_empty((b, m, width), dtype=torch.float32)
-    found = known or Reading(like.new_empty((b, m), dtype=torch.float32), like.new_zeros(gradients, dtype=torch.int32))
     block_m, block_n, warps, stages = _narrowed(READ if bases is None else PROJECT, n)
     block_r = 16 if bases is None else block(r)
+    along = -(-m // block_m)
+    found = known or Reading(
+        like.new_empty((b, m), dtype=torch.float32),
+        like.new_zeros(gradients, dtype=torch.int32),
+        like.new_empty((b, along, n), dtype=torch.float32) if columns else None,
+    )
     with _on(like.device):
-        triton_kernels.read[-(-m // block_m), b, max(1, -(-width // block_r))](
+        triton_kernels.read[along, b, max(1, -(-width // block_r))](
             grads.table,
             grads.table if bases is None else bases.table,
             found.squares if projected is None else projected,
-            *found,
+            found.squares,
+            found.flaws,
+            found.squares if found.columns is None else found.columns,
             m,
             n,
             r,
@@ -153,6 +162,7 @@ def read(
             BASIS=_of((like if bases is None else bases.like).dtype),
             ALIGNED=grads.aligned and (bases is None or bases.aligned),
             FIRST=known is None,
+            COLUMNS=found.columns is not None,
             PROJECT=bases is not None,
             BLOCK_M=block_m,
             BLOCK_N=block_n,
@@ -225,7 +235,7 @@ def advance(
     """
     from lightning_adapm import triton_kernels
 
-    squares, flaws = reading
+    squares, flaws = reading.squares, reading.flaws
     b, (m, n) = len(squares), shape
     r = 0 if lefts is None else lefts.like.shape[-1]
     width = padded(r if refreshed is None else 2 * r)
@@ -268,13 +278,15 @@ def advance(
 class Divisors(NamedTuple):
     """What a step divides by, ``roots / correction + eps``: roots are ``(b, m)``, or matrices that broadcast.
 
-    With ``beta2``, they are elementwise averages of the squared direction, which they take before anything else.
+    With ``beta2``, they are elementwise averages of the squared direction, which they take before anything else. With
+    ``columns`` ``(b, n)``, they are their products with these.
     """
 
     roots: Tensor | Matrices
     correction: float
     eps: float
     beta2: float | None = None
+    columns: Tensor | None = None
 
 
 def move(
@@ -322,6 +334,7 @@ def move(
             moved.table if average is None else average[0].table,
             moved.table if factors is None else factors[0],
             moved.table if factors is None else factors[1].table,
+            moved.table if divisors.columns is None else divisors.columns,
             m,
             n,
             0 if factors is None else factors[1].like.shape[-2],
@@ -348,6 +361,7 @@ def move(
             ALIGNED=all(matrices.aligned for matrices in known),
             CHECKED=flaws is not None,
             DENSE=isinstance(divisors.roots, Tensor),
+            FACTORED=divisors.columns is not None,
             ELEMENTWISE=divisors.beta2 is not None,
             AVERAGED=average is not None,
             CLAMP=clip is not None,

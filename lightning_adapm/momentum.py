@@ -48,8 +48,8 @@ class Stack(list[Tensor]):
         """``(b, r, m)`` times ``(b, m, n)``."""
 
     @abstractmethod
-    def squares(self) -> list[Tensor]:
-        """Sums of squares of the rows of every gradient, ``(..., m, 1)``."""
+    def squares(self, dim: int) -> list[Tensor]:
+        """Sums of squares of the rows of every gradient, ``(..., m, 1)``, or with ``dim`` -2 of its columns."""
 
     @abstractmethod
     def joined(self) -> Tensor:

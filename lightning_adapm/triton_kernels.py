@@ -17,6 +17,7 @@ def read(
     projected,
     squares,
     flaws,
+    columns,
     m,
     n,
     r,
@@ -29,6 +30,7 @@ def read(
     FACTOR: tl.constexpr,
     ALIGNED: tl.constexpr,
     FIRST: tl.constexpr,
+    COLUMNS: tl.constexpr,
     PROJECT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -38,7 +40,7 @@ def read(
 
     Where ``PROJECT``, ``projected`` ``(b, m, width)`` are their products with the transposed ``bases`` ``(r, n)``, zero
     behind ``r``. Where this is the ``FIRST`` reading, ``squares`` ``(b, m)`` are the sums of squares of rows, and
-    ``flaws`` are set.
+    ``flaws`` are set; where ``COLUMNS``, ``columns`` ``(b, programs along m, n)`` are those of columns, in parts.
     """
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     which = tl.program_id(1).to(tl.int64)
@@ -61,6 +63,9 @@ def read(
         if FIRST:
             square += g * g
             flaw += g * 0.0
+            if COLUMNS:
+                out = columns + (which * tl.num_programs(0) + tl.program_id(0)) * n + column
+                tl.store(out, tl.sum(g * g, 0), (column < n) & (tl.program_id(2) == 0))
         if PROJECT:
             part = tl.load(basis + column[None, :], (rank[:, None] < r) & (column[None, :] < n), 0.0).to(FACTOR)
             # a value of its own: what is copied to shared memory for a product and used for more comes out wrong
@@ -200,6 +205,7 @@ def move(
     averages,
     left,
     rights,
+    root_columns,
     m,
     n,
     k,
@@ -227,6 +233,7 @@ def move(
     ALIGNED: tl.constexpr,
     CHECKED: tl.constexpr,
     DENSE: tl.constexpr,
+    FACTORED: tl.constexpr,
     ELEMENTWISE: tl.constexpr,
     AVERAGED: tl.constexpr,
     CLAMP: tl.constexpr,
@@ -239,9 +246,10 @@ def move(
 
     ``parameters`` and ``directions`` are ``(m, n)``; with ``FACTORS``, ``left`` is ``(b, m, width)``, zero behind
     ``k``, and ``rights`` are ``(k, n)``. Rows of a parameter come in groups of ``group_rows``, ``group_stride`` apart.
-    Roots are ``DENSE``, ``(b, m)``, or at addresses with the strides given, 0 where they broadcast; where
-    ``ELEMENTWISE``, these are averages of the squared direction, which they take first. Where ``CHECKED``, a direction
-    with a flaw is zero. Where ``AVERAGED``, ``averages`` ``(m, n)`` take the direction and stand in its place.
+    Roots are ``DENSE``, ``(b, m)``, where ``FACTORED`` times the ``root_columns`` ``(b, n)``, or at addresses with the
+    strides given, 0 where they broadcast; where ``ELEMENTWISE``, these are averages of the squared direction, which
+    they take first. Where ``CHECKED``, a direction with a flaw is zero. Where ``AVERAGED``, ``averages`` ``(m, n)``
+    take the direction and stand in its place.
     """
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -273,6 +281,8 @@ def move(
         d = tl.where(tl.load(flaws + which // each) == 0, d, 0.0)
     if DENSE:
         root = tl.load(roots + which * m + row, row < m, 0.0)[:, None]
+        if FACTORED:
+            root = root * tl.load(root_columns + which * n + column, column < n, 0.0)[None, :]
     else:
         at = tl.load(roots + which).to(tl.pointer_type(tl.float32))
         if ALIGNED and ELEMENTWISE:

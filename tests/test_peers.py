@@ -1,5 +1,6 @@
 """The optimizers that the benchmarks measure side by side, on models of published shapes."""
 
+import json
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -9,7 +10,7 @@ import torch
 from litgpt import GPT, Config
 from torch import nn
 
-from benchmarks import docs, peers, step_time
+from benchmarks import docs, peers, step_time, training_time
 from benchmarks.decoder import Decoder, Shape
 from benchmarks.memory import state_bytes
 from benchmarks.models import MODELS, materialise, numel, shorten
@@ -213,6 +214,26 @@ def test_the_command(monkeypatch, tmp_path):
         assert "| AdaPM block |" in page and "| bitsandbytes 8-bit | skipped: " in page
         assert (tmp_path / f"step_time-cpu-llama-{dtype}.json").exists()
         assert (tmp_path / f"step_time-cpu-llama-{dtype}.svg").exists()
+
+
+def test_training_steps_are_timed_with_and_without_an_optimizer(monkeypatch, tmp_path):
+    monkeypatch.setattr(training_time, "MODELS", {"llama": TINY})
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    words = ["training_time", "--autocast", "--batch", "2", "--length", "16", "--output", str(tmp_path)]
+    words += ["--repeats", "2", "--peers", "AdamW, fused", "AdaPM block, in backward", "AdaLomo", "bitsandbytes"]
+    monkeypatch.setattr(sys, "argv", words)
+    training_time.main()
+    page = (tmp_path / "training_time-cpu-llama-float32-autocast.md").read_text()
+    assert "| bitsandbytes 8-bit | skipped: " in page and "| forward and backward | " in page
+    rows = json.loads((tmp_path / "training_time-cpu-llama-float32-autocast.json").read_text())["rows"]
+    alone = rows.pop("forward and backward")
+    del rows["bitsandbytes 8-bit"]
+    assert list(rows) == ["AdamW, fused", "AdaPM block, in backward", "AdaLomo"]
+    for row in (alone, *rows.values()):
+        assert len(row["turns_ms"]) == 2
+        assert row["added_ms"] == pytest.approx(row["mean_ms"] - alone["mean_ms"])
+        assert row["tokens_per_second"] == pytest.approx(32 / (1e-3 * row["mean_ms"]))
 
 
 def test_the_documentation_shows_the_results():

@@ -31,13 +31,17 @@ from lightning_adapm.optim.tasks import PieceState, Plan, Task, reduction_of
 from lightning_adapm.second_moment import (
     BlockSecondMoment,
     ElementwiseSecondMoment,
+    FactoredSecondMoment,
     SecondMoment,
     bias_correction,
+    bounded_means,
 )
 from lightning_adapm.sharding import ONE_PROCESS, Reduction
 
 _TOGETHER_NUMEL = 1 << 24
 """Elements of bases that are made orthonormal together: they are copied in float64."""
+
+_AVERAGES = ("exp_avg_sq_row", "exp_avg_sq_col")
 
 Iterated = tuple[Tensor, Tensor, Tensor]
 """What :func:`lowrank.refreshed` takes."""
@@ -51,7 +55,7 @@ def takes(tasks: list[Task], momentum: Momentum, second_moment: SecondMoment) ->
     return (
         multiplies
         and (tasks[0].grad.dim() > 1 or tasks[0].shard is None)
-        and (rows or type(second_moment) is ElementwiseSecondMoment)
+        and (rows or type(second_moment) in (ElementwiseSecondMoment, FactoredSecondMoment))
         and kernels.movable([task.param for task in tasks], [task.grad for task in tasks])
     )
 
@@ -64,10 +68,12 @@ class DeviceGradients(Stack):
     Args:
         tasks: whose gradients.
         finite: flags that processes which hold parts of them have agreed on.
+        columns: sums of squares of columns will be asked for.
     """
 
-    def __init__(self, tasks: list[Task], finite: Tensor | None) -> None:
+    def __init__(self, tasks: list[Task], finite: Tensor | None, columns: bool) -> None:
         super().__init__([task.grad for task in tasks])
+        self._columns = columns
         self.matrices = Matrices.of(self)
         self._agreed = None if finite is None else (~finite).to(torch.int32)
         self._reading: Reading | None = None
@@ -94,7 +100,7 @@ class DeviceGradients(Stack):
         return product
 
     def _read(self, bases: Matrices | None, r: int) -> tuple[Tensor | None, Reading]:
-        product, found = kernels.read(self.matrices, len(self), bases, r, self._reading)
+        product, found = kernels.read(self.matrices, len(self), bases, r, self._reading, self._columns)
         self._reading = found if self._agreed is None else found._replace(flaws=self._agreed)
         return product, self._reading
 
@@ -104,9 +110,20 @@ class DeviceGradients(Stack):
         each = len(self.matrices.addresses) // len(self)
         return (self.reading.flaws == 0)[:, None].expand(-1, each).reshape(-1, 1)
 
-    def squares(self) -> list[Tensor]:
-        squares = torch.where(self._counting, self.reading.squares, 0.0)
-        return [part.view(*self[0].shape[:-1], 1) for part in squares.chunk(len(self))]
+    def squares(self, dim: int) -> list[Tensor]:
+        shape = list(self[0].shape)
+        shape[dim] = 1
+        return [part.view(shape) for part in self.all_squares(dim).chunk(len(self))]
+
+    def all_squares(self, dim: int) -> Tensor:
+        """Those of all matrices, ``(b, m, 1)`` or ``(b, 1, n)``."""
+        reading = self.reading
+        if dim == -1:
+            sums = reading.squares.unsqueeze(-1)
+        else:
+            assert reading.columns is not None
+            sums = reading.columns.sum(dim=1, keepdim=True)
+        return torch.where(self._counting[..., None], sums, 0.0)
 
     def __matmul__(self, columns: Tensor) -> Tensor:
         product = self.read(Matrices.of([columns.mT.to(kernels.FACTOR).contiguous()]))[..., : columns.shape[-1]]
@@ -118,6 +135,11 @@ class DeviceGradients(Stack):
     def joined(self) -> Tensor:
         stack = torch.cat([grad.reshape(-1, *grad.shape[-2:]) for grad in self]).float()
         return torch.where(self._counting[..., None], stack, 0.0)
+
+
+def gradients(tasks: list[Task], plan: Plan, finite: Tensor | None) -> DeviceGradients:
+    """Those of ``tasks``, read for all that the step of their ``plan`` asks."""
+    return DeviceGradients(tasks, finite, isinstance(plan.second_moment, FactoredSecondMoment))
 
 
 class Batch(NamedTuple):
@@ -178,7 +200,7 @@ def step(batch: Batch, group: Mapping[str, Any]) -> None:
     grads, states = batch.grads, batch.states
     assert grads is not None
     assert isinstance(momentum, NoMomentum | FullMomentum | LowRankMomentum)
-    assert isinstance(second_moment, BlockSecondMoment | ElementwiseSecondMoment)
+    assert isinstance(second_moment, BlockSecondMoment | ElementwiseSecondMoment | FactoredSecondMoment)
     lefts = right = refreshed = projected = averages = blocks = left = roots = average = clip = None
     beta1, scale = 0.0, 1.0
     if isinstance(momentum, LowRankMomentum):
@@ -203,13 +225,20 @@ def step(batch: Batch, group: Mapping[str, Any]) -> None:
         left, roots = kernels.advance(
             grads.reading, projected, lefts, refreshed, averages, grads.shape[1:], blocks, betas, 1 - beta1**number
         )
+    if isinstance(second_moment, FactoredSecondMoment):
+        divisors = _factored(second_moment, batch, grads)
+    elif roots is None:
+        assert isinstance(second_moment, ElementwiseSecondMoment)
+        divisors = _elementwise(second_moment, states, number)
+    else:
+        divisors = Divisors(roots, bias_correction(second_moment.beta2, number), second_moment.eps)
     kernels.move(
         [task.param for task in tasks],
         grads.matrices,
         grads.reading.flaws,
         average,
         None if left is None or right is None else (left, Matrices.of([right])),
-        _divisors(second_moment, states, number, roots),
+        divisors,
         scale,
         float(group["lr"]),
         decay,
@@ -229,17 +258,22 @@ def _matrices(states: Sequence[State], key: str) -> Matrices:
     return Matrices.of([state[key] for state in states])
 
 
-def _divisors(
-    second_moment: BlockSecondMoment | ElementwiseSecondMoment,
-    states: Sequence[State],
-    number: int,
-    roots: Tensor | None,
-) -> Divisors:
-    """Of an elementwise second moment, the averages themselves, where ``roots`` of blocks are not known."""
+def _elementwise(second_moment: ElementwiseSecondMoment, states: Sequence[State], number: int) -> Divisors:
+    """The averages themselves, which take the directions."""
     correction = bias_correction(second_moment.beta2, number)
-    if roots is not None:
-        return Divisors(roots, correction, second_moment.eps)
     return Divisors(_matrices(states, "exp_avg_sq"), correction, second_moment.eps, second_moment.beta2)
+
+
+def _factored(second_moment: FactoredSecondMoment, batch: Batch, grads: DeviceGradients) -> Divisors:
+    """With the gradients taken into the averages."""
+    b, m, n = grads.shape
+    rows, columns = ([batch.joined(key)] for key in _AVERAGES)
+    means = bounded_means([grads.all_squares(-1)], [n]), bounded_means([grads.all_squares(-2)], [m])
+    (shares,), (roots,) = second_moment.roots((rows, columns), means)
+    for (averages,), key in zip((rows, columns), _AVERAGES, strict=True):
+        store(averages, [state[key] for state in batch.states])
+    correction = bias_correction(second_moment.beta2, batch.step)
+    return Divisors(shares.view(b, m), correction, second_moment.eps, columns=roots.view(b, n))
 
 
 def move(
@@ -256,7 +290,7 @@ def move(
     """What :func:`lightning_adapm.optim.update.update` does, for layouts that are :func:`kernels.movable`."""
     states, used = [task.state for task in tasks], direction.tensors
     if isinstance(second_moment, ElementwiseSecondMoment) and used is grads:
-        divisors = _divisors(second_moment, states, number, None)
+        divisors = _elementwise(second_moment, states, number)
     else:
         roots, correction, eps = second_moment.denominators(grads, states, number, reduction)
         roots = [
