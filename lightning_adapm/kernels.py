@@ -17,13 +17,16 @@ FACTOR = torch.bfloat16
 itself is kept in its own precision, and the gradient is added in float32.
 """
 
-READ, PROJECT, COMBINE = (16, 512, 4, 3), (64, 64, 4, 3), (64, 128, 4, 3)
+READ, COLUMNS, PROJECT, COMBINE = (16, 512, 4, 3), (16, 256, 4, 3), (64, 64, 4, 3), (64, 128, 4, 3)
 MOVE, MOVE_ALONG, MOVE_ALONG_ELEMENTWISE = (1, 2048, 4, 3), (64, 64, 4, 4), (16, 128, 4, 3)
-"""Rows and columns of a tile, warps, stages: of a reading without and with products and of a combination; of a move
-without products and with them, by block and by elementwise second moments. The fastest of some on an H200, and within
-the 99 KiB of shared memory that a block has on smaller GPUs.
+"""Rows and columns of a tile, warps, stages: of sums over rows, of sums over columns, of sums over rows with products,
+of a combination; of a move without products and with them, by block and by elementwise second moments. The fastest of
+some on an H200, and within the 99 KiB of shared memory that a block has on smaller GPUs.
 """
 
+
+_ROWS_OF_A_SUM = 512
+"""Sums of columns are taken of so many rows each: enough programs for a device, whatever the shape."""
 
 _MOST_COLUMNS = 1 << 21
 """A grid has at most 65,535 tiles along columns."""
@@ -118,12 +121,10 @@ class Reading(NamedTuple):
     """Sums of squares of rows, ``(b, m)``."""
     flaws: Tensor
     """``(gradients,)``, int32: not 0 where an entry is not finite."""
-    columns: Tensor | None = None
-    """Sums of squares of columns in parts that add up, ``(b, parts, n)``, if they were asked for."""
 
 
 def read(
-    grads: Matrices, gradients: int, bases: Matrices | None, r: int, known: Reading | None, columns: bool = False
+    grads: Matrices, gradients: int, bases: Matrices | None, r: int, known: Reading | None
 ) -> tuple[Tensor | None, Reading]:
     """Products of ``grads`` with the transposed ``bases`` ``(r, n)``, ``(b, m, padded(r))``; and what else so many
     ``gradients`` show, unless that is ``known``.
@@ -134,22 +135,15 @@ def read(
     m, n = grads.shape
     width = padded(r)
     projected = None if bases is None else like.new_empty((b, m, width), dtype=torch.float32)
+    found = known or Reading(like.new_empty((b, m), dtype=torch.float32), like.new_zeros(gradients, dtype=torch.int32))
     block_m, block_n, warps, stages = _narrowed(READ if bases is None else PROJECT, n)
     block_r = 16 if bases is None else block(r)
-    along = -(-m // block_m)
-    found = known or Reading(
-        like.new_empty((b, m), dtype=torch.float32),
-        like.new_zeros(gradients, dtype=torch.int32),
-        like.new_empty((b, along, n), dtype=torch.float32) if columns else None,
-    )
     with _on(like.device):
-        triton_kernels.read[along, b, max(1, -(-width // block_r))](
+        triton_kernels.read[-(-m // block_m), b, max(1, -(-width // block_r))](
             grads.table,
             grads.table if bases is None else bases.table,
             found.squares if projected is None else projected,
-            found.squares,
-            found.flaws,
-            found.squares if found.columns is None else found.columns,
+            *found,
             m,
             n,
             r,
@@ -162,7 +156,6 @@ def read(
             BASIS=_of((like if bases is None else bases.like).dtype),
             ALIGNED=grads.aligned and (bases is None or bases.aligned),
             FIRST=known is None,
-            COLUMNS=found.columns is not None,
             PROJECT=bases is not None,
             BLOCK_M=block_m,
             BLOCK_N=block_n,
@@ -171,6 +164,33 @@ def read(
             num_stages=stages,
         )
     return projected, found
+
+
+def columns(grads: Matrices) -> Tensor:
+    """Sums of squares of the columns, ``(b, n)``, whether they are finite or not."""
+    from lightning_adapm import triton_kernels
+
+    like, b = grads.like, len(grads.addresses)
+    m, n = grads.shape
+    block_m, block_n, warps, stages = _narrowed(COLUMNS, n)
+    parts = -(-m // _ROWS_OF_A_SUM)
+    sums = like.new_empty((b, parts, n), dtype=torch.float32)
+    with _on(like.device):
+        triton_kernels.columns[-(-n // block_n), b, parts](
+            grads.table,
+            sums,
+            m,
+            n,
+            grads.stride,
+            _ROWS_OF_A_SUM,
+            GRAD=_of(like.dtype),
+            ALIGNED=grads.aligned,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            num_warps=warps,
+            num_stages=stages,
+        )
+    return sums.sum(dim=1)
 
 
 def combine(grads: Matrices, weights: Tensor, flaws: Tensor) -> Tensor:
@@ -235,7 +255,7 @@ def advance(
     """
     from lightning_adapm import triton_kernels
 
-    squares, flaws = reading.squares, reading.flaws
+    squares, flaws = reading
     b, (m, n) = len(squares), shape
     r = 0 if lefts is None else lefts.like.shape[-1]
     width = padded(r if refreshed is None else 2 * r)

@@ -17,7 +17,6 @@ def read(
     projected,
     squares,
     flaws,
-    columns,
     m,
     n,
     r,
@@ -30,7 +29,6 @@ def read(
     FACTOR: tl.constexpr,
     ALIGNED: tl.constexpr,
     FIRST: tl.constexpr,
-    COLUMNS: tl.constexpr,
     PROJECT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -40,7 +38,7 @@ def read(
 
     Where ``PROJECT``, ``projected`` ``(b, m, width)`` are their products with the transposed ``bases`` ``(r, n)``, zero
     behind ``r``. Where this is the ``FIRST`` reading, ``squares`` ``(b, m)`` are the sums of squares of rows, and
-    ``flaws`` are set; where ``COLUMNS``, ``columns`` ``(b, programs along m, n)`` are those of columns, in parts.
+    ``flaws`` are set.
     """
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     which = tl.program_id(1).to(tl.int64)
@@ -63,9 +61,6 @@ def read(
         if FIRST:
             square += g * g
             flaw += g * 0.0
-            if COLUMNS:
-                out = columns + (which * tl.num_programs(0) + tl.program_id(0)) * n + column
-                tl.store(out, tl.sum(g * g, 0), (column < n) & (tl.program_id(2) == 0))
         if PROJECT:
             part = tl.load(basis + column[None, :], (rank[:, None] < r) & (column[None, :] < n), 0.0).to(FACTOR)
             # a value of its own: what is copied to shared memory for a product and used for more comes out wrong
@@ -78,6 +73,35 @@ def read(
         total = tl.sum(tl.sum(flaw, 1), 0)
         if total != total:
             tl.store(flaws + which // each, 1)
+
+
+@triton.jit
+def columns(
+    grads,
+    sums,
+    m,
+    n,
+    stride,
+    rows,
+    GRAD: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """``sums`` ``(b, programs, n)``: sums of squares of columns of matrices ``(m, n)``, over so many ``rows`` each."""
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    which = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(2)
+    grad = tl.load(grads + which).to(tl.pointer_type(GRAD))
+    if ALIGNED:
+        grad = tl.multiple_of(grad, 16)
+    square = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(part * rows, min((part + 1) * rows, m), BLOCK_M):
+        row = start + tl.arange(0, BLOCK_M)
+        at = grad + row.to(tl.int64)[:, None] * stride + column[None, :]
+        g = tl.load(at, (row[:, None] < m) & (column[None, :] < n), 0.0).to(tl.float32)
+        square += g * g
+    tl.store(sums + (which * tl.num_programs(2) + part) * n + column, tl.sum(square, 0), column < n)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ MOVED = dict.fromkeys(("PARAMETER", "DIRECTION", "AVERAGE"), tl.float32) | {
     "FACTORS": True,
     "BLOCK_K": 32,
 }
-READ = {"grads": "*i64", "bases": "*i64", "projected": "*fp32", "squares": "*fp32", "columns": "*fp32", "flaws": "*i32"}
+READ = {"grads": "*i64", "bases": "*i64", "projected": "*fp32", "squares": "*fp32", "flaws": "*i32"}
 COMBINE = {"grads": "*i64", "weights": "*bf16", "flaws": "*i32", "combined": "*fp32"}
 MOVE = dict.fromkeys(("parameters", "directions", "averages", "rights"), "*i64") | {
     "flaws": "*i32",
@@ -45,7 +45,7 @@ def shared(kernel, pointers, constants, tile, capability):
 
 def main():
     capability = int(sys.argv[1])
-    read = {"BASIS": tl.bfloat16, "FIRST": True, "COLUMNS": True, "PROJECT": True}
+    read = {"BASIS": tl.bfloat16, "FIRST": True, "PROJECT": True}
     elementwise, block = ({"FACTORED": False, "DENSE": not each, "ELEMENTWISE": each} for each in (True, False))
     found = {
         "read": shared(triton_kernels.read, READ, read, kernels.PROJECT, capability),

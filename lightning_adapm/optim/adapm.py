@@ -376,9 +376,8 @@ class AdaPM(Checkpointed):
         return device.takes(tasks, plan.momentum, plan.second_moment)
 
     def _batch(self, tasks: list[Task], plan: Plan, step: int, as_they_are: bool) -> device.Batch:
-        if not as_they_are:
-            return device.Batch(tasks, plan, step, None)
-        return device.Batch(tasks, plan, step, device.gradients(tasks, plan, self._nonfinite.agreed_on(tasks)))
+        grads = device.DeviceGradients(tasks, self._nonfinite.agreed_on(tasks)) if as_they_are else None
+        return device.Batch(tasks, plan, step, grads)
 
     def _update(self, batch: device.Batch, group: Mapping[str, Any]) -> None:
         tasks, grads = batch.tasks, batch.grads

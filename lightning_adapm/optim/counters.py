@@ -22,6 +22,9 @@ class StepCounters:
     def count(self, states: Sequence[MutableMapping[str, Any]]) -> list[int]:
         """One more step for each of ``states``; their numbers."""
         held = [state["step"] for state in states]
+        if len(held) == 1:  # a parameter at a time, inside backward
+            held[0] += 1
+            return [int(held[0])]
         if len(held) != len(self._views) or not all(map(is_, held, self._views)):
             self._all = torch.stack(held)
             self._views = self._all.unbind()

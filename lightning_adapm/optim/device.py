@@ -68,12 +68,10 @@ class DeviceGradients(Stack):
     Args:
         tasks: whose gradients.
         finite: flags that processes which hold parts of them have agreed on.
-        columns: sums of squares of columns will be asked for.
     """
 
-    def __init__(self, tasks: list[Task], finite: Tensor | None, columns: bool) -> None:
+    def __init__(self, tasks: list[Task], finite: Tensor | None) -> None:
         super().__init__([task.grad for task in tasks])
-        self._columns = columns
         self.matrices = Matrices.of(self)
         self._agreed = None if finite is None else (~finite).to(torch.int32)
         self._reading: Reading | None = None
@@ -100,7 +98,7 @@ class DeviceGradients(Stack):
         return product
 
     def _read(self, bases: Matrices | None, r: int) -> tuple[Tensor | None, Reading]:
-        product, found = kernels.read(self.matrices, len(self), bases, r, self._reading, self._columns)
+        product, found = kernels.read(self.matrices, len(self), bases, r, self._reading)
         self._reading = found if self._agreed is None else found._replace(flaws=self._agreed)
         return product, self._reading
 
@@ -117,13 +115,8 @@ class DeviceGradients(Stack):
 
     def all_squares(self, dim: int) -> Tensor:
         """Those of all matrices, ``(b, m, 1)`` or ``(b, 1, n)``."""
-        reading = self.reading
-        if dim == -1:
-            sums = reading.squares.unsqueeze(-1)
-        else:
-            assert reading.columns is not None
-            sums = reading.columns.sum(dim=1, keepdim=True)
-        return torch.where(self._counting[..., None], sums, 0.0)
+        sums = self.reading.squares if dim == -1 else kernels.columns(self.matrices)
+        return torch.where(self._counting, sums, 0.0).unsqueeze(dim)
 
     def __matmul__(self, columns: Tensor) -> Tensor:
         product = self.read(Matrices.of([columns.mT.to(kernels.FACTOR).contiguous()]))[..., : columns.shape[-1]]
@@ -135,11 +128,6 @@ class DeviceGradients(Stack):
     def joined(self) -> Tensor:
         stack = torch.cat([grad.reshape(-1, *grad.shape[-2:]) for grad in self]).float()
         return torch.where(self._counting[..., None], stack, 0.0)
-
-
-def gradients(tasks: list[Task], plan: Plan, finite: Tensor | None) -> DeviceGradients:
-    """Those of ``tasks``, read for all that the step of their ``plan`` asks."""
-    return DeviceGradients(tasks, finite, isinstance(plan.second_moment, FactoredSecondMoment))
 
 
 class Batch(NamedTuple):
