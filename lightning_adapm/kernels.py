@@ -25,6 +25,9 @@ some on an H200, and within the 99 KiB of shared memory that a block has on smal
 """
 
 
+LARGEST = torch.finfo(torch.float32).max * 2.0**-30
+"""Mean squares are bounded by it: no average of them overflows."""
+
 _ROWS_OF_A_SUM = 512
 """Sums of columns are taken of so many rows each: enough programs for a device, whatever the shape."""
 
@@ -129,7 +132,6 @@ def read(
     """Products of ``grads`` with the transposed ``bases`` ``(r, n)``, ``(b, m, padded(r))``; and what else so many
     ``gradients`` show, unless that is ``known``.
     """
-    from lightning_adapm import triton_kernels
 
     like, b = grads.like, len(grads.addresses)
     m, n = grads.shape
@@ -138,89 +140,78 @@ def read(
     found = known or Reading(like.new_empty((b, m), dtype=torch.float32), like.new_zeros(gradients, dtype=torch.int32))
     block_m, block_n, warps, stages = _narrowed(READ if bases is None else PROJECT, n)
     block_r = 16 if bases is None else block(r)
-    with _on(like.device):
-        triton_kernels.read[-(-m // block_m), b, max(1, -(-width // block_r))](
+    _launch(
+        "read",
+        (-(-m // block_m), b, max(1, -(-width // block_r))),
+        (
             grads.table,
             grads.table if bases is None else bases.table,
             found.squares if projected is None else projected,
             *found,
-            m,
-            n,
-            r,
-            width,
-            grads.stride,
-            b // gradients,
-            1.0,
-            GRAD=_of(like.dtype),
-            FACTOR=_of(FACTOR),
-            BASIS=_of((like if bases is None else bases.like).dtype),
-            ALIGNED=grads.aligned and (bases is None or bases.aligned),
-            FIRST=known is None,
-            PROJECT=bases is not None,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            BLOCK_R=block_r,
-            num_warps=warps,
-            num_stages=stages,
-        )
+        ),
+        (m, n, r, width, grads.stride, b // gradients),
+        (1.0,),
+        GRAD=like.dtype,
+        BASIS=(like if bases is None else bases.like).dtype,
+        FACTOR=FACTOR,
+        ALIGNED=grads.aligned and (bases is None or bases.aligned),
+        FIRST=known is None,
+        PROJECT=bases is not None,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_R=block_r,
+        num_warps=warps,
+        num_stages=stages,
+    )
     return projected, found
 
 
 def columns(grads: Matrices) -> Tensor:
     """Sums of squares of the columns, ``(b, n)``, whether they are finite or not."""
-    from lightning_adapm import triton_kernels
 
     like, b = grads.like, len(grads.addresses)
     m, n = grads.shape
     block_m, block_n, warps, stages = _narrowed(COLUMNS, n)
     parts = -(-m // _ROWS_OF_A_SUM)
     sums = like.new_empty((b, parts, n), dtype=torch.float32)
-    with _on(like.device):
-        triton_kernels.columns[-(-n // block_n), b, parts](
-            grads.table,
-            sums,
-            m,
-            n,
-            grads.stride,
-            _ROWS_OF_A_SUM,
-            GRAD=_of(like.dtype),
-            ALIGNED=grads.aligned,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            num_warps=warps,
-            num_stages=stages,
-        )
+    _launch(
+        "columns",
+        (-(-n // block_n), b, parts),
+        (grads.table, sums),
+        (m, n, grads.stride, _ROWS_OF_A_SUM),
+        (),
+        GRAD=like.dtype,
+        ALIGNED=grads.aligned,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=warps,
+        num_stages=stages,
+    )
     return sums.sum(dim=1)
 
 
 def combine(grads: Matrices, weights: Tensor, flaws: Tensor) -> Tensor:
     """Transposed ``weights`` ``(b, m, r)`` times ``grads`` ``(m, n)``; those of gradients with a flaw count as zero."""
-    from lightning_adapm import triton_kernels
 
     b, m, r = weights.shape
     n = grads.shape[1]
     product = weights.new_empty(b, r, n)
     block_m, block_n, warps, stages = _narrowed(COMBINE, n)
-    with _on(product.device):
-        triton_kernels.combine[-(-n // block_n), b, -(-r // block(r))](
-            grads.table,
-            weights.to(FACTOR).contiguous(),  # read by every block of columns
-            flaws,
-            product,
-            m,
-            n,
-            r,
-            grads.stride,
-            b // len(flaws),
-            GRAD=_of(grads.like.dtype),
-            FACTOR=_of(FACTOR),
-            ALIGNED=grads.aligned,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            BLOCK_R=block(r),
-            num_warps=warps,
-            num_stages=stages,
-        )
+    _launch(
+        "combine",
+        (-(-n // block_n), b, -(-r // block(r))),
+        (grads.table, weights.to(FACTOR).contiguous(), flaws, product),  # weights: read by every block of columns
+        (m, n, r, grads.stride, b // len(flaws)),
+        (),
+        GRAD=grads.like.dtype,
+        FACTOR=FACTOR,
+        ALIGNED=grads.aligned,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_R=block(r),
+        num_warps=warps,
+        num_stages=stages,
+    )
     return product
 
 
@@ -253,7 +244,6 @@ def advance(
         What times the basis is to be added to the gradients, ``(b, m, width)``, or, where it was ``refreshed``, times
         the new basis and the one before it; and roots of the second moments by row, ``(b, m)``.
     """
-    from lightning_adapm import triton_kernels
 
     squares, flaws = reading
     b, (m, n) = len(squares), shape
@@ -262,37 +252,61 @@ def advance(
     factors = None if projected is None else squares.new_empty((b, m, width), dtype=FACTOR)
     roots = None if averages is None else torch.empty_like(squares)
     span = 16 if blocks is None else m // blocks
-    with _on(squares.device):
-        triton_kernels.advance[-(-m // span), b](
+    _launch(
+        "advance",
+        (-(-m // span), b, 1),
+        (
             squares if projected is None else projected,
             squares,
             flaws,
             flaws if lefts is None else lefts.table,
             flaws if averages is None else averages.table,
-            *(squares, squares) if refreshed is None else (refreshed.held, refreshed.moved),
+            squares if refreshed is None else refreshed.held,
+            squares if refreshed is None else refreshed.moved,
             squares if factors is None else factors,
             squares if roots is None else roots,
-            m,
-            r,
-            0 if projected is None else projected.shape[-1],
-            width,
-            span,
-            b // len(flaws),
+        ),
+        (m, r, 0 if projected is None else projected.shape[-1], width, span, b // len(flaws)),
+        (
             float(n if blocks is None else n * span),
-            torch.finfo(torch.float32).max * 2.0**-30,
+            LARGEST,
             *betas,
             correction,
             0.0 if refreshed is None else refreshed.flush,
-            LEFT=_of((squares if lefts is None else lefts.like).dtype),
-            FACTOR=_of(FACTOR),
-            LOW_RANK=lefts is not None,
-            REFRESHED=refreshed is not None,
-            BLOCKS=averages is not None,
-            SHARED=blocks is not None,
-            BLOCK_M=power_of_two(span),
-            BLOCK_R=max(16, min(64, power_of_two(width))),
-        )
+        ),
+        LEFT=(squares if lefts is None else lefts.like).dtype,
+        FACTOR=FACTOR,
+        LOW_RANK=lefts is not None,
+        REFRESHED=refreshed is not None,
+        BLOCKS=averages is not None,
+        SHARED=blocks is not None,
+        BLOCK_M=power_of_two(span),
+        BLOCK_R=max(16, min(64, power_of_two(width))),
+    )
     return factors, roots
+
+
+def factor(
+    reading: Reading, sums: Tensor, averages: tuple[Matrices, Matrices], shape: torch.Size, beta2: float
+) -> tuple[Tensor, Tensor]:
+    """Take a reading of gradients of ``shape`` ``(m, n)`` and their ``sums`` over columns, which are overwritten, into
+    ``averages`` of means of squares over rows ``(m, 1)`` and columns ``(1, n)``.
+
+    Returns:
+        Factors of the roots of the second moments: of the averages of rows over their mean ``(b, m)``, and ``(b, n)``.
+    """
+    squares, flaws = reading
+    (m, n), shares = shape, torch.empty_like(squares)
+    rows, columns = averages
+    _launch(
+        "factor",
+        (len(squares), 1, 1),
+        (squares, sums, flaws, rows.table, columns.table, shares),
+        (m, n, len(squares) // len(flaws)),
+        (float(m), float(n), LARGEST, torch.finfo(torch.float32).tiny, beta2),
+        BLOCK=1024,
+    )
+    return shares, sums
 
 
 class Divisors(NamedTuple):
@@ -326,7 +340,6 @@ def move(
     ``left`` is ``(b, m, width)``, ``right`` ``(k, n)``, the two ``factors``. Instead of the direction, an ``average``
     counts that takes it first, with its decay.
     """
-    from lightning_adapm import triton_kernels
 
     param, used = params[0], directions.like
     m, n = directions.shape
@@ -345,8 +358,10 @@ def move(
     along = MOVE_ALONG if divisors.beta2 is None else MOVE_ALONG_ELEMENTWISE
     block_m, block_n, warps, stages = _narrowed(MOVE if factors is None else along, n)
     b = len(directions.addresses)
-    with _on(param.device):
-        triton_kernels.move[-(-m // block_m), -(-n // block_n), b](
+    _launch(
+        "move",
+        (-(-m // block_m), -(-n // block_n), b),
+        (
             moved.table,
             directions.table,
             divisors.roots.table if isinstance(divisors.roots, Matrices) else divisors.roots,
@@ -355,6 +370,8 @@ def move(
             moved.table if factors is None else factors[0],
             moved.table if factors is None else factors[1].table,
             moved.table if divisors.columns is None else divisors.columns,
+        ),
+        (
             m,
             n,
             0 if factors is None else factors[1].like.shape[-2],
@@ -365,6 +382,8 @@ def move(
             directions.stride,
             *strides,
             1 if flaws is None else b // len(flaws),
+        ),
+        (
             0.0 if average is None else average[1],
             scale,
             divisors.correction,
@@ -373,25 +392,26 @@ def move(
             lr,
             decay,
             clip or 0.0,
-            PARAMETER=_of(param.dtype),
-            DIRECTION=_of(used.dtype),
-            AVERAGE=_of((param if average is None else average[0].like).dtype),
-            RIGHT=_of((param if factors is None else factors[1].like).dtype),
-            FACTOR=_of(FACTOR),
-            ALIGNED=all(matrices.aligned for matrices in known),
-            CHECKED=flaws is not None,
-            DENSE=isinstance(divisors.roots, Tensor),
-            FACTORED=divisors.columns is not None,
-            ELEMENTWISE=divisors.beta2 is not None,
-            AVERAGED=average is not None,
-            CLAMP=clip is not None,
-            FACTORS=factors is not None,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            BLOCK_K=32,
-            num_warps=warps,
-            num_stages=stages,
-        )
+        ),
+        PARAMETER=param.dtype,
+        DIRECTION=used.dtype,
+        AVERAGE=(param if average is None else average[0].like).dtype,
+        RIGHT=(param if factors is None else factors[1].like).dtype,
+        FACTOR=FACTOR,
+        ALIGNED=all(matrices.aligned for matrices in known),
+        CHECKED=flaws is not None,
+        DENSE=isinstance(divisors.roots, Tensor),
+        FACTORED=divisors.columns is not None,
+        ELEMENTWISE=divisors.beta2 is not None,
+        AVERAGED=average is not None,
+        CLAMP=clip is not None,
+        FACTORS=factors is not None,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=32,
+        num_warps=warps,
+        num_stages=stages,
+    )
 
 
 def _narrowed(tile: tuple[int, int, int, int], n: int) -> tuple[int, int, int, int]:
@@ -416,6 +436,39 @@ def power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
+_compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
+
+
+def _launch(
+    name: str,
+    grid: tuple[int, int, int],
+    tensors: tuple[Tensor, ...],
+    numbers: tuple[int, ...],
+    scalars: tuple[float, ...],
+    **constants: Any,
+) -> None:
+    """Launch a kernel of :mod:`lightning_adapm.triton_kernels` with its arguments in this order.
+
+    What Triton compiled is kept by all that it may depend on, and launched without asking Triton for it again, which
+    takes the host several times as long as the launch.
+    """
+    device = tensors[0].device
+    kinds = [(tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors]
+    key = name, device, numbers, *kinds, *constants.values()
+    with _on(device):
+        if key in _compiled:
+            compiled, rest = _compiled[key]
+            compiled[grid](*tensors, *numbers, *scalars, *rest)
+            return
+        from lightning_adapm import triton_kernels
+
+        kernel = getattr(triton_kernels, name)
+        named = {key: _of(value) if isinstance(value, torch.dtype) else value for key, value in constants.items()}
+        compiled = kernel[grid](*tensors, *numbers, *scalars, **named)
+        if compiled is not None:  # the interpreter compiles nothing
+            _compiled[key] = compiled, [named[argument] for argument in kernel.arg_names if argument in named]
+
+
 def _of(dtype: torch.dtype) -> Any:
     """Triton's name of it."""
     import triton.language as tl
@@ -425,4 +478,5 @@ def _of(dtype: torch.dtype) -> Any:
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    current = device.type != "cuda" or device.index == torch.cuda.current_device()
+    return nullcontext() if current else torch.cuda.device(device)

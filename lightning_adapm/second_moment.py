@@ -144,24 +144,13 @@ class FactoredSecondMoment:
         self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
     ) -> Denominators:
         rows, columns = ([state[key] for state in states] for key in ("exp_avg_sq_row", "exp_avg_sq_col"))
-        means = mean_squares(grads, -1, reduction), mean_squares(grads, -2, reduction)
-        factors = zip(*self.roots((rows, columns), means, reduction), strict=True)
-        return Denominators([share * column for share, column in factors], bias_correction(self.beta2, step), self.eps)
-
-    def roots(
-        self,
-        averages: tuple[list[Tensor], list[Tensor]],
-        means: tuple[list[Tensor], list[Tensor]],
-        reduction: Reduction = ONE_PROCESS,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Take means of squares of rows and of columns into their averages; the factors of the roots, for each."""
-        rows, columns = averages
-        for taking, taken in zip(averages, means, strict=True):
-            _average(taking, taken, self.beta2)
+        _average(rows, mean_squares(grads, -1, reduction), self.beta2)
+        _average(columns, mean_squares(grads, -2, reduction), self.beta2)
         tiny = torch.finfo(rows[0].dtype).tiny
-        whole = [mean.clamp_min(tiny) for mean in reduction.means(rows)]
-        shares = [(row / mean).sqrt_() for row, mean in zip(rows, whole, strict=True)]
-        return shares, [column.sqrt() for column in columns]
+        means = [mean.clamp_min(tiny) for mean in reduction.means(rows)]
+        shares = [(row / mean).sqrt_() for row, mean in zip(rows, means, strict=True)]
+        roots = [share * column.sqrt() for share, column in zip(shares, columns, strict=True)]
+        return Denominators(roots, bias_correction(self.beta2, step), self.eps)
 
 
 def block_means(means: Tensor, blocks: int, dim: int) -> Tensor:
@@ -182,11 +171,6 @@ def mean_squares(grads: list[Tensor], dim: int | None, reduction: Reduction) -> 
         sums = [torch.linalg.vector_norm(grad, dim=dim, keepdim=True).square_() for grad in grads]
     sums = reduction.rows(sums) if dim == -1 else reduction.total(sums)
     counts = [grad.shape[-1] for grad in grads] if dim == -1 else reduction.sizes(grads)
-    return bounded_means(sums, counts)
-
-
-def bounded_means(sums: list[Tensor], counts: Sequence[int]) -> list[Tensor]:
-    """Sums of squares of so many entries each as :func:`mean_squares` gives them back; overwrites the sums."""
     torch._foreach_div_(sums, [max(1, count) for count in counts])
     torch._foreach_clamp_max_(sums, torch.finfo(sums[0].dtype).max * 2.0**-30)
     return sums

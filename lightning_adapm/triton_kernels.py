@@ -1,4 +1,4 @@
-"""Triton kernels of a step on CUDA: read gradients, advance what is kept of their rows, move parameters.
+"""Triton kernels of a step on CUDA: read gradients, advance what is kept of rows and columns, move parameters.
 
 Every launch works on ``b`` matrices of one shape that lie anywhere: their addresses are tables on the device, int64.
 Arithmetic is float32 whatever is stored; products round their operands to ``FACTOR`` and add up in float32. What makes
@@ -218,6 +218,55 @@ def advance(
                 old = tl.load(held + line * r + rank - r, mine[:, None] & (rank >= r) & (rank < 2 * r), 0.0)
                 factor += flush * (old - before)
             tl.store(factors + line * width + rank, factor.to(FACTOR), mine[:, None] & (rank < width))
+
+
+@triton.jit
+def factor(
+    squares,
+    sums,
+    flaws,
+    row_averages,
+    column_averages,
+    shares,
+    m,
+    n,
+    each,
+    rows,
+    columns,
+    largest,
+    tiny,
+    beta2,
+    BLOCK: tl.constexpr,
+):
+    """Take sums of squares of rows, ``squares`` ``(b, m)``, and of columns, ``sums`` ``(b, n)``, into averages of their
+    means, each not above ``largest``; ``rows`` is ``m`` and ``columns`` ``n`` in floating point.
+
+    ``shares`` ``(b, m)`` are the roots of the averages of rows over their mean, and the roots of those of columns
+    overwrite the sums.
+    """
+    which = tl.program_id(0).to(tl.int64)
+    counts = tl.load(flaws + which // each) == 0
+    averages = tl.load(row_averages + which).to(tl.pointer_type(tl.float32))
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, m, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        mean = tl.where(counts, tl.load(squares + which * m + row, row < m, 0.0), 0.0) / columns
+        value = beta2 * tl.load(averages + row, row < m, 0.0) + (1 - beta2) * tl.minimum(mean, largest)
+        tl.store(averages + row, value, row < m)
+        total += value
+    whole = tl.maximum(tl.sum(total, 0) / rows, tiny)
+    for start in range(0, m, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        value = tl.load(averages + row, row < m, 0.0)
+        tl.store(shares + which * m + row, tl.sqrt(value / whole), row < m)
+    averages = tl.load(column_averages + which).to(tl.pointer_type(tl.float32))
+    for start in range(0, n, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        at = sums + which * n + column
+        mean = tl.where(counts, tl.load(at, column < n, 0.0), 0.0) / rows
+        value = beta2 * tl.load(averages + column, column < n, 0.0) + (1 - beta2) * tl.minimum(mean, largest)
+        tl.store(averages + column, value, column < n)
+        tl.store(at, tl.sqrt(value), column < n)
 
 
 @triton.jit

@@ -38,7 +38,7 @@ def interpreted(monkeypatch):
 
         return Counted()
 
-    for name in ("read", "columns", "combine", "advance", "move"):
+    for name in ("read", "columns", "combine", "advance", "factor", "move"):
         monkeypatch.setattr(triton_kernels, name, counted(name))
     return launched
 
@@ -85,7 +85,7 @@ def test_as_without_kernels(interpreted, monkeypatch, second_moment, dtype, tole
     options = {"second_moment": second_moment, "rank": 2, "spoiled": (5,)}
     weights, state, optimizer = trained(dtype, **options)
     used = {"read", "combine", "advance", "move"}
-    assert set(interpreted) == (used | {"columns"} if second_moment == "factored" else used)
+    assert set(interpreted) == (used | {"columns", "factor"} if second_moment == "factored" else used)
     interpreted.clear()
     monkeypatch.setattr(kernels, "runs_on", lambda device: False)
     expected, expected_state, reference = trained(dtype, **options)

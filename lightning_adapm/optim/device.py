@@ -34,14 +34,11 @@ from lightning_adapm.second_moment import (
     FactoredSecondMoment,
     SecondMoment,
     bias_correction,
-    bounded_means,
 )
 from lightning_adapm.sharding import ONE_PROCESS, Reduction
 
 _TOGETHER_NUMEL = 1 << 24
 """Elements of bases that are made orthonormal together: they are copied in float64."""
-
-_AVERAGES = ("exp_avg_sq_row", "exp_avg_sq_col")
 
 Iterated = tuple[Tensor, Tensor, Tensor]
 """What :func:`lowrank.refreshed` takes."""
@@ -109,14 +106,10 @@ class DeviceGradients(Stack):
         return (self.reading.flaws == 0)[:, None].expand(-1, each).reshape(-1, 1)
 
     def squares(self, dim: int) -> list[Tensor]:
-        shape = list(self[0].shape)
-        shape[dim] = 1
-        return [part.view(shape) for part in self.all_squares(dim).chunk(len(self))]
-
-    def all_squares(self, dim: int) -> Tensor:
-        """Those of all matrices, ``(b, m, 1)`` or ``(b, 1, n)``."""
         sums = self.reading.squares if dim == -1 else kernels.columns(self.matrices)
-        return torch.where(self._counting, sums, 0.0).unsqueeze(dim)
+        sums, shape = torch.where(self._counting, sums, 0.0), list(self[0].shape)
+        shape[dim] = 1
+        return [part.view(shape) for part in sums.chunk(len(self))]
 
     def __matmul__(self, columns: Tensor) -> Tensor:
         product = self.read(Matrices.of([columns.mT.to(kernels.FACTOR).contiguous()]))[..., : columns.shape[-1]]
@@ -254,14 +247,10 @@ def _elementwise(second_moment: ElementwiseSecondMoment, states: Sequence[State]
 
 def _factored(second_moment: FactoredSecondMoment, batch: Batch, grads: DeviceGradients) -> Divisors:
     """With the gradients taken into the averages."""
-    b, m, n = grads.shape
-    rows, columns = ([batch.joined(key)] for key in _AVERAGES)
-    means = bounded_means([grads.all_squares(-1)], [n]), bounded_means([grads.all_squares(-2)], [m])
-    (shares,), (roots,) = second_moment.roots((rows, columns), means)
-    for (averages,), key in zip((rows, columns), _AVERAGES, strict=True):
-        store(averages, [state[key] for state in batch.states])
-    correction = bias_correction(second_moment.beta2, batch.step)
-    return Divisors(shares.view(b, m), correction, second_moment.eps, columns=roots.view(b, n))
+    averages = _matrices(batch.states, "exp_avg_sq_row"), _matrices(batch.states, "exp_avg_sq_col")
+    sums = kernels.columns(grads.matrices)
+    shares, roots = kernels.factor(grads.reading, sums, averages, grads.shape[1:], second_moment.beta2)
+    return Divisors(shares, bias_correction(second_moment.beta2, batch.step), second_moment.eps, columns=roots)
 
 
 def move(
