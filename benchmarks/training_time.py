@@ -73,12 +73,12 @@ def page(result: dict[str, Any], plot: str | None) -> str:
     """The result as Markdown."""
     products = ", products in bfloat16 (autocast)" if result["autocast"] else ""
     lines = [
-        f"# Time of a training step: {result['model']}, {result['dtype']}, {result['device']}",
+        f"# Time of a training step: {result['model']}, {result['batch']} x {result['length']} tokens, {result['device']}",
         "",
         provenance(result),
         "",
         f"{show_count(result['parameters'])} parameters ({result['layers']} of {result['all_layers']} layers),"
-        f" {result['batch']} windows of {result['length']} random tokens{products}. The mean is over"
+        f" {result['dtype']}, {result['batch']} windows of {result['length']} random tokens{products}. The mean is over"
         f" {result['repeats']} turns of whole refresh intervals ({INTERVAL} steps; where 200, one timed refresh counts"
         " as one step in 200), in parentheses the means of the fastest and the slowest turn. Added is what a step takes"
         " beyond forward and backward alone.",
@@ -137,7 +137,8 @@ def run(args: argparse.Namespace) -> None:
         for name, row in rows.items()
         if "mean_ms" in row and name != NOTHING.name
     }
-    file = args.output / f"training_time-{args.device}-{args.model}-{args.dtype}{'-autocast' * args.autocast}.json"
+    dtype = f"{args.dtype}-autocast" if args.autocast else args.dtype
+    file = args.output / f"training_time-{args.device}-{args.model}-{dtype}-{args.batch}x{args.length}.json"
     plot = file.with_suffix(".svg")
     drawn = stacked_bars(plot, f"{args.model}, {args.dtype}, {args.device}", "milliseconds", bars)
     write(file, result, page(result, plot.name if drawn else None))

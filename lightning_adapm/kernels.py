@@ -449,8 +449,8 @@ def _launch(
 ) -> None:
     """Launch a kernel of :mod:`lightning_adapm.triton_kernels` with its arguments in this order.
 
-    What Triton compiled is kept by all that it may depend on, and launched without asking Triton for it again, which
-    takes the host several times as long as the launch.
+    What Triton compiled is kept by all that it may depend on, and launched as Triton's own tutorials launch what they
+    have compiled before: asking for it again takes the host several times as long as the launch.
     """
     device = tensors[0].device
     kinds = [(tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors]

@@ -224,9 +224,9 @@ def test_training_steps_are_timed_with_and_without_an_optimizer(monkeypatch, tmp
     words += ["--repeats", "2", "--peers", "AdamW, fused", "AdaPM block, in backward", "AdaLomo", "bitsandbytes"]
     monkeypatch.setattr(sys, "argv", words)
     training_time.main()
-    page = (tmp_path / "training_time-cpu-llama-float32-autocast.md").read_text()
+    page = (tmp_path / "training_time-cpu-llama-float32-autocast-2x16.md").read_text()
     assert "| bitsandbytes 8-bit | skipped: " in page and "| forward and backward | " in page
-    rows = json.loads((tmp_path / "training_time-cpu-llama-float32-autocast.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "training_time-cpu-llama-float32-autocast-2x16.json").read_text())["rows"]
     alone = rows.pop("forward and backward")
     del rows["bitsandbytes 8-bit"]
     assert list(rows) == ["AdamW, fused", "AdaPM block, in backward", "AdaLomo"]
