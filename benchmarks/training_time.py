@@ -73,7 +73,8 @@ def page(result: dict[str, Any], plot: str | None) -> str:
     """The result as Markdown."""
     products = ", products in bfloat16 (autocast)" if result["autocast"] else ""
     lines = [
-        f"# Time of a training step: {result['model']}, {result['batch']} x {result['length']} tokens, {result['device']}",
+        f"# Time of a training step: {result['model']}, {result['batch']} x {result['length']} tokens,"
+        f" {result['device']}",
         "",
         provenance(result),
         "",
