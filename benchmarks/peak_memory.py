@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.command import LATE, add_windows, check_length, described, parser_of, skipped_cells
 from benchmarks.decoder import Shape
 from benchmarks.models import DTYPES, MODELS, free_bytes, numel
-from benchmarks.pages import RESULTS, provenance, session, stacked_bars, table, write
-from benchmarks.peers import OUT_OF_MEMORY, Peer, attempt, chosen, select
+from benchmarks.pages import provenance, session, stacked_bars, table, write
+from benchmarks.peers import OUT_OF_MEMORY, Peer, attempt, select
 from benchmarks.training_step import PARTS, Setting, free, measure
 from lightning_adapm.tables import show_bytes, show_count
 
@@ -107,7 +108,7 @@ def page(result: dict[str, Any], plots: Sequence[str]) -> str:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     if "skipped" in row:
-        return [f"skipped: {row['skipped']}".replace("|", "/"), *[""] * len(PARTS)]
+        return skipped_cells(row["skipped"], 1 + len(PARTS))
     return [show_bytes(row["peak"]), *(show_bytes(row[part]) for part in PARTS)]
 
 
@@ -124,7 +125,7 @@ def _budget_lines(result: dict[str, Any]) -> list[str]:
         for key in ("plain", "checkpointing"):
             found = row[key].get("deepest", row[key])
             if "skipped" in found:
-                cells += [f"skipped: {found['skipped']}".replace("|", "/"), "", ""]
+                cells += skipped_cells(found["skipped"], 3)
             else:
                 cells += [str(found["layers"]), show_count(found["parameters"]), show_bytes(found["peak"])]
         rows.append(cells)
@@ -150,18 +151,13 @@ def run(args: argparse.Namespace, shape: Shape, peers: Sequence[Peer]) -> None:
     rows: dict[str, Any] = {}
     for peer in peers:
         print(peer.name, file=sys.stderr, flush=True)
-        late = {"skipped": "no time left (--time-limit)"}
+        late = {"skipped": LATE}
         over = time.monotonic() > deadline
         rows[peer.name] = (
             {_key(c): late for c in (False, True)} if over else measure_peer(shape, peer, setting, args.budget)
         )
     result = session("peak_memory", args.device) | {
-        "device": args.device,
-        "model": args.model,
-        "dtype": args.dtype,
-        "layers": shape.layers,
-        "all_layers": MODELS[args.model].layers,
-        "parameters": numel(shape),
+        **described(args.device, args.model, args.dtype, shape, MODELS[args.model].layers),
         "batch": args.batch,
         "length": args.length,
         "budget": args.budget,
@@ -191,22 +187,13 @@ def plots(file: Path, result: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.peak_memory", description=__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--model", choices=MODELS, default="llama")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser = parser_of("peak_memory", __doc__)
+    add_windows(parser, batch=4)
     parser.add_argument("--layers", type=int, help="of the model; default: all")
-    parser.add_argument("--batch", type=int, default=4, help="windows of a step")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
     parser.add_argument("--budget", type=byte_count, help="also find the largest model that trains within it, as 24GiB")
-    parser.add_argument("--peers", nargs="*", type=chosen, metavar="NAME", help="parts of names; default: all")
-    parser.add_argument("--peer-limit", type=float, default=20, help="seconds that a refresh by SVDs may take")
-    parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds, after which the rest is skipped")
-    parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     shape = MODELS[args.model]
-    if not shape.rotary and args.length > shape.context:
-        parser.error(f"--length must be at most {shape.context} for {args.model}, but got {args.length}")
+    check_length(parser, args.length, args.model, shape)
     free = free_bytes(args.device)
     if args.budget is not None and args.budget > free:
         parser.error(f"--budget must be at most the {show_bytes(free)} that are free on {args.device}")

@@ -8,7 +8,6 @@ at the bandwidth of a plain copy or scaling in place, measured in the same run.
 import argparse
 import gc
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,12 +19,13 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from benchmarks.command import LATE, begin, described, parser_of, skipped_cells
 from benchmarks.decoder import Decoder, Shape
 from benchmarks.memory import held_bytes, state_bytes, tensors_in
 from benchmarks.models import DTYPES, MODELS, free_bytes, materialise, numel, shorten
-from benchmarks.optimizers import Parameters, UnavailableError
-from benchmarks.pages import RESULTS, provenance, session, stacked_bars, table, write
-from benchmarks.peers import BASES, Peer, Result, attempt, build, chosen, select
+from benchmarks.optimizers import Parameters
+from benchmarks.pages import provenance, session, stacked_bars, table, write
+from benchmarks.peers import BASES, Peer, Result, attempt, build, select
 from benchmarks.timing import bandwidth, launched, time_steps, transient_bytes
 from lightning_adapm.tables import show_bytes, show_count
 
@@ -84,6 +84,11 @@ class Measured:
         step, interval = fmean(taken for turn in self.turns for taken in turn), self.peer.interval
         return step if self.refresh is None else ((interval - 1) * step + self.refresh) / interval
 
+    @property
+    def milliseconds(self) -> dict[str, Any]:
+        """What results say of the time of a step."""
+        return {"mean_ms": 1e3 * self.mean, "turns_ms": [1e3 * fmean(turn) for turn in self.turns]}
+
 
 def measure(model: Decoder, peers: Sequence[Peer], plan: Plan) -> list[Measured]:
     """Every peer's steps on the model's parameters, which they share: what a step costs does not depend on values."""
@@ -116,9 +121,7 @@ def _measure_together(rows: Sequence[Measured], of: Parameters, plan: Plan) -> N
 def _prepare(row: Measured, of: Parameters, plan: Plan) -> Optimizer:
     """The optimizer, after its first steps."""
     peer = row.peer
-    if time.monotonic() > plan.deadline:
-        raise UnavailableError("no time left (--time-limit)")
-    print(peer.name, file=sys.stderr, flush=True)
+    begin(peer, plan.deadline)
     optimizer = build(peer, of, plan.peer_limit, **({"update_in_backward": False} if peer.in_backward else {}))
     row.pace = time_steps(optimizer.step, plan.warmup, plan.device)[-1]
     return optimizer
@@ -151,8 +154,7 @@ def summarise(rows: Sequence[Measured], speed: float) -> dict[str, dict[str, Any
             continue
         floor = row.counts["floor_bytes"] / speed
         found[row.peer.name] = {
-            "mean_ms": 1e3 * row.mean,
-            "turns_ms": [1e3 * fmean(turn) for turn in row.turns],
+            **row.milliseconds,
             "worst_ms": 1e3 * max([*(taken for turn in row.turns for taken in turn), row.refresh or 0.0]),
             "floor_ms": 1e3 * floor,
             "over_floor": row.mean / floor,
@@ -191,16 +193,21 @@ def page(result: dict[str, Any], plot: str | None) -> str:
     return "\n".join(lines) + "\n"
 
 
+def mean_and_turns(row: dict[str, Any]) -> str:
+    """The cell of the mean, with the fastest and the slowest turn."""
+    return f"{row['mean_ms']:.2f} ({min(row['turns_ms']):.2f} to {max(row['turns_ms']):.2f})"
+
+
 def _cells(row: dict[str, Any], base: Sequence[float], count: int) -> list[str]:
     """``base``: milliseconds of AdamW by turn, if the optimizers took turns."""
     if "skipped" in row:
-        return [f"skipped: {row['skipped']}".replace("|", "/"), *[""] * (count - 1)]
+        return skipped_cells(row["skipped"], count)
     ratios = [f"{row['ratios'][name]:.2f}" if name in row["ratios"] else "" for name in BASES]
     by_turn = [ours / adamw for ours, adamw in zip(row["turns_ms"], base, strict=False)]
     if by_turn:
         ratios[-1] += f" ({min(by_turn):.2f} to {max(by_turn):.2f})"
     return [
-        f"{row['mean_ms']:.2f} ({min(row['turns_ms']):.2f} to {max(row['turns_ms']):.2f})",
+        mean_and_turns(row),
         f"{row['worst_ms']:.2f}",
         f"{row['floor_ms']:.2f}",
         f"{row['over_floor']:.2f}",
@@ -221,12 +228,7 @@ def run(name: str, dtype: str, shape: Shape, peers: Sequence[Peer], plan: Plan, 
     rows = summarise(measured, best)
     result = session("step_time", plan.device) | {
         "threads": torch.get_num_threads(),
-        "device": plan.device,
-        "model": name,
-        "dtype": dtype,
-        "layers": shape.layers,
-        "all_layers": MODELS[name].layers,
-        "parameters": numel(shape),
+        **described(plan.device, name, dtype, shape, MODELS[name].layers),
         "bandwidth": best,
         "repeats": plan.repeats,
         "together": plan.together,
@@ -263,24 +265,15 @@ def plan_of(args: argparse.Namespace, shape: Shape, dtype: str, peers: Sequence[
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step_time", description=__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--model", choices=MODELS, default="llama")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser = parser_of("step_time", __doc__)
     parser.add_argument(
         "--all", action="store_true", help="every model in every dtype; --model and --dtype are not used"
     )
     parser.add_argument("--layers", type=int, help="of the model; default: all, or as many as AdamW has memory for")
-    parser.add_argument(
-        "--peers", nargs="*", type=chosen, metavar="NAME", help="only those whose names contain one of these"
-    )
     parser.add_argument("--repeats", type=int, default=3, help="turns of each optimizer")
     parser.add_argument("--steps", type=int, help=f"of a turn, for those that do not refresh every {INTERVAL}")
     parser.add_argument("--warmup", type=int, help="steps before the first turn")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--peer-limit", type=float, default=20, help="seconds that a refresh by SVDs may take")
-    parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds, after which the rest is skipped")
-    parser.add_argument("--output", type=Path, default=RESULTS)
     return parser.parse_args()
 
 
@@ -294,7 +287,7 @@ def main() -> None:
     for name, dtype in wanted:
         shape = fitting(name, dtype, args.device, args.layers)
         if shape is None or time.monotonic() > deadline:
-            reason = "no memory for one layer of it" if shape is None else "no time left (--time-limit)"
+            reason = "no memory for one layer of it" if shape is None else LATE
             print(f"{name}, {dtype}: skipped: {reason}", flush=True)
             continue
         plan = plan_of(args, shape, dtype, peers, deadline)

@@ -6,20 +6,16 @@ random tokens, and forward and backward are measured without any optimizer as we
 """
 
 import argparse
-import math
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from statistics import fmean
 from typing import Any
 
+from benchmarks.command import add_windows, begin, check_length, described, parser_of, skipped_cells
 from benchmarks.decoder import Shape
-from benchmarks.models import DTYPES, MODELS, numel
-from benchmarks.optimizers import UnavailableError
-from benchmarks.pages import RESULTS, provenance, session, stacked_bars, table, write
-from benchmarks.peers import BASES, Peer, chosen, select
-from benchmarks.step_time import INTERVAL, Measured, Plan
+from benchmarks.models import DTYPES, MODELS
+from benchmarks.pages import provenance, session, stacked_bars, table, write
+from benchmarks.peers import BASES, Peer, select
+from benchmarks.step_time import INTERVAL, Measured, Plan, mean_and_turns
 from benchmarks.timing import time_steps
 from benchmarks.training_step import Setting, Training, free
 from lightning_adapm.tables import show_count
@@ -39,9 +35,7 @@ def measure(shape: Shape, peers: Sequence[Peer], setting: Setting, plan: Plan) -
 
 
 def _train(row: Measured, shape: Shape, setting: Setting, plan: Plan) -> None:
-    if time.monotonic() > plan.deadline:
-        raise UnavailableError("no time left (--time-limit)")
-    print(row.peer.name, file=sys.stderr, flush=True)
+    begin(row.peer, plan.deadline)
     training = Training(shape, row.peer, setting)
     step = training.gradients if row.peer is NOTHING else training.step
     time_steps(step, plan.warmup, plan.device)
@@ -60,9 +54,8 @@ def summarise(rows: Sequence[Measured], tokens: int) -> dict[str, dict[str, Any]
             found[row.peer.name] = {"skipped": row.skipped}
             continue
         found[row.peer.name] = {
-            "mean_ms": 1e3 * row.mean,
-            "turns_ms": [1e3 * fmean(turn) for turn in row.turns],
-            "added_ms": 1e3 * (row.mean - means[NOTHING.name]),
+            **row.milliseconds,
+            "added_ms": 1e3 * (row.mean - means[NOTHING.name]) if NOTHING.name in means else None,
             "ratio": row.mean / means[BASE] if BASE in means else None,
             "tokens_per_second": tokens / row.mean,
         }
@@ -88,14 +81,13 @@ def page(result: dict[str, Any], plot: str | None) -> str:
     rows = []
     for name, row in result["rows"].items():
         if "skipped" in row:
-            rows.append([name, f"skipped: {row['skipped']}".replace("|", "/"), "", "", ""])
+            rows.append([name, *skipped_cells(row["skipped"], 4)])
             continue
-        turns = row["turns_ms"]
         rows.append(
             [
                 name,
-                f"{row['mean_ms']:.2f} ({min(turns):.2f} to {max(turns):.2f})",
-                f"{row['added_ms']:.2f}" if name != NOTHING.name else "",
+                mean_and_turns(row),
+                "" if name == NOTHING.name or row["added_ms"] is None else f"{row['added_ms']:.2f}",
                 "" if row["ratio"] is None else f"{row['ratio']:.3f}",
                 f"{row['tokens_per_second']:,.0f}",
             ]
@@ -120,13 +112,8 @@ def run(args: argparse.Namespace) -> None:
     measured = measure(shape, select(args.peers), setting, plan)
     rows = summarise(measured, args.batch * args.length)
     result = session("training_time", args.device) | {
-        "device": args.device,
-        "model": args.model,
-        "dtype": args.dtype,
+        **described(args.device, args.model, args.dtype, shape, shape.layers),
         "autocast": args.autocast,
-        "layers": shape.layers,
-        "all_layers": shape.layers,
-        "parameters": numel(shape),
         "batch": args.batch,
         "length": args.length,
         "repeats": plan.repeats,
@@ -134,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
     }
     base = rows[NOTHING.name].get("mean_ms", 0.0)
     bars = {
-        name: {NOTHING.name: base, "added": max(0.0, row["added_ms"])}
+        name: {NOTHING.name: base, "added": max(0.0, row["mean_ms"] - base)}
         for name, row in rows.items()
         if "mean_ms" in row and name != NOTHING.name
     }
@@ -147,22 +134,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training_time", description=__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--model", choices=MODELS, default="llama")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the parameters")
+    parser = parser_of("training_time", __doc__)
+    add_windows(parser, batch=8)
     parser.add_argument("--autocast", action="store_true", help="products in bfloat16, as precision bf16-mixed")
-    parser.add_argument("--batch", type=int, default=8, help="windows of a step")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
-    parser.add_argument("--peers", nargs="*", type=chosen, metavar="NAME", help="parts of names; default: all")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each optimizer")
-    parser.add_argument("--peer-limit", type=float, default=20, help="seconds that a refresh by SVDs may take")
-    parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds, after which the rest is skipped")
-    parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
-    shape = MODELS[args.model]
-    if not shape.rotary and args.length > shape.context:
-        parser.error(f"--length must be at most {shape.context} for {args.model}, but got {args.length}")
+    check_length(parser, args.length, args.model, MODELS[args.model])
     run(args)
 
 

@@ -1,16 +1,15 @@
-"""Launching :mod:`lightning_adapm.triton_kernels`: which matrices they take, where these lie, how they are cut up."""
+"""What :mod:`lightning_adapm.triton_kernels` do: which matrices they take, how these are cut up, what is given back."""
 
 import importlib.util
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-
+from lightning_adapm.launching import DTYPES, Matrices, launch
+from lightning_adapm.second_moment import largest
 
 FACTOR = torch.bfloat16
 """Of what multiplies a basis on its way to the parameters: tensor cores take it at twice the speed of TF32. The average
@@ -25,8 +24,7 @@ some on an H200, and within the 99 KiB of shared memory that a block has on smal
 """
 
 
-LARGEST = torch.finfo(torch.float32).max * 2.0**-30
-"""Mean squares are bounded by it: no average of them overflows."""
+_LARGEST, _TINY = largest(torch.float32), torch.finfo(torch.float32).tiny
 
 _ROWS_OF_A_SUM = 512
 """Sums of columns are taken of so many rows each: enough programs for a device, whatever the shape."""
@@ -65,56 +63,10 @@ def movable(params: Sequence[Tensor], directions: Sequence[Tensor]) -> bool:
 def _alike(tensors: Sequence[Tensor]) -> bool:
     """Of one dtype that the kernels know and one layout, whose last dimension is without gaps."""
     first = tensors[0]
-    if first.dtype not in _DTYPES or first.stride(-1) != 1:
+    if first.dtype not in DTYPES or first.stride(-1) != 1:
         return False
     shape, stride = first.shape, first.stride()
     return all(other.shape == shape and other.stride() == stride for other in tensors)
-
-
-class Matrices(NamedTuple):
-    """``b`` matrices of one shape and layout: those of a list of tensors, stacks taken apart, vectors as rows."""
-
-    like: Tensor
-    """One of the list."""
-    addresses: tuple[int, ...]
-
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor], stacks: bool | None = None) -> "Matrices":
-        """``stacks`` says what three dimensions are, if not stacks: the heads of one matrix."""
-        like = tensors[0]
-        if not (like.dim() == 3 if stacks is None else stacks):
-            return cls(like, tuple([tensor.data_ptr() for tensor in tensors]))
-        apart, count = like.stride(0) * like.element_size(), len(like)
-        firsts = [tensor.data_ptr() for tensor in tensors]
-        return cls(like, tuple(first + index * apart for first in firsts for index in range(count)))
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of each of them."""
-        return (self.like.shape[-2] if self.like.dim() > 1 else 1), self.like.shape[-1]
-
-    @property
-    def stride(self) -> int:
-        """From row to row."""
-        return self.like.stride(-2) if self.like.dim() > 1 else self.like.shape[-1]
-
-    @property
-    def table(self) -> Tensor:
-        """The addresses, on the device."""
-        return _table(self.addresses, self.like.device)[0]
-
-    @property
-    def aligned(self) -> bool:
-        """Every row of every matrix begins at a multiple of 16 bytes."""
-        size = self.like.element_size()
-        return not any(n * size % 16 for n in self.like.stride()[:-1]) and _table(self.addresses, self.like.device)[1]
-
-
-@lru_cache(maxsize=4096)  # from step to step, memory is mostly where it was
-def _table(addresses: tuple[int, ...], device: torch.device) -> tuple[Tensor, bool]:
-    """On the device, and whether all are multiples of 16."""
-    table = torch.tensor(addresses, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return table.to(device, non_blocking=True), not any(address % 16 for address in addresses)
 
 
 class Reading(NamedTuple):
@@ -140,7 +92,7 @@ def read(
     found = known or Reading(like.new_empty((b, m), dtype=torch.float32), like.new_zeros(gradients, dtype=torch.int32))
     block_m, block_n, warps, stages = _narrowed(READ if bases is None else PROJECT, n)
     block_r = 16 if bases is None else block(r)
-    _launch(
+    launch(
         "read",
         (-(-m // block_m), b, max(1, -(-width // block_r))),
         (
@@ -174,7 +126,7 @@ def columns(grads: Matrices) -> Tensor:
     block_m, block_n, warps, stages = _narrowed(COLUMNS, n)
     parts = -(-m // _ROWS_OF_A_SUM)
     sums = like.new_empty((b, parts, n), dtype=torch.float32)
-    _launch(
+    launch(
         "columns",
         (-(-n // block_n), b, parts),
         (grads.table, sums),
@@ -197,7 +149,7 @@ def combine(grads: Matrices, weights: Tensor, flaws: Tensor) -> Tensor:
     n = grads.shape[1]
     product = weights.new_empty(b, r, n)
     block_m, block_n, warps, stages = _narrowed(COMBINE, n)
-    _launch(
+    launch(
         "combine",
         (-(-n // block_n), b, -(-r // block(r))),
         (grads.table, weights.to(FACTOR).contiguous(), flaws, product),  # weights: read by every block of columns
@@ -252,7 +204,7 @@ def advance(
     factors = None if projected is None else squares.new_empty((b, m, width), dtype=FACTOR)
     roots = None if averages is None else torch.empty_like(squares)
     span = 16 if blocks is None else m // blocks
-    _launch(
+    launch(
         "advance",
         (-(-m // span), b, 1),
         (
@@ -269,7 +221,7 @@ def advance(
         (m, r, 0 if projected is None else projected.shape[-1], width, span, b // len(flaws)),
         (
             float(n if blocks is None else n * span),
-            LARGEST,
+            _LARGEST,
             *betas,
             correction,
             0.0 if refreshed is None else refreshed.flush,
@@ -298,12 +250,12 @@ def factor(
     squares, flaws = reading
     (m, n), shares = shape, torch.empty_like(squares)
     rows, columns = averages
-    _launch(
+    launch(
         "factor",
         (len(squares), 1, 1),
         (squares, sums, flaws, rows.table, columns.table, shares),
         (m, n, len(squares) // len(flaws)),
-        (float(m), float(n), LARGEST, torch.finfo(torch.float32).tiny, beta2),
+        (float(m), float(n), _LARGEST, _TINY, beta2),
         BLOCK=1024,
     )
     return shares, sums
@@ -358,7 +310,7 @@ def move(
     along = MOVE_ALONG if divisors.beta2 is None else MOVE_ALONG_ELEMENTWISE
     block_m, block_n, warps, stages = _narrowed(MOVE if factors is None else along, n)
     b = len(directions.addresses)
-    _launch(
+    launch(
         "move",
         (-(-m // block_m), -(-n // block_n), b),
         (
@@ -434,49 +386,3 @@ def block(r: int) -> int:
 def power_of_two(number: int) -> int:
     """The smallest that is not below."""
     return 1 << max(0, number - 1).bit_length()
-
-
-_compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
-
-
-def _launch(
-    name: str,
-    grid: tuple[int, int, int],
-    tensors: tuple[Tensor, ...],
-    numbers: tuple[int, ...],
-    scalars: tuple[float, ...],
-    **constants: Any,
-) -> None:
-    """Launch a kernel of :mod:`lightning_adapm.triton_kernels` with its arguments in this order.
-
-    What Triton compiled is kept by all that it may depend on, and launched as Triton's own tutorials launch what they
-    have compiled before: asking for it again takes the host several times as long as the launch.
-    """
-    device = tensors[0].device
-    kinds = [(tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors]
-    key = name, device, numbers, *kinds, *constants.values()
-    with _on(device):
-        if key in _compiled:
-            compiled, rest = _compiled[key]
-            compiled[grid](*tensors, *numbers, *scalars, *rest)
-            return
-        from lightning_adapm import triton_kernels
-
-        kernel = getattr(triton_kernels, name)
-        named = {key: _of(value) if isinstance(value, torch.dtype) else value for key, value in constants.items()}
-        compiled = kernel[grid](*tensors, *numbers, *scalars, **named)
-        if compiled is not None:  # the interpreter compiles nothing
-            _compiled[key] = compiled, [named[argument] for argument in kernel.arg_names if argument in named]
-
-
-def _of(dtype: torch.dtype) -> Any:
-    """Triton's name of it."""
-    import triton.language as tl
-
-    return getattr(tl, _DTYPES[dtype])
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device."""
-    current = device.type != "cuda" or device.index == torch.cuda.current_device()
-    return nullcontext() if current else torch.cuda.device(device)

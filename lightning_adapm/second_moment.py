@@ -161,7 +161,7 @@ def block_means(means: Tensor, blocks: int, dim: int) -> Tensor:
 def mean_squares(grads: list[Tensor], dim: int | None, reduction: Reduction) -> list[Tensor]:
     """Means of squares along ``dim``, kept as a dimension of one, or over everything.
 
-    Bounded so that no average of such means overflows: an infinite block could never be divided by another.
+    Bounded by :func:`largest`: an infinite block could never be divided by another.
     """
     if dim is not None and isinstance(grads, Stack):
         sums = grads.squares(dim)
@@ -172,8 +172,13 @@ def mean_squares(grads: list[Tensor], dim: int | None, reduction: Reduction) -> 
     sums = reduction.rows(sums) if dim == -1 else reduction.total(sums)
     counts = [grad.shape[-1] for grad in grads] if dim == -1 else reduction.sizes(grads)
     torch._foreach_div_(sums, [max(1, count) for count in counts])
-    torch._foreach_clamp_max_(sums, torch.finfo(sums[0].dtype).max * 2.0**-30)
+    torch._foreach_clamp_max_(sums, largest(sums[0].dtype))
     return sums
+
+
+def largest(dtype: torch.dtype) -> float:
+    """Bound of mean squares: no average of them overflows, and none is infinite."""
+    return torch.finfo(dtype).max * 2.0**-30
 
 
 def _average(averages: list[Tensor], means: list[Tensor], beta2: float) -> None:

@@ -236,6 +236,15 @@ def test_training_steps_are_timed_with_and_without_an_optimizer(monkeypatch, tmp
         assert row["tokens_per_second"] == pytest.approx(32 / (1e-3 * row["mean_ms"]))
 
 
+def test_what_an_optimizer_adds_is_not_known_without_forward_and_backward_alone():
+    alone, row = Measured(training_time.NOTHING, skipped="out of memory"), Measured(chosen("fused")[0], turns=[[2e-3]])
+    found = training_time.summarise([alone, row], tokens=4)
+    assert found == {
+        "forward and backward": {"skipped": "out of memory"},
+        "AdamW, fused": {"mean_ms": 2.0, "turns_ms": [2.0], "added_ms": None, "ratio": 1.0, "tokens_per_second": 2000},
+    }
+
+
 def test_the_documentation_shows_the_results():
     page = docs.PAGE.read_text()
     assert docs.filled(page) == page  # or run: python -m benchmarks.docs

@@ -54,7 +54,7 @@ def convergence() -> Study:
             "AdaPM block, 0.023 +- 0.014 above it, is below Adam-mini's best. torch's Muon is far ahead of all, 0.48 "
             "below AdamW at the highest rate tried, and LoRA-Pre's Muon 0.05 below; on Llama-3.2-1B's shapes their "
             "steps take 9 and 80 times as long as AdamW's fused one (step_time), AdaPM's 0.90 times. GaLore and "
-            "APOLLO are 0.09 and 0.12 above AdamW at the highest rates tried, AdaLomo 0.26, LoRA-Pre with Adam 0.41. "
+            "APOLLO are 0.09 and 0.12 above AdamW at the highest rates tried, AdaLomo 0.26, LoRA-Pre with Adam 0.41, "
             "torch's Adafactor 0.43. adam_mini spikes at 2e-3 where this package's AdamMini does not. Seconds are of "
             "processes that shared the GPU."
         ),

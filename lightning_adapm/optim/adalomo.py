@@ -11,7 +11,7 @@ from lightning_adapm.momentum import State
 from lightning_adapm.optim.adapm import AdaPM
 from lightning_adapm.optim.tasks import Plan, Task, reduction_of
 from lightning_adapm.roles import Piece
-from lightning_adapm.second_moment import Denominators, SecondMoment, mean_squares
+from lightning_adapm.second_moment import Denominators, SecondMoment, largest, mean_squares
 from lightning_adapm.sharding import ONE_PROCESS, Reduction
 
 _ADDED = 1e-30
@@ -68,7 +68,7 @@ class RelativeSecondMoment:
 
 def _squares(grad: Tensor) -> Tensor:
     # bounded: infinity would stay in the average, and become NaN in the next
-    return grad.square().add_(_ADDED).clamp_max_(torch.finfo(grad.dtype).max * 2.0**-30)
+    return grad.square().add_(_ADDED).clamp_max_(largest(grad.dtype))
 
 
 class Lomo(AdaPM):

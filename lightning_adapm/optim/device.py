@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_adapm import kernels, lowrank
-from lightning_adapm.kernels import Divisors, Matrices, Reading
+from lightning_adapm.kernels import Divisors, Reading
+from lightning_adapm.launching import Matrices
 from lightning_adapm.momentum import (
     Direction,
     FullMomentum,
