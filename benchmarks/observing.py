@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_adapm.diagnostics import ResidualProbe
-from lightning_adapm.optim.tasks import Task
+from lightning_adapm.report.diagnostics import ResidualProbe
+from lightning_adapm.step.parts import Task
 
 FIGURES = {
     "update_rms": "Root mean square of the update / lr",
@@ -36,7 +36,7 @@ class Log:
         self.copies: list[dict[str, dict[str, list[float | None]]]] = [{} for _ in range(copies)]
 
     def __call__(self, task: Task, direction: Tensor, update: Tensor, clip_threshold: float | None) -> None:
-        """Take in one piece of one step; see :class:`lightning_adapm.optim.tasks.Observer`."""
+        """Take in one piece of one step; see :class:`lightning_adapm.step.parts.Observer`."""
         self.probe(task, direction, update, clip_threshold)
         applied = update if clip_threshold is None else update.clamp(-clip_threshold, clip_threshold)
         size = task.grad.norm().clamp_min(torch.finfo(task.grad.dtype).tiny)

@@ -8,7 +8,7 @@ import torch
 from litgpt import GPT, Config
 
 from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre, explain
-from lightning_adapm.tables import show_bytes, show_saving
+from lightning_adapm.report.tables import show_bytes, show_saving
 
 PAGE = Path(__file__).parents[1] / "docs" / "choosing-an-optimizer.md"
 MODELS = ("pythia-160m", "TinyLlama-1.1B", "Llama-3-8B")

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from benchmarks.trials import Trial
 from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre
-from lightning_adapm.policy import momentum_table
+from lightning_adapm.moments.policy import momentum_table
 
 DECAY = 0.1
 """Weight decay unless the options say another, on every parameter."""

@@ -23,7 +23,7 @@ from benchmarks.models import DTYPES, MODELS, free_bytes, numel
 from benchmarks.pages import provenance, session, stacked_bars, table, write
 from benchmarks.peers import OUT_OF_MEMORY, Peer, attempt, select
 from benchmarks.training_step import PARTS, Setting, free, measure
-from lightning_adapm.tables import show_bytes, show_count
+from lightning_adapm.report.tables import show_bytes, show_count
 
 
 def deepest(shape: Shape, peer: Peer, setting: Setting, checkpointing: bool, budget: int) -> dict[str, int]:

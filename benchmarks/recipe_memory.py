@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from lightning_adapm import plan_command
+from lightning_adapm.commands import plan as plan_command
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPES = REPOSITORY / "recipes"

@@ -23,9 +23,9 @@ from benchmarks.decoder import Decoder, Shape
 from benchmarks.models import MODELS
 from benchmarks.pages import RESULTS, provenance, session, stacked_bars, table, write
 from lightning_adapm import AdaPM
-from lightning_adapm.planner import measure
-from lightning_adapm.scaling import Scaling, scaling
-from lightning_adapm.sharding import TRAFFIC
+from lightning_adapm.report.plan import measure
+from lightning_adapm.report.scaling import Scaling, scaling
+from lightning_adapm.sharding.reduction import TRAFFIC
 
 LARGE = "llama-3-8b"
 SMALL = Shape(layers=2, width=64, n_head=4, n_query_groups=2, context=16, vocab=256, llama=True)

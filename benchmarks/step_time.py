@@ -27,7 +27,7 @@ from benchmarks.optimizers import Parameters
 from benchmarks.pages import provenance, session, stacked_bars, table, write
 from benchmarks.peers import BASES, Peer, Result, attempt, build, select
 from benchmarks.timing import bandwidth, launched, time_steps, transient_bytes
-from lightning_adapm.tables import show_bytes, show_count
+from lightning_adapm.report.tables import show_bytes, show_count
 
 INTERVAL = 10
 """Steps of a turn of those that refresh as often: each of their bases is refreshed once in as many."""

@@ -18,7 +18,7 @@ from benchmarks.peers import BASES, Peer, select
 from benchmarks.step_time import INTERVAL, Measured, Plan, mean_and_turns
 from benchmarks.timing import time_steps
 from benchmarks.training_step import Setting, Training, free
-from lightning_adapm.tables import show_count
+from lightning_adapm.report.tables import show_count
 
 NOTHING = Peer("forward and backward", "AdamW")
 """The row in which no optimizer steps."""

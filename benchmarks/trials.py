@@ -8,11 +8,13 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from lightning_adapm import AdaPM, lowrank
-from lightning_adapm.momentum import Direction, LowRankMomentum, Momentum, Stack, State, join, split, store
-from lightning_adapm.optim.tasks import PieceState
-from lightning_adapm.roles import Piece
-from lightning_adapm.sharding import ONE_PROCESS, Reduction
+from lightning_adapm import AdaPM
+from lightning_adapm.moments import lowrank
+from lightning_adapm.moments.base import Direction, Momentum, Stack, State, join, split, store
+from lightning_adapm.moments.first import LowRankMomentum
+from lightning_adapm.roles.piece import Piece
+from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
+from lightning_adapm.step.parts import PieceState
 
 KEYS = "exp_avg_l", "exp_avg_r"
 

@@ -9,6 +9,8 @@ import re
 import sys
 import traceback
 
+from lightning_adapm.commands import LITGPT_COMMANDS
+
 USAGE = """\
 usage: lightning-adapm {plan,prepare,fit,validate,test,predict,litgpt} [--config FILE ...] [--OPTION VALUE ...]
 
@@ -25,10 +27,6 @@ Several --config files apply in order, options after them override. All options 
   lightning-adapm fit --model.help lightning_adapm.litgpt.LitGPTModule
 """
 
-LITGPT_COMMANDS = ("pretrain", "finetune", "finetune_full", "finetune_lora", "finetune_adapter", "finetune_adapter_v2")
-"""Those of litgpt that train. Without the word litgpt before it: so Fabric starts the processes of other devices, with
-the words that litgpt reads."""
-
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line.
@@ -43,21 +41,21 @@ def main(args: list[str] | None = None) -> None:
     try:
         # after the help, which need not wait for Lightning
         if words[0] == "plan":
-            from lightning_adapm import plan_command
+            from lightning_adapm.commands import plan as plan_command
 
             sys.exit(plan_command.run(words[1:]))
         if words[0] == "prepare":
-            from lightning_adapm import prepare_command
+            from lightning_adapm.commands import prepare as prepare_command
 
             prepare_command.run(words[1:])
             return
         if words[0] == "litgpt" or words[0] in LITGPT_COMMANDS:
-            from lightning_adapm import litgpt_command
+            from lightning_adapm.commands import litgpt as litgpt_command
 
             litgpt_command.run(words[1:] if words[0] == "litgpt" else words)
             _leave_process_group()
             return
-        from lightning_adapm.cli import AdaPMCLI
+        from lightning_adapm.trainer.cli import AdaPMCLI
 
         AdaPMCLI(args)
         _leave_process_group()

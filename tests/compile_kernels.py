@@ -8,7 +8,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lightning_adapm import kernels, triton_kernels
+from lightning_adapm.step import kernels, triton_kernels
 
 SCALARS = dict.fromkeys(("one", "beta1", "scale", "correction", "eps", "beta2", "lr", "decay", "clip"), "fp32")
 COMMON = {"GRAD": tl.float32, "FACTOR": tl.bfloat16, "ALIGNED": True, "BLOCK_R": 128}

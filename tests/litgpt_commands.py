@@ -14,7 +14,7 @@ from finetuning import CONFIG, write_tokenizer
 from litgpt import GPT, Config, adapter_v2, lora
 from reporting import ReportingAdaPM, describe
 
-from lightning_adapm.prepare_command import prepare
+from lightning_adapm.commands.prepare import prepare
 
 TESTS = Path(__file__).parent
 
@@ -86,7 +86,7 @@ def text_files(corpus):
 
 def prepared(text):
     """The options for text of :func:`write_text`."""
-    return ["--data=lightning_adapm.litgpt_data.PreparedText", f"--data.path={text}", f"--tokenizer_dir={text}"]
+    return ["--data=lightning_adapm.litgpt.data.PreparedText", f"--data.path={text}", f"--tokenizer_dir={text}"]
 
 
 def write_text(folder, corpus):

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from lightning_adapm import AdaPM
-from lightning_adapm.named import normalize
+from lightning_adapm.roles.context import normalize
 
 REPORT = "OPTIMIZER_REPORT"
 """The environment variable with the file to write."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks import optimizer_memory
 from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre, explain
-from lightning_adapm.planner import measure
+from lightning_adapm.report.plan import measure
 
 MAKE = {
     "adapm": lambda params: AdaPM(params, lr=1e-2, rank=2, update_proj_gap=3),

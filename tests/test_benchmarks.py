@@ -17,7 +17,7 @@ from benchmarks.sweep import sweep
 from benchmarks.text import Text, read_text
 from benchmarks.training import schedule, train
 from benchmarks.trials import DivideAll, TwoTimeScales
-from lightning_adapm.momentum import LowRankMomentum
+from lightning_adapm.moments.first import LowRankMomentum
 
 TINY = Setting(Shape(layers=1, width=16, n_head=2, context=8), steps=4, batch=2, val_windows=4)
 TINY_LLAMA = dataclasses.replace(TINY, shape=dataclasses.replace(TINY.shape, llama=True, n_query_groups=1))

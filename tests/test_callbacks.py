@@ -22,8 +22,8 @@ from lightning_adapm import (
     OptimizerSummary,
     ResidualNormMonitor,
 )
-from lightning_adapm.callbacks.closing import RunResult, closing_table
-from lightning_adapm.planner import measure
+from lightning_adapm.report.plan import measure
+from lightning_adapm.trainer.callbacks.closing import RunResult, closing_table
 
 
 class Foreign(L.LightningModule):

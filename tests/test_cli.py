@@ -6,8 +6,8 @@ import pytest
 import torch
 from commands import QUICKSTART, QUICKSTART_ADAMW, logged, run, shrunk
 
-from lightning_adapm import cli
 from lightning_adapm.__main__ import main
+from lightning_adapm.trainer import cli
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ def test_a_scheduler_of_the_users_own_stays():
 
 @pytest.mark.parametrize("words", [[], ["-h"], ["--help"]])
 def test_help_names_the_commands_without_loading_lightning(in_process, capsys, monkeypatch, words):
-    monkeypatch.setitem(sys.modules, "lightning_adapm.cli", None)  # an import would fail
+    monkeypatch.setitem(sys.modules, "lightning_adapm.trainer.cli", None)  # an import would fail
     in_process(*words)
     assert "lightning-adapm fit --config" in capsys.readouterr().out
 

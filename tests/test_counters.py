@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from models import tiny_gpt, token_batches, train
 
 from lightning_adapm import AdaPM
-from lightning_adapm.optim.counters import StepCounters
+from lightning_adapm.step.counters import StepCounters
 
 
 @given(st.lists(st.sets(st.integers(0, 4), min_size=1), max_size=12))

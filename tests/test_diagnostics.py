@@ -5,8 +5,8 @@ import torch
 from models import PlainLM, tiny_gpt, token_batches, train
 
 from lightning_adapm import AdaPM
-from lightning_adapm.diagnostics import ResidualProbe, StateReport, sketch
-from lightning_adapm.planner import measure
+from lightning_adapm.report.diagnostics import ResidualProbe, StateReport, sketch
+from lightning_adapm.report.plan import measure
 
 
 @pytest.mark.parametrize("make", [PlainLM, tiny_gpt], ids=["plain", "litgpt"])

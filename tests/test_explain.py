@@ -10,9 +10,9 @@ from models import PlainLM, PlainTraining, tiny_gpt
 from torch import nn
 
 from lightning_adapm import AdaPM, AdaPMMixin, explain
-from lightning_adapm.explanation import compare
-from lightning_adapm.planner import plan
-from lightning_adapm.tables import as_text, summarise, summary_table
+from lightning_adapm.report.explain import compare
+from lightning_adapm.report.plan import plan
+from lightning_adapm.report.tables import as_text, summarise, summary_table
 
 
 class Unknown(nn.Module):

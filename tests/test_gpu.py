@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_adapm import AdaPM, kernels
+from lightning_adapm import AdaPM
+from lightning_adapm.step import kernels
 
 pytestmark = [
     pytest.mark.gpu,

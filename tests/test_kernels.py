@@ -13,7 +13,8 @@ from models import relative_difference, tiny_gpt
 from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from lightning_adapm import AdaPM, kernels
+from lightning_adapm import AdaPM
+from lightning_adapm.step import kernels
 
 pytest.importorskip("triton", reason="the kernels are Triton's")
 
@@ -23,7 +24,7 @@ def interpreted(monkeypatch):
     """Triton's kernels run on a CPU as well; gives back the names of those that were launched."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("on a CUDA device tests/test_gpu.py runs the kernels themselves")
-    triton_kernels = importlib.import_module("lightning_adapm.triton_kernels")
+    triton_kernels = importlib.import_module("lightning_adapm.step.triton_kernels")
     monkeypatch.setattr(kernels, "runs_on", lambda device: True)
     monkeypatch.setattr(kernels, "FACTOR", torch.float32)  # the interpreter cannot multiply bfloat16
     launched = []
@@ -74,7 +75,7 @@ def trained(dtype, steps=8, spoiled=(), **options):
 
 def test_bases_are_refreshed_in_groups_of_a_bounded_size(interpreted, monkeypatch):
     together = trained(torch.float32, rank=2)[0]
-    monkeypatch.setattr("lightning_adapm.optim.device._TOGETHER_NUMEL", 1)
+    monkeypatch.setattr("lightning_adapm.step.by_kernels._TOGETHER_NUMEL", 1)
     torch.testing.assert_close(trained(torch.float32, rank=2)[0], together)
 
 

@@ -18,8 +18,9 @@ from litgpt.finetune import full, lora
 from litgpt.pretrain import setup as pretrain
 from litgpt_commands import FINETUNE, MODEL, PRETRAIN, optimizer, run_litgpt, text_files, write_checkpoint, write_text
 
-from lightning_adapm import litgpt_checks, litgpt_command
-from lightning_adapm.litgpt_data import PreparedText
+from lightning_adapm.commands import litgpt as litgpt_command
+from lightning_adapm.litgpt import checks as litgpt_checks
+from lightning_adapm.litgpt.data import PreparedText
 
 RECIPE = str(RECIPES / "litgpt" / "pretrain" / "quickstart.yaml")
 SETUPS = {"finetune_full": full.setup, "finetune_lora": lora.setup, "pretrain": pretrain}

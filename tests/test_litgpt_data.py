@@ -11,10 +11,10 @@ from litgpt.data import JSON
 from litgpt.tokenizer import Tokenizer
 from litgpt_commands import write_text
 
-from lightning_adapm import litgpt_data
 from lightning_adapm.__main__ import main
 from lightning_adapm.data.docstrings import instructions
-from lightning_adapm.litgpt_data import PreparedText
+from lightning_adapm.litgpt import data as litgpt_data
+from lightning_adapm.litgpt.data import PreparedText
 
 SOURCES = '''
 def area(width: float, height: float = 1.0) -> float:

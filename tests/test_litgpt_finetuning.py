@@ -16,8 +16,8 @@ from litgpt.utils import check_valid_checkpoint_dir, chunked_cross_entropy
 from torchmetrics.text import Perplexity
 
 from lightning_adapm import LitGPTCheckpoint, explain
-from lightning_adapm.callbacks.litgpt_checkpoint import write_checkpoint
-from lightning_adapm.litgpt import LitGPTModule, batch_length, batch_rows
+from lightning_adapm.litgpt.checkpoint import write_checkpoint
+from lightning_adapm.litgpt.module import LitGPTModule, batch_length, batch_rows
 
 LORA = {"lora_r": 2, "lora_alpha": 4, "lora_query": True, "lora_value": True, "lora_mlp": True}
 

@@ -11,7 +11,7 @@ from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_adapm.data import TextDataModule
-from lightning_adapm.litgpt import LitGPTModule
+from lightning_adapm.litgpt.module import LitGPTModule
 
 CONFIG = {
     "n_layer": 2,

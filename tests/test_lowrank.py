@@ -4,8 +4,8 @@ import pytest
 import torch
 from models import relative_difference
 
-from lightning_adapm import lowrank
-from lightning_adapm.momentum import LowRankMomentum
+from lightning_adapm.moments import lowrank
+from lightning_adapm.moments.first import LowRankMomentum
 
 torch.manual_seed(0)
 

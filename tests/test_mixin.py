@@ -14,7 +14,7 @@ from models import PlainTraining, token_batches
 
 from lightning_adapm import AdaPM, AdaPMConfig, AdaPMMixin
 from lightning_adapm.data import TrainLoader
-from lightning_adapm.mixin import check_strategy, lr_factor
+from lightning_adapm.trainer.mixin import check_strategy, lr_factor
 
 
 class Module(AdaPMMixin, PlainTraining, L.LightningModule):

@@ -8,7 +8,8 @@ from models import PlainLM, token_batches
 from torch import nn
 
 from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre
-from lightning_adapm.optim.lora_pre import LowRankRegression, newton_schulz
+from lightning_adapm.moments.orthogonal import newton_schulz
+from lightning_adapm.moments.regression import LowRankRegression
 
 
 def train(model, optimizer, batches, as_closure=False):

@@ -18,7 +18,7 @@ from benchmarks.optimizers import OURS, Parameters, UnavailableError
 from benchmarks.peers import PEERS, Peer, attempt, build, chosen, select
 from benchmarks.step_time import INTERVAL, Measured, Plan, measure, summarise
 from lightning_adapm import AdaPM, explain
-from lightning_adapm.planner import measure as planner_measure
+from lightning_adapm.report.plan import measure as planner_measure
 
 TINY = Shape(layers=1, width=32, n_head=4, n_query_groups=2, context=8, vocab=64, llama=True)
 PUBLISHED = {

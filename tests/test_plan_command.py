@@ -10,11 +10,12 @@ from commands import QUICKSTART, QUICKSTART_ADAMW, run
 from models import PlainLM, tiny_gpt
 from torch import nn
 
-from lightning_adapm import AdaLomo, AdamMini, LoRAPre, plan_command
+from lightning_adapm import AdaLomo, AdamMini, LoRAPre
 from lightning_adapm.__main__ import main
-from lightning_adapm.explanation import explain
-from lightning_adapm.litgpt import LitGPTModule
-from lightning_adapm.tables import show_bytes
+from lightning_adapm.commands import plan as plan_command
+from lightning_adapm.litgpt.module import LitGPTModule
+from lightning_adapm.report.explain import explain
+from lightning_adapm.report.tables import show_bytes
 
 
 class Gadget(nn.Module):

@@ -10,8 +10,8 @@ from models import PlainLM, tiny_gpt, token_batches, train
 from torch import nn
 
 from lightning_adapm import AdaPM
-from lightning_adapm.explanation import compare, explain
-from lightning_adapm.planner import StateBytes, adamw_bytes, measure, plan
+from lightning_adapm.report.explain import compare, explain
+from lightning_adapm.report.plan import StateBytes, adamw_bytes, measure, plan
 
 
 @pytest.mark.parametrize("second_moment", ["elementwise", "block", "factored"])

@@ -13,13 +13,13 @@ from models import PlainLM, PlainTraining, token_batches, train
 from test_callbacks import Foreign, fit
 
 from lightning_adapm import AdaPM, AdaPMMixin, ClosingTable, OptimizerStateMonitor, OptimizerSummary
-from lightning_adapm.callbacks import run
-from lightning_adapm.callbacks.closing import RunResult, find_adamw
-from lightning_adapm.callbacks.pooling import Pool, ResidualFigures, layer_labels
-from lightning_adapm.callbacks.run import StepClock
-from lightning_adapm.diagnostics import ResidualProbe
-from lightning_adapm.planner import plan
-from lightning_adapm.tables import show_bytes, show_count, show_saving, summarise
+from lightning_adapm.report.diagnostics import ResidualProbe
+from lightning_adapm.report.plan import plan
+from lightning_adapm.report.tables import show_bytes, show_count, show_saving, summarise
+from lightning_adapm.trainer.callbacks import run
+from lightning_adapm.trainer.callbacks.closing import RunResult, find_adamw
+from lightning_adapm.trainer.callbacks.pooling import Pool, ResidualFigures, layer_labels
+from lightning_adapm.trainer.callbacks.run import StepClock
 
 
 def test_layers_are_numbers_where_there_is_one_stack():

@@ -9,7 +9,7 @@ import torch
 from finetuning import CONFIG, write_preferences, write_tokenizer
 from litgpt.tokenizer import Tokenizer
 
-from lightning_adapm.preference import DPOModule, PreferenceData, answer_log_probs, dpo_margins
+from lightning_adapm.litgpt.preference import DPOModule, PreferenceData, answer_log_probs, dpo_margins
 
 
 def connected(tmp_path, **options):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_adapm import AdaPM
-from lightning_adapm.roles import ROLES
+from lightning_adapm.roles.piece import ROLES
 
 
 class Conv1D(nn.Module):

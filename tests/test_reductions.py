@@ -8,8 +8,8 @@ from adam_mini import Adam_mini
 from models import PlainLM, gpt_loss, relative_difference, separate, tiny_gpt, token_batches, train
 
 from lightning_adapm import AdaPM
-from lightning_adapm.momentum import FullMomentum, LowRankMomentum
-from lightning_adapm.roles import ROLES
+from lightning_adapm.moments.first import FullMomentum, LowRankMomentum
+from lightning_adapm.roles.piece import ROLES
 
 FULL = dict.fromkeys(ROLES, "full")
 

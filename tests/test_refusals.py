@@ -13,7 +13,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from lightning_adapm import AdaPM
 from lightning_adapm.optim import options
-from lightning_adapm.roles import Piece
+from lightning_adapm.roles.piece import Piece
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from benchmarks.studies import GROUPS, STUDIES, Study, adamw, adapm
 from benchmarks.text import NO_TARGET, Text, read_text
 from benchmarks.training import batch_starts, schedule, train, validate
 from benchmarks.trials import ExactSVD, GradientDescent, Reprojected, Scaled, average
-from lightning_adapm.momentum import LowRankMomentum
+from lightning_adapm.moments.first import LowRankMomentum
 
 CPU = Device()
 TINY = Setting(Shape(layers=1, width=16, n_head=2, context=8), steps=4, batch=2, val_windows=4)

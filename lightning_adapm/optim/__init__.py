@@ -1,8 +1,8 @@
-"""Optimizers: ``torch.optim.Optimizer`` shells over momentum and second moment."""
+"""The optimizers."""
 
-from lightning_adapm.optim.adalomo import AdaLomo, Lomo
 from lightning_adapm.optim.adam_mini import AdamMini
 from lightning_adapm.optim.adapm import AdaPM
+from lightning_adapm.optim.lomo import AdaLomo, Lomo
 from lightning_adapm.optim.lora_pre import LoRAPre
 
 __all__ = ["AdaLomo", "AdaPM", "AdamMini", "LoRAPre", "Lomo"]

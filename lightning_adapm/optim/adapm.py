@@ -11,15 +11,23 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_adapm import policy
-from lightning_adapm.layout import local
-from lightning_adapm.momentum import LowRankMomentum, Momentum
-from lightning_adapm.optim import device, in_backward, options
-from lightning_adapm.optim.assign import assign_roles
-from lightning_adapm.optim.checkpointed import FORMAT_VERSION, Checkpointed
-from lightning_adapm.optim.counters import StepCounters
-from lightning_adapm.optim.gradients import NonFiniteGradients
-from lightning_adapm.optim.tasks import (
+from lightning_adapm.moments import policy
+from lightning_adapm.moments.base import Momentum, SecondMoment
+from lightning_adapm.moments.first import LowRankMomentum
+from lightning_adapm.moments.policy import momentum_table
+from lightning_adapm.optim import in_backward, options
+from lightning_adapm.roles.assign import assign_roles
+from lightning_adapm.roles.inputs import name_tensors, read_groups, source_module
+from lightning_adapm.roles.piece import Piece
+from lightning_adapm.sharding.find import local
+from lightning_adapm.sharding.fsdp1 import gradients
+from lightning_adapm.sharding.rows import column_range
+from lightning_adapm.state.state_dict import FORMAT_VERSION, Checkpointed
+from lightning_adapm.step import by_kernels
+from lightning_adapm.step.by_torch import update
+from lightning_adapm.step.counters import StepCounters
+from lightning_adapm.step.nonfinite import NonFiniteGradients
+from lightning_adapm.step.parts import (
     Bucket,
     Observer,
     PieceState,
@@ -30,12 +38,6 @@ from lightning_adapm.optim.tasks import (
     reduction_of,
     shares_basis,
 )
-from lightning_adapm.optim.update import update
-from lightning_adapm.params import name_tensors, read_groups, source_module
-from lightning_adapm.policy import momentum_table
-from lightning_adapm.roles import Piece
-from lightning_adapm.second_moment import SecondMoment
-from lightning_adapm.sharding import column_range, gradients
 
 _KEPT = ("name_rules", "unmatched", "update_in_backward", "gradient_norm", "pieces", "reasons", "_nonfinite")
 
@@ -346,7 +348,7 @@ class AdaPM(Checkpointed):
         return plans
 
     def _move_together(self, buckets: Iterable[Bucket], group: Mapping[str, Any]) -> None:
-        ready: list[device.Batch] = []
+        ready: list[by_kernels.Batch] = []
         for bucket in buckets:
             plan, step, tasks = bucket
             if tasks[0].shard is not None:
@@ -355,7 +357,7 @@ class AdaPM(Checkpointed):
             as_they_are = self._as_they_are(tasks, plan, group)
             together = batches(bucket, copied=not as_they_are)
             ready += [self._batch(batch, plan, step, as_they_are) for batch in together]
-        device.refresh(ready)
+        by_kernels.refresh(ready)
         for each in ready:
             self._update(each, group)
 
@@ -373,13 +375,13 @@ class AdaPM(Checkpointed):
         """Whether a step takes the gradients of ``tasks`` without copying them."""
         if self.observer is not None or group["maximize"]:
             return False
-        return device.takes(tasks, plan.momentum, plan.second_moment)
+        return by_kernels.takes(tasks, plan.momentum, plan.second_moment)
 
-    def _batch(self, tasks: list[Task], plan: Plan, step: int, as_they_are: bool) -> device.Batch:
-        grads = device.DeviceGradients(tasks, self._nonfinite.agreed_on(tasks)) if as_they_are else None
-        return device.Batch(tasks, plan, step, grads)
+    def _batch(self, tasks: list[Task], plan: Plan, step: int, as_they_are: bool) -> by_kernels.Batch:
+        grads = by_kernels.DeviceGradients(tasks, self._nonfinite.agreed_on(tasks)) if as_they_are else None
+        return by_kernels.Batch(tasks, plan, step, grads)
 
-    def _update(self, batch: device.Batch, group: Mapping[str, Any]) -> None:
+    def _update(self, batch: by_kernels.Batch, group: Mapping[str, Any]) -> None:
         tasks, grads = batch.tasks, batch.grads
         if grads is None:
             # only now, batch by batch: copies of all gradients in float32 would be larger than the state that is saved
@@ -387,7 +389,7 @@ class AdaPM(Checkpointed):
             self._move(tasks, [task.grad for task in tasks], batch.plan, batch.step, group)
         else:
             if batch.by_kernels:
-                device.step(batch, group)
+                by_kernels.step(batch, group)
             else:
                 self._move(tasks, grads, batch.plan, batch.step, group)
             self._nonfinite.count(tasks, grads.reading.flaws)

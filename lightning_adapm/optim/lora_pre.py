@@ -1,167 +1,23 @@
 """LoRA-Pre: momenta as low-rank regressors of the gradient, refreshed in every step (arXiv 2602.24283)."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_adapm import lowrank
-from lightning_adapm.momentum import Direction, FullMomentum, Momentum, State, join, split, store
-from lightning_adapm.optim.adalomo import NoSecondMoment
+from lightning_adapm.moments.base import Momentum, SecondMoment
+from lightning_adapm.moments.first import FullMomentum
+from lightning_adapm.moments.policy import rank_for
+from lightning_adapm.moments.regression import LowRankRegression, LowRankSecondMoment
+from lightning_adapm.moments.second import ElementwiseSecondMoment, NoSecondMoment
 from lightning_adapm.optim.adapm import AdaPM
-from lightning_adapm.policy import rank_for
-from lightning_adapm.roles import Piece
-from lightning_adapm.second_moment import Denominators, ElementwiseSecondMoment, SecondMoment
-from lightning_adapm.sharding import ONE_PROCESS, Reduction
+from lightning_adapm.roles.piece import Piece
 
 VARIANTS = ("adam", "muon")
 ORDERS = ("gauss_seidel", "jacobi")
 APPLIES_TO = ("query", "key", "value", "attn_out", "mlp")
 """Roles whose matrices have low-rank moments; everything else is AdamW's."""
-
-_SPREAD = 0.02
-"""Standard deviation of the right factor before the first step."""
-_DAMPING = 1e-6
-"""Of the inverses, relative to the mean of the diagonal."""
-_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Coefficients of Muon's quintic iteration, by Keller Jordan."""
-
-
-@dataclass(frozen=True)
-class Regressor:
-    """``left right``, ``(m, r)`` and ``(r, n)``, fitted to what it is given, with a memory of ``decay`` per factor.
-
-    The right factor of a state of zero stands for a fixed, well-mixed one, so that a state can be made empty.
-    """
-
-    rank: int
-    decay: float
-    order: str
-    prefix: str
-
-    def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
-        *batch, m, n = shape
-        return {
-            f"{self.prefix}_l": like.new_zeros(*batch, m, self.rank),
-            f"{self.prefix}_r": like.new_zeros(*batch, self.rank, n),
-        }
-
-    def fit(self, targets: Tensor, states: Sequence[State], reduction: Reduction) -> Tensor:
-        """What the factors predicted before they saw ``targets`` ``(b, m, n)``; they are refreshed."""
-        lefts, rights = ([state[f"{self.prefix}_{side}"] for state in states] for side in "lr")
-        left, right = join(lefts).to(targets.dtype), join(rights).to(targets.dtype)
-        start = lowrank.starting_rows(self.rank, targets.shape[-1], right) * (_SPREAD * 3**0.5)
-        right = torch.where(right.any(-1, keepdim=True).any(-2, keepdim=True), right, start)
-        # finite: both factors may have met one huge gradient at once, where their order is Jacobi's
-        predicted = (left @ right).nan_to_num_(0.0, 0.0, 0.0)
-        seen = targets @ right.mT
-        reduction.rows(seen)
-        new_left = torch.lerp(_over_gram(seen, right @ right.mT), left, self.decay)
-        basis = new_left if self.order == "gauss_seidel" else left
-        # in units of its largest entry: products of large gradients would overflow
-        size = reduction.largest(basis).amax(dim=-1, keepdim=True).clamp_min(torch.finfo(basis.dtype).tiny)
-        basis = basis / size
-        fresh, gram = reduction.total([basis.mT @ targets, reduction.owned(basis).mT @ basis])
-        new_right = torch.lerp(_over_gram(fresh.mT, gram).mT / size, right, self.decay)
-        finite = new_right.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)  # 1e-30 may come before 1e30
-        new_right = torch.where(finite, new_right, right)
-        store(new_left, lefts)
-        store(new_right, rights)
-        return predicted
-
-
-def _over_gram(rows: Tensor, gram: Tensor) -> Tensor:
-    """``rows gram⁻¹``, damped, in float64: ``gram`` is as ill-conditioned as the gradient is of low rank."""
-    exact = gram.double()
-    level = exact.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    damping = (_DAMPING * level).clamp_min(torch.finfo(torch.float64).tiny ** 0.5)
-    damped = exact + damping * torch.eye(gram.shape[-1], dtype=torch.float64, device=gram.device)
-    factor, _ = torch.linalg.cholesky_ex(damped)
-    return torch.cholesky_solve(rows.double().mT, factor).mT.to(rows.dtype)
-
-
-@dataclass(frozen=True)
-class LowRankRegression:
-    """LoRA-Pre's momentum: ``beta1 left right + (1 - beta1) grad``, with the factors of the step before.
-
-    With ``orthogonalise`` Muon's: ``beta1 left right + grad``, made orthogonal by Newton-Schulz.
-    """
-
-    rank: int
-    beta1: float
-    order: str
-    orthogonalise: bool = False
-    name: ClassVar[str] = "regression"
-
-    @property
-    def _regressor(self) -> Regressor:
-        return Regressor(self.rank, self.beta1**0.5, self.order, "exp_avg")
-
-    def due(self, step: int) -> bool:
-        return False
-
-    def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
-        return self._regressor.make(shape, like)
-
-    def direction(
-        self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
-    ) -> Direction:
-        grad = join(grads)
-        if not self.orthogonalise:
-            used = torch.lerp(grad, self._regressor.fit(grad, states, reduction), self.beta1)
-            return Direction(split(used, grads), 1 / (1 - self.beta1**step), scratch=True, clamp=None)
-        if reduction is not ONE_PROCESS:
-            raise TypeError(
-                "LoRAPre(variant='muon') makes whole matrices orthogonal, and processes share their rows here; use"
-                " variant='adam', or DDP, which leaves every process all rows"
-            )
-        # a sum, not an average: what the factors are fitted to has to be of the size that they stand for
-        predicted = self._regressor.fit(grad / (1 - self.beta1), states, reduction)
-        used = newton_schulz(torch.add(grad, predicted, alpha=self.beta1))
-        return Direction(split(used, grads), 1.0, scratch=True, clamp=None)
-
-
-@dataclass(frozen=True)
-class LowRankSecondMoment:
-    """LoRA-Pre's: ``beta2 (left right)**2 + (1 - beta2) grad**2``, factors fitted to the gradient's absolute values."""
-
-    rank: int
-    beta2: float
-    eps: float
-    order: str
-    elementwise: ClassVar[bool] = False
-
-    @property
-    def _regressor(self) -> Regressor:
-        return Regressor(self.rank, self.beta2**0.25, self.order, "exp_avg_sq")
-
-    def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
-        return self._regressor.make(shape, like)
-
-    def denominators(
-        self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
-    ) -> Denominators:
-        grad = join(grads)
-        predicted = self._regressor.fit(grad.abs(), states, reduction)
-        # not lerp: infinity minus infinity would be NaN
-        root = predicted.square_().mul_(self.beta2).add_(grad.square(), alpha=1 - self.beta2).sqrt_()
-        return Denominators(split(root, grads), (1 - self.beta2**step) ** 0.5, self.eps)
-
-
-def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
-    """About the nearest orthogonal matrix to each ``(b, m, n)``: singular values between 0.7 and 1.2."""
-    a, b, c = _NEWTON_SCHULZ
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    found = matrices.mT if tall else matrices
-    tiny = torch.finfo(found.dtype).tiny
-    found = found / found.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)
-    found = found / torch.linalg.matrix_norm(found, keepdim=True).clamp_min(tiny)
-    for _ in range(steps):
-        gram = found @ found.mT
-        found = torch.baddbmm(found, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), found, beta=a)
-    return (found.mT if tall else found).contiguous()
 
 
 class LoRAPre(AdaPM):

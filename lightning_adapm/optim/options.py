@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_adapm.layout import layout_of, shape_of
-from lightning_adapm.named import normalize
-from lightning_adapm.policy import SECOND_MOMENTS
-from lightning_adapm.roles import POLICIES, ROLES, UNMATCHED, Piece
-from lightning_adapm.rules import FUSED
+from lightning_adapm.moments.policy import SECOND_MOMENTS
+from lightning_adapm.roles.assign import check_layout
+from lightning_adapm.roles.context import normalize
+from lightning_adapm.roles.piece import POLICIES, ROLES, UNMATCHED, Piece
+from lightning_adapm.roles.rules import FUSED
+from lightning_adapm.sharding.find import shape_of
 
 _STRUCTURE = (
     "rank",
@@ -215,20 +216,6 @@ def check_trainable(name: str, piece: Piece, param: Tensor, group: Mapping[str, 
             f"{name} has become one-dimensional after AdaPM was built, but not by FSDP, whose views it knows"
         )
     check_layout(name, piece, param)
-
-
-def check_layout(name: str, piece: Piece, param: Tensor) -> None:
-    """Refuse what FSDP1 makes of a stack of matrices.
-
-    Raises:
-        TypeError: it is cut inside its matrices.
-    """
-    layout = layout_of(param)
-    if layout is not None and layout.mesh is None and len(piece.shape(layout.shape)) == 3:
-        raise TypeError(
-            f"{name} {tuple(layout.shape)} is a stack of matrices, which FSDP1 cuts anywhere; use FSDP2"
-            " (ModelParallelStrategy), which keeps its matrices whole"
-        )
 
 
 def check_gradient(name: str, grad: Tensor) -> None:

@@ -20,8 +20,8 @@ from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre
-from lightning_adapm.layout import layout_of, local
-from lightning_adapm.named import normalize
+from lightning_adapm.roles.context import normalize
+from lightning_adapm.sharding.find import layout_of, local
 
 CUDA = os.environ.get("STRATEGIES_ON") == "cuda"
 """Of the processes of test_strategies_on_gpu.py; all others train on the CPU."""

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import CustomPolicy
 
 from lightning_adapm import AdaPM
-from lightning_adapm.named import normalize
+from lightning_adapm.roles.context import normalize
 
 JOB = JOBS["gpt block"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch.distributed as dist
 from jobs import JOBS, processes, shard, train_share
 
-from lightning_adapm.planner import measure
-from lightning_adapm.sharding import TRAFFIC
+from lightning_adapm.report.plan import measure
+from lightning_adapm.sharding.reduction import TRAFFIC
 
 
 def main(output, basis):

@@ -9,7 +9,7 @@ from launch import run_processes
 from litgpt import GPT, Config
 
 from lightning_adapm import AdaPM
-from lightning_adapm.scaling import scaling
+from lightning_adapm.report.scaling import scaling
 
 
 @pytest.mark.parametrize("basis", ["replicate", "shard"])

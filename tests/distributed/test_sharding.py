@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_adapm.layout import Layout
-from lightning_adapm.roles import Piece
-from lightning_adapm.sharding import RowShard, column_range
+from lightning_adapm.roles.piece import Piece
+from lightning_adapm.sharding.layout import Layout
+from lightning_adapm.sharding.rows import RowShard, column_range
 
 
 @st.composite

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from benchmarks import recipe_memory
 from lightning_adapm import AdaPMConfig
-from lightning_adapm.litgpt_model import litgpt_config
+from lightning_adapm.litgpt.model import litgpt_config
 
 FILES = sorted((RECIPES / "trainer").rglob("*.yaml"))
 STATING_MEMORY = recipe_memory.complete_recipes()

@@ -1,0 +1,124 @@
+"""``lightning-adapm litgpt pretrain ...``: litgpt's own commands, with our figures in their logs and table."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning as L
+from torch.optim import Optimizer
+
+from lightning_adapm.commands import LITGPT_COMMANDS
+from lightning_adapm.litgpt.checks import check, check_words
+from lightning_adapm.optim import AdaPM
+from lightning_adapm.trainer.callbacks.monitors import Monitored, pooled_residual, pooled_state
+from lightning_adapm.trainer.callbacks.pooling import ResidualFigures
+from lightning_adapm.trainer.callbacks.run import StepClock
+from lightning_adapm.trainer.callbacks.summary import print_summary
+
+EVERY_N_STEPS = 50
+"""Optimizer steps from one measurement to the next, as the callbacks' default."""
+
+
+def run(words: list[str]) -> None:
+    """Run one of litgpt's training commands.
+
+    Args:
+        words: The command and its arguments, which are litgpt's own.
+
+    Raises:
+        ValueError: No such command; a model, option or folder that litgpt would fail on later, or silently ignore.
+        ModuleNotFoundError: litgpt, or what its command line needs, is not installed.
+    """
+    if not words or words[0] not in LITGPT_COMMANDS:
+        found = f"but got {words[0]!r}" if words else "but got none"
+        raise ValueError(f"lightning-adapm litgpt takes one of litgpt's commands {', '.join(LITGPT_COMMANDS)}, {found}")
+    try:
+        litgpt = importlib.import_module("litgpt.__main__")
+        importlib.import_module("requests")  # which its parser imports late, and does not require
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"litgpt's command line needs {error.name}: pip install 'lightning-adapm[litgpt]'"
+        ) from error
+    check_words(words)
+    for name in LITGPT_COMMANDS:
+        litgpt.PARSER_DATA[name] = _checked(litgpt.PARSER_DATA[name])
+    sys.argv[1:] = words  # litgpt reads them there, more than once
+    L.Fabric = ReportingFabric  # type: ignore[misc]  # litgpt looks it up when it starts
+    litgpt.main()
+
+
+class ReportingFabric(L.Fabric):
+    """Fabric that prints the table of an :class:`AdaPM` it is given, and adds figures to the metrics that are logged.
+
+    They are those of ``OptimizerStateMonitor`` and ``ResidualNormMonitor`` under the same names, in the row of the
+    training loss that follows the step they were measured in: the first one, and every 50th.
+    """
+
+    def setup_optimizers(self, *optimizers: Optimizer) -> Any:
+        """Set them up, print and watch."""
+        self._reports = [OptimizerReport(self, optimizer) for optimizer in optimizers]
+        if self.is_global_zero:
+            print_summary(optimizers)
+        return super().setup_optimizers(*optimizers)
+
+    def log_dict(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Log a row, with what was measured since the last one."""
+        figures: dict[str, float] = {}
+        for report in self._reports if "loss" in metrics else ():
+            figures |= report.take()
+        super().log_dict({**metrics, **figures}, step=step)
+
+
+class OptimizerReport:
+    """Measures an optimizer in some of its steps.
+
+    Args:
+        fabric: Of this process.
+        optimizer: Any; only of :class:`AdaPM` there are residuals.
+    """
+
+    def __init__(self, fabric: L.Fabric, optimizer: Optimizer) -> None:
+        self._fabric, self._steps, self._figures = fabric, 0, dict[str, float]()
+        self._monitored: Monitored | None = None
+        if isinstance(optimizer, AdaPM) and ResidualFigures(optimizer).layers:
+            self._monitored = Monitored(optimizer, "residual/", StepClock(EVERY_N_STEPS))
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
+
+    def take(self) -> dict[str, float]:
+        """What was measured since the last call."""
+        taken, self._figures = self._figures, {}
+        return taken
+
+    def _before_step(self, *_: Any) -> None:
+        if self._monitored is not None and self._steps % EVERY_N_STEPS == 0:
+            self._monitored.insert_probe(self._steps)
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if self._steps % EVERY_N_STEPS == 0:
+            device = self._fabric.device
+            state = pooled_state([optimizer], None, device, self._fabric.world_size)
+            self._figures |= {f"optimizer/{name}": value for name, value in state.items()}
+            if self._monitored is not None:
+                self._monitored.remove_probe()
+                residual = pooled_residual(self._monitored, device)
+                self._figures |= {self._monitored.prefix + name: value for name, value in residual.items()}
+        self._steps += 1
+
+
+def _checked(setup: Callable[..., None]) -> Callable[..., None]:
+    """A command of litgpt's that looks at its arguments before any long work."""
+
+    @functools.wraps(setup)
+    def checked(*args: Any, **kwargs: Any) -> None:
+        arguments = inspect.signature(setup).bind(*args, **kwargs)
+        arguments.apply_defaults()
+        check(arguments.arguments)
+        setup(*args, **kwargs)
+
+    return checked

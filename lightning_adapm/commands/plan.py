@@ -1,0 +1,237 @@
+"""``lightning-adapm plan``: bytes of optimizer state before training, on the meta device."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+import yaml
+from jsonargparse import ArgumentParser, get_loader
+from torch import nn
+
+from lightning_adapm.litgpt.model import MODEL_CONFIG
+from lightning_adapm.optim import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre
+from lightning_adapm.report.explain import VARIANTS, Explanation, compare, explain
+from lightning_adapm.report.tables import as_text, comparison_table, pieces_table, show_count, summarise, summary_table
+from lightning_adapm.roles.assign import name_patterns
+
+_LITGPT = "lightning_adapm.litgpt.LitGPTModule"
+_DTYPES = {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64", "64": "float64"}
+"""The dtype of the parameters under a Trainer's precision; float32 under all others."""
+
+_LORA = {"lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "lora_query": True, "lora_value": True}
+"""What `litgpt finetune_lora` takes where a recipe for it says nothing."""
+
+NEIGHBOURS: tuple[type[AdaPM], ...] = (AdamMini, LoRAPre, AdaLomo, Lomo)
+"""Optimizers that have a column of their own where a recipe names them."""
+
+_SHAPE_THE_STATE = ("rank", "second_moment", "momentum", "roles", "unmatched", "state_dtype")
+_DESCRIPTION = """\
+What the optimizer's state of a model will cost, before training: AdamW, Adam-mini, AdaPM, and AdaPM with block second
+moments, side by side. The model is built on the meta device, so no weight takes memory.
+
+  lightning-adapm plan --model_name Llama-3-8B --dtype bfloat16
+  lightning-adapm plan --config recipes/trainer/pretrain/quickstart.yaml --rank 4 --explain
+"""
+
+
+def run(words: list[str]) -> int:
+    """Print the plan that the words after ``plan`` ask for.
+
+    Returns:
+        The exit status: 1 where a matrix has no role, so that training would be refused.
+    """
+    parser = _parser()
+    peek = argparse.ArgumentParser(prog=parser.prog, usage=parser.usage, add_help=False, allow_abbrev=False)
+    peek.add_argument("--model_name")
+    peek.add_argument("--config", action="append")
+    peek.add_argument("--model")
+    peek.add_argument("-h", "--help", action="store_true")
+    source, _ = peek.parse_known_args(words)
+    sources = [f"--{name}" for name in ("model_name", "config", "model") if getattr(source, name)]
+    if len(sources) > 1:
+        parser.error(f"{' and '.join(sources)} each describe the model; give one of them")
+    if not sources and not source.help:
+        parser.error("which model? Give --model_name NAME (of litgpt), --config FILE or --model CLASS")
+    recipe = _named(source.model_name) if source.model_name else _merged(source.config or [])
+    model = _model_section(recipe, source.config)
+    settings = parser.parse_args([*([f"--model={json.dumps(model)}"] if model else []), *words], defaults=False)
+    options = _optimizer_options(recipe) | {name: settings[name] for name in _SHAPE_THE_STATE if name in settings}
+    dtype = settings.get("dtype") or _recipe_dtype(recipe)
+    with torch.device("meta"):
+        built = parser.instantiate_classes(settings).model
+        if isinstance(built, L.LightningModule):
+            built.configure_model()
+    built.to(getattr(torch, dtype))
+    label = source.model_name or type(built).__name__
+    return _report(built, label, options, _neighbour(recipe), bool(settings.get("explain")))
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="lightning-adapm plan",
+        usage="lightning-adapm plan (--model_name NAME | --config FILE | --model CLASS) [options]",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # type: ignore[arg-type]
+    )
+    parser.add_argument("--model_name", type=str, help="one of litgpt's names")
+    parser.add_argument(
+        "--config",
+        action="append",
+        help="a recipe, of `lightning-adapm fit` or `litgpt pretrain`; several apply in order",
+    )
+    # a function, because add_argument refuses classes with an argument that has no type
+    parser.add_function_arguments(_describe_model, fail_untyped=False)
+    parser.add_argument(
+        "--dtype",
+        type=Literal["float32", "bfloat16", "float16", "float64"],
+        help="of the parameters (default: the recipe's precision, else float32)",
+    )
+    parser.add_argument("--explain", action="store_true", help="also every parameter: its role, why, and its bytes")
+    others: set[str | int] = {name for name in inspect.signature(AdaPM).parameters if name not in _SHAPE_THE_STATE}
+    parser.add_class_arguments(AdaPM, skip=others, fail_untyped=False)
+    return parser
+
+
+def _describe_model(model: nn.Module) -> None:
+    """The model.
+
+    Args:
+        model: a module's class path; --model.ARGUMENT overrides what --model_name or --config say.
+    """
+
+
+def _named(model_name: str) -> dict[str, Any]:
+    return {"model": {"class_path": _LITGPT, "init_args": {"model_name": model_name}}}
+
+
+def _merged(files: list[str]) -> dict[str, Any]:
+    """Recipes laid over each other, in order."""
+    merged: dict[str, Any] = {}
+    for file in files:
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"--config: there is no file {file!r}")
+        try:
+            recipe = get_loader("yaml")(Path(file).read_text(encoding="utf-8"))  # as `fit` reads it: 1e-3 is a number
+        except yaml.YAMLError as error:
+            raise ValueError(f"--config: {file} is not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(recipe, dict):
+            raise ValueError(f"--config: {file} is not a recipe: its content is a {type(recipe).__name__}")
+        merged = _overlaid(merged, recipe)
+    return merged
+
+
+def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    if below.get("class_path") != above.get("class_path", below.get("class_path")):
+        return dict(above)  # the arguments of another class mean nothing
+    result = dict(below)
+    for key, value in above.items():
+        old = result.get(key)
+        result[key] = _overlaid(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def _model_section(recipe: Mapping[str, Any], files: list[str] | None) -> dict[str, Any] | None:
+    """The recipe's ``model``, or what a recipe of litgpt's own commands says in its place."""
+    section = recipe.get("model")
+    if section is None and (described := _litgpt_model(recipe)):
+        return {"class_path": _LITGPT, "init_args": described}
+    if files and not isinstance(section, dict):
+        raise ValueError(f"--config: {', '.join(files)} does not say `model`, with its `class_path` and `init_args`")
+    if isinstance(section, dict) and "class_path" not in section:
+        raise ValueError(
+            "--config: `model` does not say its class_path; write model: {class_path: ..., init_args: ...}"
+        )
+    return section
+
+
+def _litgpt_model(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``LitGPTModule`` needs to build the model of a recipe for litgpt's commands; nothing where it names none."""
+    described: dict[str, Any]
+    if recipe.get("model_config"):
+        described = {"config": dict(recipe["model_config"])}
+    elif recipe.get("model_name"):
+        described = {"model_name": recipe["model_name"]}
+    elif recipe.get("checkpoint_dir"):
+        folder = Path(recipe["checkpoint_dir"])
+        found = (folder / MODEL_CONFIG).is_file()  # before the weights are there, their name says as much
+        described = {"checkpoint_dir": str(folder)} if found else {"model_name": folder.name}
+    else:
+        return {}
+    lora = {key: value for key, value in recipe.items() if key.startswith("lora_")}
+    if lora:
+        described["config"] = described.get("config", {}) | _LORA | lora
+    train = recipe.get("train")
+    if isinstance(train, dict) and train.get("tie_embeddings"):
+        described["tie_embeddings"] = True
+    return described
+
+
+def _optimizer_options(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What an AdaPM under ``optimizer`` is given, which replaces the module's own settings."""
+    section = recipe.get("optimizer")
+    if not isinstance(section, dict) or str(section.get("class_path")).rpartition(".")[2] != AdaPM.__name__:
+        return {}
+    defaults = {name: inspect.signature(AdaPM).parameters[name].default for name in _SHAPE_THE_STATE}
+    return defaults | (section.get("init_args") or {})
+
+
+def _neighbour(recipe: Mapping[str, Any]) -> tuple[type[AdaPM], dict[str, Any]] | None:
+    """Another optimizer of this package under ``optimizer``, and what it is given."""
+    section = recipe.get("optimizer")
+    name = str(section.get("class_path")).rpartition(".")[2] if isinstance(section, dict) else ""
+    found = next((each for each in NEIGHBOURS if each.__name__ == name), None)
+    return None if found is None or section is None else (found, section.get("init_args") or {})
+
+
+def _recipe_dtype(recipe: Mapping[str, Any]) -> str:
+    """Of the parameters, from the precision of the Trainer or of litgpt."""
+    trainer = recipe.get("trainer")
+    precision = trainer.get("precision") if isinstance(trainer, dict) else recipe.get("precision")
+    return _DTYPES.get(str(precision), "float32")
+
+
+def _report(
+    model: nn.Module,
+    label: str,
+    options: Mapping[str, Any],
+    neighbour: tuple[type[AdaPM], dict[str, Any]] | None,
+    every_parameter: bool,
+) -> int:
+    variants, name = compare(model, **options), "AdaPM"
+    ours = variants[name]
+    if neighbour is not None:
+        make, arguments = neighbour
+        name = make.__name__
+        ours = variants[name] = explain(make(model.named_parameters(), **arguments))
+    totals = {"AdamW": ours.adamw_in_dtype} | {name: variant.total for name, variant in variants.items()}
+    dtypes = ", ".join(dict.fromkeys(str(row.dtype).removeprefix("torch.") for row in ours))
+    frozen = f", and {show_count(ours.frozen)} frozen" if ours.frozen else ""
+    print(f"{label}: {show_count(ours.parameters)} parameters in {dtypes}{frozen}")
+    references = {"AdamW in float32": ours.adamw} | {f"AdamW in {dtypes}": ours.adamw_in_dtype}
+    print(as_text(comparison_table(totals, references)))
+    if missing := [name for name in VARIANTS if name not in variants]:
+        print(f"No {' and '.join(missing)}: the attention modules do not say their number of heads")
+    print(as_text(summary_table(summarise(ours), "role", len(ours), name)))
+    if every_parameter:
+        print(as_text(pieces_table(ours)))
+    if not ours.unmatched:
+        return 0
+    print(_advice(ours))
+    return 1
+
+
+def _advice(ours: Explanation) -> str:
+    roles = json.dumps(dict.fromkeys(name_patterns(row.name for row in ours.unmatched), "full"))
+    return (
+        f"{ours.advice}\n"
+        f"Here that is --roles='{roles}' or --unmatched=full,\n"
+        f"in a recipe `roles: {roles}` or `unmatched: full`, under model.init_args.adapm or optimizer.init_args.\n"
+        "Until then training is refused; the tables above count these matrices with full momentum."
+    )

@@ -1,0 +1,115 @@
+"""A litgpt checkpoint directory at the end of training, for `litgpt generate`, `chat`, `evaluate` and finetuning."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+import yaml
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_adapm.data.tokens import save_tokenizer
+
+if TYPE_CHECKING:
+    from litgpt import Config
+
+    from lightning_adapm.litgpt.module import LitGPTModule
+
+
+class LitGPTCheckpoint(L.Callback):
+    """Writes the trained model of a ``LitGPTModule`` as a litgpt checkpoint directory when training ends.
+
+    ``lit_model.pth`` holds the weights in their training dtype, on one process whatever the strategy, with LoRA's
+    matrices merged into them; ``model_config.yaml`` the ``litgpt.Config``; ``hyperparameters.yaml`` the module's
+    arguments; the tokenizer is the data's, and ``prompt_style.yaml`` is written where the data has one.
+
+    Args:
+        out_dir: The directory to write, such as ``"out/pretrain/final"``.
+
+    Raises:
+        MisconfigurationException: Before training, if the module is no ``LitGPTModule`` or the strategy's checkpoints
+            are spread over processes.
+    """
+
+    def __init__(self, out_dir: str) -> None:
+        self.out_dir = Path(out_dir).expanduser()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        from lightning_adapm.litgpt.module import LitGPTModule
+
+        if not isinstance(pl_module, LitGPTModule):
+            raise MisconfigurationException(
+                f"LitGPTCheckpoint writes models of LitGPTModule, but the model is a {type(pl_module).__name__}."
+            )
+        strategy = trainer.strategy
+        distributed = getattr(strategy, "_save_distributed_checkpoint", False)
+        if distributed or getattr(strategy, "_state_dict_type", "full") != "full":
+            raise MisconfigurationException(
+                f"LitGPTCheckpoint needs all weights on one process, but {type(strategy).__name__} leaves them spread."
+                " Set save_distributed_checkpoint: false (ModelParallelStrategy) or state_dict_type: full"
+                " (FSDPStrategy)."
+            )
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        state = trainer.strategy.lightning_module_state_dict()  # all processes take part
+        if trainer.is_global_zero:
+            write_checkpoint(self.out_dir, pl_module, state, getattr(trainer, "datamodule", None))  # type: ignore[arg-type]
+        trainer.strategy.barrier("LitGPTCheckpoint")
+
+
+def write_checkpoint(out_dir: Path, module: LitGPTModule, state: dict[str, Any], data: Any = None) -> None:
+    """Write a litgpt checkpoint directory.
+
+    Args:
+        out_dir: The directory, made if need be.
+        module: Whose configuration, arguments and tokenizer are written.
+        state: The module's full state dict.
+        data: The data module whose tokenizer and prompt style go with the model.
+    """
+    from litgpt.prompts import save_prompt_style
+    from litgpt.utils import copy_config_files, save_config
+
+    out_dir.mkdir(parents=True, exist_ok=True)
+    weights = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
+    config = module.model.config
+    if hasattr(config, "lora_r"):
+        weights = _merged(config, weights)
+    torch.save({key: value.detach().cpu() for key, value in weights.items()}, out_dir / "lit_model.pth")
+    if module.tokenizer_dir is not None and Path(module.tokenizer_dir).expanduser().resolve() != out_dir.resolve():
+        copy_config_files(Path(module.tokenizer_dir).expanduser(), out_dir)
+    elif hasattr(getattr(data, "tokenizer", None), "to_str"):  # TextDataModule's, trained on the spot
+        save_tokenizer(data.tokenizer, out_dir)
+    save_config(_without_lora(config), out_dir)  # after the copy, which may bring another model's
+    if getattr(data, "prompt_style", None) is not None:
+        save_prompt_style(data.prompt_style, out_dir)
+    arguments = {
+        "checkpoint_dir": module.hparams.get("checkpoint_dir"),
+        "model": json.loads(json.dumps(dict(module.hparams), default=str)),
+    }
+    (out_dir / "hyperparameters.yaml").write_text(yaml.safe_dump(arguments), encoding="utf-8")
+
+
+def _merged(config: Config, weights: dict[str, Any]) -> dict[str, Any]:
+    """The weights of a model with LoRA as those of the plain model."""
+    from litgpt.lora import GPT, lora_filter, merge_lora_weights
+
+    with torch.device("meta"):
+        model = GPT(config)
+    # Its own copies: merging writes into them, and the module may go on training.
+    model.load_state_dict({key: value.detach().cpu().clone() for key, value in weights.items()}, assign=True)
+    merge_lora_weights(model)
+    return {k.replace(".linear.", "."): v for k, v in model.state_dict().items() if not lora_filter(k, v)}
+
+
+def _without_lora(config: Config) -> Config:
+    """The plain model's configuration."""
+    from litgpt import Config
+
+    fields = {field.name for field in dataclasses.fields(Config)}
+    return Config(**{name: value for name, value in dataclasses.asdict(config).items() if name in fields})

@@ -1,0 +1,188 @@
+"""What litgpt would fail on late, or ignore without a word, said in one line before any work."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from lightning_adapm.litgpt import model as litgpt_model
+from lightning_adapm.optim import AdaPM
+from lightning_adapm.optim.options import instead_of
+
+_EXAMPLE = '{"class_path": "lightning_adapm.AdaPM", "init_args": {"lr": 1e-3}}'
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Look at a command line before litgpt's parser does, which drops or trips over some ways to give an optimizer.
+
+    Raises:
+        ValueError: Naming the option, and what to write instead.
+    """
+    names = [word.partition("=")[0] for word in words]
+    for name in names:
+        if name.startswith("--optimizer."):
+            raise ValueError(
+                f"{name}: litgpt's parser does not put an optimizer together from parts; give it whole, as"
+                f" --optimizer='{_EXAMPLE}'"
+            )
+    given = [word.partition("=")[2] or following for word, following in zip(words, [*words[1:], ""], strict=True)]
+    options = list(zip(names, given, strict=True))
+    in_file = any(name == "--config" and _has_an_optimizer(value) for name, value in options)
+    if in_file and any(name == "--optimizer" and value.lstrip().startswith("{") for name, value in options):
+        raise ValueError(
+            "--optimizer: litgpt's parser fails where a configuration file has an optimizer; write"
+            f""" --config='{{"optimizer": {_EXAMPLE}}}' after the file"""
+        )
+
+
+def _has_an_optimizer(config: str) -> bool:
+    """Of what ``--config`` takes, a file or YAML itself; the parser says what else is wrong with it."""
+    try:
+        path = Path(config)
+        read = yaml.safe_load(path.read_text(encoding="utf-8") if path.is_file() else config)
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(read, dict) and isinstance(read.get("optimizer"), dict)
+
+
+def check(arguments: Mapping[str, Any]) -> None:
+    """Look at the arguments of one of litgpt's commands.
+
+    Raises:
+        ValueError: A model, an optimizer, an option of it, or data that there is not; a checkpoint of another model.
+        FileNotFoundError: A folder without the checkpoint or the tokenizer that it should have.
+    """
+    from litgpt.utils import parse_devices
+
+    check_optimizer(arguments.get("optimizer"))
+    check_data(arguments.get("data"))
+    if arguments.get("checkpoint_dir") is not None:
+        folder = _found(arguments["checkpoint_dir"])
+        if not folder.exists() and _can_be_downloaded(str(arguments["checkpoint_dir"])):
+            return  # litgpt does
+        litgpt_model.check_weights(litgpt_model.litgpt_config(None, None, str(folder)), str(folder))
+        litgpt_model.check_tokenizer(folder)
+        if parse_devices(arguments.get("devices", 1)) > 1 or "lora_r" in arguments:  # LoRA's are merged at the end
+            litgpt_model.check_raw(folder)
+    if "model_name" not in arguments or arguments["model_name"] == "list":
+        return
+    config = arguments.get("model_config") or litgpt_model.litgpt_config(arguments["model_name"])
+    _check_pretraining_tokens(arguments, config)
+    if arguments.get("initial_checkpoint_dir") is not None:
+        folder = _found(arguments["initial_checkpoint_dir"])
+        litgpt_model.check_weights(config, str(folder))
+        litgpt_model.check_raw(folder)
+
+
+def _check_pretraining_tokens(arguments: Mapping[str, Any], config: Any) -> None:
+    """See that data which wants a tokenizer gets one, and that its tokens fit into the model."""
+    data: Any = arguments.get("data")
+    if arguments.get("tokenizer_dir") is None:
+        if hasattr(data, "tokenizer"):
+            raise ValueError(
+                f"`tokenizer_dir`: {type(data).__name__} needs a tokenizer; give a folder with tokenizer.json and"
+                " tokenizer_config.json"
+            )
+        return
+    tokenizer = litgpt_model.load_tokenizer(str(_found(arguments["tokenizer_dir"])))
+    if tokenizer.vocab_size > config.padded_vocab_size:
+        raise ValueError(
+            f"`tokenizer_dir`: a vocabulary of {tokenizer.vocab_size} tokens does not fit into the model's"
+            f" `padded_vocab_size` of {config.padded_vocab_size}; give the model's tokenizer or another model_config"
+        )
+    if hasattr(data, "connect_tokenizer"):  # PreparedText's, which was made with one tokenizer
+        data.connect_tokenizer(tokenizer)
+
+
+def check_data(data: Any) -> None:
+    """See that litgpt's data modules for files of one's own find them: litgpt says so late, or by a bare assertion.
+
+    Raises:
+        ValueError: Naming the option, and what was found.
+    """
+    if hasattr(data, "train_data_path"):
+        _check_text_files(data)
+    elif hasattr(data, "json_path"):
+        _check_instructions(data)
+    elif hasattr(data, "split_names"):
+        _check_chunks(data)
+
+
+def _check_text_files(data: Any) -> None:
+    found = len(list(Path(data.train_data_path).glob("*.txt")))
+    least = 1 if data.val_data_path is not None else 2
+    if found < least:
+        raise ValueError(
+            f"`train_data_path`: {found} .txt files in {str(data.train_data_path)!r}; give a folder with at least"
+            f" {least}, of which the first validates where there is no `val_data_path`."
+        )
+
+
+def _check_instructions(data: Any) -> None:
+    """Of JSON; the splits are as litgpt makes them."""
+    for part, samples in zip(("train", "validate"), data.get_splits(), strict=True):
+        if not len(samples):
+            raise ValueError(
+                f"`json_path`: no samples to {part} on in {str(data.json_path)!r}; give a list of"
+                ' {"instruction", "input", "output"}, and a `val_split_fraction` that leaves some for both parts.'
+            )
+
+
+def _check_chunks(data: Any) -> None:
+    """Of LitData, where they are on this machine."""
+    if "://" in str(data.data_path):
+        return
+    for name in data.split_names or ("",):
+        folder = Path(data.data_path, name)
+        if not (folder / "index.json").is_file():
+            raise ValueError(
+                f"`data_path`: there is no index.json in {str(folder)!r}; prepare the text with litdata, or give"
+                " another `data_path` or `split_names`."
+            )
+
+
+def _found(folder: Path) -> Path:
+    """As litgpt takes a folder: as it is, or else in ``checkpoints``."""
+    from litgpt.utils import extend_checkpoint_dir
+
+    return Path(extend_checkpoint_dir(folder))
+
+
+def _can_be_downloaded(name: str) -> bool:
+    from litgpt.config import configs
+
+    return any(name == f"{config['hf_config']['org']}/{config['hf_config']['name']}" for config in configs)
+
+
+def check_optimizer(optimizer: str | Mapping[str, Any] | None) -> None:
+    """See that an optimizer can be found and has the options it is given.
+
+    Raises:
+        ValueError: Naming what was found, and what to write instead.
+    """
+    if not isinstance(optimizer, Mapping):
+        return
+    example = f"optimizer: {_EXAMPLE}"
+    if not {"class_path", "init_args"} <= optimizer.keys():
+        raise ValueError(
+            f"optimizer: litgpt needs class_path and init_args, but got {dict(optimizer)}; write {example}"
+        )
+    path, _, name = str(optimizer["class_path"]).rpartition(".")
+    try:
+        found = getattr(importlib.import_module(path), name)
+    except (AttributeError, ImportError, ValueError):
+        raise ValueError(f"optimizer: there is no class {optimizer['class_path']!r}; write {example}") from None
+    known = inspect.signature(found).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        return
+    for option in optimizer["init_args"]:
+        if option not in known:
+            raise ValueError(f"optimizer: {name} has no option {option!r}; {instead_of(option, known)}")
+    if isinstance(found, type) and issubclass(found, AdaPM):  # which checks their values when it is built
+        found([{"params": [torch.zeros(1, requires_grad=True)], "role": "norm"}], **optimizer["init_args"])

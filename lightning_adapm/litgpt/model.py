@@ -1,0 +1,202 @@
+"""litgpt models as configurations and checkpoint directories describe them; litgpt is imported when it is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from lightning_adapm.optim.options import instead_of
+from lightning_adapm.trainer.mixin import without_text_none
+
+if TYPE_CHECKING:
+    from litgpt import GPT, Config
+    from litgpt.tokenizer import Tokenizer
+
+WEIGHTS, MODEL_CONFIG = "lit_model.pth", "model_config.yaml"
+
+
+def litgpt_config(
+    model_name: str | None, config: dict[str, Any] | None = None, checkpoint_dir: str | None = None
+) -> Config:
+    """The ``litgpt.Config`` that a name, a dict of its fields, both, or else a checkpoint directory describe.
+
+    Fields of ``litgpt.lora.Config`` make it one of those.
+
+    Raises:
+        ModuleNotFoundError: If litgpt is not installed.
+        FileNotFoundError: If the checkpoint directory is needed and lacks its ``model_config.yaml``.
+        ValueError: If litgpt does not know the name or a field, or the fields do not fit together.
+    """
+    try:
+        from litgpt import Config, lora
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("LitGPTModule needs litgpt: pip install 'lightning-adapm[litgpt]'") from error
+    fields = without_text_none(config or {})
+    described = {name for name in fields if not name.startswith("lora_")}
+    if model_name is None and not described and checkpoint_dir is not None:
+        saved = yaml.safe_load(checkpoint_file(checkpoint_dir, MODEL_CONFIG).read_text(encoding="utf-8"))
+        fields = saved | fields
+    elif model_name is None and not described:
+        raise ValueError(
+            "LitGPTModule needs `model_name` (such as 'pythia-14m'), `config` (fields of litgpt.Config), both, or"
+            " `checkpoint_dir`."
+        )
+    kind = lora.Config if any(name.startswith("lora_") for name in fields) else Config
+    known = [field.name for field in dataclasses.fields(kind)]
+    for name in fields:
+        if name not in known:
+            raise ValueError(f"`config`: litgpt.Config has no field {name!r}; {instead_of(name, known, 'fields')}")
+    try:
+        return kind(**fields) if model_name is None else kind.from_name(model_name, **fields)
+    except (AssertionError, TypeError, ValueError) as error:
+        # litgpt checks some fields by bare assertions, which say nothing.
+        reason = str(error) or "n_embd must be a multiple of n_head, and n_head of n_query_groups"
+        if "not a supported config name" in reason:
+            raise ValueError(_unknown_name(str(model_name))) from error
+        raise ValueError(f"litgpt cannot build `model_name` {model_name!r} with `config` {config}: {reason}") from error
+
+
+def build(config: Config, tie_embeddings: bool = False, checkpoint_dir: str | None = None) -> GPT:
+    """A ``GPT``, or with LoRA's fields litgpt's one with LoRA, whose other weights are frozen.
+
+    Weights are litgpt's random ones or the checkpoint's, in torch's default dtype. On the meta device no checkpoint is
+    opened, so that a recipe's memory can be planned before its weights are there.
+
+    Raises:
+        FileNotFoundError: If there is no ``lit_model.pth`` in the directory.
+        ValueError: If its parameters have other names or shapes than the model's.
+    """
+    from litgpt import GPT, lora
+
+    model = lora.GPT(config) if isinstance(config, lora.Config) else GPT(config)
+    if tie_embeddings:
+        head = getattr(model.lm_head, "linear", model.lm_head)  # LoRA's holds a Linear
+        head.weight = model.transformer.wte.weight
+    if not model.transformer.wte.weight.is_meta:  # there, thousands of slow calls that change nothing
+        model.apply(model._init_weights)
+        if checkpoint_dir is not None:
+            _load(model, checkpoint_file(checkpoint_dir, WEIGHTS), tie_embeddings)
+    if isinstance(config, lora.Config):
+        lora.mark_only_lora_as_trainable(model)
+    return model
+
+
+def checkpoint_file(checkpoint_dir: str, name: str) -> Path:
+    """A file of a litgpt checkpoint directory.
+
+    Raises:
+        FileNotFoundError: If it, or the directory, is not there.
+    """
+    folder = Path(checkpoint_dir).expanduser()
+    path = folder / name
+    if path.is_file():
+        return path
+    found = f"has no {name}" if folder.is_dir() else "does not exist"
+    raise FileNotFoundError(
+        f"`checkpoint_dir`: {str(folder)!r} {found}. Give a litgpt checkpoint directory, with {WEIGHTS} and"
+        f" {MODEL_CONFIG}, as `litgpt download` and the callback LitGPTCheckpoint write them."
+    )
+
+
+def load_tokenizer(tokenizer_dir: str | None) -> Tokenizer:
+    """litgpt's tokenizer of a folder.
+
+    Raises:
+        ValueError: If no folder is given.
+        FileNotFoundError: If there is no tokenizer in it.
+    """
+    from litgpt.tokenizer import Tokenizer
+
+    if tokenizer_dir is None:
+        raise ValueError(
+            "litgpt's data modules need a tokenizer: give `model.init_args.tokenizer_dir`, a folder with tokenizer.json"
+            " (or tokenizer.model) and tokenizer_config.json, or `model.init_args.checkpoint_dir`."
+        )
+    folder = Path(tokenizer_dir).expanduser()
+    check_tokenizer(folder)
+    return Tokenizer(folder)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """See that a folder has a tokenizer in it.
+
+    Raises:
+        FileNotFoundError: If it has none.
+    """
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise FileNotFoundError(
+            f"`tokenizer_dir`: there is neither tokenizer.json nor tokenizer.model in {str(folder)!r}. Give a folder"
+            " with a tokenizer, such as a litgpt checkpoint directory."
+        )
+
+
+def check_weights(config: Config, checkpoint_dir: str) -> None:
+    """See that a checkpoint is of the model that ``config`` describes, without taking memory for either.
+
+    Raises:
+        FileNotFoundError: If there is no ``lit_model.pth`` in the directory.
+        ValueError: If its parameters have other names or shapes than the model's.
+    """
+    from litgpt import GPT
+
+    with torch.device("meta"):
+        model = GPT(config)
+    _matching(model, checkpoint_file(checkpoint_dir, WEIGHTS), tie_embeddings=False)
+
+
+def check_raw(checkpoint_dir: Path) -> None:
+    """See that a checkpoint has nothing but weights, where litgpt reads it without looking.
+
+    Raises:
+        ValueError: If there is a training state around them.
+    """
+    saved = torch.load(checkpoint_dir / WEIGHTS, map_location="cpu", mmap=True, weights_only=True)
+    if "model" in saved:
+        raise ValueError(
+            f"{str(checkpoint_dir / WEIGHTS)!r} holds the whole state of a training, which litgpt cannot start from"
+            f" here; write litgpt convert_pretrained_checkpoint {checkpoint_dir} OUT_DIR, and give that folder"
+        )
+
+
+def _load(model: GPT, path: Path, tie_embeddings: bool) -> None:
+    """Copy a checkpoint's weights into a model, which may have LoRA's matrices besides."""
+    saved = _matching(model, path, tie_embeddings)
+    if tie_embeddings:
+        saved = saved | {"lm_head.weight": saved["transformer.wte.weight"]}
+    model.load_state_dict(saved, strict=False)
+
+
+def _matching(model: GPT, path: Path, tie_embeddings: bool) -> dict[str, Tensor]:
+    """A checkpoint's weights, if the model has the same ones."""
+    saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    saved = saved.get("model", saved)  # `litgpt pretrain` and `finetune_full` save the model with more around it
+    own = {key.replace(".linear.", "."): value for key, value in model.state_dict().items() if "lora_" not in key}
+    for name in (*own, *saved):
+        if name == "lm_head.weight" and tie_embeddings:
+            continue
+        if _shape(own, name) != _shape(saved, name):
+            raise ValueError(
+                f"`checkpoint_dir`: {str(path)!r} is of another model: {name} has shape {_shape(saved, name)} there and"
+                f" {_shape(own, name)} in this model. Leave out `model_name` and `config` to take the checkpoint's own"
+                " model_config.yaml, or give the fields that the checkpoint was made with."
+            )
+    return dict(saved)
+
+
+def _shape(state: dict[str, Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(state[name].shape) if name in state else None
+
+
+def _unknown_name(model_name: str) -> str:
+    from litgpt.config import name_to_config
+
+    lower = {name.lower(): name for name in name_to_config}
+    close = difflib.get_close_matches(model_name.rpartition("/")[2].lower(), lower, n=3)
+    hint = f"did you mean {', '.join(lower[name] for name in close)}?" if close else "`litgpt pretrain list` lists them"
+    return f"litgpt has no model_name {model_name!r}; {hint}"

@@ -1,0 +1,208 @@
+"""A LightningModule that pretrains and finetunes litgpt's ``GPT``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torchmetrics import MeanMetric
+
+from lightning_adapm.litgpt.checks import check_data
+from lightning_adapm.litgpt.model import build, litgpt_config, load_tokenizer
+from lightning_adapm.trainer.mixin import AdaPMMixin
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["LitGPTModule", "batch_length", "batch_rows", "litgpt_config"]
+
+
+class LitGPTModule(AdaPMMixin, L.LightningModule):
+    """Next-token training of a litgpt ``GPT``, from random weights or from a litgpt checkpoint directory.
+
+    Logs ``train_loss`` (of the batch), ``val_loss`` (mean cross-entropy in nats per target token) and ``val_ppl``, its
+    exponential. A batch is an integer tensor of shape (batch, positions + 1), as ``TextDataModule`` and litgpt's
+    pretraining data make them, or a dict with int64 ``input_ids`` and ``labels`` of shape (batch, positions), as
+    litgpt's finetuning data makes them; labels equal to the data's ``ignore_index`` (-100) do not count.
+
+    litgpt's own data modules want a tokenizer, a batch size and a sequence length from the loop that uses them: they
+    get the ones given here, before they prepare anything.
+
+    Args:
+        model_name: One of litgpt's names, such as ``"pythia-14m"``.
+        config: Fields of ``litgpt.Config``: the whole model, or with ``model_name`` what differs from it. With
+            ``lora_r`` and the other ``lora_`` fields of ``litgpt.lora.Config`` only LoRA's matrices are trained.
+        tie_embeddings: Let the output layer share the token embedding's weight.
+        adapm: Settings of optimizer and schedule, see ``AdaPMMixin``; ``None`` for the defaults.
+        checkpoint_dir: A litgpt checkpoint directory whose ``lit_model.pth`` the weights are read from, and, where
+            neither name nor fields are given, whose ``model_config.yaml`` describes the model.
+        tokenizer_dir: The folder of the tokenizer for litgpt's data modules; ``None`` for ``checkpoint_dir``.
+        micro_batch_size: Sequences per batch on each process, for litgpt's data modules.
+        max_seq_length: Positions per sequence, for litgpt's data modules; ``None`` for the model's ``block_size``.
+        lm_head_chunk_size: Positions whose logits are computed together, to save memory; 0 for all.
+        activation_checkpointing: Compute each block's activations again in the backward pass instead of keeping them.
+        torch_compile: Compile the model with ``torch.compile``.
+
+    Raises:
+        ModuleNotFoundError: If litgpt is not installed.
+        ValueError: If litgpt does not know the name or a field, the fields do not fit together, or the checkpoint is of
+            another model.
+        FileNotFoundError: If a file of the checkpoint directory is missing.
+    """
+
+    def __init__(
+        self,
+        model_name: str | None = None,
+        config: dict[str, Any] | None = None,
+        tie_embeddings: bool = False,
+        adapm: dict[str, Any] | None = None,
+        checkpoint_dir: str | None = None,
+        tokenizer_dir: str | None = None,
+        micro_batch_size: int = 1,
+        max_seq_length: int | None = None,
+        lm_head_chunk_size: int = 0,
+        activation_checkpointing: bool = False,
+        torch_compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.adapm = adapm or {}
+        for name, value, least in (
+            ("micro_batch_size", micro_batch_size, 1),
+            ("max_seq_length", max_seq_length, 1),
+            ("lm_head_chunk_size", lm_head_chunk_size, 0),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` must be at least {least}, found {value}.")
+        self.tokenizer_dir = tokenizer_dir or checkpoint_dir
+        self.micro_batch_size = micro_batch_size
+        self.max_seq_length = max_seq_length
+        self.lm_head_chunk_size = lm_head_chunk_size
+        self.torch_compile = torch_compile
+        # Not in `configure_model`: LightningCLI builds an optimizer over the parameters before there is a Trainer.
+        self.model = build(litgpt_config(model_name, config, checkpoint_dir), tie_embeddings, checkpoint_dir)
+        if activation_checkpointing:
+            blocks = set(self.model.transformer.h)
+            apply_activation_checkpointing(self.model, check_fn=lambda module: module in blocks)
+        from litgpt.utils import estimate_flops
+
+        # Before a strategy shares the parameters out; exact for full windows, a little high for shorter ones.
+        self._flops_per_token = estimate_flops(self.model, training=True) / self.model.config.block_size
+        self.flops_per_batch = 0
+        self._val_loss = MeanMetric()
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Connect litgpt's data: no callbacks, but the one hook of a module that comes before data is prepared."""
+        data: Any = getattr(self._trainer, "datamodule", None)
+        if hasattr(data, "connect"):
+            check_data(data)
+            length = self.max_seq_length or self.model.config.block_size
+            if length > self.model.config.block_size:
+                raise MisconfigurationException(
+                    f"`max_seq_length` is {length}, more than the model's `block_size` of"
+                    f" {self.model.config.block_size}. Lower `model.init_args.max_seq_length`."
+                )
+            # data that is tokenized already has no use for a tokenizer
+            tokenizer = load_tokenizer(self.tokenizer_dir) if hasattr(data, "tokenizer") else None
+            data.connect(tokenizer, self.micro_batch_size, length)
+        return []
+
+    def configure_model(self) -> None:
+        """Shard every block, then the rest, where the strategy leaves that to the module (FSDP2); compile.
+
+        Raises:
+            MisconfigurationException: A strategy with more than one process for tensor parallelism.
+        """
+        if self.device_mesh is not None and not isinstance(self.model, FSDPModule):
+            shared = self.device_mesh["tensor_parallel"].size()
+            if shared > 1:
+                raise MisconfigurationException(
+                    f"LitGPTModule does not support tensor parallelism, but the strategy has `tensor_parallel_size`"
+                    f" {shared}: those processes would do the same work. Write"
+                    f" `ModelParallelStrategy(data_parallel_size={self.device_mesh.size()}, tensor_parallel_size=1)`."
+                )
+            for part in (*self.model.transformer.h, self.model):
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
+        if self.torch_compile and self.model._compiled_call_impl is None:
+            self.model.compile()  # in place: names stay what they are
+
+    def setup(self, stage: str) -> None:
+        """Check that the data's vocabulary and windows fit into the model."""
+        super().setup(stage)
+        data = getattr(self.trainer, "datamodule", None)
+        config = self.model.config
+        for option, limit, field in (
+            ("vocab_size", config.padded_vocab_size, "padded_vocab_size"),
+            ("block_size", config.block_size, "block_size"),
+        ):
+            found = getattr(data, option, None)
+            if isinstance(found, int) and found > limit:
+                raise MisconfigurationException(
+                    f"The data's `{option}` is {found}, more than the model's `{field}` of {limit}. Set"
+                    f" `model.init_args.config.{option}` to at least {found}, or lower `data.init_args.{option}`."
+                )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of shape (batch, positions, padded vocabulary) for int64 tokens of shape (batch, positions)."""
+        return self.model(tokens)
+
+    def training_step(self, batch: Tensor | Mapping[str, Any], batch_idx: int) -> Tensor:
+        """The batch's mean cross-entropy, in nats per target token."""
+        loss, _ = self._loss(batch)
+        self.flops_per_batch = round(self._flops_per_token * batch_rows(batch) * batch_length(batch))
+        self.log("train_loss", loss, prog_bar=True, batch_size=batch_rows(batch))
+        return loss
+
+    def validation_step(self, batch: Tensor | Mapping[str, Any], batch_idx: int) -> None:
+        """Add the batch's cross-entropy to the validation mean, in which every target token counts the same."""
+        loss, targets = self._loss(batch)
+        if targets:
+            self._val_loss.update(loss, weight=targets)
+
+    def on_validation_epoch_start(self) -> None:
+        """Start a new mean. Not at the end of the last one: `fit` cannot use what `validate` made in inference mode."""
+        self._val_loss.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean over all processes, and its exponential."""
+        loss = self._val_loss.compute()
+        self.log_dict({"val_loss": loss, "val_ppl": loss.exp()}, prog_bar=True, sync_dist=True)
+
+    def _loss(self, batch: Tensor | Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """The mean cross-entropy over the target tokens, and their number; 0 where all of them are masked."""
+        inputs, targets = _shifted(batch)
+        ignored = getattr(getattr(self._trainer, "datamodule", None), "ignore_index", -100)
+        size = self.lm_head_chunk_size
+        logits = self.model(inputs, lm_head_chunk_size=size) if size else [self(inputs)]
+        parts = targets.split(size or targets.size(1), dim=1)
+        total = sum(
+            torch.nn.functional.cross_entropy(
+                part.flatten(0, 1).float(), wanted.flatten(), ignore_index=ignored, reduction="sum"
+            )
+            for part, wanted in zip(logits, parts, strict=True)
+        )
+        count = (targets != ignored).sum()
+        return total / count.clamp(min=1), count
+
+
+def batch_rows(batch: Tensor | Mapping[str, Any]) -> int:
+    """Sequences in a batch: ``batch_size_fn`` of Lightning's ``ThroughputMonitor``."""
+    return _shifted(batch)[0].size(0)
+
+
+def batch_length(batch: Tensor | Mapping[str, Any]) -> int:
+    """Positions the model sees of every sequence, in tokens: ``length_fn`` of Lightning's ``ThroughputMonitor``."""
+    return _shifted(batch)[0].size(1)
+
+
+def _shifted(batch: Tensor | Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Inputs and the tokens that they predict."""
+    if isinstance(batch, Tensor):
+        batch = batch.long()  # litdata gives what the tokenizer gave, int32
+        return batch[:, :-1], batch[:, 1:]
+    return batch["input_ids"][:, :-1], batch["labels"][:, 1:]

@@ -1,0 +1,1 @@
+"""First and second moments: what an optimizer remembers of gradients."""

@@ -1,0 +1,160 @@
+"""Pure mathematics of a low-rank momentum: a basis, its refresh, and the debiased direction.
+
+Shapes throughout: ``b`` matrices at a time, each ``m x n`` (``n`` is the stored last dimension), rank ``r``.
+``grad`` is ``(b, m, n)``, ``left`` is ``(b, m, r)``, ``right`` is ``(b, r, n)`` with orthonormal rows, of which some
+may be zero: a direction in which there was nothing to see yet. No function here reads a value back from the device.
+
+Source: AdaPM, arXiv 2510.09103, Algorithms 1 to 3 (low-rank momentum with residual correction, warm-started factors).
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
+
+# A direction whose part independent of the others is below this share of its length is noise, not a direction.
+_DEPENDENT = 1e-5
+
+
+def starting_rows(rank: int, n: int, like: Tensor) -> Tensor:
+    """A fixed, well-mixed ``(rank, n)`` matrix with entries in [-1, 1): the sketch a first refresh starts from.
+
+    A function of its two arguments alone (an integer hash, equal on every device and every process), so that fused and
+    separate weights, and all ranks of a group, start from the same subspace without exchanging anything.
+    """
+    bits = torch.arange(1, rank * n + 1, dtype=torch.int64, device=like.device)
+    for shift, multiplier in ((16, 0x45D9F3B), (15, 0x2C1B3C6D), (16, 0x297A2D39)):
+        bits = ((bits ^ (bits >> shift)) * multiplier) & 0xFFFFFFFF
+    # through 24 bits, which float32 holds exactly: not every device has float64
+    return ((bits >> 8).to(like.dtype) / 2**23 - 1).view(rank, n)
+
+
+@lru_cache(maxsize=64)
+def _kept_starting_rows(rank: int, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Kept on the device: every refresh asks for them, and making them is a dozen kernels."""
+    return starting_rows(rank, n, torch.empty((), dtype=dtype, device=device))
+
+
+def orthonormal_rows(rows: Tensor) -> Tensor:
+    """Orthonormal rows with the span of ``rows`` ``(b, r, n)``; a row that depends on those before it becomes zero."""
+    return orthonormalise([rows])[0][0]
+
+
+def orthonormalise(stacks: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """:func:`orthonormal_rows` of each of some ``stacks`` of any shapes, whose small matrices are factorised together.
+
+    And for each matrix of all stacks whether it is finite, ``(sum of b, 1, 1)``; what comes of others means nothing.
+
+    Cholesky-QR, twice, in float64 (never TF32): the first pass is shifted so that it cannot fail and shows which rows
+    are dependent, the second makes the others orthonormal to working precision. Only ``r x r`` matrices are factorised,
+    and a column in which every row is zero stays exactly zero, which a Householder QR does not give.
+    """
+    rows = [stack.to(torch.float64) for stack in stacks]
+    gram = _gram(rows)
+    length = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    longest = length.amax(dim=-1, keepdim=True)
+    seen = length > _DEPENDENT * longest
+    rows = _multiplied(_whitening(gram, torch.where(seen, length.reciprocal(), 0.0), _DEPENDENT**2), rows)
+    gram = _gram(rows)
+    alive = (gram.diagonal(dim1=-2, dim2=-1) > 0.25).to(gram.dtype)
+    rows = _multiplied(_whitening(gram, alive, 1 - alive), rows)
+    return [row.to(stack.dtype) for row, stack in zip(rows, stacks, strict=True)], longest.isfinite().unsqueeze(-1)
+
+
+def _gram(stacks: Sequence[Tensor]) -> Tensor:
+    """``rows rowsᵀ`` of all of them, with rows of zero up to the largest number of rows."""
+    most = max(stack.shape[-2] for stack in stacks)
+    grams = [stack @ stack.mT for stack in stacks]
+    return torch.cat([pad(gram, (0, most - gram.shape[-1]) * 2) for gram in grams]) if len(grams) > 1 else grams[0]
+
+
+def _multiplied(weights: Tensor, stacks: Sequence[Tensor]) -> list[Tensor]:
+    """Each of the stacks with its part of ``weights`` from the left."""
+    parts = zip(weights.split([len(stack) for stack in stacks]), stacks, strict=True)
+    return [part[:, : stack.shape[-2], : stack.shape[-2]] @ stack for part, stack in parts]
+
+
+def _whitening(gram: Tensor, scale: Tensor, shift: Tensor | float) -> Tensor:
+    """``chol(scale gram scale + shift)⁻¹ scale`` with the diagonal matrices ``scale`` and ``shift``, ``(b, r)``."""
+    gram = gram * (scale.unsqueeze(-1) * scale.unsqueeze(-2))
+    gram.diagonal(dim1=-2, dim2=-1).add_(shift)
+    factor, _ = torch.linalg.cholesky_ex(gram)  # the variant that reports failure on the device
+    return torch.linalg.solve_triangular(factor, scale.diag_embed(), upper=False)
+
+
+class Multiplied(Protocol):
+    """``b`` matrices ``m x n`` that are only multiplied: a tensor, or what stands for one."""
+
+    def __matmul__(self, columns: Tensor, /) -> Tensor: ...
+
+    def __rmatmul__(self, weights: Tensor, /) -> Tensor: ...
+
+
+def refresh_basis(
+    grad: Multiplied, left: Tensor, right: Tensor, beta1: float, reduction: Reduction = ONE_PROCESS
+) -> Tensor:
+    """The next basis: one warm-started subspace iteration on ``M~ = beta1 left right + (1 - beta1) grad``.
+
+    ``right_new = orth((M~ᵀ M~ rightᵀ)ᵀ)``, without forming ``M~``. Directions that are still zero are sketched with
+    :func:`starting_rows`. Where the gradient shows nothing (it is zero) or the products are not finite, the old basis
+    stays; that is decided on the device.
+
+    ``grad`` and ``left`` may be the rows of this process: ``reduction`` then adds what the others hold, so that the
+    basis is the same on all of them.
+    """
+    return refreshed([(*iterated_rows(grad, left, right, beta1, reduction), right)])[0]
+
+
+def refreshed(iterated: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
+    """The next bases, from what :func:`iterated_rows` found and the bases that there were."""
+    bases, finite = orthonormalise([rows for rows, _, _ in iterated])
+    flags = finite.split([len(rows) for rows, _, _ in iterated])
+    found = zip(iterated, bases, flags, strict=True)
+    return [torch.where(shown & flag, basis, right) for (_, shown, right), basis, flag in found]
+
+
+def iterated_rows(
+    grad: Multiplied, left: Tensor, right: Tensor, beta1: float, reduction: Reduction = ONE_PROCESS
+) -> tuple[Tensor, Tensor]:
+    """What :func:`refresh_basis` makes orthonormal, ``(M~ᵀ M~ rightᵀ)ᵀ``, and where the gradient shows something,
+    ``(b, 1, 1)``. Of a direction that is sketched, ``M~ rightᵀ`` is taken of the gradient alone.
+    """
+    rank, n = right.shape[-2:]
+    empty = ~right.any(dim=-1, keepdim=True)
+    sketch = torch.where(empty, _kept_starting_rows(rank, n, right.dtype, right.device), right)
+    projected = grad @ sketch.mT
+    reduction.rows(projected)
+    seen = torch.lerp(left, projected, 1 - beta1)  # left right rightᵀ is left: rows of the basis are orthonormal
+    # Columns of unit length: keeps gradients of any scale inside float32 and the next product well conditioned.
+    length = reduction.length(seen).clamp_min(torch.finfo(seen.dtype).tiny)
+    seen = seen * length.reciprocal().to(seen.dtype)
+    fresh, inner = reduction.total([seen.mT @ grad, reduction.owned(seen).mT @ left])
+    rows = torch.baddbmm(fresh, inner, right, beta=1 - beta1, alpha=beta1)
+    return rows, fresh.any(dim=-1, keepdim=True).any(dim=-2, keepdim=True)
+
+
+def move_left(left: Tensor, right: Tensor, new_right: Tensor) -> Tensor:
+    """``left`` expressed in another basis: ``left right new_rightᵀ``, what of the momentum the new subspace holds."""
+    return left @ (right @ new_right.mT)
+
+
+def debiased_direction(grad: Tensor, projected: Tensor, left: Tensor, right: Tensor, correction: float) -> Tensor:
+    """``grad + (left / correction - projected) right``: the published correction in closed form.
+
+    Inside the subspace the bias-corrected moving average, outside it the gradient itself: AdaPM's
+    ``M~ + beta1 / (1 - beta1) E`` while the basis stays, with Adam's ``correction = 1 - beta1**t`` applied to the part
+    that is an average. ``projected`` is ``grad rightᵀ``.
+    """
+    return torch.baddbmm(grad, left / correction - projected, right)
+
+
+def residual(grad: Tensor, right: Tensor, reduction: Reduction = ONE_PROCESS) -> Tensor:
+    """``grad - grad rightᵀ right``: the part of the gradient that the basis does not see."""
+    projected = grad @ right.mT
+    reduction.rows(projected)
+    return torch.baddbmm(grad, projected, right, alpha=-1)

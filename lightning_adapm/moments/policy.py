@@ -1,0 +1,90 @@
+"""AdaPM's table: which momentum and which second moment a piece gets, from its role, shape and group options."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lightning_adapm.moments.base import Momentum, SecondMoment
+from lightning_adapm.moments.first import FullMomentum, LowRankMomentum, NoMomentum
+from lightning_adapm.moments.second import BlockSecondMoment, ElementwiseSecondMoment, FactoredSecondMoment
+from lightning_adapm.roles.piece import POLICIES, ROLES, UNMATCHED, Piece
+
+# arXiv 2510.09103, Section 3; the paper says nothing of an untied head, norms, biases and adapters.
+DEFAULT_MOMENTUM: Mapping[str, str] = {
+    "embedding": "none",
+    "query": "low_rank",
+    "key": "low_rank",
+    "value": "full",
+    "attn_out": "none",
+    "mlp": "low_rank",
+    "lm_head": "low_rank",
+    "norm": "full",
+    "bias": "full",
+    "adapter": "full",
+}
+_PHASES = 2
+"""Of the refreshes, by the number of the transformer block: no step pays for all of them, and on a device that many
+share kernels."""
+SECOND_MOMENTS = ("elementwise", "block", "factored")
+
+
+def momentum_table(overrides: Mapping[str, str] | str | None, unmatched: str) -> dict[str, str]:
+    """Role to policy, for every role.
+
+    Raises:
+        ValueError: an unknown role or policy.
+    """
+    if isinstance(overrides, str):
+        overrides = dict.fromkeys((*ROLES, UNMATCHED), overrides)
+    table = dict(DEFAULT_MOMENTUM)
+    if unmatched != "error":
+        table[UNMATCHED] = unmatched
+    for role, policy in (overrides or {}).items():
+        if role not in (*ROLES, UNMATCHED):
+            raise ValueError(f"momentum: {role!r} is not a role; the roles are {', '.join(ROLES)}")
+        if policy not in POLICIES:
+            raise ValueError(f"momentum[{role!r}]: {policy!r} is not a policy; write one of {', '.join(POLICIES)}")
+        table[role] = policy
+    return table
+
+
+def rank_for(rank: int | float, shape: torch.Size) -> int:
+    """The rank of a piece: an int is that rank, a float in (0, 1] a share of its smaller dimension, at least 1."""
+    m, n = shape[-2:]
+    return max(1, round(rank * min(m, n))) if isinstance(rank, float) else min(rank, n)
+
+
+def momentum_for(piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:
+    """The momentum of a piece whose matrix has ``shape``; full where factors would not save anything."""
+    # a frozen matrix may have no role; one that is trained is refused before it gets a state
+    policy = piece.role if piece.role in POLICIES else group["momentum"].get(piece.role, "full")
+    beta1 = group["betas"][0]
+    if policy == "none":
+        return NoMomentum(clamp=1 / (1 - beta1) if piece.role == "embedding" else 1.0)
+    if policy == "low_rank" and len(shape) >= 2:
+        m, n = shape[-2:]
+        rank = rank_for(group["rank"], shape)
+        if rank * (m + n) < m * n:
+            gap = group["update_proj_gap"]
+            return LowRankMomentum(rank, beta1, gap, group["debias"], offset=piece.block % _PHASES * (gap // _PHASES))
+    return FullMomentum(beta1)
+
+
+def storage_dtype(momentum: Momentum, chosen: Mapping[str, str] | str | None, exact: torch.dtype) -> torch.dtype:
+    """Of a momentum's state: what the group's ``state_dtype`` says for its policy, else ``exact``."""
+    name = chosen.get(momentum.name) if isinstance(chosen, Mapping) else chosen
+    dtype = exact if name is None else getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def second_moment_for(piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
+    """The second moment of a piece whose matrix has ``shape``; the block rules are those of Adam-mini 1.1.1."""
+    kind, beta2, eps = group["second_moment"], group["betas"][1], group["eps"]
+    if kind == "block" and piece.role != "bias":
+        heads = piece.heads if piece.role in ("query", "key") else None
+        return BlockSecondMoment(beta2, eps, heads, outputs=-1 if piece.transposed else -2)
+    if kind == "factored" and len(shape) >= 2:
+        return FactoredSecondMoment(beta2, eps)
+    return ElementwiseSecondMoment(beta2, eps)

@@ -1,0 +1,204 @@
+"""Second moments: elementwise (AdamW), block (Adam-mini), factored (Adafactor).
+
+Each makes its state for a piece of a given shape and turns gradients into denominators
+``sqrt(v) / sqrt(1 - beta2**t) + eps`` that broadcast against them. The state is never kept below float32: with
+``beta2 = 0.999`` a bfloat16 average stops decaying. ``step`` counts from 1.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_adapm.moments.base import Denominators, Stack, State
+from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
+
+_ADDED = 1e-30
+"""Added to squares by AdaLomo."""
+
+
+@dataclass(frozen=True)
+class ElementwiseSecondMoment:
+    """AdamW's: ``exp_avg_sq`` of the parameter's shape."""
+
+    beta2: float
+    eps: float
+    elementwise: ClassVar[bool] = True
+
+    def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
+        return {"exp_avg_sq": like.new_zeros(shape)}
+
+    def denominators(
+        self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
+    ) -> Denominators:
+        averages = [state["exp_avg_sq"] for state in states]
+        torch._foreach_mul_(averages, self.beta2)
+        torch._foreach_addcmul_(averages, grads, grads, 1 - self.beta2)
+        return Denominators(list(torch._foreach_sqrt(averages)), bias_correction(self.beta2, step), self.eps)
+
+
+@dataclass(frozen=True)
+class BlockSecondMoment:
+    """Adam-mini's: the mean of the squared gradient over a block (arXiv 2406.16793, Algorithm 1).
+
+    Args:
+        blocks: blocks per matrix: a number of equal blocks of outputs (heads), or None for one block per output.
+            Tensors that are not matrices are one block.
+        outputs: the dimension that counts outputs: rows (-2), or columns (-1) of a transposed weight.
+    """
+
+    beta2: float
+    eps: float
+    blocks: int | None = None
+    outputs: int = -2
+    elementwise: ClassVar[bool] = False
+
+    def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
+        return {"exp_avg_sq": like.new_zeros(self._shape(shape))}
+
+    def _shape(self, shape: torch.Size) -> tuple[int, ...]:
+        if len(shape) < 2:
+            return ()
+        blocks = self.blocks or shape[self.outputs]
+        return (*shape[:-2], blocks, 1) if self.outputs == -2 else (*shape[:-2], 1, blocks)
+
+    def denominators(
+        self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
+    ) -> Denominators:
+        averages = [state["exp_avg_sq"] for state in states]
+        _average(averages, self._means(grads, reduction), self.beta2)
+        roots: Sequence[Tensor] = torch._foreach_sqrt(averages)
+        if grads[0].dim() >= 2 and self.blocks is not None:
+            if self.outputs == -2:
+                roots = reduction.of_rows(roots, self.blocks, grads)
+            else:
+                roots = [root.repeat_interleave(grads[0].shape[-1] // self.blocks, dim=-1) for root in roots]
+        return Denominators(list(roots), bias_correction(self.beta2, step), self.eps)
+
+    def _means(self, grads: list[Tensor], reduction: Reduction) -> list[Tensor]:
+        if grads[0].dim() < 2:
+            return mean_squares(grads, None, reduction)
+        means = mean_squares(grads, -3 - self.outputs, reduction)
+        if self.blocks is None:
+            return means
+        if self.outputs == -2:
+            return reduction.block_means(means, self.blocks)
+        return [block_means(mean, self.blocks, -1) for mean in means]
+
+
+@dataclass(frozen=True)
+class FactoredSecondMoment:
+    """Adafactor's: row means ``exp_avg_sq_row`` ``(m, 1)`` and column means ``exp_avg_sq_col`` ``(1, n)`` of the
+    squared gradient, ``v = row col / mean(row)`` (arXiv 1804.04235, Algorithm 4, with AdamW's bias correction).
+    """
+
+    beta2: float
+    eps: float
+    elementwise: ClassVar[bool] = False
+
+    def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
+        *batch, m, n = shape
+        return {"exp_avg_sq_row": like.new_zeros(*batch, m, 1), "exp_avg_sq_col": like.new_zeros(*batch, 1, n)}
+
+    def denominators(
+        self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
+    ) -> Denominators:
+        rows, columns = ([state[key] for state in states] for key in ("exp_avg_sq_row", "exp_avg_sq_col"))
+        _average(rows, mean_squares(grads, -1, reduction), self.beta2)
+        _average(columns, mean_squares(grads, -2, reduction), self.beta2)
+        tiny = torch.finfo(rows[0].dtype).tiny
+        means = [mean.clamp_min(tiny) for mean in reduction.means(rows)]
+        shares = [(row / mean).sqrt_() for row, mean in zip(rows, means, strict=True)]
+        roots = [share * column.sqrt() for share, column in zip(shares, columns, strict=True)]
+        return Denominators(roots, bias_correction(self.beta2, step), self.eps)
+
+
+def block_means(means: Tensor, blocks: int, dim: int) -> Tensor:
+    """Means of ``blocks`` equal blocks along ``dim``, a negative dimension."""
+    return means.unflatten(dim, (blocks, -1)).mean(dim=dim)
+
+
+def mean_squares(grads: list[Tensor], dim: int | None, reduction: Reduction) -> list[Tensor]:
+    """Means of squares along ``dim``, kept as a dimension of one, or over everything.
+
+    Bounded by :func:`largest`: an infinite block could never be divided by another.
+    """
+    if dim is not None and isinstance(grads, Stack):
+        sums = grads.squares(dim)
+    elif dim is None:
+        sums = list(torch._foreach_pow(torch._foreach_norm(grads), 2))
+    else:
+        sums = [torch.linalg.vector_norm(grad, dim=dim, keepdim=True).square_() for grad in grads]
+    sums = reduction.rows(sums) if dim == -1 else reduction.total(sums)
+    counts = [grad.shape[-1] for grad in grads] if dim == -1 else reduction.sizes(grads)
+    torch._foreach_div_(sums, [max(1, count) for count in counts])
+    torch._foreach_clamp_max_(sums, largest(sums[0].dtype))
+    return sums
+
+
+def largest(dtype: torch.dtype) -> float:
+    """Bound of mean squares: no average of them overflows, and none is infinite."""
+    return torch.finfo(dtype).max * 2.0**-30
+
+
+def _average(averages: list[Tensor], means: list[Tensor], beta2: float) -> None:
+    torch._foreach_mul_(averages, beta2)  # not lerp: an average that overflowed to infinity must not become NaN
+    torch._foreach_add_(averages, means, alpha=1 - beta2)
+
+
+def bias_correction(beta2: float, step: int) -> float:
+    """What the root of a second moment is divided by."""
+    return float((1 - beta2**step) ** 0.5)
+
+
+@dataclass(frozen=True)
+class NoSecondMoment:
+    """The gradient is not divided by anything."""
+
+    elementwise: ClassVar[bool] = False
+
+    def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
+        return {}
+
+    def denominators(
+        self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
+    ) -> Denominators:
+        return Denominators([grad.new_ones(()) for grad in grads], 1.0, 0.0)
+
+
+@dataclass(frozen=True)
+class RelativeSecondMoment:
+    """AdaLomo's: row and column means of the squared gradient, decaying by ``1 - step**-0.8``; elementwise for what is
+    not a matrix.
+    """
+
+    elementwise: ClassVar[bool] = False
+
+    def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
+        if len(shape) < 2:
+            return {"exp_avg_sq": like.new_zeros(shape)}
+        *batch, m, n = shape
+        return {"exp_avg_sq_row": like.new_zeros(*batch, m, 1), "exp_avg_sq_col": like.new_zeros(*batch, 1, n)}
+
+    def denominators(
+        self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
+    ) -> Denominators:
+        weight = step**-0.8
+        if grads[0].dim() < 2:
+            averages = [state["exp_avg_sq"] for state in states]
+            torch._foreach_lerp_(averages, [_squares(grad) for grad in grads], weight)
+            return Denominators(list(torch._foreach_sqrt(averages)), 1.0, 0.0)
+        rows, columns = ([state[key] for state in states] for key in ("exp_avg_sq_row", "exp_avg_sq_col"))
+        for averages, dim in ((rows, -1), (columns, -2)):
+            means = [mean + _ADDED for mean in mean_squares(grads, dim, reduction)]
+            torch._foreach_lerp_(averages, means, weight)
+        shares = [(row / mean).sqrt_() for row, mean in zip(rows, reduction.means(rows), strict=True)]
+        roots = [share * column.sqrt() for share, column in zip(shares, columns, strict=True)]
+        return Denominators(roots, 1.0, 0.0)
+
+
+def _squares(grad: Tensor) -> Tensor:
+    # bounded: infinity would stay in the average, and become NaN in the next
+    return grad.square().add_(_ADDED).clamp_max_(largest(grad.dtype))

@@ -1,0 +1,1 @@
+"""What optimizers hold and what they lose: plans, explanations, tables and measurements."""

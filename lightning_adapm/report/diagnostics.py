@@ -1,0 +1,217 @@
+"""What an optimizer holds, and what its low-rank momentum does not see: plain classes, no Trainer needed."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_adapm.moments import lowrank
+from lightning_adapm.optim import AdaPM
+from lightning_adapm.report.plan import StateBytes, adamw_bytes, state_bytes
+from lightning_adapm.roles.context import describe
+from lightning_adapm.roles.find import find_role
+from lightning_adapm.roles.fused import cut
+from lightning_adapm.roles.piece import ROLES, Piece
+from lightning_adapm.sharding.reduction import total
+from lightning_adapm.step.parts import Placement, Task, reduction_of
+
+OTHER = "other"
+"""The role shown for what no rule matches, and for what the user gave a policy instead of a role."""
+
+_SKETCH = 16
+"""A residual's sketch has this many rows and columns."""
+
+
+def role_label(role: str) -> str:
+    """``role``, or :data:`OTHER` where it is none."""
+    return role if role in ROLES else OTHER
+
+
+@dataclass(frozen=True)
+class StateReport:
+    """Bytes of optimizer state on this process, by role, beside what AdamW would hold in float32."""
+
+    by_role: Mapping[str, StateBytes]
+    adamw: Mapping[str, StateBytes]
+
+    @classmethod
+    def measure(cls, optimizers: Iterable[Optimizer], module: nn.Module | None = None) -> "StateReport":
+        """What the optimizers hold now.
+
+        Args:
+            optimizers: Any torch optimizers.
+            module: Read for the roles of the parameters that AdaPM does not hold.
+        """
+        held: dict[str, StateBytes] = {}
+        adamw: dict[str, StateBytes] = {}
+        pieces = {} if module is None else _pieces_of(module)
+        for optimizer in optimizers:
+            known = optimizer.pieces if isinstance(optimizer, AdaPM) else pieces
+            rest = dict(optimizer.state)
+            for param in (param for group in optimizer.param_groups for param in group["params"]):
+                state = rest.pop(param, {})
+                if not param.requires_grad and not state:
+                    continue
+                for role, ours, theirs in _split(param, state, known.get(param, (Piece(OTHER),))):
+                    held[role] = held.get(role, StateBytes()) + ours
+                    adamw[role] = adamw.get(role, StateBytes()) + theirs
+            if rest:  # of no parameter that the optimizer still has
+                held[OTHER] = sum(map(state_bytes, rest.values()), held.get(OTHER, StateBytes()))
+        order = [role for role in (*ROLES, OTHER) if role in held]
+        return cls({role: held[role] for role in order}, {role: adamw.get(role, StateBytes()) for role in order})
+
+    @property
+    def total(self) -> StateBytes:
+        """Bytes over all roles."""
+        return sum(self.by_role.values(), StateBytes())
+
+    @property
+    def adamw_total(self) -> StateBytes:
+        """AdamW's bytes over all roles, in float32."""
+        return sum(self.adamw.values(), StateBytes())
+
+    def figures(self) -> dict[str, int]:
+        """All figures in bytes, under the names that are logged."""
+        total = self.total
+        figures = {
+            "momentum_bytes": total.momentum,
+            "second_moment_bytes": total.second_moment,
+            "total_bytes": total.total,
+            "adamw_bytes": self.adamw_total.total,
+        }
+        return figures | {f"total_bytes_by_role/{role}": held.total for role, held in self.by_role.items()}
+
+
+def _pieces_of(module: nn.Module) -> dict[Tensor, tuple[Piece, ...]]:
+    """Every parameter's pieces; a fused weight whose rows cannot be told apart is one piece without a role."""
+    pieces: dict[Tensor, tuple[Piece, ...]] = {}
+    for item in describe(module.named_parameters(), module):
+        try:
+            pieces[item.param] = cut(item, find_role(item)[0] or OTHER)
+        except ValueError:
+            pieces[item.param] = (Piece(OTHER),)
+    return pieces
+
+
+def _split(
+    param: Tensor, state: Mapping[str, Any], pieces: Sequence[Piece]
+) -> Iterator[tuple[str, StateBytes, StateBytes]]:
+    """Role, bytes held and AdamW's bytes of every piece of one parameter.
+
+    Entries with a piece's prefix are that piece's. The others belong to the whole parameter: moments are shared out by
+    the pieces' sizes, counters are the first piece's.
+    """
+    own = [{k: v for k, v in state.items() if not p.whole and str(k).startswith(p.prefix)} for p in pieces]
+    rest = state_bytes({k: v for k, v in state.items() if not any(k in entries for entries in own)})
+    placement = Placement.of(param, pieces)
+    numels = [placement.local_numel(index) for index in range(len(pieces))]
+    start, total = 0, max(1, sum(numels))
+    for piece, entries, numel in zip(pieces, own, numels, strict=True):
+        stop = start + numel
+        momentum, second_moment = (
+            size * stop // total - size * start // total for size in (rest.momentum, rest.second_moment)
+        )
+        adamw = adamw_bytes([torch.Size((numel,))])
+        first = piece is pieces[0]
+        yield (
+            role_label(piece.role),
+            state_bytes(entries) + StateBytes(momentum, second_moment, rest.other if first else 0),
+            StateBytes(adamw.momentum, adamw.second_moment, adamw.other if first else 0),
+        )
+        start = stop
+
+
+class Reading(NamedTuple):
+    """What one step showed of one piece.
+
+    ``figures`` are named as in :class:`ResidualProbe`: numbers, and on the way there 0-dimensional tensors. ``entries``
+    is how many entries the piece's share of clamped ones refers to.
+    """
+
+    name: str
+    role: str
+    entries: int
+    figures: dict[str, Any]
+
+
+class ResidualProbe:
+    """An observer for ``AdaPM.observer``: what the low-rank momentum does not see, and how large the updates are.
+
+    Figures of a piece (a stack of experts is one piece), none of them with a unit:
+
+    - ``update_max``: largest entry of ``|update| / lr``, before any clamp;
+    - ``clamped``: share of its entries beyond ``clip_threshold``, where there is one;
+    - ``norm``: ``‖G - G RᵀR‖_F / ‖M^‖_F``, where there is a basis ``R``; ``M^`` is the direction used;
+    - ``stationarity``: cosine between the residual and the one observed before it, from sketches of them. The residual
+      correction assumes that it is near 1.
+
+    Observing reads nothing back from the device; :meth:`read` does, once.
+    """
+
+    def __init__(self) -> None:
+        self._seen: list[Reading] = []
+        self._sketches: dict[str, Tensor] = {}
+
+    def __call__(self, task: Task, direction: Tensor, update: Tensor, clip_threshold: float | None) -> None:
+        """Take in one piece of one step; see :class:`lightning_adapm.step.parts.Observer`."""
+        held = update.numel() if task.shard is None else task.shard.numel
+        figures = {"update_max": update.abs().max() if update.numel() else update.new_zeros(())}
+        if clip_threshold is not None:
+            figures["clamped"] = (update.abs() > clip_threshold).sum() / max(1, held)
+        basis = task.state.get("exp_avg_r")
+        if basis is not None and task.state.get("seeded") is not None:  # LoRA-Pre's right factor is no basis
+            stack, basis = (t if t.dim() == 3 else t.unsqueeze(0) for t in (task.grad, basis.to(task.grad.dtype)))
+            reduction, tiny = reduction_of([task]), torch.finfo(stack.dtype).tiny
+            if basis.shape[-1] < stack.shape[-1]:
+                basis = reduction.columns(basis, stack.shape[-1])
+            unseen = lowrank.residual(stack, basis, reduction)
+            if task.shard is not None:
+                unseen = task.shard.held_only(unseen[0]).unsqueeze(0)
+            values = [unseen.square().sum(), direction.square().sum(), sketch(unseen, *_place(task))]
+            if task.layout is not None and len(task.layout.spans) > 1:
+                values = total(values, task.layout.group)
+            figures["norm"] = values[0].sqrt() / values[1].sqrt().clamp_min(tiny)
+            key, now = f"{task.name}:{task.piece.prefix}", values[2] / values[2].norm().clamp_min(tiny)
+            if key in self._sketches:
+                figures["stationarity"] = (now * self._sketches[key]).sum()
+            self._sketches[key] = now
+        entries = 0 if clip_threshold is None else held
+        self._seen.append(Reading(task.name, role_label(task.piece.role), entries, figures))
+
+    def read(self) -> list[Reading]:
+        """What was observed since the last call; waits for the device."""
+        seen, self._seen = self._seen, []
+        tensors = [figure.float() for reading in seen for figure in reading.figures.values()]
+        values = iter(torch.stack([t.to(tensors[0].device) for t in tensors]).tolist() if tensors else [])
+        return [reading._replace(figures={name: next(values) for name in reading.figures}) for reading in seen]
+
+
+def sketch(residual: Tensor, first: int = 0, rows: int | None = None) -> Tensor:
+    """A stack of matrices ``(b, m, n)`` as 256 numbers, whose cosines approximate those of the residuals.
+
+    A projection from both sides that depends on the shape alone and leaves torch's random state as it is.
+
+    Args:
+        residual: all of them, or the rows of a taller stack that this process holds: the sum of the processes'
+            sketches is then the whole one's.
+        first: the first row held, counted in the whole stack.
+        rows: of the whole stack, if it is not all here.
+    """
+    tall = residual.flatten(0, 1)
+    m, n = tall.shape
+    from_left = lowrank.starting_rows(_SKETCH, rows or max(1, m), tall)[:, first : first + m]
+    from_right = lowrank.starting_rows(2 * _SKETCH, n, tall)[_SKETCH:]  # independent of the left one where m = n
+    return from_left @ tall @ from_right.mT
+
+
+def _place(task: Task) -> tuple[int, int | None]:
+    """Where the rows of this process are: the first, and how many there are in all."""
+    if task.shard is not None:
+        return task.shard.first, task.shard.size
+    if task.layout is None:
+        return 0, None
+    width = task.layout.shape[-1]
+    return task.layout.held[0] // width, task.layout.shape.numel() // width

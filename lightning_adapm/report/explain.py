@@ -1,0 +1,143 @@
+"""The table of roles of any model before training, and what other optimizers would hold beside AdaPM."""
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_adapm.moments.policy import momentum_table
+from lightning_adapm.optim import AdaPM
+from lightning_adapm.report.plan import Row, StateBytes, plan
+from lightning_adapm.report.tables import as_text, pieces_table, show_count
+from lightning_adapm.roles.assign import check_heads, unmatched_message
+from lightning_adapm.roles.context import Named
+from lightning_adapm.roles.piece import UNMATCHED
+
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "Adam-mini": {"momentum": momentum_table("full", "full"), "second_moment": "block"},  # arXiv 2406.16793
+    "AdaPM": {},
+    "AdaPM block": {"second_moment": "block"},
+}
+"""What :func:`compare` compares, as changes to AdaPM's parameter groups."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What AdaPM takes every trained parameter of a model for: iterable over rows, printable as a table.
+
+    ``frozen`` is how many numbers are not trained and cost no state. Where ``refuses`` is true, matrices without a role
+    are refused in training; here they are rows of the role ``"unmatched"``, counted with full momentum.
+    """
+
+    rows: tuple[Row, ...]
+    frozen: int = 0
+    refuses: bool = False
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return self.rows[index]
+
+    @property
+    def total(self) -> StateBytes:
+        """Bytes over all rows."""
+        return sum((row.bytes for row in self.rows), StateBytes())
+
+    @property
+    def adamw(self) -> StateBytes:
+        """AdamW's bytes over all rows, in float32."""
+        return sum((row.adamw for row in self.rows), StateBytes())
+
+    @property
+    def adamw_in_dtype(self) -> StateBytes:
+        """``torch.optim.AdamW``'s bytes over all rows, its moments in the parameters' dtype."""
+        return sum((row.adamw_in_dtype for row in self.rows), StateBytes())
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(row.numel for row in self.rows)
+
+    @property
+    def unmatched(self) -> tuple[Row, ...]:
+        """The rows whose role nothing says."""
+        return tuple(row for row in self.rows if row.role == UNMATCHED)
+
+    def __str__(self) -> str:
+        lines = [as_text(pieces_table(self.rows))]
+        if self.frozen:
+            lines.append(f"{show_count(self.frozen)} frozen parameters: no state")
+        if self.unmatched and self.refuses:
+            lines.append(self.advice)
+        return "\n".join(lines)
+
+    @property
+    def advice(self) -> str:
+        """What to write so that the unmatched rows get a role."""
+        return unmatched_message((row.name, row.shape) for row in self.unmatched)
+
+
+def explain(model: nn.Module | AdaPM, **adapm_options: Any) -> Explanation:
+    """Say what AdaPM would take every parameter of a model for, and what its state would cost. Allocates nothing.
+
+    Args:
+        model: Any module, on any device, the meta device included, wrapped or not; or an AdaPM optimizer, whose own
+            options then count. A module with the mixin starts from its ``adapm`` settings.
+        **adapm_options: Keyword arguments of :class:`~lightning_adapm.AdaPM`.
+
+    Raises:
+        ValueError: An option out of range. Not for a role that is not found: such rows have the role ``"unmatched"``.
+        TypeError: An unknown option, or options beside an optimizer.
+    """
+    if isinstance(model, AdaPM):
+        if adapm_options:
+            raise TypeError(f"explain(optimizer) shows the optimizer's own options, but got {', '.join(adapm_options)}")
+        params = [param for group in model.param_groups for param in group["params"]]
+        return Explanation(tuple(plan(model)), _frozen(params))
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"explain needs a module or an AdaPM optimizer, but got {type(model).__name__}")
+    optimizer, refuses = _optimizer(model, adapm_options)
+    return Explanation(tuple(plan(optimizer)), _frozen(model.parameters()), refuses)
+
+
+def compare(model: nn.Module, **adapm_options: Any) -> dict[str, Explanation]:
+    """What each of :data:`VARIANTS` would hold, by name; the one with these very options is ``"AdaPM"``.
+
+    Takes and raises what :func:`explain` does. Variants with block second moments are left out where the number of
+    heads is not known.
+    """
+    optimizer, refuses = _optimizer(model, adapm_options)
+    frozen, heads_known = _frozen(model.parameters()), _heads_are_known(optimizer)
+    explanations = {}
+    for name, changes in VARIANTS.items():
+        if heads_known or "second_moment" not in changes:
+            explanations[name] = Explanation(tuple(plan(optimizer, changes)), frozen, refuses)
+    return explanations
+
+
+def _optimizer(model: nn.Module, adapm_options: Mapping[str, Any]) -> tuple[AdaPM, bool]:
+    """AdaPM over a model, and whether it took matrices without a role only because nothing is trained here."""
+    options = {**getattr(model, "adapm_options", {}), **adapm_options}
+    refuses = options.get("unmatched", "error") == "error"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="AdaPM gives")  # the table shows them
+        return AdaPM(model.named_parameters(), **options | ({"unmatched": "full"} if refuses else {})), refuses
+
+
+def _heads_are_known(optimizer: AdaPM) -> bool:
+    try:
+        for param, pieces in optimizer.pieces.items():
+            check_heads(Named("", param), pieces)
+    except ValueError:
+        return False
+    return True
+
+
+def _frozen(params: Iterable[Tensor]) -> int:
+    return sum(param.numel() for param in params if not param.requires_grad)

@@ -1,0 +1,167 @@
+"""Bytes of optimizer state: planned from shapes before training, and measured from what an optimizer holds."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_adapm.optim import AdaPM
+from lightning_adapm.roles.piece import Piece
+from lightning_adapm.sharding.find import local, shape_of
+
+# How optimizers of torch and the peers call their first and second moments.
+_MOMENTUM = ("exp_avg", "exp_avg_l", "exp_avg_r", "momentum_buffer", "m", "mu", "mu_product", "state1")
+_SECOND_MOMENT = (
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "exp_inf",
+    "square_avg",
+    "row_var",
+    "col_var",
+    "variance",
+    "v",
+    "vmean",
+    "state2",  # bitsandbytes
+)
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes of optimizer state, by what they are for. ``other`` holds step counters and the like."""
+
+    momentum: int = 0
+    second_moment: int = 0
+    other: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.momentum + self.second_moment + self.other
+
+    def __add__(self, more: "StateBytes") -> "StateBytes":
+        return StateBytes(
+            self.momentum + more.momentum, self.second_moment + more.second_moment, self.other + more.other
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One piece of one parameter in a plan.
+
+    ``shape`` is the piece's, as the matrix that the optimizer works on; ``rows`` says which part of a fused weight it
+    is, empty for a whole parameter; ``why`` names the rule that found the role; ``dtype`` is the parameter's; ``bytes``
+    of state stand beside AdamW's in float32.
+    """
+
+    name: str
+    role: str
+    shape: tuple[int, ...]
+    rows: str
+    why: str
+    policy: str
+    rank: int | None
+    dtype: torch.dtype
+    bytes: StateBytes
+    adamw: StateBytes
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def adamw_in_dtype(self) -> StateBytes:
+        """AdamW's bytes as ``torch.optim.AdamW`` keeps them, its moments in the parameter's dtype."""
+        moment = self.adamw.momentum // 4 * self.dtype.itemsize
+        return StateBytes(moment, moment, self.adamw.other)
+
+
+def state_bytes(state: Mapping[str, Any]) -> StateBytes:
+    """Bytes on this process of the tensors in a parameter's state, nested ones too; keys may carry a piece's prefix."""
+    total = StateBytes()
+    for key, value in state.items():
+        if isinstance(value, Mapping):
+            total += state_bytes(value)
+        elif isinstance(value, (list, tuple)):
+            total += state_bytes({f"{key}.{index}": item for index, item in enumerate(value)})
+        elif isinstance(value, Tensor):
+            size, kind = local(value).numel() * value.element_size(), key.rpartition(".")[2]
+            if kind.startswith(_SECOND_MOMENT[0]) or kind in _SECOND_MOMENT:
+                total += StateBytes(second_moment=size)
+            elif kind in _MOMENTUM:
+                total += StateBytes(momentum=size)
+            else:
+                total += StateBytes(other=size)
+    return total
+
+
+def measure(optimizer: Optimizer) -> StateBytes:
+    """Bytes that any torch optimizer's state holds now."""
+    return sum((state_bytes(state) for state in optimizer.state.values()), StateBytes())
+
+
+def adamw_bytes(shapes: Iterable[torch.Size], element_size: int = 4) -> StateBytes:
+    """Bytes of ``torch.optim.AdamW``'s state for parameters of these shapes; float32 unless said otherwise."""
+    numels = [shape.numel() for shape in shapes]
+    moment = element_size * sum(numels)
+    return StateBytes(moment, moment, 4 * len(numels))
+
+
+def plan(optimizer: AdaPM, changes: Mapping[str, Any] | None = None) -> list[Row]:
+    """What the state of every trained parameter is or will be: one row per piece, none for frozen parameters.
+
+    Bytes are this process's, AdamW's too, where parameters are sharded. The state is made on the meta device by the
+    function that makes it in training, so the sum of the rows is what training allocates. ``changes`` are entries of a
+    parameter group to plan with instead of the optimizer's own.
+    """
+    rows: list[Row] = []
+    for group in (own | dict(changes or {}) for own in optimizer.param_groups):
+        known: dict[Any, list[Row]] = {}  # parameters that are alike have the same rows: experts come in thousands
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            if not param.requires_grad:
+                continue
+            placement = optimizer.placement(param)
+            held = tuple(placement.local_numel(index) for index in range(len(placement.shapes)))
+            alike = (placement.shapes, held, param.dtype, optimizer.pieces[param])
+            if alike not in known:
+                known[alike] = _plan_one(optimizer, group, name, param)
+            rows += [replace(row, name=name, why=optimizer.reasons[param]) for row in known[alike]]
+    return rows
+
+
+def _plan_one(optimizer: AdaPM, group: Mapping[str, Any], name: str, param: Tensor) -> list[Row]:
+    """The rows of one parameter."""
+    rows = []
+    state = optimizer.make_state(param, group, torch.empty(0, device="meta"))
+    counters = StateBytes(other=state_bytes({"step": state["step"]}).other)  # in the first row
+    placement = optimizer.placement(param)
+    for index, (piece, shape) in enumerate(zip(optimizer.pieces[param], placement.shapes, strict=True)):
+        momentum = optimizer.momentum_for(piece, shape, group)
+        own = {k: v for k, v in state.items() if k != "step" and k.startswith(piece.prefix)}
+        adamw = adamw_bytes([torch.Size((placement.local_numel(index),))])
+        rows.append(
+            Row(
+                name,
+                piece.role,
+                tuple(shape),
+                _rows(piece, shape_of(param)),
+                optimizer.reasons[param],
+                momentum.name,
+                getattr(momentum, "rank", None),
+                param.dtype,
+                state_bytes(own) + counters,
+                StateBytes(adamw.momentum, adamw.second_moment, counters.other),
+            )
+        )
+        counters = StateBytes()
+    return rows
+
+
+def _rows(piece: Piece, shape: torch.Size) -> str:
+    """Which rows of a parameter of ``shape`` a piece is, for people; columns where the weight is transposed."""
+    if piece.whole:
+        return ""
+    kind = "columns" if piece.transposed else "rows"
+    every = f" of every {shape[int(piece.transposed)] // piece.groups}" if piece.groups > 1 else ""
+    return f"{kind} {piece.start}:{piece.stop}{every}"

@@ -1,0 +1,59 @@
+"""What AdaPM's momentum costs on many processes, on paper: bytes kept and bytes exchanged, from shapes alone."""
+
+from typing import NamedTuple
+
+import torch
+
+from lightning_adapm.moments.first import LowRankMomentum
+from lightning_adapm.optim import AdaPM
+
+
+class Scaling(NamedTuple):
+    """On one of ``world_size`` processes that shard every parameter by rows, with the elementwise second moment."""
+
+    world_size: int
+    basis: str
+    momentum: float
+    """Bytes of momentum kept."""
+    adamw: float
+    """Bytes of AdamW's momentum, sharded likewise, in the same dtypes."""
+    step: int
+    """Bytes given to collectives, or got from them, in a step that refreshes nothing."""
+    refresh: int
+    """More bytes in a refresh of every basis; they are spread over ``update_proj_gap`` steps."""
+    gradients: int
+    """Bytes of all gradients in float32, which data parallelism exchanges in every step."""
+
+    @property
+    def saved(self) -> float:
+        """Share of AdamW's momentum that is not kept."""
+        return 1 - self.momentum / self.adamw
+
+
+def scaling(optimizer: AdaPM, world_size: int, basis: str) -> Scaling:
+    """The cost of an optimizer whose parameters are whole here, as on the meta device.
+
+    Args:
+        optimizer: Says the shapes, roles and ranks.
+        world_size: How many processes would share every parameter.
+        basis: ``"replicate"`` or ``"shard"``.
+    """
+    momentum, adamw, step, refresh, gradients = 0.0, 0.0, 0, 0, 0
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            for piece, shape in zip(optimizer.pieces[param], optimizer.placement(param).shapes, strict=True):
+                kind, size = optimizer.momentum_for(piece, shape, group), 4
+                made = kind.make(shape, torch.empty((), device="meta"))
+                gradients += size * shape.numel()
+                adamw += size * shape.numel() / world_size
+                step += size  # whether the gradient is finite
+                if isinstance(kind, LowRankMomentum) and len(shape) == 2:
+                    rank, n = made["exp_avg_r"].shape
+                    shared = basis == "shard"
+                    momentum += size * (shape[0] * rank / world_size + rank * (-(-n // world_size) if shared else n))
+                    step += size * rank * world_size * -(-n // world_size) if shared else 0
+                    refresh += size * (rank * n + rank * rank + 2 * rank)
+                else:
+                    whole = sum(value.numel() for value in made.values() if isinstance(value, torch.Tensor))
+                    momentum += size * whole / world_size
+    return Scaling(world_size, basis, momentum, adamw, step, refresh, gradients)

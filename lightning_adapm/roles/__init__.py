@@ -1,0 +1,1 @@
+"""What a parameter is in a transformer, found from its module, its neighbors and its name."""

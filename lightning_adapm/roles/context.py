@@ -1,0 +1,174 @@
+"""Parameters with what is known about them: their names without wrappers, their modules, and what lies beside them."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from lightning_adapm.roles import rules
+from lightning_adapm.sharding.find import shape_of
+
+_WRAPPERS = re.compile(
+    r"(^|(?<=\.))(_forward_module|_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer"
+    r"|original_module|modules_to_save\.\w+)\."
+)
+
+
+@dataclass
+class Named:
+    """One parameter with what is known about it."""
+
+    name: str
+    param: Tensor
+    shape: torch.Size = field(init=False)
+    """Of the whole parameter, whatever this process holds of it."""
+    users: list[nn.Module] = field(default_factory=list)
+    """Modules that hold it, and those around them, from the inside out."""
+    around: list[nn.Module] = field(default_factory=list)
+    beside: dict[str, "Named"] = field(default_factory=dict)
+    """Matrices in the same module, by their own names: of a query projection the key's, the value's, the output's."""
+    in_transformer: bool = False
+    """Some attention module was found."""
+    block_path: str | None = None
+    """Of the transformer block that it is in."""
+    output_found: bool = False
+    """The attention of its block has its output projection beside it."""
+    holds_attention: bool = False
+    """An attention module lies inside the module that it is in."""
+    in_stem: bool = False
+    """In a module that holds transformer blocks, beside them."""
+    is_head: bool = False
+    """Outside every block, and of the shape of the largest embedding of its width."""
+
+    def __post_init__(self) -> None:
+        self.shape = shape_of(self.param)
+
+    @cached_property
+    def path(self) -> str:
+        """The normalised name without ``.weight``."""
+        return re.sub(r"(\.(linear|inner_linear)|(?<=to_out)\.0)?\.weight$", "", normalize(self.name))
+
+    @property
+    def block(self) -> int:
+        """The first number in the path that does not number experts; 0 where there is none."""
+        number = re.search(r"(?:^|(?<!experts)\.)(\d+)(?=\.|$)", self.path)
+        return int(number[1]) if number else 0
+
+    @property
+    def parent(self) -> str:
+        return self.path.rpartition(".")[0]
+
+    @property
+    def child(self) -> str:
+        return self.path.rpartition(".")[2].lower()
+
+    @property
+    def is_linear(self) -> bool:
+        """Used by a linear layer, or by a convolution that is one: pointwise, or on patches that do not overlap."""
+        return any(_is_linear(user) for user in self.users)
+
+    @property
+    def in_attention(self) -> bool:
+        """In something that calls itself attention and is not the whole block."""
+        inner = self.path.removeprefix(f"{self.block_path}.").lower()
+        held = self.parent != self.block_path and self._held_by(rules.ATTENTION_CLASSES)
+        return held or bool(re.search(rules.ATTENTION, inner))
+
+    @property
+    def in_adapter(self) -> bool:
+        """What peft adds to a layer; not the layer itself."""
+        bases = {base.__name__ for module in self.around[:3] for base in type(module).__mro__}
+        return "BaseTunerLayer" in bases and ".base_layer." not in self.name
+
+    @property
+    def in_mixer(self) -> bool:
+        """In a recurrent or state-space mixer."""
+        if any(isinstance(user, nn.RNNBase) for user in self.users):
+            return True
+        if any(name in module._parameters for module in self.around[:2] for name in rules.MIXER_PARAMETERS):
+            return True
+        return bool(re.search(rules.MIXERS, self.path.lower())) or self._held_by(rules.MIXER_CLASSES)
+
+    def _held_by(self, classes: str) -> bool:
+        return any(re.search(classes, type(module).__name__) for module in self.around[:2])
+
+
+def normalize(name: str) -> str:
+    """A parameter's name without what wrappers (FSDP, ``torch.compile``, Fabric, peft and others) put into it."""
+    return _WRAPPERS.sub("", name)
+
+
+def describe(named: Iterable[tuple[str, Tensor]], module: nn.Module | None) -> list[Named]:
+    """Join names with what the module tree says: which modules use a parameter, and what lies around them."""
+    users: dict[int, list[nn.Module]] = {}
+    around: dict[int, list[nn.Module]] = {}
+    modules = dict(module.named_modules(remove_duplicate=False)) if module is not None else {}
+    for path, user in modules.items():
+        for param in user._parameters.values():
+            if param is not None:
+                users.setdefault(id(param), []).append(user)
+                around.setdefault(id(param), []).extend(_ancestors(path, modules))
+    items = [Named(name, param, users.get(id(param), []), around.get(id(param), [])) for name, param in named]
+    link(items)
+    return items
+
+
+def link(items: Iterable[Named]) -> None:
+    """Tell each parameter what lies beside it, and whether it is inside a transformer block."""
+    items = list(items)
+    modules: dict[str, dict[str, Named]] = {}
+    embeddings: dict[int, int] = {}  # rows by width, of the largest: positions and token types tell no head
+    for item in items:
+        if len(item.shape) >= 2 and not item.name.endswith("bias"):
+            modules.setdefault(item.parent, {})[item.child] = item
+        if len(item.shape) == 2 and any(isinstance(user, nn.Embedding) for user in item.users):
+            rows, width = item.shape
+            embeddings[width] = max(rows, embeddings.get(width, 0))
+    attentions = [path for path, children in modules.items() if rules.is_attention(children)]
+    rules_met = ((item, rules.first_match(rules.NAME_RULES, item.path.lower())) for item in items)
+    attentions += [item.parent for item, met in rules_met if met and met[0] in rules.FUSED]
+    blocks = {block for path in attentions if (block := _block_around(path))}
+    complete = {
+        _block_around(path) for path in attentions if "attn_out" in map(rules.child_role, modules.get(path, ()))
+    }
+    inside = {prefix for path in attentions for prefix in _prefixes(path)}
+    stems = {prefix for block in blocks for prefix in ("", *_prefixes(block))}
+    for item in items:
+        item.beside = modules.get(item.parent, {})
+        item.in_transformer = bool(attentions)
+        item.block_path = max(_prefixes(item.path) & blocks, key=len, default=None)
+        item.output_found = item.block_path in complete
+        item.holds_attention = item.parent in inside
+        item.in_stem = item.parent in stems
+        item.is_head = item.block_path is None and len(item.shape) == 2 and _is_head(item.shape, embeddings)
+
+
+def _is_head(shape: torch.Size, embeddings: Mapping[int, int]) -> bool:
+    rows, width = shape
+    return rows != width and embeddings.get(width) == rows
+
+
+def _block_around(path: str) -> str | None:
+    """Of an attention: up to the last number in its path."""
+    match = re.match(r"(.*\.)?\d+(?=\.|$)", path)
+    return match.group() if match else None
+
+
+def _prefixes(path: str) -> set[str]:
+    return {path[: dot.start()] for dot in re.finditer(r"\.", path)}
+
+
+def _is_linear(user: nn.Module) -> bool:
+    if isinstance(user, nn.modules.conv._ConvNd):
+        padded = user.padding != "valid" and any(user.padding)
+        return user.kernel_size == user.stride and user.groups == 1 and not padded and not user.transposed
+    return isinstance(user, nn.Linear) or type(user).__name__.endswith(("Linear", "Conv1D"))
+
+
+def _ancestors(path: str, modules: Mapping[str, nn.Module]) -> list[nn.Module]:
+    """The module at ``path`` and those around it up to the root, nearest first."""
+    parts = path.split(".") if path else []
+    return [modules[prefix] for end in range(len(parts), -1, -1) if (prefix := ".".join(parts[:end])) in modules]

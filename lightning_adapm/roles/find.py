@@ -1,0 +1,121 @@
+"""Roles: what a parameter is in the transformer.
+
+Found by module type first (an ``nn.Embedding``'s weight is an embedding, whatever its name), then by attention
+structure (projections that lie beside each other), then by name; the tables are in
+:mod:`lightning_adapm.roles.rules`. A linear layer of a transformer that is neither in an attention module nor in a
+recurrent mixer is an MLP's: projections between widths, poolers, connectors. A matrix that nothing matches is reported,
+never guessed. Which rows of a fused weight are whose is decided in :mod:`lightning_adapm.roles.fused`.
+"""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from lightning_adapm.roles import rules
+from lightning_adapm.roles.context import Named, normalize
+from lightning_adapm.roles.piece import POLICIES
+
+
+def find_role(item: Named, taught: Mapping[str, str] | None = None) -> tuple[str | None, str]:
+    """The role of one parameter (one of :data:`ROLES` or :data:`FUSED`; None where nothing matches), and why.
+
+    ``taught`` (regular expressions on the normalised name, searched in order) come before everything else; their values
+    are roles, which apply to matrices, or policies.
+    """
+    name = normalize(item.name)
+    for pattern, role in (taught or {}).items():
+        if re.search(pattern, name) and fits(role, item.shape):
+            return role, f"roles[{pattern!r}]"
+    return _by_type(item) or _by_structure(item) or _by_name(item) or (None, "nothing matches")
+
+
+def _by_type(item: Named) -> tuple[str | None, str] | None:
+    stem, kinds = item.path.lower(), [type(user).__name__ for user in item.users]
+    if item.in_adapter:
+        return "adapter", "held by an adapter"
+    if found := re.search(rules.ADAPTER, stem):
+        return "adapter", rules.reason(found)
+    if any(isinstance(user, nn.Embedding) for user in item.users):
+        return "embedding", "used by nn.Embedding"
+    if len(item.shape) < 2 or item.shape.numel() == max(item.shape):
+        return ("bias" if stem.endswith("bias") else "norm"), "a vector"
+    if any(re.search(r"norm(\dd)?$", kind, re.IGNORECASE) for kind in kinds):
+        return "norm", "used by a norm"
+    if found := re.search(rules.BIASES, stem):
+        return "bias", rules.reason(found)
+    if item.name.endswith(".weight") and any(kind.endswith("Embedding") for kind in kinds):
+        return "embedding", "used by an embedding"
+    return None
+
+
+def _by_structure(item: Named) -> tuple[str | None, str] | None:
+    if item.in_mixer:
+        return None, "in a recurrent or state-space mixer"
+    if not rules.is_attention(item.beside):
+        return None
+    role = rules.child_role(item.child)
+    if role == "qkv" and "q_attn" in item.beside:  # GPT-2's cross-attention
+        role = "kv"
+    return (role, "lies in an attention module") if role else None
+
+
+def _by_name(item: Named) -> tuple[str | None, str] | None:
+    stem = item.path.lower()
+    if _is_table(item) and (found := re.search(rules.EMBEDDINGS, stem)):
+        return "embedding", rules.reason(found)
+    if rule := rules.first_match(rules.NAME_RULES, stem):
+        return rule
+    if item.in_attention:
+        role = rules.child_role(item.child)
+        if role in ("query", "key", "value") or (role == "attn_out" and item.holds_attention):
+            return role, f"name {item.child!r}"
+        return None, "in an attention module, of an unknown name"
+    if item.is_head:
+        return "lm_head", "has the shape of an embedding"
+    if item.block_path is None and (found := re.search(rules.HEADS, stem)):
+        return "lm_head", rules.reason(found)
+    if re.fullmatch(rules.INPUT_ONLY, item.child) or _holds_more(item):
+        return None, "may hold an attention's inputs or outputs as well as an MLP's"
+    return rules.first_match(rules.NAME_RULES_OUTSIDE, stem) or _by_place(item)
+
+
+def _holds_more(item: Named) -> bool:
+    """Whether the first layer of two gives other than the second takes: Flux fuses attention into both of them."""
+    first, second = item.beside.get("linear1"), item.beside.get("linear2")
+    if first is None or second is None or len(first.shape) != 2 or len(second.shape) != 2:
+        return False
+    width = second.shape[1]
+    return (item is first or item is second) and first.shape[0] not in (width, 2 * width)
+
+
+def _by_place(item: Named) -> tuple[str | None, str] | None:
+    if rules.is_attention(item.beside):
+        return None, "beside an attention's projections, of an unknown name"
+    role = rules.child_role(item.child)
+    if role not in (None, "attn_out") or (re.fullmatch(rules.OUTPUT_ONLY, item.child) and not item.output_found):
+        return None, "called as in attention, but not found in one"
+    if item.block_path is not None:
+        return "mlp", "in a transformer block, outside its attention"
+    if item.in_transformer and item.is_linear:
+        return "mlp", "a linear layer of a transformer, outside attention"
+    if item.in_stem and _is_convolution(item):
+        return "mlp", "a convolution beside transformer blocks"
+    return None
+
+
+def fits(role: str, shape: torch.Size) -> bool:
+    """Whether a parameter can have this role or policy: a bias is no MLP, though an MLP's rule may match its name."""
+    return len(shape) >= 2 or role in POLICIES or role in ("norm", "bias", "adapter")
+
+
+def _is_table(item: Named) -> bool:
+    """Rows that are looked up or learned, as far as the modules that use them, or the shape alone, say."""
+    if item.users:
+        return not (item.is_linear or _is_convolution(item))
+    return len(item.shape) == 2 or item.shape[0] == 1
+
+
+def _is_convolution(item: Named) -> bool:
+    return any(isinstance(user, nn.modules.conv._ConvNd) for user in item.users)

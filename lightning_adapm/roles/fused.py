@@ -1,0 +1,220 @@
+"""Attention structure: head counts, and which rows of a fused weight are query, key and value."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lightning_adapm.roles.context import Named
+from lightning_adapm.roles.piece import Piece
+from lightning_adapm.roles.rules import FUSED, child_role
+
+# How attention modules and their configurations call the same numbers.
+N_HEAD = ("n_head", "n_heads", "num_heads", "num_attention_heads", "nhead")
+N_QUERY_GROUPS = (
+    "n_query_groups",
+    "num_key_value_heads",
+    "n_kv_heads",
+    "num_kv_heads",
+    "n_kv_head",
+    "kv_n_heads",
+    "kv_heads",
+)
+
+# Fused weights whose rows are interleaved by head, (query..., key, value) for each query group; all others hold all
+# queries, then all keys, then all values. By the projection's name and a part of the attention module's class name.
+INTERLEAVED: tuple[tuple[str, str], ...] = (
+    ("query_key_value", ""),  # GPT-NeoX, Bloom, Falcon, Persimmon
+    ("attn", ""),  # litgpt before 0.5.3
+    ("in_proj", "Disentangled"),  # DeBERTa
+    ("c_attn", "GPTBigCode"),
+    ("wqkv", "InternLM2"),
+    ("qkv_proj", "MiniMaxLightning"),
+)
+CONTIGUOUS_AFTER_ALL: tuple[tuple[str, str], ...] = (("query_key_value", "GLM"),)
+AMBIGUOUS = ("in_proj", "wqkv")  # read in either way: only the module tells
+CODEGEN_PARTITIONS = 4  # CodeGen's qkv_proj: (query, value, key) in each of four partitions
+
+GATE_UP = r"gate_up(_proj)?|gate_and_up_proj"  # an MLP's gate and up projections, one after the other: Phi-3, GLM
+
+# Modules whose weights have outputs as columns, beside those that shapes tell.
+TRANSPOSED = ("Conv1D", "AriaGroupedExpertsGemm")
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention heads, in litgpt's words; None is not known. ``head_size`` is only ever the caller's: rows show it."""
+
+    n_head: int | None = None
+    n_query_groups: int | None = None
+    head_size: int | None = None
+
+
+def find_heads(around: Iterable[nn.Module]) -> Heads:
+    """The head counts that the nearest module, or its ``config``, states."""
+    for module in around:
+        holders = (module, getattr(module, "config", None))
+        n_head = _first(holders, N_HEAD)
+        if n_head:
+            return Heads(n_head, _first(holders, N_QUERY_GROUPS))
+    return Heads()
+
+
+def _first(holders: Iterable[Any], names: Iterable[str]) -> int | None:
+    values = (getattr(holder, name, None) for holder in holders for name in names)
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
+
+
+def cut(item: Named, role: str, stated: Heads = Heads()) -> tuple[Piece, ...]:
+    """The pieces of one parameter. ``stated`` are head counts that the caller gave; they go before what modules say.
+
+    Raises:
+        ValueError: the rows of a fused weight cannot be told apart.
+    """
+    heads = stated if stated.n_head else find_heads(item.around)
+    if role == "kv":
+        return _cut_kv(item, heads)
+    if role in FUSED:
+        return _cut_qkv(item, heads)
+    if role == "mlp" and re.fullmatch(GATE_UP, item.child) and len(item.shape) == 2 and item.shape[0] % 2 == 0:
+        half = item.shape[0] // 2
+        return (Piece(role, 0, half, part="gate"), Piece(role, half, 2 * half, part="up"))
+    dim = len(item.shape)
+    count = heads.n_head if role == "query" else (heads.n_query_groups or heads.n_head) if role == "key" else None
+    if count and dim == 2 and role == "key" and not heads.n_query_groups and "query" in _roles_beside(item):
+        count = _key_heads(item, count)
+    flat, transposed = _is_flat(item, role), is_transposed(item, role)
+    return (Piece(role, heads=count, flat=flat, transposed=transposed, dim=dim),)
+
+
+def is_transposed(item: Named, role: str) -> bool:
+    """Whether outputs are columns: Hugging Face's ``Conv1D``, stacks of experts and XLNet's projections."""
+    kinds, shape = [type(user).__name__ for user in item.users], item.shape
+    if any(kind.endswith(TRANSPOSED) for kind in kinds):
+        return True
+    if role in FUSED and len(shape) == 2 and shape[1] == 3 * shape[0]:
+        return "Linear" not in kinds  # only the shape says so, as for GPT-2's c_attn given by name
+    if len(item.shape) != 3:
+        return False
+    if role in ("query", "key", "value"):  # (inputs, heads, head size)
+        return _is_flat(item, role)
+    up, down = item.beside.get("gate_up_proj"), item.beside.get("down_proj")
+    if up is None or down is None or len(up.shape) != 3 or len(down.shape) != 3:
+        return False
+    by_rows, by_columns = (up.shape[-2], down.shape[-1]), (up.shape[-1], down.shape[-2])
+    return by_columns[0] == 2 * by_columns[1] and by_rows[0] != 2 * by_rows[1]
+
+
+def _is_flat(item: Named, role: str) -> bool:
+    """Whether all dimensions but the first are one: a convolution, or an attention's heads and head size."""
+    if len(item.shape) != 3 or any(isinstance(user, nn.modules.conv._ConvNd) for user in item.users):
+        return len(item.shape) > 2
+    in_attention = role in ("query", "key", "value", "attn_out")
+    return in_attention and item.shape[1] == find_heads(item.around).n_head
+
+
+def _roles_beside(item: Named) -> dict[str | None, Named]:
+    return {child_role(child): other for child, other in item.beside.items()}
+
+
+def _key_heads(item: Named, n_head: int) -> int:
+    """Heads of a key whose module states only the query's: as many as fit rows of the query's head size."""
+    query = _roles_beside(item)["query"].shape[0]
+    return max(1, item.shape[0] * n_head // query)
+
+
+def _cut_qkv(item: Named, heads: Heads) -> tuple[Piece, ...]:
+    shape, transposed = item.shape, is_transposed(item, "qkv")
+    total, inner = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
+    query = _query_rows(item, heads, total, inner)
+    key = (total - query) // 2
+    wanted = (heads.n_query_groups or heads.n_head or 0) * (heads.head_size or 0)
+    untold = not item.users and item.child in AMBIGUOUS
+    if query <= 0 or key <= 0 or query + 2 * key != total or wanted not in (0, key) or untold:
+        raise ValueError(_unknown_rows(item, heads))
+    n_head, groups = heads.n_head, None
+    if n_head:
+        groups = key * n_head // query
+        fewer = key != query and groups != heads.n_query_groups  # or values of another head size: nobody says which
+        if query % n_head or groups * query != key * n_head or fewer:
+            raise ValueError(_unknown_rows(item, heads))
+    kind = type(item.around[1]).__name__ if len(item.around) > 1 else ""
+    if "CodeGen" in kind:
+        return _in_groups(
+            CODEGEN_PARTITIONS, {"query": (query, n_head), "value": (key, None), "key": (key, groups)}, item
+        )
+    rows = {"query": (query, n_head), "key": (key, groups), "value": (key, None)}
+    if not _matches(item, kind, INTERLEAVED) or _matches(item, kind, CONTIGUOUS_AFTER_ALL):
+        return _in_groups(1, rows, item)
+    if groups is None or query % groups or key % groups:
+        raise ValueError(_unknown_rows(item, heads))
+    return _in_groups(groups, rows, item)
+
+
+def _matches(item: Named, kind: str, rules: Iterable[tuple[str, str]]) -> bool:
+    return any(item.child == child and part in kind for child, part in rules)
+
+
+def _query_rows(item: Named, heads: Heads, total: int, inner: int) -> int:
+    """How many of the ``total`` rows are the query's; 0 where nothing says it.
+
+    What the output projection takes in is what the query's heads give, whatever a configuration says.
+    """
+    if heads.n_head and heads.head_size:
+        return heads.n_head * heads.head_size
+    out = _roles_beside(item).get("attn_out")
+    if out is not None:
+        conv = any(type(user).__name__.endswith("Conv1D") for user in out.users)
+        rows = out.shape[0 if conv else 1]
+        if 0 < rows < total:
+            return rows
+    if heads.n_head:
+        parts = heads.n_head + 2 * (heads.n_query_groups or heads.n_head)
+        if total % parts == 0:
+            return heads.n_head * (total // parts)
+    return total // 3 if total == 3 * inner else 0
+
+
+def _cut_kv(item: Named, heads: Heads) -> tuple[Piece, ...]:
+    """Keys and values in one weight: halves, or multi-head latent attention (DeepSeek-V2, arXiv 2405.04434)."""
+    transposed = is_transposed(item, "kv")
+    total, groups = item.shape[int(transposed)], heads.n_query_groups or heads.n_head
+    module = item.around[1] if len(item.around) > 1 else None
+    holders = (module, getattr(module, "config", None))
+    nope, head = _first(holders, ("qk_nope_head_dim",)), _first(holders, ("v_head_dim",))
+    rope = _first(holders, ("qk_rope_head_dim",))
+    if "kv_a" in item.child:
+        # The latent that keys and values are made from, then the one rotary key that all heads share.
+        if rope is None or rope >= total:
+            raise ValueError(_unknown_rows(item, heads))
+        return (
+            Piece("value", 0, total - rope, transposed=transposed),
+            Piece("key", total - rope, total, 1, 1, transposed=transposed),
+        )
+    if nope and head and total % (nope + head) == 0:
+        groups = total // (nope + head)
+        return _in_groups(groups, {"key": (groups * nope, groups), "value": (groups * head, None)}, item)
+    if total % 2 or "kv_b" in item.child:
+        raise ValueError(_unknown_rows(item, heads))
+    return _in_groups(1, {"key": (total // 2, groups), "value": (total // 2, None)}, item)
+
+
+def _in_groups(groups: int, rows: dict[str, tuple[int, int | None]], item: Named) -> tuple[Piece, ...]:
+    """Pieces of a weight of ``groups`` equal groups, each with its share of every role's rows, in order."""
+    pieces, start, dim = [], 0, len(item.shape)
+    transposed = is_transposed(item, "qkv")
+    for role, (count, heads) in rows.items():
+        stop = start + count // groups
+        pieces.append(Piece(role, start, stop, groups, heads, dim > 2, transposed, dim))
+        start = stop
+    return tuple(pieces)
+
+
+def _unknown_rows(item: Named, heads: Heads) -> str:
+    return (
+        f"{item.name} of shape {tuple(item.shape)} holds query, key and value rows, but which rows are whose is"
+        f" not known ({heads}). Pass model.named_parameters() itself rather than a list made from it, or give the"
+        " parameter group n_head=, n_query_groups= and head_size=."
+    )

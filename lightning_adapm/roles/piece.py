@@ -1,0 +1,68 @@
+"""Roles, and the pieces of a parameter that have one each."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ROLES = ("embedding", "query", "key", "value", "attn_out", "mlp", "lm_head", "norm", "bias", "adapter")
+"""What a piece of a parameter can be."""
+
+UNMATCHED = "unmatched"
+POLICIES = ("none", "low_rank", "full")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part of a parameter that has one role: all of it, or a slice ``start`` to ``stop`` of each of ``groups``
+    equal groups of rows (of columns, where the weight is ``transposed``) of a fused weight.
+
+    ``heads`` is how many equal row blocks it consists of, for Adam-mini's second moment, where that is known; ``flat``
+    says that all dimensions but the first are one (a convolution), where a third dimension is else a stack of matrices;
+    ``transposed`` says that outputs are columns (Hugging Face's ``Conv1D``); ``dim`` is how many dimensions the
+    parameter had when its role was found; ``block`` is the number of the transformer block around it, 0 outside;
+    ``part`` is its name where several pieces have one role (a fused gate and up projection).
+    """
+
+    role: str
+    start: int = 0
+    stop: int | None = None
+    groups: int = 1
+    heads: int | None = None
+    flat: bool = False
+    transposed: bool = False
+    dim: int = 2
+    block: int = 0
+    part: str = ""
+
+    @property
+    def whole(self) -> bool:
+        return self.stop is None
+
+    @property
+    def prefix(self) -> str:
+        """Of this piece's keys in the optimizer's state."""
+        return "" if self.whole else f"{self.part or self.role}."
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """This piece of a tensor of the parameter's shape; shares memory with it."""
+        if self.stop is None:
+            return tensor
+        axis, length = int(self.transposed), self.stop - self.start
+        if self.groups == 1:
+            return tensor.narrow(axis, self.start, length)
+        return tensor.unflatten(axis, (self.groups, -1)).narrow(axis + 1, self.start, length)
+
+    def shape(self, whole: torch.Size) -> torch.Size:
+        """Of the :meth:`matrix` of a parameter of shape ``whole``."""
+        return self.matrix(torch.empty(whole, device="meta")).shape
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """:meth:`view` as a matrix or a stack of matrices; as it is where it has fewer than two dimensions."""
+        if self.stop is None:
+            return tensor.flatten(1) if self.flat else tensor
+        view = self.view(tensor)
+        if self.flat:
+            return view.flatten(1)
+        axis = int(self.transposed)
+        return view.flatten(axis, axis + 1) if self.groups > 1 else view

@@ -1,0 +1,131 @@
+"""The tables by which :mod:`lightning_adapm.roles.find` finds roles. Architectures change: what is new belongs here.
+
+All patterns are regular expressions on lower-case names without ``.weight``; roles are those of
+:data:`lightning_adapm.roles.find.ROLES` and :data:`FUSED`.
+"""
+
+import re
+from collections.abc import Iterable
+
+FUSED = ("qkv", "kv")
+"""Roles of weights that hold the rows of several; their pieces have other roles."""
+
+_BEFORE = r"(?:(?:to|w|lin|linear|proj|project|projection|fc|pos|layout|w2e|e2w|e2e)_?)*"
+_AFTER = r"(?:_?(?:proj|project|projection|lin|linear|layer|head|net|global|attn|up|down|weight|[ab]))*"
+
+# Full matches of a projection's own name, for weights that lie beside each other in one attention module.
+CHILD_RULES: tuple[tuple[str, str], ...] = (
+    ("qkv", r"w?_?qkv(_?proj|_linear|_net)?|c_attn|att_proj|query_key_value|w_pack|to_qkv|mixed_qkv|in_proj_weight"),
+    ("query", rf"{_BEFORE}(q|quer(y|ies)|query_key){_AFTER}"),  # query_key: Reformer's, shared by both
+    ("key", rf"{_BEFORE}(k|keys?){_AFTER}"),
+    # what relative positions are compared by: Conformer, Transformer-XL, XLNet, Funnel
+    ("key", r"linear_pos|relative_k_proj|r|r_net|r_kernel"),
+    ("value", rf"{_BEFORE}(v|values?){_AFTER}"),
+    ("kv", r"w?_?kv(_proj|_linear)?|to_kv|key_value|c_enc_kv|w?kv_[ab](_proj)?(_with_mqa)?"),
+    (
+        "attn_out",
+        r"(w|fc)?_?o|o_?(proj|lin|net)|out_?(proj|lin|linear)|(linear|to|fc|attention|attn)_out|out|output(_proj)?"
+        r"|proj|c_proj|post|post_proj|projection(_layer)?|dense|linear|final_linear",
+    ),
+)
+
+# Of those, names that a layer outside any attention is hardly given.
+OUTPUT_ONLY = r"(w|fc)?_?o|o_?(proj|lin|net)|out_?(proj|lin)|to_out|attn_out|attention_out"
+
+# What holds an attention's inputs, and in parallel blocks an MLP's too; the name alone says neither.
+INPUT_ONLY = r"in_proj"
+
+# Searched in the name, for what is found before any structure.
+ADAPTER = (
+    r"lora_|vera_|hada_|lokr_|oft_|hra_|(^|\.)ia3_|adaption_|trainable_tokens|gating_factor|adapter_(wte|scale|bias|down|up)"
+    r"|(^|[._])adapters?\.(\w+\.)*\w*(down|up)|prompt_encoder\.\w+\.(embedding|transform|mlp_head|lstm_head)"
+)
+BIASES = r"bias(es)?(_table)?$|(^|[._])bias_[a-z]$"
+
+# Recurrent and state-space mixers: AdaPM's table has nothing for them. By name and by the class of a module around.
+MIXERS = (
+    r"(^|\.)(\w*mamba2?|\w*mixer|ssm|s4|linear_attn|linear_attention|rg_lru|time_mix\w*|\w*recurrent\w*|\w*lstm\w*"
+    r"|\w*gru|rnn|retention|hyena|\w*delta_?net|mega_layer)\."
+)
+MIXER_CLASSES = (
+    r"Mamba\w*Mixer$|^Mamba2?$|SSM|LSTM(Layer|Block|Cell)?$|GRU|RNN|RecurrentBlock$|Rwkv\w*Attention|DeltaNet$|ShortConv$"
+    r"|LinearAttention$|Retention$|Hyena|RWKV_?T(ime)?_?[Mm]ix"
+)
+# Parameters that only a state-space module has: Mamba, Mamba-2, S4, Gated DeltaNet.
+MIXER_PARAMETERS = ("A_log", "A_logs", "dt_bias")
+
+# Anything else that calls itself attention: what is not known in there is refused.
+_ATTENTION = r"(attn|attention|mha|_att(?=\.))\w*\."
+ATTENTION = rf"(^|\.)\w*{_ATTENTION}"
+ATTENTION_CLASSES = r"Attention|Attn|MultiHead"
+
+# Searched in this order, where no module type and no neighbour decides; the role None refuses.
+NAME_RULES: tuple[tuple[str | None, str], ...] = (
+    ("mlp", r"(^|\.|_)router(\.|$)"),
+    ("query", r"attention\.experts\.input_linear$"),  # JetMoE's mixture of attention heads
+    ("attn_out", r"attention\.experts\.output_linear$"),
+    (None, rf"{_ATTENTION}(\w+\.)*experts\."),
+    ("kv", rf"{_ATTENTION}kv_proj$"),
+    ("key", rf"{_ATTENTION}(\w+\.)*pos_(key_)?proj$"),  # DeBERTa's and Gemma 3n's relative positions
+    ("query", rf"{_ATTENTION}(\w+\.)*pos_q(uery)?_proj$"),
+    ("qkv", rf"{_ATTENTION}(attn|(self\.)?in_proj)$"),
+    (
+        "attn_out",
+        rf"{_ATTENTION}(((\w+_)?output|module)\.)*(o|w_?o|o_?proj|out_?lin|out(put)?_?proj|proj|c_proj|dense|to_out|output)$",
+    ),
+    # what shrinks an image before its keys and values: PVT, SegFormer
+    ("mlp", rf"{_ATTENTION}(self\.)?(sr|(sequence|spatial)_reduction)$"),
+    # fused with an MLP's, as in PaLM's parallel blocks, or of an attention whose other projections were not found
+    (None, r"(^|\.)(\w+_)?(attn|attention|qkv)_(\w+_)?(ffn?|mlp|out|output|proj|projection)$"),
+    ("lm_head", r"(^|\.)transformer\.ff_out$"),  # OLMo's own code
+    (
+        "mlp",
+        r"(^|\.|_)(mlps?(?!_heads?(\.|$))|ffns?|ff|feed_?forward|feed_forward_\w+|densereludense|moe|block_sparse_moe|experts?)(\.|_|$|\d)",
+    ),
+)
+# The same, for weights outside everything that calls itself attention.
+NAME_RULES_OUTSIDE: tuple[tuple[str, str], ...] = (
+    ("query", r"(^|\.)(w_?q|q_?proj|q_lin|to_q)$"),
+    ("key", r"(^|\.)(w_?k|k_?proj|k_lin|to_k)$"),
+    ("value", r"(^|\.)(w_?v|v_?proj|v_lin|to_v)$"),
+    ("mlp", r"(^|\.)(fc_?\d?|gate|gate_proj|up_proj|down_proj|gate_up_proj|c_fc|w[123]|linear_?[12])$"),
+    ("mlp", r"(^|\.)(dense_h_to_4h|dense_4h_to_h|intermediate\.dense)$"),
+    ("mlp", r"(^|\.|_)(patch_embed\w*|project_(in|out)|pooler)(\.|$)"),
+    ("mlp", r"_(projection|projs?)(_weight)?(\.\d+)?$"),
+)
+# Of a table of rows, which no linear layer or convolution uses.
+EMBEDDINGS = (
+    r"(^|\.|_)(wte|wpe|embed_tokens|embed_positions|tok_embeddings|pos(ition)?_emb(ed\w*)?|\w*embeddings?|\w*embed"
+    r"|\w*(query|register|mask|detection|cls)_tokens?|latents?(_\dd)?|latent_query|quer(y|ies)|rel_pos_[hw]|emb_rel_[kv]"
+    r"|position(al)?_embedding\w*|position_embeddings\.weights\.\d+|\w*positional_encoding|codevectors)$"
+)
+# Outside transformer blocks.
+HEADS = (
+    r"(^|\.)(embed_out|output|unembed|output_layer|(\w+_)?heads?|score|(?!pre_)(\w+_)?classifier|qa_outputs|proj_out"
+    r"|lm_output|objective|to_logits|seq_relationship)$"
+    r"|(^|\.)(classifier|cls|lm_head|predictions|score|head|\w*_head|to_logits)\.(\w+\.)*(out_proj|decoder|fc|\d+)$"
+)
+
+
+def child_role(child: str) -> str | None:
+    """What a projection would be if it lay in an attention module, by its own name."""
+    return next((role for role, pattern in CHILD_RULES if re.fullmatch(pattern, child)), None)
+
+
+def is_attention(children: Iterable[str]) -> bool:
+    """Whether matrices of these names, lying beside each other, are those of an attention module."""
+    roles = {child_role(child) for child in children}
+    if "query" in roles:
+        return bool(roles & {"key", "value", "kv", "qkv"})
+    return "qkv" in roles or {"key", "value", "attn_out"} <= roles  # the latter ask with a learned vector
+
+
+def first_match(table: Iterable[tuple[str | None, str]], stem: str) -> tuple[str | None, str] | None:
+    """The first rule of a table that a name matches; one whose role is None refuses it."""
+    matches = ((role, re.search(pattern, stem)) for role, pattern in table)
+    return next(((role, reason(found)) for role, found in matches if found), None)
+
+
+def reason(found: re.Match[str]) -> str:
+    """What a match is told as."""
+    return f"name {found.group().strip('._')!r}"

@@ -1,0 +1,1 @@
+"""Which process holds which elements of a parameter, and sums over all of them."""

@@ -1,0 +1,49 @@
+"""Which elements of a parameter this process holds, found from what the tensor is: a DTensor, or a view of FSDP1's."""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from lightning_adapm.sharding import fsdp1
+from lightning_adapm.sharding.layout import Layout
+
+
+def layout_of(param: Tensor) -> Layout | None:
+    """Who holds which elements of a parameter; None for what every process holds whole.
+
+    Raises:
+        TypeError: a parameter that is sharded otherwise than by rows or in FSDP1's flat way.
+    """
+    if fsdp1.is_flat_parameter(param):
+        raise TypeError("AdaPM needs each parameter, not FSDP's flat one: wrap the model with use_orig_params=True")
+    if isinstance(param, DTensor):
+        return _layout_of_dtensor(param)
+    return fsdp1.layout_of_view(param)
+
+
+def shape_of(param: Tensor) -> torch.Size:
+    """The shape of the whole parameter, whatever this process holds of it."""
+    layout = layout_of(param)
+    return param.shape if layout is None else layout.shape
+
+
+def _layout_of_dtensor(param: DTensor) -> Layout:
+    mesh, sharded = param.device_mesh, [dim for dim, kind in enumerate(param.placements) if kind != Replicate()]
+    if [param.placements[dim] for dim in sharded] not in ([], [Shard(0)]):
+        raise TypeError(
+            f"a parameter of shape {tuple(param.shape)} has the placements {param.placements}; AdaPM works on"
+            " parameters sharded along their first dimension, as fully_shard does by default. Tensor parallelism"
+            " (tensor_parallel_size > 1) and shard_placement_fn are not supported"
+        )
+    dim = sharded[0] if sharded else 0
+    count, rank = (mesh.size(dim), mesh.get_local_rank(dim)) if sharded else (1, 0)
+    rows, inner = (param.shape[0], param.shape[1:].numel()) if param.dim() else (1, 1)
+    edges = [min(-(-rows // count) * index, rows) * inner for index in range(count + 1)]
+    return Layout(param.shape, tuple(pairwise(edges)), rank, mesh.get_group(dim), mesh)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor; shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,75 @@
+"""FSDP1: which elements of a parameter a process holds, and the gradients of views that hold none.
+
+Only FSDP1's private attributes show its layout. Everything that reads them is in this file.
+"""
+
+import gc
+import weakref
+from collections.abc import MutableMapping, Sequence
+from itertools import accumulate, pairwise
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp._common_utils import _is_fsdp_flattened
+from torch.distributed.fsdp._flat_param import FlatParameter, FlatParamHandle
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lightning_adapm.sharding.layout import Layout
+from lightning_adapm.sharding.reduction import all_reduce
+
+_VIEWS: MutableMapping[Tensor, "weakref.ref[FlatParamHandle]"] = WeakIdKeyDictionary()
+"""FSDP1's handle for each parameter that is a view into a flat one."""
+
+
+def is_flat_parameter(param: Tensor) -> bool:
+    """Whether a tensor is a whole unit of FSDP1, flattened (``use_orig_params=False``)."""
+    return isinstance(param, FlatParameter)
+
+
+def layout_of_view(param: Tensor) -> Layout | None:
+    """The layout of a parameter that is a view of a flat one; None for any other tensor."""
+    if not _is_fsdp_flattened(param):
+        return None
+    handle = _VIEWS[param]() if param in _VIEWS else None
+    if handle is None:
+        _find_views()
+        handle = _VIEWS[param]() if param in _VIEWS else None
+    if handle is None or not handle.uses_sharded_strategy:
+        return None
+    flat = handle.flat_param
+    index = next(i for i, view in enumerate(flat._params or ()) if view is param)
+    ends = list(accumulate(flat._numels_with_padding))
+    last = [end for end, padding in zip(ends, flat._is_padding_mask, strict=True) if not padding][index]
+    numel = flat._numels[index]
+    size = flat._sharded_size.numel()
+    edges = [min(max(size * rank - (last - numel), 0), numel) for rank in range(handle.world_size + 1)]
+    return Layout(flat._shapes[index], tuple(pairwise(edges)), handle.rank, handle.process_group)
+
+
+def _find_views() -> None:
+    """Look for all handles there are: nothing leads from a view, which is all that an optimizer has, to its own."""
+    for handle in gc.get_objects():
+        if type(handle) is FlatParamHandle and handle.flat_param._params is not None:
+            for view in handle.flat_param._params:
+                _VIEWS[view] = weakref.ref(handle)
+
+
+def gradients(params: Sequence[Tensor], layouts: Sequence[Layout | None]) -> list[Tensor | None]:
+    """The gradient of every parameter, zero or empty where only other processes have one.
+
+    Only FSDP1 needs asking them: where it keeps nothing of a parameter, it keeps no gradient.
+    """
+    found = [param.grad for param in params]
+    by_group: dict[dist.ProcessGroup, list[int]] = {}
+    for index, layout in enumerate(layouts):
+        if layout is not None and layout.mesh is None:
+            by_group.setdefault(layout.group, []).append(index)
+    for group, indices in by_group.items():
+        there = torch.tensor([found[index] is not None for index in indices], dtype=torch.int32)
+        there = there.to(params[indices[0]].device)
+        all_reduce(there, group, dist.ReduceOp.MAX)
+        for index, exists in zip(indices, there.tolist(), strict=True):
+            if exists and found[index] is None:
+                found[index] = torch.zeros_like(params[index])
+    return found

@@ -1,0 +1,193 @@
+"""Sums over the rows of matrices that several processes hold parts of, and the bytes that this exchanges."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lightning_adapm.sharding.rows import RowShard
+
+_Tensors = TypeVar("_Tensors", bound=Sequence[Tensor] | Tensor)
+
+
+class Traffic:
+    """What a process has given to collectives or got from gathering ones, in bytes, and how many there were."""
+
+    def __init__(self) -> None:
+        self.bytes = self.collectives = 0
+
+    def add(self, tensor: Tensor) -> None:
+        """Count one collective."""
+        self.bytes += tensor.numel() * tensor.element_size()
+        self.collectives += 1
+
+
+TRAFFIC = Traffic()
+"""Of the steps of all optimizers in this process."""
+
+
+def all_reduce(tensor: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
+    """Counted in :data:`TRAFFIC`."""
+    TRAFFIC.add(tensor)
+    dist.all_reduce(tensor, op, group=group)
+
+
+def total(values: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
+    """Sums over processes of tensors of one dtype, in place, by one collective."""
+    flat = torch.cat([value.flatten() for value in values])
+    all_reduce(flat, group)
+    for value, summed in zip(values, flat.split([value.numel() for value in values]), strict=True):
+        value.copy_(summed.view(value.shape))
+    return values
+
+
+class Reduction:
+    """Completes sums over rows. This one is for matrices that one process holds: there is nothing to add.
+
+    Values are per matrix, or of several matrices as one batch; all are changed in place and given back.
+    """
+
+    def rows(self, values: _Tensors) -> _Tensors:
+        """Per-row sums ``(k, c)`` over columns: add what other processes hold of the same rows."""
+        return values
+
+    def total(self, values: list[Tensor]) -> list[Tensor]:
+        """Sums over the rows of this process: add those of the other processes."""
+        return values
+
+    def largest(self, values: Tensor) -> Tensor:
+        """Largest absolute value of ``(b, k, c)`` over all rows, ``(b, 1, c)``."""
+        return values.abs().amax(dim=-2, keepdim=True)
+
+    def length(self, values: Tensor) -> Tensor:
+        """Euclidean length of the columns of ``(b, k, c)``, ``(b, 1, c)``, in float64: it may be beyond float32."""
+        return torch.linalg.vector_norm(values, dim=-2, keepdim=True, dtype=torch.float64)
+
+    def any(self, flags: Tensor) -> Tensor:
+        """Whether a flag is set on any process."""
+        return flags
+
+    def columns(self, values: Tensor, n: int) -> Tensor:
+        """All columns ``(b, r, n)`` of matrices whose columns the processes share out by :func:`column_range`."""
+        return values
+
+    def owned(self, values: Tensor) -> Tensor:
+        """``(b, k, c)`` with zero in the rows that begin on another process: each row once over all processes."""
+        return values
+
+    def sizes(self, values: Sequence[Tensor]) -> list[int]:
+        """Rows of each matrix, over all processes; elements of what is not a matrix."""
+        return [value.shape[-2] if value.dim() > 1 else value.numel() for value in values]
+
+    def means(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Means of row values ``(k, 1)`` over all rows, ``(1, 1)``."""
+        return [value.mean(dim=-2, keepdim=True) for value in values]
+
+    def block_means(self, means: Sequence[Tensor], blocks: int) -> list[Tensor]:
+        """Row means ``(k, 1)`` as the means of equal blocks of rows ``(blocks, 1)``."""
+        return list(torch.stack(list(means)).unflatten(-2, (blocks, -1)).mean(dim=-2).unbind())
+
+    def of_rows(self, values: Sequence[Tensor], blocks: int, like: Sequence[Tensor]) -> list[Tensor]:
+        """Values of blocks of rows as values of rows."""
+        rows = like[0].shape[-2] // blocks
+        return list(torch.stack(list(values)).repeat_interleave(rows, dim=-2).unbind())
+
+
+ONE_PROCESS = Reduction()
+
+
+class ProcessReduction(Reduction):
+    """Completes sums over the rows that the processes of a group hold, with one collective for the whole batch.
+
+    Args:
+        shards: of the matrices of the batch, in order; all of one group.
+    """
+
+    def __init__(self, shards: Sequence[RowShard]) -> None:
+        self._shards = shards
+        self._group = shards[0].layout.group
+
+    def rows(self, values: _Tensors) -> _Tensors:
+        cut = sum(len(shard.cut) for shard in self._shards)
+        if cut == 0:
+            return values
+        parts = values[0].new_zeros(cut, values[0].shape[-1])
+        mine, place = [], 0
+        for shard, value in zip(self._shards, values, strict=True):
+            for row in shard.cut:
+                if shard.first <= row < shard.first + shard.count:
+                    mine.append((place, value[row - shard.first]))
+                place += 1
+        for place, row_value in mine:
+            parts[place] = row_value
+        all_reduce(parts, self._group)
+        for place, row_value in mine:
+            row_value.copy_(parts[place])
+        return values
+
+    def total(self, values: list[Tensor]) -> list[Tensor]:
+        return total(values, self._group)
+
+    def largest(self, values: Tensor) -> Tensor:
+        found = super().largest(values) if values.shape[-2] else values.new_zeros(values.shape[0], 1, values.shape[-1])
+        all_reduce(found, self._group, dist.ReduceOp.MAX)
+        return found
+
+    def length(self, values: Tensor) -> Tensor:
+        (squares,) = self.total([super().length(self.owned(values)).square_()])
+        return squares.sqrt_()
+
+    def any(self, flags: Tensor) -> Tensor:
+        counts = flags.to(torch.int32)
+        all_reduce(counts, self._group, dist.ReduceOp.MAX)
+        return counts != 0
+
+    def columns(self, values: Tensor, n: int) -> Tensor:
+        count = len(self._shards[0].layout.spans)
+        part = pad(values, (0, -(-n // count) - values.shape[-1]))
+        parts = part.new_empty(count * part.numel())
+        TRAFFIC.add(parts)
+        dist.all_gather_into_tensor(parts, part.flatten(), group=self._group)
+        return torch.cat(parts.view(count, *part.shape).unbind(), dim=-1)[..., :n]
+
+    def owned(self, values: Tensor) -> Tensor:
+        others = [index for index, shard in enumerate(self._shards) if shard.count and not shard.owns_first]
+        if not others:
+            return values
+        values = values.clone()
+        values[others, 0] = 0.0
+        return values
+
+    def sizes(self, values: Sequence[Tensor]) -> list[int]:
+        return [shard.size for shard in self._shards]
+
+    def means(self, values: Sequence[Tensor]) -> list[Tensor]:
+        sums = self.total([value.sum(dim=-2, keepdim=True) for value in self._each_row_once(values)])
+        return [total / shard.size for shard, total in zip(self._shards, sums, strict=True)]
+
+    def block_means(self, means: Sequence[Tensor], blocks: int) -> list[Tensor]:
+        sums = []
+        for shard, mean in zip(self._shards, self._each_row_once(means), strict=True):
+            into = mean.new_zeros(blocks, 1)
+            sums.append(into.index_add_(0, self._blocks(shard, blocks, mean.device), mean))
+        totals = self.total(sums)
+        return [total / (shard.size // blocks) for shard, total in zip(self._shards, totals, strict=True)]
+
+    def of_rows(self, values: Sequence[Tensor], blocks: int, like: Sequence[Tensor]) -> list[Tensor]:
+        return [
+            value[self._blocks(shard, blocks, value.device)] for shard, value in zip(self._shards, values, strict=True)
+        ]
+
+    def _each_row_once(self, values: Sequence[Tensor]) -> list[Tensor]:
+        return [
+            value if shard.owns_first or not shard.count else torch.cat([torch.zeros_like(value[:1]), value[1:]])
+            for shard, value in zip(self._shards, values, strict=True)
+        ]
+
+    @staticmethod
+    def _blocks(shard: RowShard, blocks: int, device: torch.device) -> Tensor:
+        """The block of every row held."""
+        return torch.arange(shard.first, shard.first + shard.count, device=device) // (shard.size // blocks)

@@ -1,0 +1,151 @@
+"""What part of a piece's matrix this process holds, and how to sum over the rest.
+
+Sharding leaves every process a contiguous range of a parameter's elements, in row-major order: whole rows under FSDP2,
+a range that begins and ends anywhere under FSDP1. A process works on the rows that it holds something of; where a row
+is cut, what others hold of it is zero here, so that sums over processes are sums over rows and over cut rows.
+"""
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lightning_adapm.sharding.layout import Layout
+
+
+class RowShard:
+    """The rows of one piece's matrix that this process holds, wholly or in part.
+
+    A piece is the rows (or, ``transposed``, the columns) ``start`` to ``stop`` of each of ``groups`` equal groups of a
+    parameter's; see :class:`lightning_adapm.roles.piece.Piece`. Parameters that are not matrices have rows of one.
+
+    Args:
+        layout: of the parameter.
+        start: of the piece in each group.
+        stop: of the piece in each group; None for the whole parameter.
+        groups: equal groups of rows or columns.
+        transposed: the piece is columns.
+    """
+
+    def __init__(
+        self, layout: Layout, start: int = 0, stop: int | None = None, groups: int = 1, transposed: bool = False
+    ) -> None:
+        self.layout = layout
+        shape = layout.shape
+        self._width = shape[1:].numel() if len(shape) > 1 else 1
+        rows = shape[0] if len(shape) else 1
+        self._columns = (start, stop, groups) if transposed and stop is not None else None
+        whole = stop is None or transposed
+        self._start, self._stop, self._groups = (0, rows, 1) if whole else (start, int(stop or 0), groups)
+        self._period = rows // self._groups
+        self.width = (int(stop or 0) - start) * groups if self._columns else self._width
+        """Columns of the matrix."""
+        self.size = self._rows_before(rows)
+        """Rows of the matrix, over all processes."""
+        first, last = layout.held
+        self.first = self._rows_before(first // self._width)
+        """The first row held, counted in the matrix."""
+        self.count = self._rows_before(-(-last // self._width)) - self.first if last > first else 0
+        """Rows held, those included that are held in part."""
+        self.most = max(self._count_of(span) for span in layout.spans)
+        """Rows held by the process that holds most."""
+
+    def _count_of(self, span: tuple[int, int]) -> int:
+        first, last = span
+        if last <= first:
+            return 0
+        return self._rows_before(-(-last // self._width)) - self._rows_before(first // self._width)
+
+    def _rows_before(self, row: int) -> int:
+        """How many of the parameter's rows before ``row`` are the piece's."""
+        length, into = self._stop - self._start, row % self._period - self._start if self._period else 0
+        return row // max(1, self._period) * length + min(max(into, 0), length)
+
+    @cached_property
+    def cut(self) -> tuple[int, ...]:
+        """Rows of the matrix that several processes hold a part of, in order."""
+        rows = {last // self._width for first, last in self.layout.spans if last > first and last % self._width}
+        inside = (row for row in sorted(rows) if self._start <= row % self._period < self._stop)
+        return tuple(self._rows_before(row) for row in inside)
+
+    @cached_property
+    def owns_first(self) -> bool:
+        """Whether the first row held begins on this process."""
+        row, cut = divmod(self.layout.held[0], self._width)
+        return not (cut and self._start <= row % self._period < self._stop)
+
+    @cached_property
+    def _runs(self) -> list[tuple[int, int, int]]:
+        """Elements of the local part that belong to the piece, and where in its rows: from, to, at."""
+        first, last = self.layout.held
+        runs = []
+        for group in range(first // self._width // max(1, self._period), self._groups):
+            begin = (group * self._period + self._start) * self._width
+            end = (group * self._period + self._stop) * self._width
+            if begin >= last:
+                break
+            low, high = max(begin, first), min(end, last)
+            if low < high:
+                at = (self._rows_before(low // self._width) - self.first) * self._width + low % self._width
+                runs.append((low - first, high - first, at))
+        return runs
+
+    @cached_property
+    def numel(self) -> int:
+        """Elements of the piece that this process holds."""
+        if self._columns is None:
+            return sum(high - low for low, high, _ in self._runs)
+        first, last = self.layout.held
+        return int(self.held_only(torch.ones(self.count, self.width)).sum()) if last > first else 0
+
+    def held_only(self, rows: Tensor) -> Tensor:
+        """Rows with zero where other processes hold them."""
+        if not (self.layout.held[0] % self._width or self.layout.held[1] % self._width):
+            return rows
+        first, last = self.layout.held
+        mine = self.take(torch.ones(last - first, dtype=torch.bool, device=rows.device))
+        return torch.where(mine.reshape(rows.shape), rows, 0.0)
+
+    def take(self, part: Tensor) -> Tensor:
+        """The rows of a local part ``(count, n)``, zero where others hold them; a view where that is possible."""
+        rows = self._rows(part.reshape(-1))
+        return self._own_columns(rows) if len(self.layout.shape) > 1 else rows.flatten()
+
+    def put(self, part: Tensor, rows: Tensor) -> None:
+        """Write back rows that were taken and changed."""
+        flat = part.view(-1)
+        if self._is_view:
+            return
+        if self._columns is not None:  # other pieces have changed the other columns since
+            all_columns = self._rows(flat)
+            self._own_columns(all_columns).copy_(rows)
+            rows = all_columns
+        for low, high, at in self._runs:
+            flat[low:high] = rows.reshape(-1)[at : at + high - low]
+
+    @property
+    def _is_view(self) -> bool:
+        return len(self._runs) == 1 and self._runs[0][1] - self._runs[0][0] == self.count * self._width
+
+    def _rows(self, flat: Tensor) -> Tensor:
+        if self._is_view:
+            low, high, _ = self._runs[0]
+            return flat[low:high].view(self.count, self._width)
+        rows = flat.new_zeros(self.count * self._width)
+        for low, high, at in self._runs:
+            rows[at : at + high - low] = flat[low:high]
+        return rows.view(self.count, self._width)
+
+    def _own_columns(self, rows: Tensor) -> Tensor:
+        if self._columns is None:
+            return rows
+        start, stop, groups = self._columns
+        if groups == 1:
+            return rows[:, start:stop]
+        return rows.unflatten(1, (groups, -1))[:, :, start:stop]
+
+
+def column_range(layout: Layout, n: int) -> tuple[int, int]:
+    """Of ``n`` columns, those that this process keeps: the first, and the one after the last."""
+    size = -(-n // len(layout.spans))
+    return min(size * layout.rank, n), min(size * (layout.rank + 1), n)

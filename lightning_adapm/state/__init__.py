@@ -1,0 +1,1 @@
+"""Saving and loading optimizer state, on any number of processes."""

@@ -1,0 +1,192 @@
+"""Loading: a saved state as this optimizer's state, converted where its settings differ and that has a meaning."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_adapm.moments import lowrank
+from lightning_adapm.moments.second import block_means
+from lightning_adapm.roles.context import normalize
+from lightning_adapm.roles.piece import Piece
+from lightning_adapm.state.sharded import fits, full_entry, import_entry, localise
+
+if TYPE_CHECKING:
+    from lightning_adapm.optim.adapm import AdaPM
+
+_FIRST = ("exp_avg", "exp_avg_l", "exp_avg_r", "seeded")
+_SECOND = ("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq_l", "exp_avg_sq_r")
+
+
+def restored_state(optimizer: "AdaPM", saved: Mapping[str, Any]) -> dict[Tensor, dict[str, Any]]:
+    """New state for every parameter that the saved optimizer had state for. Nothing is changed here.
+
+    Raises:
+        ValueError: a state of another optimizer, of another shape, or for parameters in another order.
+    """
+    restored: dict[Tensor, dict[str, Any]] = {}
+    for old, group in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        _check_order(old.get("param_names"), group["param_names"])
+        for key, name, param in zip(old["params"], group["param_names"], group["params"], strict=True):
+            entry = import_entry(optimizer, param, group, saved["state"].get(key))
+            if not entry:
+                continue
+            _check_keys(name, entry, optimizer.pieces[param])
+            layout = optimizer.placement(param).layout
+            if layout is None:
+                restored[param] = _whole_state(optimizer, name, param, group, entry)
+            elif fits(optimizer, param, group, entry):
+                restored[param] = localise(optimizer, param, group, entry)
+            else:
+                whole = _whole_state(optimizer, name, param, group, full_entry(entry))
+                restored[param] = localise(optimizer, param, group, whole)
+    return restored
+
+
+def _whole_state(
+    optimizer: "AdaPM", name: str, param: Tensor, group: Mapping[str, Any], entry: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The state of a whole parameter, whatever this process holds of it."""
+    layout = optimizer.placement(param).layout
+    state = optimizer.make_state(param, group, param, whole=True)
+    state["step"].fill_(float(entry["step"]))
+    like = param if layout is None else torch.empty(layout.shape, device="meta")
+    for piece in optimizer.pieces[param]:
+        try:
+            _restore_momentum(entry, state, piece, like)
+            _restore_second_moment(entry, state, piece, like)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the saved state of {name} does not fit its shape {tuple(like.shape)}: "
+                + ", ".join(f"{k} {tuple(v.shape)}" for k, v in entry.items() if isinstance(v, Tensor))
+            ) from error
+    return state
+
+
+def _check_order(saved: list[str] | None, current: list[str]) -> None:
+    before, now = [normalize(name) for name in saved or current], [normalize(name) for name in current]
+    if before != now and sorted(before) == sorted(now):
+        moved = next((a, b) for a, b in zip(before, now, strict=True) if a != b)
+        raise ValueError(
+            f"the saved optimizer holds the same parameters in another order: {moved[0]} where this one has {moved[1]};"
+            " build the parameter groups in the order they were saved in"
+        )
+
+
+def _check_keys(name: str, entry: Mapping[str, Any], pieces: tuple[Piece, ...]) -> None:
+    known = {"step", *_FIRST, *_SECOND} | {piece.prefix + key for piece in pieces for key in _FIRST + _SECOND}
+    if unknown := sorted(set(entry) - known):
+        raise ValueError(
+            f"the saved state of {name} holds {', '.join(unknown)}, which AdaPM has no meaning for; it loads states of"
+            " AdaPM with the same roles and of torch.optim.AdamW"
+        )
+
+
+def _saved(entry: Mapping[str, Any], piece: Piece, key: str, param: Tensor) -> Any:
+    """The entry of a piece: its own, or its rows of an entry for the whole parameter; None where there is none."""
+    if piece.prefix + key in entry:
+        return entry[piece.prefix + key]
+    whole = entry.get(key)
+    if whole is None or whole.shape != param.shape:
+        return None
+    return piece.matrix(whole)
+
+
+def _restore_momentum(entry: Mapping[str, Any], state: dict[str, Any], piece: Piece, param: Tensor) -> None:
+    full, left, right, seeded = (_saved(entry, piece, key, param) for key in _FIRST)
+    if full is not None:
+        # beside factors only where torch.distributed.checkpoint fills an AdamW state up with new ones
+        left = right = None
+    if left is not None and (seeded is None) is (piece.prefix + "seeded" in state):
+        full, left = left.float() @ right.float(), None  # only AdaPM's right factors are orthonormal
+    if piece.prefix + "exp_avg" in state:
+        average = state[piece.prefix + "exp_avg"]
+        if full is not None:
+            average.copy_(piece.matrix(full) if full.shape != average.shape else full)
+        elif left is not None:
+            average.copy_(left.float() @ right.float())
+    elif piece.prefix + "exp_avg_l" in state:
+        new_left, new_right = state[piece.prefix + "exp_avg_l"], state[piece.prefix + "exp_avg_r"]
+        if left is not None and left.shape == new_left.shape and right.shape == new_right.shape:
+            new_left.copy_(left)
+            new_right.copy_(right)
+            if seeded is not None:
+                state[piece.prefix + "seeded"] = int(seeded)
+        elif left is not None or full is not None:
+            factors = _factorise(full, new_left, new_right) if left is None else _resize(left, right, new_right)
+            new_left.copy_(factors[0])
+            new_right.copy_(factors[1])
+            if piece.prefix + "seeded" in state:
+                state[piece.prefix + "seeded"] = int(new_right.any())
+
+
+def _factorise(full: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """A full average as factors of the shapes given: three subspace iterations on it."""
+    dtype = torch.float64 if full.dtype == torch.float64 else torch.float32
+    batch = full.to(dtype).reshape(-1, *full.shape[-2:])
+    if right.shape[-2] == right.shape[-1]:
+        return full, right
+    basis = batch.new_zeros(batch.shape[0], *right.shape[-2:])
+    nothing = batch.new_zeros(batch.shape[0], *left.shape[-2:])
+    for _ in range(3):
+        basis = lowrank.refresh_basis(batch, nothing, basis, beta1=0.0)
+    return (batch @ basis.mT).view(left.shape), basis.view(right.shape)
+
+
+def _resize(left: Tensor, right: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors at another rank: the strongest directions when it is smaller, empty ones added when it is larger."""
+    rank, n = like.shape[-2:]
+    left, right = left.double(), right.double()
+    if rank == n:
+        return left @ right, torch.eye(n, dtype=right.dtype, device=right.device).expand(*right.shape[:-2], n, n)
+    missing = rank - right.shape[-2]
+    if missing > 0:
+        return torch.nn.functional.pad(left, (0, missing)), torch.nn.functional.pad(right, (0, 0, 0, missing))
+    strongest = torch.linalg.eigh(left.mT @ left).eigenvectors.flip(-1)[..., :rank]
+    return left @ strongest, strongest.mT @ right
+
+
+def _restore_second_moment(entry: Mapping[str, Any], state: dict[str, Any], piece: Piece, param: Tensor) -> None:
+    targets = {key: state[piece.prefix + key] for key in _SECOND if piece.prefix + key in state}
+    sources = {key: value for key in _SECOND if (value := _saved(entry, piece, key, param)) is not None}
+    if {key: value.shape for key, value in sources.items()} != {key: value.shape for key, value in targets.items()}:
+        if not targets:
+            return
+        if not sources or "exp_avg_sq_l" in targets:
+            raise ValueError(
+                f"a saved second moment of {', '.join(sources) or 'nothing'} cannot become one of {', '.join(targets)};"
+                " load it into an optimizer with the second moment and the rank that it was saved with"
+            )
+        dense = _expand(sources, piece.matrix(param).shape)
+        sources = {key: _reduce(dense, target) for key, target in targets.items()}
+    for key, target in targets.items():
+        target.copy_(sources[key])
+
+
+def _expand(sources: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
+    """Any second moment as an elementwise one."""
+    if "exp_avg_sq_row" in sources:
+        row, column = sources["exp_avg_sq_row"], sources["exp_avg_sq_col"]
+        return row * column / row.mean(dim=-2, keepdim=True).clamp_min(torch.finfo(row.dtype).tiny)
+    if "exp_avg_sq_l" in sources:
+        return (sources["exp_avg_sq_l"] @ sources["exp_avg_sq_r"]).square()
+    (dense,) = sources.values()
+    if dense.numel() == shape.numel():
+        return dense.reshape(shape)
+    for dim in (-2, -1) if dense.dim() >= 2 else ():
+        if dense.shape[dim] not in (1, shape[dim]):
+            dense = dense.repeat_interleave(shape[dim] // dense.shape[dim], dim=dim)
+    return dense.expand(shape)
+
+
+def _reduce(dense: Tensor, target: Tensor) -> Tensor:
+    """An elementwise second moment as the block or factored one of ``target``'s shape."""
+    if target.shape == dense.shape:
+        return dense
+    if target.dim() < 2:
+        return dense.mean()
+    for dim in (-2, -1):
+        if target.shape[dim] != dense.shape[dim]:
+            dense = block_means(dense, target.shape[dim], dim)
+    return dense

@@ -1,0 +1,104 @@
+"""Launching :mod:`lightning_adapm.step.triton_kernels`: where matrices lie, what is compiled, on which device."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+"""Those that the kernels know, with Triton's names."""
+
+
+class Matrices(NamedTuple):
+    """``b`` matrices of one shape and layout: those of a list of tensors, stacks taken apart, vectors as rows."""
+
+    like: Tensor
+    """One of the list."""
+    addresses: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], stacks: bool | None = None) -> "Matrices":
+        """``stacks`` says what three dimensions are, if not stacks: the heads of one matrix."""
+        like = tensors[0]
+        if not (like.dim() == 3 if stacks is None else stacks):
+            return cls(like, tuple([tensor.data_ptr() for tensor in tensors]))
+        apart, count = like.stride(0) * like.element_size(), len(like)
+        firsts = [tensor.data_ptr() for tensor in tensors]
+        return cls(like, tuple(first + index * apart for first in firsts for index in range(count)))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of each of them."""
+        return (self.like.shape[-2] if self.like.dim() > 1 else 1), self.like.shape[-1]
+
+    @property
+    def stride(self) -> int:
+        """From row to row."""
+        return self.like.stride(-2) if self.like.dim() > 1 else self.like.shape[-1]
+
+    @property
+    def table(self) -> Tensor:
+        """The addresses, on the device."""
+        return _table(self.addresses, self.like.device)[0]
+
+    @property
+    def aligned(self) -> bool:
+        """Every row of every matrix begins at a multiple of 16 bytes."""
+        size = self.like.element_size()
+        return not any(n * size % 16 for n in self.like.stride()[:-1]) and _table(self.addresses, self.like.device)[1]
+
+
+@lru_cache(maxsize=4096)  # from step to step, memory is mostly where it was
+def _table(addresses: tuple[int, ...], device: torch.device) -> tuple[Tensor, bool]:
+    """On the device, and whether all are multiples of 16."""
+    table = torch.tensor(addresses, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return table.to(device, non_blocking=True), not any(address % 16 for address in addresses)
+
+
+_compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
+
+
+def launch(
+    name: str,
+    grid: tuple[int, int, int],
+    tensors: tuple[Tensor, ...],
+    numbers: tuple[int, ...],
+    scalars: tuple[float, ...],
+    **constants: Any,
+) -> None:
+    """Launch a kernel of :mod:`lightning_adapm.step.triton_kernels` with its arguments in this order.
+
+    What Triton compiled is kept by all that it may depend on, and launched as Triton's own tutorials launch what they
+    have compiled before: asking for it again takes the host longer than the launch.
+    """
+    device = tensors[0].device
+    kinds = [(tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors]
+    key = name, device, numbers, *kinds, *constants.values()
+    with _on(device):
+        if key in _compiled:
+            compiled, rest = _compiled[key]
+            compiled[grid](*tensors, *numbers, *scalars, *rest)
+            return
+        from lightning_adapm.step import triton_kernels
+
+        kernel = getattr(triton_kernels, name)
+        named = {word: _of(each) if isinstance(each, torch.dtype) else each for word, each in constants.items()}
+        compiled = kernel[grid](*tensors, *numbers, *scalars, **named)
+        if compiled is not None:  # the interpreter compiles nothing
+            _compiled[key] = compiled, [named[argument] for argument in kernel.arg_names if argument in named]
+
+
+def _of(dtype: torch.dtype) -> Any:
+    """Triton's name of it."""
+    import triton.language as tl
+
+    return getattr(tl, DTYPES[dtype])
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    current = device.type != "cuda" or device.index == torch.cuda.current_device()
+    return nullcontext() if current else torch.cuda.device(device)

@@ -1,0 +1,175 @@
+"""The pieces of one step: what is gathered of each, and which of them are processed together."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_adapm.moments.base import Momentum, SecondMoment
+from lightning_adapm.roles.piece import Piece
+from lightning_adapm.sharding.find import layout_of
+from lightning_adapm.sharding.layout import Layout
+from lightning_adapm.sharding.reduction import ONE_PROCESS, ProcessReduction, Reduction
+from lightning_adapm.sharding.rows import RowShard
+
+# Pieces of one shape are taken through a step together while their gradients hold at most this many elements: small
+# matrices share kernels, large ones (which fill a device alone) are not copied and bound the temporaries.
+_BATCH_NUMEL = {"cpu": 1 << 16, "cuda": 1 << 24}
+# Where nothing is copied, temporaries are projections, a small share of that, and several of them in a refresh.
+_UNCOPIED_NUMEL, _REFRESHED_NUMEL = 1 << 29, 1 << 28
+
+
+class Placement(NamedTuple):
+    """Where a parameter's pieces are: all here, or here as far as ``layout`` says."""
+
+    layout: Layout | None
+    shapes: tuple[torch.Size, ...]
+    """Of the pieces' matrices, over all processes."""
+    shards: tuple[RowShard | None, ...]
+    """What of them this process holds; None for matrices that no other process holds a part of."""
+
+    @classmethod
+    def of(cls, param: Tensor, pieces: Sequence[Piece]) -> "Placement":
+        """Found from what the tensor is.
+
+        Raises:
+            TypeError: it is sharded in a way that is not supported.
+        """
+        layout = layout_of(param)
+        shapes = tuple(piece.shape(param.shape if layout is None else layout.shape) for piece in pieces)
+        if layout is None or len(layout.spans) == 1:
+            return cls(layout, shapes, (None,) * len(pieces))
+        return cls(
+            layout,
+            shapes,
+            tuple(
+                None if len(shape) == 3 else RowShard(layout, piece.start, piece.stop, piece.groups, piece.transposed)
+                for piece, shape in zip(pieces, shapes, strict=True)
+            ),
+        )
+
+    def local_shape(self, index: int) -> torch.Size:
+        """Of what this process holds of the matrix of a piece."""
+        shape, shard = self.shapes[index], self.shards[index]
+        if shard is not None:
+            return torch.Size((shard.count, *shape[1:]))
+        if self.layout is None or len(self.layout.spans) == 1 or not shape:
+            return shape
+        first, last = self.layout.held  # of a stack of matrices
+        return torch.Size(((last - first) // max(1, shape[1:].numel()), *shape[1:]))
+
+    def local_numel(self, index: int) -> int:
+        """Elements of a piece that this process holds."""
+        shard = self.shards[index]
+        return self.local_shape(index).numel() if shard is None else shard.numel
+
+
+def shares_basis(layout: Layout, basis: str) -> bool:
+    """Whether each process keeps a part of the bases only: the option ``basis``, decided.
+
+    A replicated basis costs every process as many bytes on any number of processes; the rest of the state shrinks. On
+    more than two, what is saved of AdamW's sharded momentum would fall below 90 %.
+    """
+    return basis == "shard" or (basis == "auto" and len(layout.spans) > 2)
+
+
+class Task(NamedTuple):
+    """One piece in one step. ``param`` is a view to update, ``grad`` the gradient as a matrix.
+
+    Of a piece that other processes hold parts of, they are the local part of the whole parameter until :meth:`taken`.
+    """
+
+    name: str
+    piece: Piece
+    param: Tensor
+    grad: Tensor
+    state: "PieceState"
+    layout: Layout | None = None
+    shard: RowShard | None = None
+
+    def with_gradient(self, grad: Tensor) -> "Task":
+        """As ``_replace``, but faster: it is done for every piece in every step."""
+        return Task(self.name, self.piece, self.param, grad, self.state, self.layout, self.shard)
+
+    def taken(self) -> "Task":
+        """With the rows of ``shard``."""
+        if self.shard is None:
+            return self
+        grad = self.shard.take(self.grad)
+        return self._replace(param=self.shard.take(self.param), grad=grad.flatten(1) if grad.dim() == 3 else grad)
+
+
+class Plan(NamedTuple):
+    """What a step does with one piece of a parameter, as far as it is the same in every step.
+
+    Pieces with the same number ``alike`` can go through a step together.
+    """
+
+    task: Task
+    """Without the gradient, in whose place the parameter stands."""
+    momentum: Momentum
+    second_moment: SecondMoment
+    decay: float
+    alike: int
+
+
+class Bucket(NamedTuple):
+    """Pieces that go through a step together, as the ``plan`` of the first of them says."""
+
+    plan: Plan
+    step: int
+    tasks: list[Task]
+
+
+class Observer(Protocol):
+    """Sees every piece of a step from inside it; see :class:`lightning_adapm.report.diagnostics.ResidualProbe`."""
+
+    def __call__(self, task: Task, direction: Tensor, update: Tensor, clip_threshold: float | None) -> None:
+        """``direction`` is the momentum used, ``update`` the normalised update before any clamp, in units of lr."""
+        ...
+
+
+class PieceState:
+    """The entries of a parameter's state that belong to one piece, without their prefix."""
+
+    __slots__ = ("_prefix", "_state")
+
+    def __init__(self, state: dict[str, Any], prefix: str) -> None:
+        self._state, self._prefix = state, prefix
+
+    def __getitem__(self, key: str) -> Any:
+        return self._state[self._prefix + key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._state[self._prefix + key] = value
+
+    def get(self, key: str) -> Any:
+        return self._state.get(self._prefix + key)
+
+    @property
+    def whole(self) -> dict[str, Any]:
+        """The parameter's state."""
+        return self._state
+
+
+def batches(bucket: Bucket, copied: bool) -> Iterable[list[Task]]:
+    """Pieces of one shape in batches of a bounded size, the same on every process that holds a part of them.
+
+    ``copied`` says whether a step copies their gradients.
+    """
+    plan, step, tasks = bucket
+    grad, shard = tasks[0].grad, tasks[0].shard
+    numel = grad.numel() if shard is None else shard.most * shard.layout.shape[1:].numel()
+    if copied:
+        limit = _BATCH_NUMEL.get(grad.device.type, _BATCH_NUMEL["cuda"])
+    else:
+        limit = _REFRESHED_NUMEL if plan.momentum.due(step) else _UNCOPIED_NUMEL
+    size = max(1, limit // max(1, numel))
+    return (tasks[start : start + size] for start in range(0, len(tasks), size))
+
+
+def reduction_of(tasks: list[Task]) -> Reduction:
+    """What completes the sums over rows of a batch."""
+    shards = [task.shard for task in tasks if task.shard is not None]
+    return ProcessReduction(shards) if shards else ONE_PROCESS

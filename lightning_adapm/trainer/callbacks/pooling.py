@@ -1,0 +1,121 @@
+"""Figures of many pieces, on many processes, as the few that are logged."""
+
+import math
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_adapm.optim import AdaPM
+from lightning_adapm.report.diagnostics import Reading, role_label
+from lightning_adapm.roles.context import normalize
+
+_LAYER = re.compile(r"(?P<stack>(?:[^.]*[^.\d][^.]*\.)*)(?P<number>\d+)\.")
+
+
+class Pool(Metric):
+    """Weighted mean and largest value of named figures, over pieces and over processes.
+
+    One vector per quantity, so that a synchronisation costs three collectives and not three per figure.
+
+    Args:
+        names: The same on every process, whatever each of them observes.
+        dtype: Of the sums; float64 keeps counts of bytes exact.
+    """
+
+    full_state_update = False
+    total: Tensor
+    weight: Tensor
+    largest: Tensor
+
+    def __init__(self, names: Iterable[str], dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.places = {name: place for place, name in enumerate(names)}
+        zeros = torch.zeros(len(self.places), dtype=dtype)
+        self.add_state("total", zeros.clone(), "sum")
+        self.add_state("weight", zeros.clone(), "sum")
+        self.add_state("largest", torch.full_like(zeros, -torch.inf), "max")
+
+    def update(self, figures: Iterable[tuple[str, float, float]]) -> None:
+        """Take in figures as name, value and weight."""
+        total, weight, largest = ([start] * len(self.places) for start in (0.0, 0.0, -math.inf))
+        for name, value, share in figures:
+            place = self.places[name]
+            total[place] += value * share
+            weight[place] += share
+            if not (value <= largest[place] or math.isnan(largest[place])):  # NaN wins, whenever it comes
+                largest[place] = value
+        self.total += self.total.new_tensor(total)
+        self.weight += self.weight.new_tensor(weight)
+        self.largest = torch.maximum(self.largest, self.largest.new_tensor(largest))
+
+    def compute(self) -> dict[str, tuple[float, float]]:
+        """Mean and largest of every figure that some process has seen."""
+        columns = ((self.total / self.weight).tolist(), self.largest.tolist(), self.weight.tolist())
+        return {
+            name: (mean, most) for name, mean, most, weight in zip(self.places, *columns, strict=True) if weight > 0
+        }
+
+
+class ResidualFigures:
+    """What the readings of a step become in the logs: figures by role and by layer.
+
+    Args:
+        optimizer: Its parameters say which figures there can be, the same on every process.
+    """
+
+    def __init__(self, optimizer: AdaPM) -> None:
+        low_rank: list[tuple[str, str]] = []
+        all_roles: list[str] = []
+        for group in optimizer.param_groups:
+            for name, param in zip(group["param_names"], group["params"], strict=True):
+                for piece, shape in zip(optimizer.pieces[param], optimizer.placement(param).shapes, strict=True):
+                    all_roles.append(role_label(piece.role))
+                    if optimizer.momentum_for(piece, shape, group).name == "low_rank":
+                        low_rank.append((name, role_label(piece.role)))
+        self.layers = layer_labels(name for name, _ in low_rank)
+        numbered_first = sorted(dict.fromkeys(self.layers.values()), key=lambda label: not label[-1].isdigit())
+        self.names = ["nonfinite_gradients", *(f"norm_by_layer/{label}" for label in numbered_first)]
+        low_rank_roles = [role for _, role in low_rank]
+        kinds = {"norm": low_rank_roles, "stationarity": low_rank_roles, "update_max": all_roles, "clamped": all_roles}
+        self.names += [f"{kind}/{role}" for kind, roles in kinds.items() for role in dict.fromkeys(["all", *roles])]
+
+    def figures(self, readings: Iterable[Reading]) -> Iterable[tuple[str, float, float]]:
+        """Name, value and weight for a :class:`Pool` of :attr:`names`."""
+        for reading in readings:
+            for kind, value in reading.figures.items():
+                weight = reading.entries if kind == "clamped" else 1.0
+                yield f"{kind}/all", value, weight
+                yield f"{kind}/{reading.role}", value, weight
+                if kind == "norm":
+                    yield f"norm_by_layer/{self.layers[reading.name]}", value, weight
+
+    @staticmethod
+    def logged(pooled: dict[str, tuple[float, float]]) -> dict[str, float]:
+        """The pooled figures under the names that are logged."""
+        logged: dict[str, float] = {}
+        for name, (mean, largest) in pooled.items():
+            kind, _, rest = name.partition("/")
+            if kind == "norm":
+                logged |= {f"norm_mean/{rest}": mean, f"norm_max/{rest}": largest}
+            else:
+                logged[name] = largest if kind == "update_max" else mean
+        return logged
+
+
+def layer_labels(names: Iterable[str]) -> dict[str, str]:
+    """What to call the layer of each parameter: its number, with its path where there are several stacks of layers.
+
+    A parameter outside the layers is called by its own name, without ``.weight``.
+    """
+    found = {name: _LAYER.match(normalize(name)) for name in names}
+    one_stack = len({match["stack"] for match in found.values() if match}) == 1
+    labels = {}
+    for name, match in found.items():
+        if match is None:
+            labels[name] = normalize(name).removesuffix(".weight")
+        else:
+            labels[name] = match["number"] if one_stack else match["stack"] + match["number"]
+    return labels

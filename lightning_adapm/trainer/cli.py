@@ -1,0 +1,84 @@
+"""``lightning-adapm fit|validate|test|predict``: LightningCLI with the model's schedule and a fitting precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeUnion, instantiate_class
+from torch.optim import Optimizer
+
+from lightning_adapm.trainer.mixin import AdaPMMixin
+
+
+class RichProgress(RichProgressBar):
+    """Lightning's Rich progress bar, for configuration files.
+
+    ``RichProgressBar`` itself cannot be named there: jsonargparse reads the colours of its default theme, which start
+    with ``#``, as YAML comments and rejects them.
+
+    Args:
+        refresh_rate: Batches between two redraws.
+        leave: Keep the bar of every epoch on the screen.
+    """
+
+    def __init__(self, refresh_rate: int = 10, leave: bool = False) -> None:
+        super().__init__(refresh_rate=refresh_rate, leave=leave)
+
+
+class AdaPMCLI(LightningCLI):
+    """LightningCLI for any LightningModule and data module, named in the configuration by their class paths.
+
+    Different from LightningCLI in four points: an optimizer chosen by ``--optimizer`` without ``--lr_scheduler``
+    follows the schedule of the model's own settings (so that AdamW and AdaPM compare on equal terms), it trains the
+    model under ``ModelParallelStrategy``, too, ``bf16-mixed`` is the default precision on a CUDA device that has
+    bfloat16, and a run overwrites the configuration saved by an earlier run in the same folder.
+
+    Args:
+        args: Command-line words instead of the process's own.
+    """
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        super().__init__(
+            L.LightningModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},
+            # Without these, every error is preceded by a hundred lines that list the options.
+            parser_kwargs={name: {"usage": f"lightning-adapm {name} [options]"} for name in self.subcommands()},
+            args=args,
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Let errors come out: the command line says them in one line."""
+        return super().init_parser(**kwargs, exit_on_error=False)
+
+    def before_instantiate_classes(self) -> None:
+        """Choose the precision where the user left it open."""
+        trainer = self.config[str(self.subcommand)].trainer
+        if trainer.precision is None and trainer.accelerator in ("auto", "gpu", "cuda") and _cuda_has_bf16():
+            trainer.precision = "bf16-mixed"
+
+    def configure_optimizers(  # type: ignore[override]
+        self,
+        lightning_module: L.LightningModule,
+        optimizer: Optimizer,
+        lr_scheduler: LRSchedulerTypeUnion | None = None,
+    ) -> Any:
+        """Put the model's own schedule on an optimizer that was given without one, and see that it trains the model."""
+        held = {param for group in optimizer.param_groups for param in group["params"]}
+        if not held.issuperset(lightning_module.parameters()):
+            # FSDP2 replaces parameters, and LightningCLI builds optimizers before any strategy has seen the model
+            chosen = self.config_init[str(self.subcommand)]
+            optimizer = instantiate_class(lightning_module.parameters(), chosen.optimizer)
+            if lr_scheduler is not None:
+                lr_scheduler = instantiate_class(optimizer, chosen.lr_scheduler)
+        if lr_scheduler is None and isinstance(lightning_module, AdaPMMixin):
+            return lightning_module.schedule(optimizer)
+        return LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)
+
+
+def _cuda_has_bf16() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
