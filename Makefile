@@ -7,6 +7,8 @@ STAMP  := $(VENV)/.installed
 # which pip would replace torch by a CUDA build: so litdata comes alone, and what else it requires by name.
 LITDATA := boto3 filelock obstore requests tifffile
 RECIPE := recipes/trainer/pretrain
+# Every test keeps to one thread, so that each core takes tests of its own.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .PHONY: help pretrain test test-slow lint types clean
 
@@ -36,11 +38,11 @@ pretrain: $(STAMP)
 	$(BIN)/lightning-adapm fit --config $(RECIPE)/quickstart.yaml
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # pytest ends with 5 when it selects no test, which is no failure here.
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow || [ $$? -eq 5 ]
+	$(PYTEST) -m slow || [ $$? -eq 5 ]
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -7,8 +7,8 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from foreign import CLI_PROJECT, run_script
 from models import PlainLM, PlainTraining, token_batches
-from test_callbacks import CLI_PROJECT, run_script
 
 from lightning_adapm import AdaPM
 from lightning_adapm.__main__ import main

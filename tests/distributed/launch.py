@@ -12,7 +12,7 @@ from pathlib import Path
 import lightning_adapm
 
 FOLDER = Path(__file__).parent
-PATHS = [str(Path(lightning_adapm.__file__).parents[1]), str(FOLDER.parent), str(FOLDER)]
+PATHS = [str(Path(lightning_adapm.__file__).parents[1]), str(FOLDER.parent / "helpers"), str(FOLDER)]
 
 
 def run_processes(script, world_size, *words, timeout=600):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_corpus
 from finetuning import write_instructions
 from litgpt_commands import (
     FINETUNE,
@@ -22,6 +21,7 @@ from litgpt_commands import (
     write_text,
 )
 from reporting import REPORT
+from texts import write_corpus
 
 pytest.importorskip("requests", reason="litgpt's command line needs it")
 

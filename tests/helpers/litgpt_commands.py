@@ -5,18 +5,15 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 import yaml
-from commands import REPOSITORY
+from commands import HELPERS, REPOSITORY
 from finetuning import CONFIG, write_tokenizer
 from litgpt import GPT, Config, adapter_v2, lora
 from reporting import ReportingAdaPM, describe
 
 from lightning_adapm.commands.prepare import prepare
-
-TESTS = Path(__file__).parent
 
 MODEL = CONFIG | {"block_size": 512}  # an Alpaca prompt in a vocabulary of 300
 """Fields of a litgpt model of seconds."""
@@ -51,7 +48,8 @@ FINETUNE = [
 
 def run_litgpt(folder, *words, module="litgpt", check=True, stdin=None, **variables):
     """``python -m MODULE``, or a file, with these words, started in ``folder``, without compiling."""
-    paths = [*map(str, (REPOSITORY, TESTS, TESTS / "distributed")), *filter(None, [os.environ.get("PYTHONPATH")])]
+    ours = REPOSITORY, HELPERS, HELPERS.parent / "distributed"
+    paths = [*map(str, ours), *filter(None, [os.environ.get("PYTHONPATH")])]
     settings = {"PYTHONPATH": os.pathsep.join(paths), "TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
     settings["LITDATA_DISABLE_VERSION_CHECK"] = "1"  # which asks the package index
     result = subprocess.run(

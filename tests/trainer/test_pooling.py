@@ -6,11 +6,11 @@ from typing import ClassVar
 import lightning as L
 import pytest
 import torch
+from foreign import Foreign, fit
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import PlainLM, PlainTraining, token_batches, train
-from test_callbacks import Foreign, fit
 
 from lightning_adapm import AdaPM, AdaPMMixin, ClosingTable, OptimizerStateMonitor, OptimizerSummary
 from lightning_adapm.report.diagnostics import ResidualProbe

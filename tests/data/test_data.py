@@ -9,8 +9,8 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from conftest import write_corpus
 from lightning.pytorch.callbacks import ModelCheckpoint
+from texts import write_corpus
 
 from lightning_adapm.data import TextDataModule, TrainLoader, ValLoader, tokens
 from lightning_adapm.data.corpus import find_corpus

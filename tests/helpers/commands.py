@@ -8,7 +8,8 @@ from pathlib import Path
 
 import lightning_adapm
 
-REPOSITORY = Path(__file__).parents[1]
+HELPERS = Path(__file__).parent
+REPOSITORY = HELPERS.parents[1]
 RECIPES = REPOSITORY / "recipes"
 QUICKSTART = RECIPES / "trainer" / "pretrain" / "quickstart.yaml"
 QUICKSTART_ADAMW = RECIPES / "trainer" / "pretrain" / "quickstart-adamw.yaml"

@@ -1,18 +1,14 @@
 """Callbacks under a real Trainer, also in projects that know nothing of this package."""
 
-import csv
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from models import PlainLM, token_batches
-from torch.utils.data import DataLoader
+from foreign import CLI_CONFIG, CLI_PROJECT, Foreign, fit, logged, run_script
+from models import PlainLM
 
 from lightning_adapm import (
     AdaPM,
@@ -24,47 +20,6 @@ from lightning_adapm import (
 )
 from lightning_adapm.report.plan import measure
 from lightning_adapm.trainer.callbacks.closing import RunResult, closing_table
-
-
-class Foreign(L.LightningModule):
-    """A project that chooses its optimizer itself."""
-
-    def __init__(self, optimizer=torch.optim.AdamW, **options):
-        super().__init__()
-        self.net, self.make = PlainLM(), lambda m: optimizer(m.named_parameters(), lr=3e-3, **options)
-
-    def training_step(self, batch, batch_idx):
-        return self.net(batch[0])
-
-    def validation_step(self, batch, batch_idx):
-        self.log("val_loss", self.net(batch[0]))
-
-    def configure_optimizers(self):
-        return self.make(self)
-
-    def train_dataloader(self):
-        return DataLoader(token_batches(12), batch_size=1)
-
-    def val_dataloader(self):
-        return DataLoader(token_batches(2, seed=5), batch_size=1)
-
-
-def fit(tmp_path, module, callbacks, **options):
-    loggers = [CSVLogger(tmp_path, "csv"), TensorBoardLogger(tmp_path, "tb")]
-    trainer = L.Trainer(
-        **({"max_steps": 12, "logger": loggers, "callbacks": callbacks} | options),
-        accelerator="cpu",
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-    )
-    trainer.fit(module)
-    return trainer
-
-
-def logged(trainer, key):
-    rows = list(csv.DictReader((Path(trainer.log_dir) / "metrics.csv").open()))
-    return {int(row["step"]): float(row[key]) for row in rows if row.get(key)}
 
 
 @pytest.mark.parametrize("optimizer", [AdaPM, torch.optim.AdamW, torch.optim.SGD])
@@ -187,47 +142,6 @@ def test_several_optimizers_and_manual_optimization(tmp_path):
     assert total == sum(measure(o).total for o in trainer.optimizers)
 
 
-CLI_PROJECT = """
-import lightning as L, torch
-from lightning.pytorch.cli import LightningCLI
-from test_callbacks import Foreign
-
-class Project(Foreign):
-    def __init__(self):
-        super().__init__()
-    configure_optimizers = L.LightningModule.configure_optimizers
-
-LightningCLI(Project, save_config_callback=None)
-"""
-
-CLI_CONFIG = """
-trainer:
-  max_steps: 6
-  accelerator: cpu
-  enable_progress_bar: false
-  logger: {class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: logs}}
-  callbacks:
-    - {class_path: lightning_adapm.OptimizerStateMonitor, init_args: {every_n_steps: 2}}
-    - {class_path: lightning_adapm.ResidualNormMonitor, init_args: {every_n_steps: 2}}
-    - {class_path: lightning_adapm.ClosingTable}
-optimizer: {class_path: lightning_adapm.AdaPM, init_args: {lr: 1.0e-3, rank: 2, momentum: {mlp: full}}}
-"""
-
-
-def run_script(tmp_path, source, *arguments):
-    (tmp_path / "script.py").write_text(source)
-    path = ":".join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
-    return subprocess.run(
-        [sys.executable, "script.py", *arguments],
-        cwd=tmp_path,
-        env={"PYTHONPATH": path, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-
-
 def test_yaml_only_in_a_foreign_project(tmp_path):
     (tmp_path / "config.yaml").write_text(CLI_CONFIG)
     done = run_script(tmp_path, CLI_PROJECT, "fit", "--config", "config.yaml")
@@ -240,7 +154,7 @@ def test_yaml_only_in_a_foreign_project(tmp_path):
 DDP_SCRIPT = """
 import os, sys
 import lightning as L, torch
-from test_callbacks import Foreign, fit
+from foreign import Foreign, fit
 from pathlib import Path
 from lightning_adapm import *
 

@@ -124,7 +124,7 @@ def test_gate_and_up_are_two_weights():
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_every_class_and_the_page_that_lists_them():
-    """The page is written by ``python tests/architectures.py``."""
+    """The page is written by ``python tests/helpers/architectures.py``."""
     import architectures
 
     results = hf_sweep.sweep()

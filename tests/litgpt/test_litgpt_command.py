@@ -9,7 +9,6 @@ import pytest
 import torch
 import yaml
 from commands import RECIPES
-from conftest import write_corpus
 from finetuning import write_instructions, write_tokenizer
 from jsonargparse import CLI, capture_parser
 from litgpt import Config
@@ -17,6 +16,7 @@ from litgpt.data import JSON, TextFiles
 from litgpt.finetune import full, lora
 from litgpt.pretrain import setup as pretrain
 from litgpt_commands import FINETUNE, MODEL, PRETRAIN, optimizer, run_litgpt, text_files, write_checkpoint, write_text
+from texts import write_corpus
 
 from lightning_adapm.commands import litgpt as litgpt_command
 from lightning_adapm.litgpt import checks as litgpt_checks

@@ -5,10 +5,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from commands import HELPERS
 from models import relative_difference, tiny_gpt
 from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -98,7 +98,7 @@ def test_as_without_kernels(interpreted, monkeypatch, second_moment, dtype, tole
 
 def test_tiles_fit_smaller_gpus():
     """Those of compute capability 8.6, 8.9 and 12.0 have 99 KiB of shared memory for a block; no GPU is needed."""
-    command = [sys.executable, Path(__file__).with_name("compile_kernels.py"), "86"]
+    command = [sys.executable, HELPERS / "compile_kernels.py", "86"]
     compiled = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, env=compiled, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

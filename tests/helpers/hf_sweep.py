@@ -1,7 +1,7 @@
 """What AdaPM makes of every model class of the installed transformers that builds on the meta device.
 
 Nothing is downloaded and no weight gets memory: classes are built from their default configurations, with fewer layers
-and experts. ``tests/architectures.py`` writes the results to docs/architectures.md.
+and experts. ``tests/helpers/architectures.py`` writes the results to docs/architectures.md.
 """
 
 import os

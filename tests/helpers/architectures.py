@@ -1,4 +1,4 @@
-"""Writes docs/architectures.md: ``PYTHONPATH=tests python tests/architectures.py``."""
+"""Writes docs/architectures.md: ``PYTHONPATH=tests/helpers python tests/helpers/architectures.py``."""
 
 import re
 from collections import defaultdict
@@ -13,14 +13,14 @@ from models import litgpt_families, litgpt_on_meta
 
 from lightning_adapm import AdaPM
 
-PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
+PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 
 HEAD = """\
 # Architectures
 
 What AdaPM makes of every configuration of litgpt {litgpt}, and of every model class that transformers {transformers}
 lists for its Auto classes, in its default configuration with fewer layers, on the meta device (torch {torch}).
-`PYTHONPATH=tests python tests/architectures.py` writes this page; `make test-slow` checks that it is true.
+`PYTHONPATH=tests/helpers python tests/helpers/architectures.py` writes this page; `make test-slow` checks it.
 
 | result | classes of transformers |
 |---|---|
