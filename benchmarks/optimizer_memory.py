@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from litgpt import GPT, Config
 
-from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre, explain
+from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre, PartialMuon, explain
 from lightning_adapm.report.tables import show_bytes, show_saving
 
 PAGE = Path(__file__).parents[1] / "docs" / "choosing-an-optimizer.md"
@@ -17,6 +17,9 @@ OPTIMIZERS: dict[str, Callable[[Any], AdaPM]] = {
     '`AdaPM(second_moment="block")`': lambda params: AdaPM(params, second_moment="block"),
     '`AdaPM(second_moment="factored")`': lambda params: AdaPM(params, second_moment="factored"),
     "`AdamMini`": AdamMini,
+    "`PartialMuon`": PartialMuon,
+    '`PartialMuon(state_dtype="bfloat16")`': lambda params: PartialMuon(params, state_dtype="bfloat16"),
+    '`PartialMuon(momentum="full")`': lambda params: PartialMuon(params, momentum="full"),
     "`LoRAPre`": LoRAPre,
     '`LoRAPre(variant="muon")`': lambda params: LoRAPre(params, variant="muon"),
     "`AdaLomo`": AdaLomo,

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from lightning_adapm.optim.adapm import AdaPM
     from lightning_adapm.optim.lomo import AdaLomo, Lomo
     from lightning_adapm.optim.lora_pre import LoRAPre
+    from lightning_adapm.optim.partial_muon import PartialMuon
     from lightning_adapm.report.explain import explain
     from lightning_adapm.trainer.callbacks.closing import ClosingTable
     from lightning_adapm.trainer.callbacks.monitors import OptimizerStateMonitor, ResidualNormMonitor
@@ -29,6 +30,7 @@ __all__ = [
     "Lomo",
     "OptimizerStateMonitor",
     "OptimizerSummary",
+    "PartialMuon",
     "ResidualNormMonitor",
     "explain",
 ]
@@ -46,6 +48,7 @@ _MODULES = {
     "Lomo": "optim.lomo",
     "OptimizerStateMonitor": "trainer.callbacks.monitors",
     "OptimizerSummary": "trainer.callbacks.summary",
+    "PartialMuon": "optim.partial_muon",
     "ResidualNormMonitor": "trainer.callbacks.monitors",
     "explain": "report.explain",
 }

@@ -1,21 +1,152 @@
-"""Orthogonalization of matrices by Newton-Schulz iteration (Muon)."""
+"""Orthogonalization of matrices by Newton-Schulz iteration, Muon's replacement of a second moment.
+
+Muon (https://kellerjordan.github.io/posts/muon) moves a matrix along about the nearest orthogonal one to its momentum:
+singular vectors stay, singular values become about 1. Five steps of an odd polynomial of degree five find it by matrix
+products alone. Two forms of the same iteration are here, and the one with less work is taken:
+
+- plain: each step multiplies the matrix, ``20 m² n + 10 m³`` operations for ``m <= n``;
+- Gram: the steps are polynomials in ``X Xᵀ``, so that all of them are multiplied as ``m x m`` matrices and applied to
+  ``X`` once. In bfloat16 that alone fails (rounding of the Gram matrix gives directions that are not there), and with
+  one restart, which forms it again from the matrix after three steps, it is as exact as the plain form.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Coefficients of Muon's quintic iteration, by Keller Jordan."""
+from lightning_adapm.moments.base import Direction, join, split
+from lightning_adapm.moments.second import NoSecondMoment
+from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of ``X``, ``X Xᵀ X`` and ``(X Xᵀ)² X`` in each step, by Keller Jordan."""
+STEPS = 5
 
 
-def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
-    """About the nearest orthogonal matrix to each ``(b, m, n)``: singular values between 0.7 and 1.2."""
-    a, b, c = _NEWTON_SCHULZ
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    found = matrices.mT if tall else matrices
-    tiny = torch.finfo(found.dtype).tiny
-    found = found / found.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)
-    found = found / torch.linalg.matrix_norm(found, keepdim=True).clamp_min(tiny)
+@dataclass(frozen=True)
+class Orthogonal(NoSecondMoment):
+    """Muon's step along a direction ``D``: ``0.2 sqrt(max(m, n))`` times the nearest orthogonal matrix to ``D``.
+
+    The factor gives updates of the size of AdamW's, so that one learning rate serves all parameters of a model (torch
+    calls it ``adjust_lr_fn="match_rms_adamw"``, arXiv 2502.16982). The size of ``D`` has no influence.
+    """
+
+    steps: int = STEPS
+
+    def applied(self, direction: Direction, reduction: Reduction = ONE_PROCESS) -> Direction:
+        """What to move along instead of ``direction``, whose tensors are matrices of one shape or stacks of them."""
+        if reduction is not ONE_PROCESS:
+            raise TypeError(
+                "whole matrices are made orthogonal, and processes hold rows of them here; use DDP, which leaves every"
+                " process all rows"
+            )
+        used = direction.multiplied().tensors
+        found = newton_schulz(join(used), self.steps)
+        return Direction(split(found, used), 0.2 * max(used[0].shape[-2:]) ** 0.5, scratch=True, clamp=None)
+
+
+def newton_schulz(matrices: Tensor, steps: int = STEPS, dtype: torch.dtype | None = None) -> Tensor:
+    """About the nearest orthogonal matrix to each of ``(b, m, n)``: singular values between 0.68 and 1.21.
+
+    Zero singular values stay zero, and those below 2e-3 of the matrix's norm grow by a factor of up to 485 only.
+
+    Args:
+        matrices: of any scale. One that is zero or not finite gives zero.
+        steps: of the iteration.
+        dtype: of the products, and of the result; by default bfloat16 where it is fast, and float64 for float64.
+    """
+    dtype = dtype or product_dtype(matrices.device, matrices.dtype)
+    if not matrices.numel():
+        return matrices.to(dtype)
+    found = _normalized(matrices, dtype)
+    parts = _parts(steps, dtype)
+    if _work_of_gram(matrices.shape, parts) < _work_of_plain(matrices.shape, steps):
+        return _by_gram(found, parts)
+    return _plain(found, steps)
+
+
+def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """That of the products for matrices of ``dtype``: bfloat16 where the device has instructions for it."""
+    if dtype == torch.float64:
+        return dtype
+    return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
+
+
+@lru_cache
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def _normalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Each with a Frobenius norm of 1, in two steps: the squares of large or small entries are beyond float32."""
+    largest = matrices.abs().amax((-2, -1), keepdim=True)
+    tiny = torch.finfo(matrices.dtype).tiny
+    found = matrices / largest.clamp_min(tiny)
+    found.masked_fill_(~largest.isfinite(), 0.0)
+    return found.div_(torch.linalg.matrix_norm(found, keepdim=True).clamp_min(tiny)).to(dtype)
+
+
+def _parts(steps: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """How many steps the Gram form takes with one Gram matrix."""
+    if dtype.itemsize > 2 or steps < 2:
+        return (steps,)
+    return steps - steps // 2, steps // 2
+
+
+def _work_of_plain(shape: Sequence[int], steps: int) -> int:
+    """Multiplications, of ``m x m`` matrices with ``m`` the smaller side for each ``m**3``."""
+    m, n = sorted(shape[-2:])
+    return steps * (2 * m * m * n + m**3)
+
+
+def _work_of_gram(shape: Sequence[int], parts: Sequence[int]) -> int:
+    m, n = sorted(shape[-2:])
+    return sum(2 * m * m * n + (4 * steps - 3) * m**3 for steps in parts)
+
+
+def _gram(found: Tensor) -> Tensor:
+    """Of the smaller side."""
+    return found @ found.mT if found.shape[-2] <= found.shape[-1] else found.mT @ found
+
+
+def _added(found: Tensor, polynomial: Tensor) -> Tensor:
+    """``a found + polynomial found``, the polynomial from the smaller side."""
+    left, right = (polynomial, found) if found.shape[-2] <= found.shape[-1] else (found, polynomial)
+    return torch.baddbmm(found, left, right, beta=_COEFFICIENTS[0])
+
+
+def _plain(found: Tensor, steps: int) -> Tensor:
     for _ in range(steps):
-        gram = found @ found.mT
-        found = torch.baddbmm(found, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), found, beta=a)
-    return (found.mT if tall else found).contiguous()
+        found = _added(found, _polynomial(_gram(found)))
+    return found
+
+
+def _by_gram(found: Tensor, parts: Sequence[int]) -> Tensor:
+    for steps in parts:
+        product = _product(_gram(found), steps)
+        found = product @ found if found.shape[-2] <= found.shape[-1] else found @ product
+    return found
+
+
+def _product(gram: Tensor, steps: int) -> Tensor:
+    """What some steps multiply a matrix with, from its Gram matrix."""
+    polynomial = _polynomial(gram)
+    product = polynomial.clone()
+    product.diagonal(dim1=-2, dim2=-1).add_(_COEFFICIENTS[0])
+    for _ in range(steps - 1):
+        # the matrix's next Gram matrix: (a + p) S (a + p)
+        gram = _added(_added(gram, polynomial), polynomial)
+        polynomial = _polynomial(gram)
+        product = _added(product, polynomial)
+    return product
+
+
+def _polynomial(gram: Tensor) -> Tensor:
+    """``b S + c S²``. The ``a`` is added where it is exact: beside it the rest would be rounded away."""
+    _, b, c = _COEFFICIENTS
+    return torch.baddbmm(gram, gram, gram, beta=b, alpha=c)

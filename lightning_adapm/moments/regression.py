@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lightning_adapm.moments import lowrank
 from lightning_adapm.moments.base import Denominators, Direction, State, join, split, store
-from lightning_adapm.moments.orthogonal import newton_schulz
 from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
 
 _SPREAD = 0.02
@@ -75,13 +74,13 @@ def _over_gram(rows: Tensor, gram: Tensor) -> Tensor:
 class LowRankRegression:
     """LoRA-Pre's momentum: ``beta1 left right + (1 - beta1) grad``, with the factors of the step before.
 
-    With ``orthogonalise`` Muon's: ``beta1 left right + grad``, made orthogonal by Newton-Schulz.
+    With ``summed`` its Muon's: ``beta1 left right + grad``, with factors of the size of ``grad / (1 - beta1)``.
     """
 
     rank: int
     beta1: float
     order: str
-    orthogonalise: bool = False
+    summed: bool = False
     name: ClassVar[str] = "regression"
 
     @property
@@ -98,17 +97,12 @@ class LowRankRegression:
         self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
     ) -> Direction:
         grad = join(grads)
-        if not self.orthogonalise:
+        if not self.summed:
             used = torch.lerp(grad, self._regressor.fit(grad, states, reduction), self.beta1)
             return Direction(split(used, grads), 1 / (1 - self.beta1**step), scratch=True, clamp=None)
-        if reduction is not ONE_PROCESS:
-            raise TypeError(
-                "LoRAPre(variant='muon') makes whole matrices orthogonal, and processes share their rows here; use"
-                " variant='adam', or DDP, which leaves every process all rows"
-            )
         # a sum, not an average: what the factors are fitted to has to be of the size that they stand for
         predicted = self._regressor.fit(grad / (1 - self.beta1), states, reduction)
-        used = newton_schulz(torch.add(grad, predicted, alpha=self.beta1))
+        used = torch.add(grad, predicted, alpha=self.beta1)
         return Direction(split(used, grads), 1.0, scratch=True, clamp=None)
 
 

@@ -4,5 +4,6 @@ from lightning_adapm.optim.adam_mini import AdamMini
 from lightning_adapm.optim.adapm import AdaPM
 from lightning_adapm.optim.lomo import AdaLomo, Lomo
 from lightning_adapm.optim.lora_pre import LoRAPre
+from lightning_adapm.optim.partial_muon import PartialMuon
 
-__all__ = ["AdaLomo", "AdaPM", "AdamMini", "LoRAPre", "Lomo"]
+__all__ = ["AdaLomo", "AdaPM", "AdamMini", "LoRAPre", "Lomo", "PartialMuon"]

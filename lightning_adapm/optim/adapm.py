@@ -99,6 +99,10 @@ class AdaPM(Checkpointed):
     """
 
     observer: Observer | None = None
+    own_defaults: Mapping[str, Any] = {}
+    """Options of a subclass, which its parameter groups have besides AdaPM's."""
+    by_head: ClassVar[bool] = True
+    """Queries and keys may have a second moment for each head."""
     unused: ClassVar[tuple[str, ...]] = ()
     """Options that mean nothing to a subclass, which warns of them."""
 
@@ -143,6 +147,7 @@ class AdaPM(Checkpointed):
             "maximize": maximize,
             "format_version": FORMAT_VERSION,
         }
+        defaults |= self.own_defaults
         options.check(defaults)
         options.warn_of_unused(type(self).__name__, self.unused, {**defaults, "momentum": momentum}, AdaPM.__init__)
         self.name_rules = dict(roles or {})
@@ -161,7 +166,7 @@ class AdaPM(Checkpointed):
     def _assign(self, groups: list[dict[str, Any]], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
         for group in groups:
             options.check({**defaults, **group})
-        assigned, pieces, reasons = assign_roles(groups, defaults, self.name_rules, self.unmatched)
+        assigned, pieces, reasons = assign_roles(groups, defaults, self.name_rules, self.unmatched, self.by_head)
         self.pieces.update(pieces)
         self.reasons.update(reasons)
         return assigned

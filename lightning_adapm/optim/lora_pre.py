@@ -8,9 +8,10 @@ from torch import Tensor
 
 from lightning_adapm.moments.base import Momentum, SecondMoment
 from lightning_adapm.moments.first import FullMomentum
+from lightning_adapm.moments.orthogonal import Orthogonal
 from lightning_adapm.moments.policy import rank_for
 from lightning_adapm.moments.regression import LowRankRegression, LowRankSecondMoment
-from lightning_adapm.moments.second import ElementwiseSecondMoment, NoSecondMoment
+from lightning_adapm.moments.second import ElementwiseSecondMoment
 from lightning_adapm.optim.adapm import AdaPM
 from lightning_adapm.roles.piece import Piece
 
@@ -30,7 +31,8 @@ class LoRAPre(AdaPM):
         eps: added to the denominator, outside the root.
         weight_decay: decoupled weight decay.
         rank: of the factors; an int, or a float in (0, 1] for a share of the smaller dimension.
-        variant: ``"adam"``, or ``"muon"``: momentum made orthogonal by Newton-Schulz, and no second moment.
+        variant: ``"adam"``, or ``"muon"``: momentum made orthogonal by Newton-Schulz, times
+            ``0.2 * sqrt(max(m, n))``, and no second moment.
         order: ``"gauss_seidel"`` refreshes the right factor with the new left one, ``"jacobi"`` both at once, as
             published; that blows up where the gradient is nearly of the factors' rank.
 
@@ -68,15 +70,13 @@ class LoRAPre(AdaPM):
         rank, beta1 = _rank(piece, shape, group), group["betas"][0]
         if rank is None:
             return FullMomentum(beta1)
-        return LowRankRegression(rank, beta1, self.order, orthogonalise=self.variant == "muon")
+        return LowRankRegression(rank, beta1, self.order, summed=self.variant == "muon")
 
     def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
         rank, beta2 = _rank(piece, shape, group), group["betas"][1]
         if rank is None:
             return ElementwiseSecondMoment(beta2, group["eps"])
-        return (
-            NoSecondMoment() if self.variant == "muon" else LowRankSecondMoment(rank, beta2, group["eps"], self.order)
-        )
+        return Orthogonal() if self.variant == "muon" else LowRankSecondMoment(rank, beta2, group["eps"], self.order)
 
 
 def _rank(piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> int | None:

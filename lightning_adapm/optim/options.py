@@ -45,15 +45,17 @@ def check(group: Mapping[str, Any]) -> None:
     Raises:
         ValueError: an option out of range, named with what was found and what to write instead.
     """
-    _check(group, "lr", "a number >= 0", lambda lr: not isinstance(lr, str) and float(lr) >= 0)
-    _check(group, "betas", "two numbers in [0, 1)", lambda betas: len(betas) == 2 and all(0 <= b < 1 for b in betas))
-    _check(group, "eps", "a number >= 0", lambda eps: eps >= 0)
-    _check(group, "weight_decay", "a number >= 0", lambda decay: decay >= 0)
-    _check(group, "rank", "an int >= 1, or a float in (0, 1] for a share of the smaller dimension", _is_rank)
-    _check(group, "update_proj_gap", "an int >= 1", lambda gap: isinstance(gap, int) and gap >= 1)
-    _check(group, "second_moment", f"one of {', '.join(SECOND_MOMENTS)}", lambda kind: kind in SECOND_MOMENTS)
-    _check(group, "basis", f"one of {', '.join(BASES)}", lambda basis: basis in BASES)
-    _check(group, "clip_threshold", "a number > 0, or None for no bound", lambda clip: clip is None or clip > 0)
+    check_option(group, "lr", "a number >= 0", lambda lr: not isinstance(lr, str) and float(lr) >= 0)
+    check_option(
+        group, "betas", "two numbers in [0, 1)", lambda betas: len(betas) == 2 and all(0 <= b < 1 for b in betas)
+    )
+    check_option(group, "eps", "a number >= 0", lambda eps: eps >= 0)
+    check_option(group, "weight_decay", "a number >= 0", lambda decay: decay >= 0)
+    check_option(group, "rank", "an int >= 1, or a float in (0, 1] for a share of the smaller dimension", _is_rank)
+    check_option(group, "update_proj_gap", "an int >= 1", lambda gap: isinstance(gap, int) and gap >= 1)
+    check_option(group, "second_moment", f"one of {', '.join(SECOND_MOMENTS)}", lambda kind: kind in SECOND_MOMENTS)
+    check_option(group, "basis", f"one of {', '.join(BASES)}", lambda basis: basis in BASES)
+    check_option(group, "clip_threshold", "a number > 0, or None for no bound", lambda clip: clip is None or clip > 0)
     for role in group["no_decay"]:
         if role not in ROLES:
             raise ValueError(f"no_decay: {role!r} is not a role; the roles are {', '.join(ROLES)}")
@@ -88,7 +90,12 @@ def _is_rank(rank: Any) -> bool:
     return isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
 
 
-def _check(group: Mapping[str, Any], option: str, wanted: str, holds: Any) -> None:
+def check_option(group: Mapping[str, Any], option: str, wanted: str, holds: Any) -> None:
+    """Check one option of a parameter group.
+
+    Raises:
+        ValueError: It does not hold what is ``wanted``.
+    """
     value = group[option]
     try:
         fine = bool(holds(value))

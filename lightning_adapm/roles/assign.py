@@ -26,9 +26,20 @@ _HEADS = ("n_head", "n_query_groups", "head_size")
 
 
 def assign_roles(
-    groups: list[dict[str, Any]], defaults: Mapping[str, Any], rules: Mapping[str, str], unmatched: str
+    groups: list[dict[str, Any]],
+    defaults: Mapping[str, Any],
+    rules: Mapping[str, str],
+    unmatched: str,
+    by_head: bool = True,
 ) -> tuple[list[dict[str, Any]], dict[Tensor, tuple[Piece, ...]], dict[Tensor, str]]:
     """Give every parameter a role and its pieces.
+
+    Args:
+        groups: Parameter groups as the caller passed them.
+        defaults: Options of groups that do not have their own.
+        rules: The option ``roles``.
+        unmatched: The option of that name.
+        by_head: Block second moments of queries and keys are kept by head, so that their heads must be known.
 
     Returns:
         The groups, each with ``params`` as ``(name, parameter)`` and a parallel list ``roles``; the pieces; and of each
@@ -68,7 +79,7 @@ def assign_roles(
             roles.append(role or UNMATCHED)
             pieces[item.param] = tuple(replace(piece, block=item.block) for piece in cuts)
             check_layout(item.name, cuts[0], item.param)
-            if (options.get("second_moment") or defaults["second_moment"]) == "block":
+            if by_head and (options.get("second_moment") or defaults["second_moment"]) == "block":
                 check_heads(item, pieces[item.param])
         options["params"] = [(item.name, item.param) for item in items]
         options["roles"] = roles

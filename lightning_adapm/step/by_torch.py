@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_adapm.moments.base import Denominators, Direction, SecondMoment, State
+from lightning_adapm.moments.orthogonal import Orthogonal
 from lightning_adapm.sharding.reduction import Reduction
 from lightning_adapm.step import by_kernels, kernels
 from lightning_adapm.step.parts import Observer, Task
@@ -39,6 +40,8 @@ def update(
 
     ``direction`` is what their momentum made of the gradients.
     """
+    if isinstance(second_moment, Orthogonal):
+        direction = second_moment.applied(direction, reduction)
     lr, clip = float(group["lr"]), group["clip_threshold"]
     clip = None if clip is None or direction.clamp is None else clip * direction.clamp
     if observer is None and kernels.movable([task.param for task in tasks], direction.tensors):

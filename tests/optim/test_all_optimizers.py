@@ -10,7 +10,7 @@ from models import PlainLM, gpt_loss, tiny_gpt, token_batches
 from torch import nn
 
 from benchmarks import optimizer_memory
-from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre, explain
+from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre, PartialMuon, explain
 from lightning_adapm.report.plan import measure
 
 MAKE = {
@@ -22,6 +22,9 @@ MAKE = {
     "adam-mini": lambda params: AdamMini(params, lr=1e-2),
     "adalomo": lambda params: AdaLomo(params, lr=5e-2),
     "lomo": lambda params: Lomo(params, lr=0.5),
+    "partial muon": lambda params: PartialMuon(params, lr=1e-2, rank=2, update_proj_gap=3),
+    "muon": lambda params: PartialMuon(params, lr=1e-2, momentum="full", second_moment="elementwise"),
+    "partial muon bfloat16": lambda params: PartialMuon(params, lr=1e-2, rank=2, state_dtype="bfloat16"),
     "lora-pre": lambda params: LoRAPre(params, lr=1e-2, rank=2),
     "lora-pre jacobi": lambda params: LoRAPre(params, lr=1e-2, rank=2, order="jacobi"),
     "lora-pre muon": lambda params: LoRAPre(params, lr=1e-2, rank=2, variant="muon"),

@@ -171,23 +171,14 @@ class TestRegressor:
     def test_a_constant_gradient_of_low_rank_is_found(self, variant, order):
         torch.manual_seed(0)
         grad = torch.randn(30, 3, dtype=torch.float64) @ torch.randn(3, 20, dtype=torch.float64)
-        momentum = LowRankRegression(3, 0.9, order)
+        momentum = LowRankRegression(3, 0.9, order, summed=variant == "muon")
         state = momentum.make(grad.shape, grad)
-        if variant == "muon":
-            from lightning_adapm.optim import lora_pre
-
-            momentum, shown = LowRankRegression(3, 0.9, order, orthogonalise=True), []
-            kept, lora_pre.newton_schulz = lora_pre.newton_schulz, lambda used: shown.append(used[0].clone()) or used
         goal = grad / (1 - 0.9) if variant == "muon" else grad
-        try:
-            for step in range(1, 121):
-                direction = momentum.direction([grad], [state], step)
-                used = shown[-1] if variant == "muon" else direction.tensors[0] * direction.scale * (1 - 0.9**step)
-                if step >= 60:
-                    assert ((used - goal).norm() / goal.norm()).item() <= 0.01, step
-        finally:
-            if variant == "muon":
-                lora_pre.newton_schulz = kept
+        for step in range(1, 121):
+            direction = momentum.direction([grad], [state], step)
+            used = direction.tensors[0] * (1 if variant == "muon" else direction.scale * (1 - 0.9**step))
+            if step >= 60:
+                assert ((used - goal).norm() / goal.norm()).item() <= 0.01, step
 
     def test_a_gradient_of_nearly_its_rank_does_not_blow_up(self):
         torch.manual_seed(0)
@@ -234,7 +225,7 @@ class TestRegressor:
 def test_newton_schulz_makes_orthogonal():
     torch.manual_seed(0)
     for shape in ((6, 20), (20, 6)):
-        values = torch.linalg.svdvals(newton_schulz(torch.randn(1, *shape))[0])
+        values = torch.linalg.svdvals(newton_schulz(torch.randn(1, *shape))[0].float())
         assert ((values > 0.6) & (values < 1.3)).all()
 
 

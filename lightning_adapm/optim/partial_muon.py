@@ -1,0 +1,138 @@
+"""PartialMuon: Muon's orthogonal updates with AdaPM's momentum by role."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_adapm.moments import policy
+from lightning_adapm.moments.base import Momentum, SecondMoment
+from lightning_adapm.moments.first import LowRankMomentum, NoMomentum
+from lightning_adapm.moments.nesterov import NesterovLowRankMomentum, NesterovMomentum
+from lightning_adapm.moments.orthogonal import STEPS, Orthogonal
+from lightning_adapm.optim.adapm import AdaPM
+from lightning_adapm.optim.options import StateDtype, check_option
+from lightning_adapm.roles.piece import Piece
+
+HIDDEN = ("query", "key", "value", "attn_out", "mlp")
+"""Roles whose matrices are moved by orthogonal updates."""
+
+DEFAULT_MOMENTUM: Mapping[str, str] = {**policy.DEFAULT_MOMENTUM, "embedding": "full"}
+
+
+class PartialMuon(AdaPM):
+    """Muon whose momentum depends on the role: low-rank factors, all of it, or none, as in AdaPM.
+
+    Matrices of hidden layers (queries, keys, values, attention outputs and MLPs) move along the nearest orthogonal
+    matrix to their momentum: queries, keys and values of a fused weight each by itself, experts of a stack likewise.
+    Everything else takes Adam's update at the same learning rate. ``momentum="full"`` is Muon.
+
+    Args:
+        params: As for :class:`~lightning_adapm.AdaPM`.
+        lr: Learning rate, of all parameters. An orthogonal update is multiplied by ``0.2 * sqrt(max(m, n))``, which
+            gives it the size of Adam's.
+        mu: Decay of the momentum of hidden matrices.
+        nesterov: Look one step ahead with it, as Muon does.
+        betas: Decay of the first and the second moment of everything else.
+        eps: Added to the denominator of everything else, outside the root.
+        weight_decay: Decoupled weight decay, as in AdamW.
+        rank: Rank of low-rank momentum; see AdaPM.
+        update_proj_gap: Steps between two refreshes of a subspace.
+        momentum: Policies by role that differ from the default, or one policy for every role; see AdaPM. By default
+            queries, keys, MLPs and an untied head keep low-rank momentum, attention outputs none, everything else all
+            of it.
+        second_moment: Of what takes Adam's update: ``"block"``, ``"elementwise"`` or ``"factored"``.
+        roles: As for AdaPM. A matrix with a policy in the place of a role takes Adam's update.
+        unmatched: Policy of matrices whose role is not found, which take Adam's update; ``"error"`` refuses them.
+        no_decay: Roles exempt from weight decay.
+        state_dtype: As for AdaPM.
+        basis: As for AdaPM.
+        convolutions: Give orthogonal updates to weights of convolutions as well, as matrices of outputs by the rest.
+        ns_steps: Steps of the Newton-Schulz iteration that finds the orthogonal matrix.
+        maximize: Maximize the objective.
+        update_in_backward: As for AdaPM.
+
+    Raises:
+        ValueError: An option out of range; a matrix without a role.
+        TypeError: Parameters without names or roles; complex parameters.
+
+    State of a parameter has AdaPM's names: ``exp_avg`` is Muon's momentum buffer.
+    """
+
+    by_head = False
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        mu: float = 0.95,
+        nesterov: bool = True,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        *,
+        rank: int | float = 0.05,
+        update_proj_gap: int = 10,
+        momentum: Mapping[str, str] | str | None = None,
+        second_moment: str = "block",
+        roles: Mapping[str, str] | None = None,
+        unmatched: str = "error",
+        no_decay: Iterable[str] = (),
+        state_dtype: StateDtype = None,
+        basis: str = "auto",
+        convolutions: bool = False,
+        ns_steps: int = STEPS,
+        maximize: bool = False,
+        update_in_backward: bool = False,
+    ) -> None:
+        self.own_defaults = {"mu": mu, "nesterov": nesterov, "convolutions": convolutions, "ns_steps": ns_steps}
+        if not isinstance(momentum, str):
+            momentum = {**DEFAULT_MOMENTUM, **(momentum or {})}
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            rank=rank,
+            update_proj_gap=update_proj_gap,
+            second_moment=second_moment,
+            momentum=momentum,
+            roles=roles,
+            unmatched=unmatched,
+            no_decay=no_decay,
+            state_dtype=state_dtype,
+            basis=basis,
+            maximize=maximize,
+            update_in_backward=update_in_backward,
+        )
+
+    def _assign(self, groups: list[dict[str, Any]], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
+        for group in ({**defaults, **group} for group in groups):
+            check_option(group, "mu", "a number in [0, 1)", lambda mu: 0 <= mu < 1)
+            check_option(group, "ns_steps", "an int >= 1", lambda steps: isinstance(steps, int) and steps >= 1)
+        return super()._assign(groups, defaults)
+
+    def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:
+        if not is_orthogonal(piece, shape, group):
+            return super().momentum_for(piece, shape, group)
+        mu = group["mu"]
+        found = super().momentum_for(piece, shape, {**group, "betas": (mu, 0.0)})
+        if isinstance(found, NoMomentum) or not group["nesterov"]:
+            return found
+        if isinstance(found, LowRankMomentum):
+            return NesterovLowRankMomentum(**{field.name: getattr(found, field.name) for field in fields(found)})
+        return NesterovMomentum(mu)
+
+    def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
+        if is_orthogonal(piece, shape, group):
+            return Orthogonal(group["ns_steps"])
+        return super().second_moment_for(piece, shape, group)
+
+
+def is_orthogonal(piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> bool:
+    """Whether a piece whose matrix has ``shape`` is moved by orthogonal updates."""
+    convolution = piece.flat and (piece.dim > 3 or piece.role == "mlp")  # attention's heads and head size are flat, too
+    return piece.role in HIDDEN and len(shape) >= 2 and (group["convolutions"] or not convolution)

@@ -1,0 +1,105 @@
+"""Newton-Schulz against polar factors, on spectra that are prescribed."""
+
+import math
+
+import pytest
+import torch
+
+from lightning_adapm.moments import orthogonal
+from lightning_adapm.moments.orthogonal import newton_schulz
+
+SIZES = [(96, 96), (64, 320), (320, 64), (1, 40), (40, 1)]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+def with_spectrum(values, m, n):
+    k = min(m, n)
+    left, right = (torch.linalg.qr(torch.randn(size, k, dtype=torch.float64))[0] for size in (m, n))
+    return (left * torch.as_tensor(values[:k], dtype=torch.float64)) @ right.mT
+
+
+def hilbert(m, n):
+    return 1 / (torch.arange(m, dtype=torch.float64)[:, None] + torch.arange(n, dtype=torch.float64) + 1)
+
+
+SPECTRA = {
+    "gaussian": lambda m, n: torch.randn(m, n, dtype=torch.float64),
+    "one dominant direction": lambda m, n: with_spectrum([1e3] + [1.0] * (min(m, n) - 1), m, n),
+    "condition 1e8": lambda m, n: with_spectrum(torch.logspace(0, -8, min(m, n)).tolist(), m, n),
+    "hilbert": hilbert,
+    "rank one": lambda m, n: with_spectrum([1.0] + [0.0] * (min(m, n) - 1), m, n),
+    "1e20": lambda m, n: 1e20 * torch.randn(m, n, dtype=torch.float64),
+    "1e-20": lambda m, n: 1e-20 * torch.randn(m, n, dtype=torch.float64),
+    "1e-42": lambda m, n: 1e-42 * torch.randn(m, n, dtype=torch.float64),  # float32's subnormal numbers
+}
+
+
+def scalar(values, steps=5):
+    """What the iteration does to singular values."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    for _ in range(steps):
+        values = values * (a + b * values**2 + c * values**4)
+    return values
+
+
+@pytest.mark.parametrize("form", ["plain", "gram"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "n"), SIZES)
+@pytest.mark.parametrize("kind", SPECTRA)
+def test_is_the_iteration_on_singular_values(kind, m, n, dtype, form, monkeypatch):
+    """Singular vectors stay, however many of them there are; singular values go through the polynomial."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(orthogonal, f"_work_of_{form}", lambda *_: -1)
+    matrix = SPECTRA[kind](m, n)
+    found = newton_schulz(matrix.to(torch.float64 if dtype == torch.float64 else torch.float32)[None], dtype=dtype)[0]
+    assert found.dtype == dtype and found.shape == matrix.shape
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = values / values.norm()
+    error = {torch.float64: 1e-7, torch.float32: 2e-3, torch.bfloat16: 0.2}[dtype]
+    # directions that are lost where the matrix is rounded to bfloat16, or to subnormal numbers, are not looked at
+    seen = values > {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    seen &= values > (0.1 if kind == "1e-42" else 0)
+    moved = (left.mT @ found.double() @ right.mT).diagonal()
+    assert (moved - scalar(values))[seen].abs().max() <= error
+    assert torch.linalg.matrix_norm(found.double(), 2) <= 1.21 + error
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "n"), SIZES)
+def test_is_about_the_polar_factor(m, n, dtype):
+    torch.manual_seed(0)
+    matrix = torch.randn(3, m, n, dtype=torch.float64)
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    found = newton_schulz(matrix, dtype=dtype).double()
+    assert torch.nn.functional.cosine_similarity(found.flatten(), (left @ right).flatten(), dim=0) > 0.97
+    if min(m, n) > 1:  # the smallest singular values of a square matrix are too small for five steps
+        values = torch.linalg.svdvals(found)
+        assert values.max() < 1.25
+        assert m == n or values.min() > 0.65
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "n"), [(8, 8), (4, 32), (32, 4)])
+def test_one_matrix_of_a_batch_is_no_matter_of_another(m, n, dtype):
+    torch.manual_seed(0)
+    fine = torch.randn(m, n)
+    bad = [torch.zeros(m, n), torch.full((m, n), math.inf), torch.full((m, n), math.nan), fine.clone()]
+    bad[3][0, 0] = -math.inf
+    found = newton_schulz(torch.stack([fine, *bad]), dtype=dtype)
+    assert found[1:].eq(0).all()
+    torch.testing.assert_close(found[0], newton_schulz(fine[None], dtype=dtype)[0])
+
+
+def test_a_batch_of_nothing():
+    for shape in ((0, 3, 4), (2, 0, 4), (2, 3, 0)):
+        assert newton_schulz(torch.zeros(shape)).shape == shape
+
+
+def test_the_form_with_less_work_is_taken():
+    def gram(m, n, dtype):
+        parts = orthogonal._parts(5, dtype)
+        return orthogonal._work_of_gram((m, n), parts) < orthogonal._work_of_plain((m, n), 5)
+
+    assert gram(2048, 8192, torch.bfloat16) and gram(8192, 2048, torch.bfloat16)
+    assert not gram(2048, 2048, torch.bfloat16) and not gram(2048, 2048, torch.float32)
+    assert gram(1024, 2048, torch.float32)
