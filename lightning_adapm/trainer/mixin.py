@@ -1,23 +1,22 @@
 """AdaPM and its learning-rate schedule for a LightningModule that has no ``configure_optimizers`` of its own."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from lightning.pytorch import strategies
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.types import LRSchedulerTypeUnion, OptimizerLRScheduler
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_adapm.moments.policy import momentum_table
 from lightning_adapm.optim import AdaPM, options
 from lightning_adapm.optim.in_backward import check_clipping
+from lightning_adapm.trainer.schedule import Pace, Schedule, total_steps
 
 if TYPE_CHECKING:
     _Module = L.LightningModule
@@ -137,13 +136,22 @@ class AdaPMMixin(_Module):
 
     @property
     def lr(self) -> float:
-        """The learning rate: what was assigned here (as ``Tuner.lr_find`` does), else the one of ``adapm``."""
+        """The learning rate: what was assigned here, else the one of ``adapm``.
+
+        An assignment wins over ``adapm["lr"]``, and one warning says so. While the module trains, it changes what the
+        schedule multiplies, as ``LearningRateFinder`` wants it.
+        """
         assigned: float | None = self.__dict__.get("_adapm_lr")
         return AdaPMConfig.resolve(self.adapm).lr if assigned is None else assigned
 
     @lr.setter
     def lr(self, lr: float | None) -> None:
         self.__dict__["_adapm_lr"] = lr
+        trainer = self.__dict__.get("_trainer")
+        self.__dict__["_adapm_lr_found"] = trainer is not None
+        for config in () if trainer is None else trainer.lr_scheduler_configs:
+            if lr is not None and isinstance(config.scheduler, Schedule):
+                config.scheduler.rebase(lr)
 
     @property
     def adapm_options(self) -> dict[str, Any]:
@@ -158,6 +166,7 @@ class AdaPMMixin(_Module):
             ValueError: Settings out of range, or matrices whose role is not known.
         """
         config = dataclasses.replace(AdaPMConfig.resolve(self.adapm), lr=self.lr)
+        self._say_which_lr()
         if self._trainer is not None:
             check_strategy(self._trainer.strategy)
             if config.update_in_backward:
@@ -170,8 +179,8 @@ class AdaPMMixin(_Module):
         """Any optimizer with the warm-up and schedule of ``adapm``, as ``configure_optimizers`` returns it.
 
         The schedule multiplies the optimizer's own learning rates and is stepped once per optimizer step; with manual
-        optimization that is up to the module (``self.lr_schedulers().step()``). A resumed run follows the schedule
-        of its own settings and length from the step where it continues.
+        optimization that is up to the module (``self.lr_schedulers().step()``). A resumed run takes the rate that is
+        multiplied and the number of the step from its checkpoint, and warm-up, length and end from its own settings.
 
         Returns:
             The optimizer itself where nothing changes its learning rate, else Lightning's dict.
@@ -180,21 +189,25 @@ class AdaPMMixin(_Module):
             MisconfigurationException: The schedule needs the number of steps and the Trainer does not know it.
         """
         config = AdaPMConfig.resolve(self.adapm)
-        warmup = config.warmup_steps
-        if config.schedule == "constant" and not warmup:
+        warmup, cosine = config.warmup_steps, config.schedule == "cosine"
+        if not cosine and not warmup:
             return optimizer
-        total = None
-        if config.schedule == "cosine" or isinstance(warmup, float):
-            total = self._total_steps(config)
-            warmup = round(warmup * total) if isinstance(warmup, float) else warmup
-        end = total if config.schedule == "cosine" else None
-        # partial: no number of an earlier run comes back with its checkpoint, as it does from a callable object
-        factor = partial(lr_factor, warmup=int(warmup), total=end, min_ratio=config.min_lr_ratio)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+        steps = self._total_steps(config) if cosine or isinstance(warmup, float) else None
+        pace = None if steps is None else Pace.of(self.trainer)
+        schedule = Schedule(
+            optimizer, warmup=warmup, cosine=cosine, min_ratio=config.min_lr_ratio, steps=steps, pace=pace
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: LRSchedulerTypeUnion, metric: Any | None) -> None:
+        """Step a scheduler as Lightning does, after a look at whether the run still has the steps it was built for."""
+        if isinstance(scheduler, Schedule):
+            scheduler.follow(self.trainer)
+        super().lr_scheduler_step(scheduler, metric)
 
     def _total_steps(self, config: AdaPMConfig) -> int:
-        steps = self.trainer.estimated_stepping_batches
-        if math.isinf(steps) or steps < 0:  # -1: an iterable dataset without a length
+        steps = total_steps(self.trainer)
+        if steps is None:
             reason = f"schedule: {config.schedule}"
             if config.schedule == "constant":
                 reason = f"warmup_steps: {config.warmup_steps} (a share of all steps)"
@@ -203,7 +216,12 @@ class AdaPMMixin(_Module):
                 " (max_steps=-1, and max_epochs=-1 or data without a length). Set Trainer(max_steps=...), or use"
                 " schedule: constant, with warm-up as a number of steps"
             )
-        return int(steps)
+        return steps
+
+    def _say_which_lr(self) -> None:
+        given = self.adapm.get("lr") if isinstance(self.adapm, Mapping) else getattr(self.adapm, "lr", None)
+        if given not in (None, self.lr) and not self.__dict__["_adapm_lr_found"]:
+            rank_zero_warn(f"lr={self.lr}, assigned to {type(self).__name__}.lr, is used instead of adapm's lr={given}")
 
     def _log_settings(self, config: AdaPMConfig, optimizer: AdaPM) -> None:
         """What the optimizer resolved the settings to, beside the module's own hyperparameters."""
@@ -226,20 +244,6 @@ class AdaPMMixin(_Module):
 def without_text_none(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options with None for the text ``"None"``, which jsonargparse makes of ``--model.adapm.clip_threshold=null``."""
     return {key: None if value == "None" else value for key, value in options.items()}
-
-
-def lr_factor(step: int, *, warmup: int, total: int | None, min_ratio: float) -> float:
-    """What the learning rate is multiplied by in a step, counted from 0.
-
-    Rises linearly over ``warmup`` steps to 1, then falls as a cosine to ``min_ratio`` at ``total`` and stays there;
-    ``total=None`` stays at 1.
-    """
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    if total is None:
-        return 1.0
-    share = min(1.0, (step - warmup) / max(1, total - warmup))
-    return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def check_strategy(strategy: strategies.Strategy) -> None:

@@ -14,7 +14,8 @@ from models import PlainTraining, token_batches
 
 from lightning_adapm import AdaPM, AdaPMConfig, AdaPMMixin
 from lightning_adapm.data import TrainLoader
-from lightning_adapm.trainer.mixin import check_strategy, lr_factor
+from lightning_adapm.trainer.mixin import check_strategy
+from lightning_adapm.trainer.schedule import lr_factor
 
 
 class Module(AdaPMMixin, PlainTraining, L.LightningModule):
