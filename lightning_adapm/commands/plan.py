@@ -19,7 +19,7 @@ from lightning_adapm.litgpt.model import MODEL_CONFIG
 from lightning_adapm.optim import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre
 from lightning_adapm.report.explain import VARIANTS, Explanation, compare, explain
 from lightning_adapm.report.tables import as_text, comparison_table, pieces_table, show_count, summarise, summary_table
-from lightning_adapm.roles.assign import name_patterns
+from lightning_adapm.roles.assign import suggested_roles
 
 _LITGPT = "lightning_adapm.litgpt.LitGPTModule"
 _DTYPES = {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64", "64": "float64"}
@@ -228,7 +228,7 @@ def _report(
 
 
 def _advice(ours: Explanation) -> str:
-    roles = json.dumps(dict.fromkeys(name_patterns(row.name for row in ours.unmatched), "full"))
+    roles = json.dumps(suggested_roles((row.name, row.why) for row in ours.unmatched))
     return (
         f"{ours.advice}\n"
         f"Here that is --roles='{roles}' or --unmatched=full,\n"

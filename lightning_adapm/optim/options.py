@@ -207,7 +207,7 @@ def check_trainable(name: str, piece: Piece, param: Tensor, group: Mapping[str, 
 
     Raises:
         ValueError: no role.
-        TypeError: naming the device or the strategy.
+        TypeError: complex, or naming the device or the strategy.
     """
     if piece.role == UNMATCHED and UNMATCHED not in group["momentum"]:
         raise ValueError(
@@ -218,6 +218,8 @@ def check_trainable(name: str, piece: Piece, param: Tensor, group: Mapping[str, 
         raise TypeError("AdaPM does not support XLA devices (TPUs) yet; train on a CPU or a GPU")
     if param.device.type == "mps":
         raise TypeError("AdaPM finds its subspaces in float64, which MPS devices do not have; train on a CPU or a GPU")
+    if param.is_complex():
+        raise TypeError(f"{name} is complex and now requires a gradient; AdaPM supports real parameters only")
     if piece.dim >= 2 and len(shape_of(param)) < 2:
         raise TypeError(
             f"{name} has become one-dimensional after AdaPM was built, but not by FSDP, whose views it knows"

@@ -80,7 +80,7 @@ class Explanation:
     @property
     def advice(self) -> str:
         """What to write so that the unmatched rows get a role."""
-        return unmatched_message((row.name, row.shape) for row in self.unmatched)
+        return unmatched_message((row.name, row.shape, row.why) for row in self.unmatched)
 
 
 def explain(model: nn.Module | AdaPM, **adapm_options: Any) -> Explanation:

@@ -1,5 +1,6 @@
 """From what the caller passed to parameter groups with names, roles and pieces."""
 
+import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,12 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_adapm.roles.context import Named, describe, link, normalize
+from lightning_adapm.roles.context import Named, describe, link, plain
 from lightning_adapm.roles.find import find_role, fits
 from lightning_adapm.roles.fused import Heads, cut
 from lightning_adapm.roles.inputs import read_params
 from lightning_adapm.roles.piece import ROLES, UNMATCHED, Piece
-from lightning_adapm.roles.rules import FUSED
+from lightning_adapm.roles.rules import FUSED, guess
 from lightning_adapm.sharding.find import layout_of
 
 _HOW_TO_NAME = (
@@ -64,7 +65,7 @@ def assign_roles(
         roles = []
         stated = Heads(*(group.get(key) for key in _HEADS))
         for item in items:
-            if item.param.is_complex():
+            if item.param.is_complex() and item.param.requires_grad:
                 raise TypeError(f"{item.name} is complex; AdaPM supports real parameters only")
             role, reasons[item.param] = _role(item, group.get("role"), rules)
             try:
@@ -79,13 +80,14 @@ def assign_roles(
             roles.append(role or UNMATCHED)
             pieces[item.param] = tuple(replace(piece, block=item.block) for piece in cuts)
             check_layout(item.name, cuts[0], item.param)
-            if by_head and (options.get("second_moment") or defaults["second_moment"]) == "block":
+            keeps_blocks = by_head and (options.get("second_moment") or defaults["second_moment"]) == "block"
+            if keeps_blocks and not item.packed:
                 check_heads(item, pieces[item.param])
         options["params"] = [(item.name, item.param) for item in items]
         options["roles"] = roles
         assigned.append(options)
     if missing and unmatched == "error":
-        raise ValueError(unmatched_message((item.name, item.shape) for item in missing))
+        raise ValueError(unmatched_message((item.name, item.shape, reasons[item.param]) for item in missing))
     if missing and len(set(defaults["momentum"].values())) > 1:  # else no role makes a difference
         names = ", ".join(f"{item.name} {tuple(item.shape)}" for item in missing)
         warnings.warn(
@@ -142,21 +144,31 @@ def check_heads(item: Named, pieces: tuple[Piece, ...]) -> None:
             )
 
 
-def unmatched_message(missing: Iterable[tuple[str, Sequence[int]]]) -> str:
-    """What to write for matrices, given by name and shape, whose role is not found."""
+def unmatched_message(missing: Iterable[tuple[str, Sequence[int], str]]) -> str:
+    """What to write for matrices, given by name, shape and reason, whose role is not found."""
     missing = list(missing)
-    lines = "\n".join(f"  {name}  {tuple(shape)}" for name, shape in missing)
-    paste = ", ".join(f'r"{pattern}": "full"' for pattern in name_patterns(name for name, _ in missing))
+    lines = "\n".join(f"  {name}  {tuple(shape)}" for name, shape, _ in missing)
+    guessed = suggested_roles((name, why) for name, _, why in missing)
+    paste = ", ".join(f'r"{pattern}": "{role}"' for pattern, role in guessed.items())
+    full = 4 * sum(math.prod(shape) for _, shape, _ in missing)
     return (
         f"AdaPM does not know the role of {len(missing)} matrices:\n{lines}\nTeach it, with the right role"
-        f" ({', '.join((*ROLES, *FUSED))}) or a policy (full, low_rank, none) for each:\n  roles={{{paste}}}\n"
-        'or pass unmatched="full" to give all of them AdamW\'s full momentum.'
+        f" ({', '.join((*ROLES, *FUSED))}) or a policy (full, low_rank, none) for each. This is a guess that saves"
+        f' memory where it can, and "full" where it cannot tell:\n  roles={{{paste}}}\nor pass unmatched="full" to'
+        f" give all of them AdamW's full momentum, {full:,} bytes in float32."
     )
 
 
-def name_patterns(names: Iterable[str]) -> list[str]:
-    """Regular expressions for ``roles``: names that differ in their numbers share one."""
-    return list(dict.fromkeys("^" + re.sub(r"\d+", r"\\d+", re.escape(normalize(name))) + "$" for name in names))
+def suggested_roles(missing: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """``roles`` to suggest for matrices, given by name and the reason why they have none.
+
+    Names that differ in their numbers share a regular expression; where guesses about them differ, it is ``"full"``.
+    """
+    roles: dict[str, str] = {}
+    for name, why in missing:
+        pattern, role = "^" + re.sub(r"\d+", r"\\d+", re.escape(plain(name))) + "$", guess(plain(name), why)
+        roles[pattern] = role if roles.get(pattern, role) == role else "full"
+    return roles
 
 
 def check_layout(name: str, piece: Piece, param: Tensor) -> None:

@@ -7,6 +7,8 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_adapm.roles import rules
 from lightning_adapm.sharding.find import shape_of
@@ -14,6 +16,10 @@ from lightning_adapm.sharding.find import shape_of
 _WRAPPERS = re.compile(
     r"(^|(?<=\.))(_forward_module|_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer"
     r"|original_module|modules_to_save\.\w+)\."
+)
+# A reparametrized weight's matrix: under torch's parametrizations, the older weight and spectral norms, and pruning.
+_REPARAMETRIZED = re.compile(
+    r"(?:^|(?<=\.))parametrizations\.(\w+)\.original1?$|(?<=weight)_(?:v|orig)$|(?<=bias)_orig$"
 )
 
 
@@ -44,12 +50,17 @@ class Named:
     """Outside every block, and of the shape of the largest embedding of its width."""
 
     def __post_init__(self) -> None:
+        if is_lazy(self.param):
+            raise ValueError(
+                f"{self.name} has no shape yet: its lazy module gets one in its first forward. Run the model on one"
+                " batch before AdaPM is built, model(batch), in Lightning in configure_model()"
+            )
         self.shape = shape_of(self.param)
 
     @cached_property
     def path(self) -> str:
         """The normalised name without ``.weight``."""
-        return re.sub(r"(\.(linear|inner_linear)|(?<=to_out)\.0)?\.weight$", "", normalize(self.name))
+        return re.sub(r"(\.(linear|inner_linear)|(?<=to_out)\.0)?\.weight$", "", plain(self.name))
 
     @property
     def block(self) -> int:
@@ -69,6 +80,17 @@ class Named:
     def is_linear(self) -> bool:
         """Used by a linear layer, or by a convolution that is one: pointwise, or on patches that do not overlap."""
         return any(_is_linear(user) for user in self.users)
+
+    @property
+    def is_own(self) -> bool:
+        """No layer's weight, but a parameter that a module made for itself."""
+        layers = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
+        return not self.name.endswith("weight") and not any(isinstance(user, layers) for user in self.users)
+
+    @property
+    def packed(self) -> bool:
+        """Holds several quantized numbers in each of its own, so that its shape says nothing."""
+        return not (self.param.is_floating_point() or self.param.is_complex())
 
     @property
     def in_attention(self) -> bool:
@@ -101,15 +123,23 @@ def normalize(name: str) -> str:
     return _WRAPPERS.sub("", name)
 
 
+def plain(name: str) -> str:
+    """The normalized name that a reparametrized weight had before: ``q_proj.weight`` of a weight norm's matrix."""
+    return _REPARAMETRIZED.sub(r"\1", normalize(name))
+
+
 def describe(named: Iterable[tuple[str, Tensor]], module: nn.Module | None) -> list[Named]:
     """Join names with what the module tree says: which modules use a parameter, and what lies around them."""
     users: dict[int, list[nn.Module]] = {}
     around: dict[int, list[nn.Module]] = {}
     modules = dict(module.named_modules(remove_duplicate=False)) if module is not None else {}
-    for path, user in modules.items():
-        for param in user._parameters.values():
+    for path, holder in modules.items():
+        if not holder._parameters:
+            continue
+        path = _parametrized(path, holder)
+        for param in holder._parameters.values():
             if param is not None:
-                users.setdefault(id(param), []).append(user)
+                users.setdefault(id(param), []).append(modules[path])
                 around.setdefault(id(param), []).extend(_ancestors(path, modules))
     items = [Named(name, param, users.get(id(param), []), around.get(id(param), [])) for name, param in named]
     link(items)
@@ -166,6 +196,11 @@ def _is_linear(user: nn.Module) -> bool:
         padded = user.padding != "valid" and any(user.padding)
         return user.kernel_size == user.stride and user.groups == 1 and not padded and not user.transposed
     return isinstance(user, nn.Linear) or type(user).__name__.endswith(("Linear", "Conv1D"))
+
+
+def _parametrized(path: str, holder: nn.Module) -> str:
+    """The path of the module that uses what ``holder`` holds: around a list of parametrizations, the layer."""
+    return re.sub(r"(^|\.)parametrizations\.\w+$", "", path) if isinstance(holder, ParametrizationList) else path
 
 
 def _ancestors(path: str, modules: Mapping[str, nn.Module]) -> list[nn.Module]:

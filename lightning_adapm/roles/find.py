@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lightning_adapm.roles import rules
-from lightning_adapm.roles.context import Named, normalize
+from lightning_adapm.roles.context import Named, normalize, plain
 from lightning_adapm.roles.piece import POLICIES
 
 
@@ -24,11 +24,11 @@ def find_role(item: Named, taught: Mapping[str, str] | None = None) -> tuple[str
     ``taught`` (regular expressions on the normalised name, searched in order) come before everything else; their values
     are roles, which apply to matrices, or policies.
     """
-    name = normalize(item.name)
+    names = normalize(item.name), plain(item.name)
     for pattern, role in (taught or {}).items():
-        if re.search(pattern, name) and fits(role, item.shape):
+        if any(re.search(pattern, name) for name in names) and fits(role, item.shape):
             return role, f"roles[{pattern!r}]"
-    return _by_type(item) or _by_structure(item) or _by_name(item) or (None, "nothing matches")
+    return _by_type(item) or _by_structure(item) or _by_name(item) or (None, _unknown(item))
 
 
 def _by_type(item: Named) -> tuple[str | None, str] | None:
@@ -47,12 +47,12 @@ def _by_type(item: Named) -> tuple[str | None, str] | None:
         return "bias", rules.reason(found)
     if item.name.endswith(".weight") and any(kind.endswith("Embedding") for kind in kinds):
         return "embedding", "used by an embedding"
-    return None
+    return rules.first_match(rules.TABLES, stem) if item.is_own else None
 
 
 def _by_structure(item: Named) -> tuple[str | None, str] | None:
     if item.in_mixer:
-        return None, "in a recurrent or state-space mixer"
+        return None, rules.IN_MIXER
     if not rules.is_attention(item.beside):
         return None
     role = rules.child_role(item.child)
@@ -71,13 +71,13 @@ def _by_name(item: Named) -> tuple[str | None, str] | None:
         role = rules.child_role(item.child)
         if role in ("query", "key", "value") or (role == "attn_out" and item.holds_attention):
             return role, f"name {item.child!r}"
-        return None, "in an attention module, of an unknown name"
+        return None, rules.IN_ATTENTION
     if item.is_head:
         return "lm_head", "has the shape of an embedding"
     if item.block_path is None and (found := re.search(rules.HEADS, stem)):
         return "lm_head", rules.reason(found)
     if re.fullmatch(rules.INPUT_ONLY, item.child) or _holds_more(item):
-        return None, "may hold an attention's inputs or outputs as well as an MLP's"
+        return None, rules.HOLDS_MORE
     return rules.first_match(rules.NAME_RULES_OUTSIDE, stem) or _by_place(item)
 
 
@@ -92,17 +92,27 @@ def _holds_more(item: Named) -> bool:
 
 def _by_place(item: Named) -> tuple[str | None, str] | None:
     if rules.is_attention(item.beside):
-        return None, "beside an attention's projections, of an unknown name"
+        return None, rules.BESIDE_ATTENTION
     role = rules.child_role(item.child)
     if role not in (None, "attn_out") or (re.fullmatch(rules.OUTPUT_ONLY, item.child) and not item.output_found):
-        return None, "called as in attention, but not found in one"
+        return None, rules.LIKE_ATTENTION
     if item.block_path is not None:
         return "mlp", "in a transformer block, outside its attention"
     if item.in_transformer and item.is_linear:
         return "mlp", "a linear layer of a transformer, outside attention"
     if item.in_stem and _is_convolution(item):
         return "mlp", "a convolution beside transformer blocks"
+    if item.is_linear and any(_is_depthwise(other) for other in item.beside.values()):
+        return "mlp", "a pointwise layer beside a depthwise convolution"
     return None
+
+
+def _unknown(item: Named) -> str:
+    if _is_depthwise(item):
+        return rules.DEPTHWISE
+    if _is_convolution(item):
+        return rules.CONVOLUTION
+    return rules.OWN if item.is_own else rules.NOTHING
 
 
 def fits(role: str, shape: torch.Size) -> bool:
@@ -119,3 +129,7 @@ def _is_table(item: Named) -> bool:
 
 def _is_convolution(item: Named) -> bool:
     return any(isinstance(user, nn.modules.conv._ConvNd) for user in item.users)
+
+
+def _is_depthwise(item: Named) -> bool:
+    return any(isinstance(user, nn.modules.conv._ConvNd) and user.groups == user.in_channels > 1 for user in item.users)

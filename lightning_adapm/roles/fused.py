@@ -1,8 +1,9 @@
 """Attention structure: head counts, and which rows of a fused weight are query, key and value."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,24 @@ from lightning_adapm.roles.piece import Piece
 from lightning_adapm.roles.rules import FUSED, child_role
 
 # How attention modules and their configurations call the same numbers.
-N_HEAD = ("n_head", "n_heads", "num_heads", "num_attention_heads", "nhead")
+N_HEAD = (
+    "n_head",
+    "n_heads",
+    "num_heads",
+    "num_attention_heads",
+    "nhead",
+    "heads",
+    "num_head",
+    "nheads",
+    "n_attention_heads",
+    "attention_heads",
+    "num_attn_heads",
+    "n_attn_heads",
+    "attn_heads",
+    "head_num",
+    "heads_num",
+    "n_local_heads",  # Meta's llama
+)
 N_QUERY_GROUPS = (
     "n_query_groups",
     "num_key_value_heads",
@@ -21,7 +39,14 @@ N_QUERY_GROUPS = (
     "n_kv_head",
     "kv_n_heads",
     "kv_heads",
+    "n_local_kv_heads",
+    "n_head_kv",
+    "num_heads_kv",
+    "num_head_kv",
+    "num_query_groups",
+    "n_local_heads",  # gpt-fast
 )
+CONFIGS = ("config", "cfg", "args", "hparams")
 
 # Fused weights whose rows are interleaved by head, (query..., key, value) for each query group; all others hold all
 # queries, then all keys, then all values. By the projection's name and a part of the attention module's class name.
@@ -53,9 +78,9 @@ class Heads:
 
 
 def find_heads(around: Iterable[nn.Module]) -> Heads:
-    """The head counts that the nearest module, or its ``config``, states."""
+    """The head counts that the nearest module, or its configuration, states."""
     for module in around:
-        holders = (module, getattr(module, "config", None))
+        holders = [module, *(getattr(module, name, None) for name in CONFIGS)]
         n_head = _first(holders, N_HEAD)
         if n_head:
             return Heads(n_head, _first(holders, N_QUERY_GROUPS))
@@ -63,8 +88,13 @@ def find_heads(around: Iterable[nn.Module]) -> Heads:
 
 
 def _first(holders: Iterable[Any], names: Iterable[str]) -> int | None:
-    values = (getattr(holder, name, None) for holder in holders for name in names)
-    return next((value for value in values if isinstance(value, int) and value > 0), None)
+    values = (_stated(holder, name) for holder in holders for name in names)
+    counts = (int(value) for value in values if isinstance(value, Integral))
+    return next((count for count in counts if count > 0), None)
+
+
+def _stated(holder: Any, name: str) -> Any:
+    return holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
 
 
 def cut(item: Named, role: str, stated: Heads = Heads()) -> tuple[Piece, ...]:
@@ -83,8 +113,9 @@ def cut(item: Named, role: str, stated: Heads = Heads()) -> tuple[Piece, ...]:
         return (Piece(role, 0, half, part="gate"), Piece(role, half, 2 * half, part="up"))
     dim = len(item.shape)
     count = heads.n_head if role == "query" else (heads.n_query_groups or heads.n_head) if role == "key" else None
-    if count and dim == 2 and role == "key" and not heads.n_query_groups and "query" in _roles_beside(item):
-        count = _key_heads(item, count)
+    query = _roles_beside(item).get("query") if role == "key" and dim == 2 and not heads.n_query_groups else None
+    if count and query is not None:
+        count = _key_heads(item, query, count)
     flat, transposed = _is_flat(item, role), is_transposed(item, role)
     return (Piece(role, heads=count, flat=flat, transposed=transposed, dim=dim),)
 
@@ -95,7 +126,8 @@ def is_transposed(item: Named, role: str) -> bool:
     if any(kind.endswith(TRANSPOSED) for kind in kinds):
         return True
     if role in FUSED and len(shape) == 2 and shape[1] == 3 * shape[0]:
-        return "Linear" not in kinds  # only the shape says so, as for GPT-2's c_attn given by name
+        # only the shape says so, as for GPT-2's c_attn given by name
+        return not any(kind.endswith("Linear") for kind in kinds)
     if len(item.shape) != 3:
         return False
     if role in ("query", "key", "value"):  # (inputs, heads, head size)
@@ -119,10 +151,9 @@ def _roles_beside(item: Named) -> dict[str | None, Named]:
     return {child_role(child): other for child, other in item.beside.items()}
 
 
-def _key_heads(item: Named, n_head: int) -> int:
+def _key_heads(item: Named, query: Named, n_head: int) -> int | None:
     """Heads of a key whose module states only the query's: as many as fit rows of the query's head size."""
-    query = _roles_beside(item)["query"].shape[0]
-    return max(1, item.shape[0] * n_head // query)
+    return None if query.packed else max(1, item.shape[0] * n_head // query.shape[0])
 
 
 def _cut_qkv(item: Named, heads: Heads) -> tuple[Piece, ...]:
@@ -165,7 +196,7 @@ def _query_rows(item: Named, heads: Heads, total: int, inner: int) -> int:
     if heads.n_head and heads.head_size:
         return heads.n_head * heads.head_size
     out = _roles_beside(item).get("attn_out")
-    if out is not None:
+    if out is not None and not out.packed:
         conv = any(type(user).__name__.endswith("Conv1D") for user in out.users)
         rows = out.shape[0 if conv else 1]
         if 0 < rows < total:

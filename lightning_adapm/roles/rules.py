@@ -10,12 +10,15 @@ from collections.abc import Iterable
 FUSED = ("qkv", "kv")
 """Roles of weights that hold the rows of several; their pieces have other roles."""
 
-_BEFORE = r"(?:(?:to|w|lin|linear|proj|project|projection|fc|pos|layout|w2e|e2w|e2e)_?)*"
+_BEFORE = r"(?:(?:to|add|w|lin|linear|proj|project|projection|fc|pos|layout|w2e|e2w|e2e)_?)*"
 _AFTER = r"(?:_?(?:proj|project|projection|lin|linear|layer|head|net|global|attn|up|down|weight|[ab]))*"
 
 # Full matches of a projection's own name, for weights that lie beside each other in one attention module.
 CHILD_RULES: tuple[tuple[str, str], ...] = (
-    ("qkv", r"w?_?qkv(_?proj|_linear|_net)?|c_attn|att_proj|query_key_value|w_pack|to_qkv|mixed_qkv|in_proj_weight"),
+    (
+        "qkv",
+        r"w?_?qkv(_?proj|_linear|_net)?|(\w+_)?attn_qkv|c_attn|att_proj|query_key_value|w_pack|to_qkv|mixed_qkv|in_proj_weight",
+    ),
     ("query", rf"{_BEFORE}(q|quer(y|ies)|query_key){_AFTER}"),  # query_key: Reformer's, shared by both
     ("key", rf"{_BEFORE}(k|keys?){_AFTER}"),
     # what relative positions are compared by: Conformer, Transformer-XL, XLNet, Funnel
@@ -24,7 +27,7 @@ CHILD_RULES: tuple[tuple[str, str], ...] = (
     ("kv", r"w?_?kv(_proj|_linear)?|to_kv|key_value|c_enc_kv|w?kv_[ab](_proj)?(_with_mqa)?"),
     (
         "attn_out",
-        r"(w|fc)?_?o|o_?(proj|lin|net)|out_?(proj|lin|linear)|(linear|to|fc|attention|attn)_out|out|output(_proj)?"
+        r"(w|fc)?_?o|o_?(proj|lin|net)|out_?(proj|lin|linear)|(linear|to|to_add|fc|attention|(\w+_)?attn)_out|\w+_attn_proj|out|output(_proj)?"
         r"|proj|c_proj|post|post_proj|projection(_layer)?|dense|linear|final_linear",
     ),
 )
@@ -37,7 +40,7 @@ INPUT_ONLY = r"in_proj"
 
 # Searched in the name, for what is found before any structure.
 ADAPTER = (
-    r"lora_|vera_|hada_|lokr_|oft_|hra_|(^|\.)ia3_|adaption_|trainable_tokens|gating_factor|adapter_(wte|scale|bias|down|up)"
+    r"(^|[._])(lora|vera|hada|lokr|oft|hra|ia3)_|adaption_|trainable_tokens|gating_factor|adapter_(wte|scale|bias|down|up)"
     r"|(^|[._])adapters?\.(\w+\.)*\w*(down|up)|prompt_encoder\.\w+\.(embedding|transform|mlp_head|lstm_head)"
 )
 BIASES = r"bias(es)?(_table)?$|(^|[._])bias_[a-z]$"
@@ -78,6 +81,8 @@ NAME_RULES: tuple[tuple[str | None, str], ...] = (
     # fused with an MLP's, as in PaLM's parallel blocks, or of an attention whose other projections were not found
     (None, r"(^|\.)(\w+_)?(attn|attention|qkv)_(\w+_)?(ffn?|mlp|out|output|proj|projection)$"),
     ("lm_head", r"(^|\.)transformer\.ff_out$"),  # OLMo's own code
+    # what shifts and scales a diffusion transformer's activations, from its conditioning
+    ("mlp", r"(^|[._])(adaln_?(\w*modulation|single)?|modulation)(\.(lin|linear|\d+))?$|_mod(\.lin(ear)?)?$"),
     (
         "mlp",
         r"(^|\.|_)(mlps?(?!_heads?(\.|$))|ffns?|ff|feed_?forward|feed_forward_\w+|densereludense|moe|block_sparse_moe|experts?)(\.|_|$|\d)",
@@ -92,6 +97,7 @@ NAME_RULES_OUTSIDE: tuple[tuple[str, str], ...] = (
     ("mlp", r"(^|\.)(dense_h_to_4h|dense_4h_to_h|intermediate\.dense)$"),
     ("mlp", r"(^|\.|_)(patch_embed\w*|project_(in|out)|pooler)(\.|$)"),
     ("mlp", r"_(projection|projs?)(_weight)?(\.\d+)?$"),
+    ("mlp", r"(^|\.)(pw_?conv|point_?wise(_conv)?)_?\d?$"),  # ConvNeXt
 )
 # Of a table of rows, which no linear layer or convolution uses.
 EMBEDDINGS = (
@@ -99,12 +105,41 @@ EMBEDDINGS = (
     r"|\w*(query|register|mask|detection|cls)_tokens?|latents?(_\dd)?|latent_query|quer(y|ies)|rel_pos_[hw]|emb_rel_[kv]"
     r"|position(al)?_embedding\w*|position_embeddings\.weights\.\d+|\w*positional_encoding|codevectors)$"
 )
+# The same, of a parameter that is no layer's weight but its module's own: nothing but the name tells what it is.
+TABLES: tuple[tuple[str, str], ...] = (
+    ("bias", r"(^|[._])(\w*scale_shift_table|\w*modulation)$"),
+    (
+        "embedding",
+        r"(^|[._])(w_pos|pe|pos(ition(al)?|itions)?(_?(enc|emb|code|table|param|token|query)\w*)?|\w*_pos_?(enc|emb)\w*"
+        r"|\w*(tokens?|prompts?|codebooks?|slots|(embedding|position|pos)_table))$",
+    ),
+)
 # Outside transformer blocks.
 HEADS = (
     r"(^|\.)(embed_out|output|unembed|output_layer|(\w+_)?heads?|score|(?!pre_)(\w+_)?classifier|qa_outputs|proj_out"
     r"|lm_output|objective|to_logits|seq_relationship)$"
     r"|(^|\.)(classifier|cls|lm_head|predictions|score|head|\w*_head|to_logits)\.(\w+\.)*(out_proj|decoder|fc|\d+)$"
 )
+
+# Why a matrix has no role, and what it most likely is; full momentum for all others.
+IN_MIXER = "in a recurrent or state-space mixer"
+IN_ATTENTION = "in an attention module, of an unknown name"
+BESIDE_ATTENTION = "beside an attention's projections, of an unknown name"
+LIKE_ATTENTION = "called as in attention, but not found in one"
+HOLDS_MORE = "may hold an attention's inputs or outputs as well as an MLP's"
+OWN = "a parameter of its module's own, of an unknown name"
+DEPTHWISE = "a depthwise convolution"
+CONVOLUTION = "a convolution"
+NOTHING = "nothing matches"
+GUESSES = {BESIDE_ATTENTION: "mlp", CONVOLUTION: "low_rank", NOTHING: "mlp"}
+
+
+def guess(name: str, why: str) -> str:
+    """The role, or policy, to suggest for a matrix that ``why`` says has none."""
+    if why == LIKE_ATTENTION:
+        role = child_role(name.removesuffix(".weight").rpartition(".")[2].lower())
+        return "full" if role is None or role in FUSED else role
+    return GUESSES.get(why, "full")
 
 
 def child_role(child: str) -> str | None:

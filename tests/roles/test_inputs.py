@@ -184,7 +184,8 @@ def test_unmatched_matrices_are_listed_with_what_to_paste():
         assert f"blocks.{index}.mixer.weight  (8, 6)" in message
     paste = message[message.index("roles={") + len("roles=") : message.index("}") + 1]
     optimizer = AdaPM(Unknown().named_parameters(), roles=eval(paste))
-    assert set(roles_of(optimizer).values()) == {"full", "norm"}
+    assert set(roles_of(optimizer).values()) == {"mlp", "full", "norm"}
+    assert roles_of(optimizer)["gadget"] == "full"  # a parameter of the module's own
 
 
 def test_unmatched_policy_says_so_once():
