@@ -28,6 +28,7 @@ from lightning_adapm.step.by_torch import update
 from lightning_adapm.step.counters import StepCounters
 from lightning_adapm.step.nonfinite import NonFiniteGradients
 from lightning_adapm.step.parts import (
+    Alike,
     Bucket,
     Observer,
     PieceState,
@@ -211,8 +212,9 @@ class AdaPM(Checkpointed):
         self.check_not_replaced()
         self.gradient_norm = torch.stack(list(updated.values())).sum().sqrt() if updated else None
         moved = self._take([(group, group["param_names"], group["params"]) for group in self.param_groups])
+        self._nonfinite.finish_step()
         if not moved and not updated:
-            warnings.warn(_NO_GRADIENT, stacklevel=3)
+            warnings.warn(_NO_GRADIENT, stacklevel=4)
         return loss
 
     def check_not_replaced(self) -> None:
@@ -242,7 +244,8 @@ class AdaPM(Checkpointed):
         # a caller's autocast would take the products to half precision
         with torch.autocast(selected[0][2][0].device.type, enabled=False):
             gathered = [self._gather(*each, found) for each, found in zip(selected, grads, strict=True)]
-            self._nonfinite.agree(task for buckets in gathered for bucket in buckets for task in bucket.tasks)
+            tasks = (task for buckets in gathered for bucket in buckets for task in bucket.tasks)
+            self._nonfinite.agree(tasks, chain.from_iterable(each[2] for each in selected))
             for (group, _, _), buckets in zip(selected, gathered, strict=True):
                 self._move_together(buckets, group)
         return True
@@ -250,7 +253,7 @@ class AdaPM(Checkpointed):
     def _forget_places(self) -> None:
         self._placements: dict[Tensor, tuple[torch.Size, Placement]] = {}
         self._plans: dict[Tensor, tuple[tuple[Any, ...], list[Plan]]] = {}
-        self._alike: dict[Any, int] = {}
+        self._alike: weakref.WeakValueDictionary[Any, Alike] = weakref.WeakValueDictionary()
         self._settings: dict[int, dict[str, Any]] = {}
         self._counters: defaultdict[int, StepCounters] = defaultdict(StepCounters)
 
@@ -341,13 +344,13 @@ class AdaPM(Checkpointed):
         for index, piece in enumerate(self.pieces[param] if placement.layout is not None or param.numel() else ()):
             shape, shard = placement.shapes[index], placement.shards[index]
             view = part if shard is not None else piece.view(part)
-            task = Task(name, piece, view, view, PieceState(state, piece.prefix), placement.layout, shard)
+            task = Task(name, param, piece, view, view, PieceState(state, piece.prefix), placement.layout, shard)
             momentum = self._placed_momentum(param, index, group)
             second_moment = self.second_moment_for(piece, shape, group)
             decay = 0.0 if piece.role in group["no_decay"] else group["weight_decay"]
             processes = None if shard is None else shard.layout.group
             common = momentum, second_moment, decay, shape, param.dtype, param.device, processes
-            alike = self._alike.setdefault(common, len(self._alike))
+            alike = self._alike.setdefault(common, Alike())
             plans.append(Plan(task, momentum, second_moment, decay, alike))
         self._plans[param] = depends, plans
         return plans

@@ -25,12 +25,19 @@ class Checkpointed(Optimizer):
 
         To be called on all processes that hold a part of a parameter.
         """
-        packed = super().state_dict()
-        for saved, group in zip(packed["param_groups"], self.param_groups, strict=True):
-            for index, param in zip(saved["params"], group["params"], strict=True):
-                if index in packed["state"]:
-                    packed["state"][index] = export_state(cast("AdaPM", self), param, group, packed["state"][index])
-        return packed
+
+        # A temporary hook before all others, so that they see what is saved and may change or replace it.
+        def export(_: Optimizer, packed: dict[str, Any]) -> None:
+            for saved, group in zip(packed["param_groups"], self.param_groups, strict=True):
+                for index, param in zip(saved["params"], group["params"], strict=True):
+                    if index in packed["state"]:
+                        packed["state"][index] = export_state(cast("AdaPM", self), param, group, packed["state"][index])
+
+        handle = self.register_state_dict_post_hook(export, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state saved by AdaPM or by ``torch.optim.AdamW``.

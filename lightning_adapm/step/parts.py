@@ -81,6 +81,8 @@ class Task(NamedTuple):
     """
 
     name: str
+    owner: Tensor
+    """The parameter that the piece is of."""
     piece: Piece
     param: Tensor
     grad: Tensor
@@ -88,9 +90,14 @@ class Task(NamedTuple):
     layout: Layout | None = None
     shard: RowShard | None = None
 
+    @property
+    def key(self) -> tuple[Tensor, str]:
+        """What tells the piece from all others of the optimizer: names may be equal."""
+        return self.owner, self.piece.prefix
+
     def with_gradient(self, grad: Tensor) -> "Task":
         """As ``_replace``, but faster: it is done for every piece in every step."""
-        return Task(self.name, self.piece, self.param, grad, self.state, self.layout, self.shard)
+        return Task(self.name, self.owner, self.piece, self.param, grad, self.state, self.layout, self.shard)
 
     def taken(self) -> "Task":
         """With the rows of ``shard``."""
@@ -103,7 +110,7 @@ class Task(NamedTuple):
 class Plan(NamedTuple):
     """What a step does with one piece of a parameter, as far as it is the same in every step.
 
-    Pieces with the same number ``alike`` can go through a step together.
+    Pieces with the same ``alike`` can go through a step together.
     """
 
     task: Task
@@ -111,7 +118,13 @@ class Plan(NamedTuple):
     momentum: Momentum
     second_moment: SecondMoment
     decay: float
-    alike: int
+    alike: "Alike"
+
+
+class Alike:
+    """Stands for all that must be equal of pieces that go through a step together; compared by identity."""
+
+    __slots__ = ("__weakref__",)
 
 
 class Bucket(NamedTuple):

@@ -145,6 +145,7 @@ MODELS = {
     "gated": gated_lm,
     "odd": Odd,
     "transposed": lambda: Odd(experts=(0, 0)),
+    "experts": lambda: Odd(experts=(3, 3)),
     "few rows": lambda: PlainLM(vocab=61, width=6, layers=1, n_head=2, n_query_groups=1),
 }
 
@@ -182,6 +183,8 @@ class Job:
     """Of the parameters."""
     broken: str | None = None
     """In the names of parameters whose gradients are NaN now and then."""
+    unseen: str | None = None
+    """In the names of stacks whose last expert gets no gradient in the first half of the steps."""
     frozen: str | None = None
     """In the names of parameters that are frozen for half of the steps, and then a parameter group of their own."""
     make: type = AdaPM
@@ -209,7 +212,8 @@ class Job:
         batches, half = self.batches(), self.steps // 2
         optimizer = optimizer or self.optimizer(model)
         if self.frozen is None:
-            train_share(model, optimizer, batches, rank, world_size, self.broken)
+            train_share(model, optimizer, batches[:half], rank, world_size, self.broken, self.unseen)
+            train_share(model, optimizer, batches[half:], rank, world_size, self.broken)
             return optimizer
         for _, param in self._named(model, frozen=True):
             param.requires_grad_(False)
@@ -230,10 +234,11 @@ def loss_of(model, tokens):
     return gpt_loss(model, tokens) if isinstance(inner, GPT) else model(tokens)
 
 
-def train_share(model, optimizer, batches, rank=0, world_size=1, broken=None):
+def train_share(model, optimizer, batches, rank=0, world_size=1, broken=None, unseen=None):
     """Every process takes its share of each batch; strategies average the gradients.
 
-    At every third step, the gradient of the parameter whose name has ``broken`` in it is NaN in its first element.
+    At every third step, the gradient of the parameter whose name has ``broken`` in it is NaN in its first element. That
+    of the last matrix of stacks whose names have ``unseen`` in them is zero.
     """
     for step, tokens in enumerate(batches):
         optimizer.zero_grad()
@@ -242,6 +247,10 @@ def train_share(model, optimizer, batches, rank=0, world_size=1, broken=None):
             layout = layout_of(param)
             if broken in name and (layout is None or layout.held[0] == 0 < layout.held[1]):
                 local(param.grad).view(-1)[0] = float("nan")
+        for name, param in model.named_parameters() if unseen else ():
+            layout = layout_of(param)
+            if unseen in name and (layout is None or layout.held[1] == layout.shape.numel() > layout.held[0]):
+                local(param.grad)[-1].zero_()
         optimizer.step()
 
 
@@ -334,6 +343,8 @@ JOBS |= {
     "gpt long": Job("gpt", {"second_moment": "block"}, steps=40),
     "plain unfrozen": Job("plain", frozen="layers.0"),
     "gpt broken": Job("gpt", broken="qkv"),
+    "gated broken": Job("gated", broken="gate_up_proj.weight"),
+    "experts broken": Job("experts", broken="h.0.mlp.down", unseen="h.1.mlp"),
     "gpt adam-mini": Job("gpt", make=AdamMini),
     "gqa adalomo": Job("gqa", make=AdaLomo),  # a key's bias, which only "plain" has, has noise for a gradient
     "gpt adalomo": Job("gpt", make=AdaLomo),

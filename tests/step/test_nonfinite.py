@@ -1,12 +1,19 @@
 """Gradients with an infinity or a NaN: taken as zero, for the piece that has them, and counted."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 from models import PlainLM, tiny_gpt, token_batches, train
+from torch import nn
 
 from lightning_adapm import AdaPM
+from lightning_adapm.roles.piece import Piece
+from lightning_adapm.sharding.layout import Layout
+from lightning_adapm.step import nonfinite
+from lightning_adapm.step.nonfinite import NonFiniteGradients
+from lightning_adapm.step.parts import Task
 
 
 def twins(**options):
@@ -82,3 +89,97 @@ def test_the_counts_survive_a_copy():
     weight.grad = torch.full_like(weight, float("nan"))
     optimizer.step()
     assert copy.deepcopy(optimizer).nonfinite_gradients() == {"mlp.weight": 1}
+
+
+def test_a_gate_breaks_without_its_up_projection():
+    weight = nn.Parameter(torch.ones(6, 4))
+    optimizer = AdaPM([("mlp.gate_up_proj.weight", weight)])
+    weight.grad = torch.ones_like(weight)
+    weight.grad[1, 2] = float("nan")
+    optimizer.step()
+    assert optimizer.nonfinite_gradients() == {"mlp.gate_up_proj.weight (gate)": 1}
+    assert (weight[:3] - (1 - 1e-3 * 1e-2)).abs().max() < 1e-6 < (weight[3:] - 1).abs().min() / 100
+
+
+class OnTwoProcesses:
+    """The layout of a weight of which this process holds the first half."""
+
+    def __new__(cls, weight, group):
+        half = weight.numel() // 2
+        return Layout(weight.shape, ((0, half), (half, 2 * half)), 0, group)
+
+
+def tasks_of(params, group):
+    """As a process sees pieces of one name each; gate and up projection of the last."""
+    pieces = [Piece("mlp")] * (len(params) - 1) + [Piece("mlp", 0, 2, part="gate"), Piece("mlp", 2, 4, part="up")]
+    owners = [*params, params[-1]]
+    return [
+        Task("mlp.weight", owner, piece, owner, piece.view(owner.grad), {}, OnTwoProcesses(owner, group))
+        for owner, piece in zip(owners, pieces, strict=True)
+    ]
+
+
+def test_processes_agree_by_parameter_and_piece(monkeypatch):
+    """Whatever the order in which each process puts pieces together, and whatever they are called."""
+    params = [nn.Parameter(torch.ones(4, 3)) for _ in range(3)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    params[0].grad[0, 0] = params[2].grad[1, 1] = float("nan")
+    tasks = tasks_of(params, group="both")
+    sent = []
+    monkeypatch.setattr(nonfinite, "all_reduce", lambda flags, group, op: sent.append((flags.tolist(), group)))
+    for order in (tasks, tasks[::-1], [tasks[i] for i in (2, 0, 3, 1)]):
+        found = NonFiniteGradients()
+        found.agree(order, params)
+        assert found.agreed_on(tasks).tolist() == [False, True, False, True]
+    assert sent == [([0, 1, 0, 1], "both")] * 3
+
+
+def test_counts_are_kept_by_piece_however_pieces_are_batched():
+    """Their number is that of the pieces that ever broke: it does not grow with steps."""
+    params = [nn.Parameter(torch.ones(4, 3)) for _ in range(4)]
+    optimizer = AdaPM([(f"mlp.{index}.weight", param) for index, param in enumerate(params)])
+    for step in range(30):
+        for index, param in enumerate(params):
+            broken = float("nan") if index == step % 3 else 1.0
+            param.grad = None if step % (index + 2) == 0 else torch.full_like(param, broken)
+        optimizer.step()
+    counts = [sum(step % 3 == i and step % (i + 2) != 0 for step in range(30)) for i in range(3)]
+    assert optimizer.nonfinite_gradients() == {f"mlp.{i}.weight": count for i, count in enumerate(counts) if count}
+    assert len(optimizer._nonfinite._counts) <= 4
+
+
+def broken_steps(optimizer, params, pattern):
+    """Steps with gradients that are all broken where ``pattern`` has a 1; the number of warnings after each."""
+    warned = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for broken in pattern:
+            for index, param in enumerate(params):
+                fine = not broken or (broken == "partly" and index == 0)
+                param.grad = torch.full_like(param, 1.0 if fine else float("inf"))
+            optimizer.step()
+            warned.append(sum("every gradient held an infinity" in str(each.message) for each in caught))
+    return warned
+
+
+def test_gradients_that_are_all_broken_for_steps_are_warned_of_once():
+    params = [nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(5))]
+    optimizer = AdaPM(zip(("mlp.weight", "mlp.bias"), params, strict=True))
+    pattern = [1, 1, 0, 1, 1, "partly", 1, 1, 1, 1, 1, 0, 1, 1, 1]
+    assert broken_steps(optimizer, params, pattern) == [0] * 8 + [1] * 7
+    assert broken_steps(copy.deepcopy(optimizer), params, [1] * 4) == [0] * 4
+    assert optimizer._nonfinite._watch._flaws == []
+
+
+def test_gradients_used_in_backward_are_watched_by_step():
+    model = nn.ModuleDict({"mlp": nn.Linear(3, 3)})
+    optimizer = AdaPM(model.named_parameters(), update_in_backward=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(4):
+            optimizer.step(lambda: (model["mlp"](torch.ones(1, 3)).sum() * float("nan")).backward())
+            assert bool(caught) == (step >= 2)
+    (warning,) = caught
+    assert "every gradient held an infinity or a NaN in 3 steps in a row" in str(warning.message)
+    assert warning.filename == __file__
