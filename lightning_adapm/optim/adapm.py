@@ -40,8 +40,6 @@ from lightning_adapm.step.parts import (
     shares_basis,
 )
 
-_KEPT = ("name_rules", "unmatched", "update_in_backward", "gradient_norm", "pieces", "reasons", "_nonfinite")
-
 _PER_STEP = ("params", "param_names", "roles", "lr")
 """Of a group: what a plan does not depend on."""
 
@@ -189,7 +187,12 @@ class AdaPM(Checkpointed):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps only defaults, state and groups through pickling and deepcopy
-        return {**super().__getstate__(), **{key: self.__dict__[key] for key in _KEPT}}
+        kept = {key: value for key, value in vars(self).items() if not key.startswith("_") and self._is_own(key)}
+        return {**super().__getstate__(), **kept, "_nonfinite": self._nonfinite}
+
+    def _is_own(self, attribute: str) -> bool:
+        """Whether a public attribute is this optimizer's, not a method that a scheduler has wrapped or a monitor's."""
+        return attribute != "observer" and not callable(getattr(type(self), attribute, None))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -63,9 +63,6 @@ class LoRAPre(AdaPM):
         self.variant, self.order = variant, order
         super().__init__(params, lr, betas, eps, weight_decay, rank=rank, **options)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "variant": self.variant, "order": self.order}
-
     def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:
         rank, beta1 = _rank(piece, shape, group), group["betas"][0]
         if rank is None:
