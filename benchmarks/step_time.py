@@ -144,7 +144,7 @@ def _count(row: Measured, optimizer: Optimizer, of: Parameters, plan: Plan) -> N
     }
 
 
-def summarise(rows: Sequence[Measured], speed: float) -> dict[str, dict[str, Any]]:
+def summarize(rows: Sequence[Measured], speed: float) -> dict[str, dict[str, Any]]:
     """By name: milliseconds, the floor at a ``speed`` in bytes per second, ratios; or why it was skipped."""
     means = {row.peer.name: row.mean for row in rows if row.skipped is None}
     found: dict[str, dict[str, Any]] = {}
@@ -225,7 +225,7 @@ def run(name: str, dtype: str, shape: Shape, peers: Sequence[Peer], plan: Plan, 
     before = bandwidth(plan.device)
     measured = measure(model, peers, plan)
     best = max(before, bandwidth(plan.device))  # other work on a shared machine must not lower it
-    rows = summarise(measured, best)
+    rows = summarize(measured, best)
     result = session("step_time", plan.device) | {
         "threads": torch.get_num_threads(),
         **described(plan.device, name, dtype, shape, MODELS[name].layers),

@@ -45,7 +45,7 @@ def _train(row: Measured, shape: Shape, setting: Setting, plan: Plan) -> None:
         (row.refresh,) = time_steps(step, 1, plan.device)
 
 
-def summarise(rows: Sequence[Measured], tokens: int) -> dict[str, dict[str, Any]]:
+def summarize(rows: Sequence[Measured], tokens: int) -> dict[str, dict[str, Any]]:
     """By name: milliseconds of a step with so many ``tokens``, what the optimizer adds; or why it was skipped."""
     means = {row.peer.name: row.mean for row in rows if row.skipped is None}
     found: dict[str, dict[str, Any]] = {}
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
         deadline=time.monotonic() + args.time_limit,
     )
     measured = measure(shape, select(args.peers), setting, plan)
-    rows = summarise(measured, args.batch * args.length)
+    rows = summarize(measured, args.batch * args.length)
     result = session("training_time", args.device) | {
         **described(args.device, args.model, args.dtype, shape, shape.layers),
         "autocast": args.autocast,

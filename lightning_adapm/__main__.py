@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import inspect
-import linecache
+import os
 import re
 import sys
 import traceback
 
 from lightning_adapm.commands import LITGPT_COMMANDS
+
+TRACEBACK = "LIGHTNING_ADAPM_TRACEBACK"
+"""Environment variable that shows the traceback of every error when it is 1."""
 
 USAGE = """\
 usage: lightning-adapm {plan,prepare,fit,validate,test,predict,litgpt} [--config FILE ...] [--OPTION VALUE ...]
@@ -33,6 +37,9 @@ def main(args: list[str] | None = None) -> None:
 
     Args:
         args: The words after the command's name; ``None`` for those of this process.
+
+    Raises:
+        SystemExit: With one line about an error that the input explains; every other error keeps its traceback.
     """
     words = sys.argv[1:] if args is None else args
     if not words or words[0] in ("-h", "--help"):
@@ -60,21 +67,35 @@ def main(args: list[str] | None = None) -> None:
         AdaPMCLI(args)
         _leave_process_group()
     except Exception as error:
-        if not _is_message_to_the_user(error):
+        if os.environ.get(TRACEBACK) == "1" or not _is_about_input(error):
             raise
-        sys.exit(f"lightning-adapm: error: {_reason(error)}")
+        sys.exit(f"lightning-adapm: error: {_reason(error)} ({TRACEBACK}=1 shows the traceback)")
 
 
 def _leave_process_group() -> None:
-    """gloo's threads now and then abort a process that ends without this, after all its work is done."""
+    """Destroy the process group; without this, gloo's threads sometimes abort a process whose work is done."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
+def _is_about_input(error: Exception) -> bool:
+    """Whether the error says what is wrong with some input: its type does, and this package or the parser raised it."""
+    frame = list(traceback.walk_tb(error.__traceback__))[-1][0]
+    package = frame.f_globals.get("__name__", "").partition(".")[0]
+    return package in ("lightning_adapm", "jsonargparse") and isinstance(error, _input_errors())
+
+
+def _input_errors() -> tuple[type[Exception], ...]:
+    """Types of the errors that this package and the parser raise about input."""
+    about_input = (argparse.ArgumentError, ValueError, TypeError, NotImplementedError, ModuleNotFoundError, OSError)
+    exceptions = sys.modules.get("lightning.fabric.utilities.exceptions")  # loaded wherever one of them was raised
+    return about_input if exceptions is None else (*about_input, exceptions.MisconfigurationException)
+
+
 def _reason(error: Exception) -> str:
-    """What the error says; of the parser's list of the types that a value does not have, only what a class refused."""
+    """The error's text; where the parser lists all types that a value does not have, only what a class refused."""
     text = str(error)
     if "Union subtypes" not in text:
         return " ".join(text.split()) if text.startswith("Parser key") else text
@@ -89,7 +110,7 @@ def _reason(error: Exception) -> str:
 
 
 def _hint(class_path: str, details: str) -> str:
-    """What a misspelt argument of a class may have been."""
+    """The argument of a class that a misspelled one may stand for."""
     unexpected = re.search(r"Key '(\w+)' is not expected", details)
     module, _, name = class_path.rpartition(".")
     if unexpected is None:
@@ -98,14 +119,6 @@ def _hint(class_path: str, details: str) -> str:
 
     known = inspect.signature(getattr(importlib.import_module(module), name)).parameters
     return f"; {instead_of(unexpected[1], known)}"
-
-
-def _is_message_to_the_user(error: Exception) -> bool:
-    """Whether this package or the parser refused some input by a ``raise``: a traceback would bury what it says."""
-    frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
-    package = frame.f_globals.get("__name__", "").split(".")[0]
-    statement = linecache.getline(frame.f_code.co_filename, line).strip()
-    return package in ("lightning_adapm", "jsonargparse") and statement.startswith("raise")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""``lightning-adapm litgpt pretrain ...``: litgpt's own commands, with our figures in their logs and table."""
+"""``lightning-adapm litgpt pretrain ...``: litgpt's own commands, with AdaPM's table and figures in their logs."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
 from typing import Any
 
 import lightning as L
@@ -21,22 +23,22 @@ from lightning_adapm.trainer.callbacks.run import StepClock
 from lightning_adapm.trainer.callbacks.summary import print_summary
 
 EVERY_N_STEPS = 50
-"""Optimizer steps from one measurement to the next, as the callbacks' default."""
+"""Optimizer steps between two measurements, as the callbacks' default."""
 
 
 def run(words: list[str]) -> None:
     """Run one of litgpt's training commands.
 
     Args:
-        words: The command and its arguments, which are litgpt's own.
+        words: The command and its arguments, as litgpt's command line expects them.
 
     Raises:
-        ValueError: No such command; a model, option or folder that litgpt would fail on later, or silently ignore.
-        ModuleNotFoundError: litgpt, or what its command line needs, is not installed.
+        ValueError: There is no such command, or litgpt would fail later or ignore an argument.
+        ModuleNotFoundError: litgpt is not installed, or a package that its command line needs.
     """
     if not words or words[0] not in LITGPT_COMMANDS:
         found = f"but got {words[0]!r}" if words else "but got none"
-        raise ValueError(f"lightning-adapm litgpt takes one of litgpt's commands {', '.join(LITGPT_COMMANDS)}, {found}")
+        raise ValueError(f"lightning-adapm litgpt runs one of litgpt's commands {', '.join(LITGPT_COMMANDS)}, {found}")
     try:
         litgpt = importlib.import_module("litgpt.__main__")
         importlib.import_module("requests")  # which its parser imports late, and does not require
@@ -45,29 +47,41 @@ def run(words: list[str]) -> None:
             f"litgpt's command line needs {error.name}: pip install 'lightning-adapm[litgpt]'"
         ) from error
     check_words(words)
-    for name in LITGPT_COMMANDS:
-        litgpt.PARSER_DATA[name] = _checked(litgpt.PARSER_DATA[name])
-    sys.argv[1:] = words  # litgpt reads them there, more than once
-    L.Fabric = ReportingFabric  # type: ignore[misc]  # litgpt looks it up when it starts
-    litgpt.main()
+    with _reporting(litgpt, words):
+        litgpt.main()
+
+
+@contextlib.contextmanager
+def _reporting(litgpt: ModuleType, words: list[str]) -> Iterator[None]:
+    """Replace litgpt's Fabric, its commands and ``sys.argv`` for the time of a call, and restore them."""
+    commands, fabric, argv = dict(litgpt.PARSER_DATA), L.Fabric, list(sys.argv)
+    try:
+        litgpt.PARSER_DATA.update({name: _checked(commands[name]) for name in LITGPT_COMMANDS})
+        L.Fabric = ReportingFabric  # type: ignore[misc]  # litgpt looks it up when it starts
+        sys.argv[1:] = words  # litgpt reads them there, more than once
+        yield
+    finally:
+        litgpt.PARSER_DATA.update(commands)
+        L.Fabric = fabric  # type: ignore[misc]
+        sys.argv[:] = argv
 
 
 class ReportingFabric(L.Fabric):
-    """Fabric that prints the table of an :class:`AdaPM` it is given, and adds figures to the metrics that are logged.
+    """Fabric that prints AdaPM's table, and adds figures to the logged metrics.
 
-    They are those of ``OptimizerStateMonitor`` and ``ResidualNormMonitor`` under the same names, in the row of the
-    training loss that follows the step they were measured in: the first one, and every 50th.
+    The figures are those of ``OptimizerStateMonitor`` and ``ResidualNormMonitor``, under the same names. They are
+    measured in the first step and then in every 50th, and logged with the next training loss.
     """
 
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
-        """Set them up, print and watch."""
+        """Set up optimizers, print their tables, and measure their steps from now on."""
         self._reports = [OptimizerReport(self, optimizer) for optimizer in optimizers]
         if self.is_global_zero:
             print_summary(optimizers)
         return super().setup_optimizers(*optimizers)
 
     def log_dict(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Log a row, with what was measured since the last one."""
+        """Log metrics; add the figures measured since the last training loss."""
         figures: dict[str, float] = {}
         for report in self._reports if "loss" in metrics else ():
             figures |= report.take()
@@ -75,11 +89,11 @@ class ReportingFabric(L.Fabric):
 
 
 class OptimizerReport:
-    """Measures an optimizer in some of its steps.
+    """Measurements of an optimizer in the first step and in every 50th.
 
     Args:
-        fabric: Of this process.
-        optimizer: Any; only of :class:`AdaPM` there are residuals.
+        fabric: Fabric of this process.
+        optimizer: Any optimizer; only :class:`AdaPM` has residuals to measure.
     """
 
     def __init__(self, fabric: L.Fabric, optimizer: Optimizer) -> None:
@@ -91,7 +105,7 @@ class OptimizerReport:
         optimizer.register_step_post_hook(self._after_step)
 
     def take(self) -> dict[str, float]:
-        """What was measured since the last call."""
+        """Return the figures measured since the last call."""
         taken, self._figures = self._figures, {}
         return taken
 
@@ -112,7 +126,7 @@ class OptimizerReport:
 
 
 def _checked(setup: Callable[..., None]) -> Callable[..., None]:
-    """A command of litgpt's that looks at its arguments before any long work."""
+    """Wrap a command of litgpt so that it checks its arguments before any work."""
 
     @functools.wraps(setup)
     def checked(*args: Any, **kwargs: Any) -> None:

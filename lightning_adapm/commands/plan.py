@@ -1,4 +1,4 @@
-"""``lightning-adapm plan``: bytes of optimizer state before training, on the meta device."""
+"""``lightning-adapm plan``: bytes of optimizer state, computed before training on the meta device."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from torch import nn
 from lightning_adapm.litgpt.model import MODEL_CONFIG
 from lightning_adapm.optim import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre
 from lightning_adapm.report.explain import VARIANTS, Explanation, compare, explain
-from lightning_adapm.report.tables import as_text, comparison_table, pieces_table, show_count, summarise, summary_table
+from lightning_adapm.report.tables import as_text, comparison_table, pieces_table, show_count, summarize, summary_table
 from lightning_adapm.roles.assign import suggested_roles
 
 _LITGPT = "lightning_adapm.litgpt.LitGPTModule"
 _DTYPES = {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64", "64": "float64"}
-"""The dtype of the parameters under a Trainer's precision; float32 under all others."""
+"""Dtype of the parameters by precision of the Trainer; float32 under all others."""
 
 _LORA = {"lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "lora_query": True, "lora_value": True}
-"""What `litgpt finetune_lora` takes where a recipe for it says nothing."""
+"""Defaults of `litgpt finetune_lora`."""
 
-NEIGHBOURS: tuple[type[AdaPM], ...] = (AdamMini, LoRAPre, AdaLomo, Lomo)
-"""Optimizers that have a column of their own where a recipe names them."""
+NEIGHBORS: tuple[type[AdaPM], ...] = (AdamMini, LoRAPre, AdaLomo, Lomo)
+"""Optimizers with a column of their own where a recipe names them."""
 
 _SHAPE_THE_STATE = ("rank", "second_moment", "momentum", "roles", "unmatched", "state_dtype")
 _DESCRIPTION = """\
-What the optimizer's state of a model will cost, before training: AdamW, Adam-mini, AdaPM, and AdaPM with block second
-moments, side by side. The model is built on the meta device, so no weight takes memory.
+Compare the optimizer state of a model before training: AdamW, Adam-mini, AdaPM, and AdaPM with block second moments.
+The model is built on the meta device, so no weight takes memory.
 
   lightning-adapm plan --model_name Llama-3-8B --dtype bfloat16
   lightning-adapm plan --config recipes/trainer/pretrain/quickstart.yaml --rank 4 --explain
@@ -42,10 +42,10 @@ moments, side by side. The model is built on the meta device, so no weight takes
 
 
 def run(words: list[str]) -> int:
-    """Print the plan that the words after ``plan`` ask for.
+    """Print the plan that the words after ``plan`` specify.
 
     Returns:
-        The exit status: 1 where a matrix has no role, so that training would be refused.
+        The exit status, which is 1 where a matrix has no role and AdaPM would refuse to train.
     """
     parser = _parser()
     peek = argparse.ArgumentParser(prog=parser.prog, usage=parser.usage, add_help=False, allow_abbrev=False)
@@ -70,7 +70,7 @@ def run(words: list[str]) -> int:
             built.configure_model()
     built.to(getattr(torch, dtype))
     label = source.model_name or type(built).__name__
-    return _report(built, label, options, _neighbour(recipe), bool(settings.get("explain")))
+    return _report(built, label, options, _neighbor(recipe), bool(settings.get("explain")))
 
 
 def _parser() -> ArgumentParser:
@@ -84,16 +84,20 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--config",
         action="append",
-        help="a recipe, of `lightning-adapm fit` or `litgpt pretrain`; several apply in order",
+        help="a recipe of `lightning-adapm fit` or `litgpt pretrain`; several apply in order",
     )
-    # a function, because add_argument refuses classes with an argument that has no type
+    # a function, because add_argument refuses a class that has an argument without a type
     parser.add_function_arguments(_describe_model, fail_untyped=False)
     parser.add_argument(
         "--dtype",
         type=Literal["float32", "bfloat16", "float16", "float64"],
-        help="of the parameters (default: the recipe's precision, else float32)",
+        help="dtype of the parameters (default: the recipe's precision, else float32)",
     )
-    parser.add_argument("--explain", action="store_true", help="also every parameter: its role, why, and its bytes")
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="also print every parameter with its role, the reason for it, and its bytes",
+    )
     others: set[str | int] = {name for name in inspect.signature(AdaPM).parameters if name not in _SHAPE_THE_STATE}
     parser.add_class_arguments(AdaPM, skip=others, fail_untyped=False)
     return parser
@@ -103,7 +107,7 @@ def _describe_model(model: nn.Module) -> None:
     """The model.
 
     Args:
-        model: a module's class path; --model.ARGUMENT overrides what --model_name or --config say.
+        model: Class path of a module; --model.ARGUMENT overrides --model_name and --config.
     """
 
 
@@ -112,13 +116,15 @@ def _named(model_name: str) -> dict[str, Any]:
 
 
 def _merged(files: list[str]) -> dict[str, Any]:
-    """Recipes laid over each other, in order."""
+    """Read recipes and merge them; later ones take precedence."""
     merged: dict[str, Any] = {}
     for file in files:
         if not Path(file).is_file():
             raise FileNotFoundError(f"--config: there is no file {file!r}")
         try:
-            recipe = get_loader("yaml")(Path(file).read_text(encoding="utf-8"))  # as `fit` reads it: 1e-3 is a number
+            recipe = get_loader("yaml")(
+                Path(file).read_text(encoding="utf-8")
+            )  # like `fit`, which reads 1e-3 as a number
         except yaml.YAMLError as error:
             raise ValueError(f"--config: {file} is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(recipe, dict):
@@ -129,7 +135,7 @@ def _merged(files: list[str]) -> dict[str, Any]:
 
 def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     if below.get("class_path") != above.get("class_path", below.get("class_path")):
-        return dict(above)  # the arguments of another class mean nothing
+        return dict(above)  # arguments of another class do not apply
     result = dict(below)
     for key, value in above.items():
         old = result.get(key)
@@ -138,12 +144,14 @@ def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, A
 
 
 def _model_section(recipe: Mapping[str, Any], files: list[str] | None) -> dict[str, Any] | None:
-    """The recipe's ``model``, or what a recipe of litgpt's own commands says in its place."""
+    """Section ``model`` of a recipe, or its equivalent in a recipe of litgpt's own commands."""
     section = recipe.get("model")
     if section is None and (described := _litgpt_model(recipe)):
         return {"class_path": _LITGPT, "init_args": described}
     if files and not isinstance(section, dict):
-        raise ValueError(f"--config: {', '.join(files)} does not say `model`, with its `class_path` and `init_args`")
+        raise ValueError(
+            f"--config: {', '.join(files)} does not say `model`; write model: {{class_path: ..., init_args: ...}}"
+        )
     if isinstance(section, dict) and "class_path" not in section:
         raise ValueError(
             "--config: `model` does not say its class_path; write model: {class_path: ..., init_args: ...}"
@@ -152,7 +160,7 @@ def _model_section(recipe: Mapping[str, Any], files: list[str] | None) -> dict[s
 
 
 def _litgpt_model(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``LitGPTModule`` needs to build the model of a recipe for litgpt's commands; nothing where it names none."""
+    """Arguments of ``LitGPTModule`` for the model of a recipe of litgpt's commands; empty where it names no model."""
     described: dict[str, Any]
     if recipe.get("model_config"):
         described = {"config": dict(recipe["model_config"])}
@@ -160,7 +168,7 @@ def _litgpt_model(recipe: Mapping[str, Any]) -> dict[str, Any]:
         described = {"model_name": recipe["model_name"]}
     elif recipe.get("checkpoint_dir"):
         folder = Path(recipe["checkpoint_dir"])
-        found = (folder / MODEL_CONFIG).is_file()  # before the weights are there, their name says as much
+        found = (folder / MODEL_CONFIG).is_file()  # before the download, the name is enough
         described = {"checkpoint_dir": str(folder)} if found else {"model_name": folder.name}
     else:
         return {}
@@ -174,7 +182,7 @@ def _litgpt_model(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _optimizer_options(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What an AdaPM under ``optimizer`` is given, which replaces the module's own settings."""
+    """Options of an AdaPM under ``optimizer``, which replace the module's own settings."""
     section = recipe.get("optimizer")
     if not isinstance(section, dict) or str(section.get("class_path")).rpartition(".")[2] != AdaPM.__name__:
         return {}
@@ -182,16 +190,16 @@ def _optimizer_options(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return defaults | (section.get("init_args") or {})
 
 
-def _neighbour(recipe: Mapping[str, Any]) -> tuple[type[AdaPM], dict[str, Any]] | None:
-    """Another optimizer of this package under ``optimizer``, and what it is given."""
+def _neighbor(recipe: Mapping[str, Any]) -> tuple[type[AdaPM], dict[str, Any]] | None:
+    """Another optimizer of this package under ``optimizer``, and its options."""
     section = recipe.get("optimizer")
     name = str(section.get("class_path")).rpartition(".")[2] if isinstance(section, dict) else ""
-    found = next((each for each in NEIGHBOURS if each.__name__ == name), None)
+    found = next((each for each in NEIGHBORS if each.__name__ == name), None)
     return None if found is None or section is None else (found, section.get("init_args") or {})
 
 
 def _recipe_dtype(recipe: Mapping[str, Any]) -> str:
-    """Of the parameters, from the precision of the Trainer or of litgpt."""
+    """Dtype of the parameters, from the precision of the Trainer or of litgpt."""
     trainer = recipe.get("trainer")
     precision = trainer.get("precision") if isinstance(trainer, dict) else recipe.get("precision")
     return _DTYPES.get(str(precision), "float32")
@@ -201,13 +209,13 @@ def _report(
     model: nn.Module,
     label: str,
     options: Mapping[str, Any],
-    neighbour: tuple[type[AdaPM], dict[str, Any]] | None,
+    neighbor: tuple[type[AdaPM], dict[str, Any]] | None,
     every_parameter: bool,
 ) -> int:
     variants, name = compare(model, **options), "AdaPM"
     ours = variants[name]
-    if neighbour is not None:
-        make, arguments = neighbour
+    if neighbor is not None:
+        make, arguments = neighbor
         name = make.__name__
         ours = variants[name] = explain(make(model.named_parameters(), **arguments))
     totals = {"AdamW": ours.adamw_in_dtype} | {name: variant.total for name, variant in variants.items()}
@@ -218,7 +226,7 @@ def _report(
     print(as_text(comparison_table(totals, references)))
     if missing := [name for name in VARIANTS if name not in variants]:
         print(f"No {' and '.join(missing)}: the attention modules do not say their number of heads")
-    print(as_text(summary_table(summarise(ours), "role", len(ours), name)))
+    print(as_text(summary_table(summarize(ours), "role", len(ours), name)))
     if every_parameter:
         print(as_text(pieces_table(ours)))
     if not ours.unmatched:

@@ -1,4 +1,4 @@
-"""``lightning-adapm prepare``: tokenizer, tokens and instructions for litgpt's commands, from text on this machine."""
+"""``lightning-adapm prepare``: a tokenizer, tokens and instructions for litgpt, from text on this machine."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from lightning_adapm.data.tokens import save_tokenizer
 
 INSTRUCTIONS = "instructions"
 _DESCRIPTION = """\
-Makes from text files of this machine what litgpt's commands need to pretrain and finetune: a folder with a tokenizer
-(--tokenizer_dir), tokens (--data lightning_adapm.litgpt.data.PreparedText), and, from the docstrings of Python sources,
-instructions in Alpaca's format (--data JSON). Nothing is downloaded.
+Prepare the data that litgpt's commands need to pretrain and finetune, from text files on this machine. The folder gets
+a tokenizer (--tokenizer_dir) and tokens (--data lightning_adapm.litgpt.data.PreparedText). Docstrings of Python sources
+become instructions in Alpaca's format (--data JSON). Nothing is downloaded.
 
   lightning-adapm prepare
   lightning-adapm prepare --path ~/texts --pattern '*.txt' --out_dir data/texts
@@ -27,7 +27,7 @@ instructions in Alpaca's format (--data JSON). Nothing is downloaded.
 
 
 def run(words: list[str]) -> None:
-    """Prepare what the words after ``prepare`` ask for, and say what was written."""
+    """Prepare data as the words after ``prepare`` specify, and print what was written."""
     parser = ArgumentParser(
         prog="lightning-adapm prepare",
         usage="lightning-adapm prepare [options]",
@@ -50,29 +50,29 @@ def prepare(
     vocab_size: int = 4096,
     cache_dir: str | None = None,
 ) -> Mapping[str, int]:
-    """Write a folder with tokenizer, tokens and instructions.
+    """Write a folder with a tokenizer, tokens and instructions.
 
-    They are in ``tokenizer.json`` and ``tokenizer_config.json``, ``train.npy`` and ``val.npy``, and, where the text has
-    docstrings, ``instructions/train.json`` and ``instructions/val.json``.
+    The files are ``tokenizer.json``, ``tokenizer_config.json``, ``train.npy`` and ``val.npy``. Where the text has
+    docstrings, there are ``instructions/train.json`` and ``instructions/val.json``, too.
 
     Args:
-        out_dir: The folder to write.
-        path: A folder, each file a document, or one text file, whose last part validates. ``None`` for the sources of
-            Python's standard library.
-        pattern: Which files below the folder.
-        exclude: Names of folders to leave out at any depth. ``None`` for none, or, for the standard library, for its
-            tests, installed packages and tables.
-        val_fraction: The share of the files (of one file: of its bytes) that validates; between 0 and 1.
-        max_bytes: The most text to use, in bytes; a fixed, evenly spread choice of files. ``None`` for all.
-        vocab_size: The largest vocabulary to train; at least 257, the bytes and the end-of-text token.
-        cache_dir: Where tokens are kept between runs. ``None`` for ``$XDG_CACHE_HOME/lightning-adapm`` or
+        out_dir: Folder to write.
+        path: A folder, where each file is a document, or one text file, whose last part is for validation. ``None`` for
+            the sources of Python's standard library.
+        pattern: Pattern of the files below the folder.
+        exclude: Names of folders to skip at any depth. ``None`` skips none, or in the standard library its tests,
+            installed packages and tables.
+        val_fraction: Share of the files for validation, or of the bytes of one file; between 0 and 1.
+        max_bytes: Maximum amount of text, in bytes, from a fixed, evenly spread choice of files. ``None`` for all.
+        vocab_size: Maximum size of the vocabulary; at least 257, the bytes and the end-of-text token.
+        cache_dir: Folder in which tokens are kept between runs. ``None`` for ``$XDG_CACHE_HOME/lightning-adapm`` or
             ``~/.cache/lightning-adapm``.
 
     Returns:
-        What was written: the tokens in the vocabulary and in each part, and the instructions in each part, by file.
+        Number of tokens or instructions by the file written.
 
     Raises:
-        ValueError: If an option is out of range or there is too little text.
+        ValueError: An option is out of range, or there is too little text.
     """
     data = TextDataModule(path, pattern, exclude, val_fraction, max_bytes, vocab_size, cache_dir=cache_dir)
     data.prepare_data()

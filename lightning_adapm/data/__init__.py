@@ -1,4 +1,4 @@
-"""Text data for language models: files found on this machine, nothing downloaded."""
+"""Text data for language models, from files on this machine; nothing is downloaded."""
 
 from lightning_adapm.data.loaders import TrainLoader, ValLoader
 from lightning_adapm.data.module import TextDataModule

@@ -1,4 +1,4 @@
-"""Which text files of this machine are the corpus, and which of them train and which validate."""
+"""The choice of text files on this machine, and their split into training and validation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Literal
 
-# Installed packages, tests, and files that hold tables or word lists rather than prose or code.
+# Folders of installed packages, tests, and tables or word lists, which are neither prose nor code.
 STDLIB_EXCLUDE = (
     "site-packages dist-packages test tests idlelib idle_test lib2to3 turtledemo encodings pydoc_data __pycache__"
 ).split()
@@ -20,7 +20,7 @@ PARTS: tuple[Literal["train", "val"], ...] = ("train", "val")
 
 @dataclass(frozen=True)
 class Document:
-    """One text: its file, its name inside the corpus, its first byte and size in bytes, the file's mtime in ns."""
+    """One text: its file, its name in the corpus, its first byte, its size in bytes, and the file's mtime in ns."""
 
     path: Path
     name: str
@@ -31,13 +31,13 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The documents to train on and the documents to validate on, in order."""
+    """Documents for training and documents for validation, in order."""
 
     train: tuple[Document, ...]
     val: tuple[Document, ...]
 
     def digest(self) -> str:
-        """A hexadecimal digest that changes with every file, its contents (by size and mtime), and the split."""
+        """Hexadecimal digest of the files' names, sizes and mtimes, and of the split."""
         digest = hashlib.sha256()
         for part in (self.train, self.val):
             for doc in part:
@@ -47,7 +47,7 @@ class Corpus:
         return digest.hexdigest()
 
     def texts(self, part: Literal["train", "val"]) -> Iterator[str]:
-        """The texts of one part; a file that is not UTF-8 is not text and is passed over."""
+        """Read the texts of one part, skipping files that are not UTF-8."""
         for doc in self.train if part == "train" else self.val:
             with doc.path.open("rb") as file:
                 file.seek(doc.start)
@@ -65,19 +65,19 @@ def find_corpus(
     val_fraction: float,
     max_bytes: int | None,
 ) -> Corpus:
-    """Find the documents and split them by file; the result depends on the files' names and sizes only.
+    """Find documents and split them by file; the result depends on the files' names and sizes alone.
 
     Args:
-        path: A folder, each file a document; or one file, whose last part validates; ``None`` for the Python standard
-            library's sources.
-        pattern: Which files below the folder, as in ``pathlib.PurePath.match``.
-        exclude: Names of folders to leave out at any depth; ``None`` for none, or for the standard library its tests,
+        path: A folder, where each file is a document, or one file, whose last part is for validation. ``None`` for the
+            sources of Python's standard library.
+        pattern: Pattern of the files below the folder, as in ``pathlib.PurePath.match``.
+        exclude: Names of folders to skip at any depth. ``None`` skips none, or in the standard library its tests,
             installed packages and tables.
-        val_fraction: The share of files that goes to validation.
-        max_bytes: The most text to read, in bytes; a uniform choice of files. ``None`` for no limit.
+        val_fraction: Share of the files for validation.
+        max_bytes: Maximum amount of text, in bytes, from a uniform choice of files. ``None`` for no limit.
 
     Raises:
-        ValueError: If the path does not exist, or there are fewer than two non-empty files to read.
+        ValueError: The path does not exist, or fewer than two non-empty files match.
     """
     root = Path(sysconfig.get_paths()["stdlib"] if path is None else path).expanduser()
     if root.is_file():
@@ -98,7 +98,7 @@ def find_corpus(
         documents = _within(documents, max_bytes)
     val_documents = {doc for doc in documents if _unit_hash("split", doc.name) < val_fraction}
     if not val_documents or len(val_documents) == len(documents):
-        # Few files: the split by hash left one side empty.
+        # With few files, the split by hash can leave one side empty.
         ranked = sorted(documents, key=lambda doc: _unit_hash("split", doc.name))
         val_documents = set(ranked[: min(max(1, round(val_fraction * len(ranked))), len(ranked) - 1)])
     return Corpus(
@@ -108,7 +108,7 @@ def find_corpus(
 
 
 def _documents(root: Path, pattern: str, skipped: set[str]) -> Iterator[Document]:
-    """The non-empty files that match; skipped folders are not even looked into (site-packages are large)."""
+    """Yield the non-empty files that match, without entering skipped folders, of which site-packages are large."""
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in skipped]
         for name in names:
@@ -121,7 +121,7 @@ def _documents(root: Path, pattern: str, skipped: set[str]) -> Iterator[Document
 
 
 def _split_file(path: Path, val_fraction: float, max_bytes: int | None) -> tuple[Document, Document]:
-    """One file, cut at the end of a line: what comes first trains."""
+    """Cut one file at the end of a line, into a training part and a validation part."""
     stat = path.stat()
     with path.open("rb") as file:
 
@@ -149,7 +149,7 @@ def _unit_hash(salt: str, name: str) -> float:
 
 
 def _within(documents: list[Document], max_bytes: int) -> list[Document]:
-    """The documents, in order, that fit into ``max_bytes``; one that is too large is passed over."""
+    """Keep the documents that fit into ``max_bytes``, in order, skipping those that are too large."""
     total, kept = 0, []
     for doc in documents:
         if total + doc.size <= max_bytes:

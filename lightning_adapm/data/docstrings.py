@@ -1,4 +1,4 @@
-"""Instructions for finetuning, made from the docstrings of Python sources."""
+"""Instructions for finetuning, from the docstrings of Python sources."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _LONGEST_SIGNATURE = 120
 
 
 def instructions(texts: Iterable[str]) -> list[dict[str, str]]:
-    """Questions about functions and their answers, in Alpaca's format; each question once.
+    """Make questions about functions, with answers, in Alpaca's format; each question occurs once.
 
-    The question has the function's signature, the answer is the first paragraph of its docstring. Texts that are not
-    Python of this version have none.
+    A question contains the function's signature. Its answer is the first paragraph of the docstring. Texts that this
+    version of Python cannot parse give none.
 
     Args:
-        texts: Sources.
+        texts: Python sources.
 
     Returns:
         Dicts of ``instruction``, ``input`` (empty) and ``output``.
@@ -31,10 +31,10 @@ def instructions(texts: Iterable[str]) -> list[dict[str, str]]:
 
 
 def _documented(text: str) -> Iterator[tuple[str, str]]:
-    """Signatures and first paragraphs of docstrings, where both are of a length that a small model can learn."""
+    """Yield signatures and first paragraphs of docstrings that are short enough for a small model to learn."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # sources have invalid escapes now and then
+            warnings.simplefilter("ignore")  # sources sometimes have invalid escapes
             tree = ast.parse(text)
     except (SyntaxError, ValueError):
         return

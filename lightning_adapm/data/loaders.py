@@ -1,6 +1,6 @@
 """Batches of token windows: a seeded, resumable training stream and a fixed validation set.
 
-Both split one global batch over the processes, so that a run sees the same data on any number of them.
+Both split each global batch over the processes, so that a run reads the same data on any number of processes.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch import Tensor
 
 
 class _Windows:
-    """Token windows of ``block_size + 1`` tokens (the last one is only a target), and this process's share of a batch.
+    """Windows of ``block_size + 1`` tokens, and this process's share of each batch.
 
     Args:
         tokens: All tokens, one-dimensional; may be memory-mapped.
-        block_size: Positions the model sees, in tokens; consecutive windows overlap by the one target token.
+        block_size: Positions that the model sees. One more token is the last target, which the next window begins with.
         batch_size: Windows per global batch, over all processes.
-        rank: Which of the processes that read different data this is.
-        world_size: How many processes read different data.
+        rank: Rank of this process among those that read different data.
+        world_size: Number of processes that read different data.
 
     Raises:
-        ValueError: If the tokens do not fill one global batch, or a batch cannot be split evenly.
+        ValueError: The tokens do not fill one global batch, or a batch cannot be split evenly.
     """
 
-    text = "text"  # what the error messages call it
+    text = "text"  # its name in error messages
 
     def __init__(
         self, tokens: np.ndarray, block_size: int, batch_size: int, rank: int = 0, world_size: int = 1
@@ -51,22 +51,26 @@ class _Windows:
         self._share = slice(rank * share, (rank + 1) * share)
 
     def _batch(self, windows: np.ndarray) -> Tensor:
-        """This process's rows of the global batch made of these windows: int64, (rows, ``block_size + 1``)."""
+        """This process's rows of the global batch of these windows, int64 of shape (rows, ``block_size + 1``)."""
         starts = windows[self._share, None] * self.block_size
         return torch.from_numpy(self.tokens[starts + np.arange(self.block_size + 1)].astype(np.int64))
 
 
 class TrainLoader(_Windows):
-    """An endless stream of shuffled batches; each ``iter()`` hands out the next ``len()`` of them.
+    """Endless stream of shuffled batches; each ``iter()`` yields the next ``len()`` of them.
 
-    The windows of an epoch are a permutation drawn from ``(seed, epoch)`` alone, so batch number ``position`` is the
-    same whatever else used a random generator, on any number of processes, and after a resume. ``position`` belongs to
-    the loader, not to an iterator: a new iterator continues where the last one stopped, as an epoch cut short by
-    ``limit_train_batches`` and Lightning's resume both need.
+    The order of an epoch's windows depends on ``(seed, epoch)`` alone. Batch number ``position`` is therefore the same
+    on any number of processes, after a resume, and whatever else draws random numbers. ``position`` belongs to the
+    loader, so that a new iterator continues where the last one stopped. A resume needs that, and so does an epoch cut
+    short by ``limit_train_batches``.
 
     Args:
-        tokens, block_size, batch_size, rank, world_size: As for the windows above.
-        seed: Chooses the order; not negative.
+        tokens: All tokens, one-dimensional; may be memory-mapped.
+        block_size: Positions per window.
+        batch_size: Windows per global batch, over all processes.
+        seed: Seed of the order; not negative.
+        rank: Rank of this process among those that read different data.
+        world_size: Number of processes that read different data.
     """
 
     text = "training text"
@@ -85,17 +89,17 @@ class TrainLoader(_Windows):
     def __iter__(self) -> Iterator[Tensor]:
         for _ in range(len(self)):
             epoch, batch = divmod(self.position, len(self))
-            # Counted before the batch is handed out: a checkpoint written while it is in use names the next one.
+            # Counted before the batch is yielded, so that a checkpoint written while it is in use names the next one.
             self.position += 1
             first = batch * self.batch_size
             yield self._batch(self._permutation(epoch)[first : first + self.batch_size])
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the stream, in batches, and what the stream was made of."""
+        """Position in the stream, in batches, and the settings that determine the stream."""
         return {"position": self.position, **self._identity()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue at the saved position; with other data or settings there is none, so start over and warn."""
+        """Continue at the saved position; with other data or settings, start over and warn."""
         saved = {key: value for key, value in state_dict.items() if key != "position"}
         if saved == self._identity():
             self.position = state_dict["position"]
@@ -122,12 +126,15 @@ class TrainLoader(_Windows):
 
 
 class ValLoader(_Windows):
-    """The first windows of the text, in order, the same on every pass.
+    """The first windows of the text in order, the same on every pass.
 
     Args:
-        tokens, block_size, batch_size, rank, world_size: As for the windows above; where the text does not fill one
-            batch, the batch is as large as it can be.
-        batches: The most batches to hand out; ``None`` for all full ones.
+        tokens: All tokens, one-dimensional; may be memory-mapped.
+        block_size: Positions per window.
+        batch_size: Windows per global batch, over all processes; fewer where the text does not fill one batch.
+        batches: Maximum number of batches; ``None`` for all full ones.
+        rank: Rank of this process among those that read different data.
+        world_size: Number of processes that read different data.
     """
 
     text = "validation text"

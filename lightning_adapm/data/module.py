@@ -1,4 +1,4 @@
-"""A data module over text found on this machine."""
+"""A data module for text on this machine."""
 
 from __future__ import annotations
 
@@ -21,30 +21,31 @@ from lightning_adapm.data.tokens import (
 
 
 class TextDataModule(L.LightningDataModule):
-    """Language-model batches from text files: split by file, byte-level BPE trained on the spot, cached.
+    """Language-model batches from text files, with a byte-level BPE that is trained on them.
 
-    Batches are int64 tensors of shape ``(batch_size, block_size + 1)``; the model shifts inputs and targets. The order
-    of the training batches depends on ``seed`` alone: not on torch's random state, nor on the number of processes, and
-    it continues exactly after a resume in the middle of an epoch.
+    Files are split into training and validation, and their tokens are cached. Batches are int64 tensors of shape
+    ``(batch_size, block_size + 1)``; the model shifts inputs and targets. The order of the training batches depends on
+    ``seed`` alone, not on torch's random state or on the number of processes. A resume in the middle of an epoch
+    continues with the next batch.
 
     Args:
-        path: A folder, each file a document, or one text file, whose last part validates. ``None`` for the sources of
-            Python's standard library.
-        pattern: Which files below the folder.
-        exclude: Names of folders to leave out at any depth. ``None`` for none, or, for the standard library, for its
-            tests, installed packages and tables.
-        val_fraction: The share of the files (of one file: of its bytes) that validates; between 0 and 1.
-        max_bytes: The most text to use, in bytes; a fixed, evenly spread choice of files. ``None`` for all.
-        vocab_size: The largest vocabulary to train; at least 257, the bytes and the end-of-text token.
+        path: A folder, where each file is a document, or one text file, whose last part is for validation. ``None`` for
+            the sources of Python's standard library.
+        pattern: Pattern of the files below the folder.
+        exclude: Names of folders to skip at any depth. ``None`` skips none, or in the standard library its tests,
+            installed packages and tables.
+        val_fraction: Share of the files for validation, or of the bytes of one file; between 0 and 1.
+        max_bytes: Maximum amount of text, in bytes, from a fixed, evenly spread choice of files. ``None`` for all.
+        vocab_size: Maximum size of the vocabulary; at least 257, the bytes and the end-of-text token.
         block_size: Positions per window, in tokens.
-        batch_size: Windows per batch, counted over all processes together.
-        val_batches: The most validation batches; ``None`` for all.
-        seed: Chooses the order of the training batches.
-        cache_dir: Where tokens are kept between runs. ``None`` for ``$XDG_CACHE_HOME/lightning-adapm`` or
+        batch_size: Windows per batch, over all processes.
+        val_batches: Maximum number of validation batches; ``None`` for all.
+        seed: Seed of the order of the training batches.
+        cache_dir: Folder in which tokens are kept between runs. ``None`` for ``$XDG_CACHE_HOME/lightning-adapm`` or
             ``~/.cache/lightning-adapm``.
 
     Raises:
-        ValueError: If an option is out of range, or, once the text is read, if there is too little of it.
+        ValueError: An option is out of range, or, once the text is read, there is too little of it.
     """
 
     def __init__(
@@ -96,27 +97,27 @@ class TextDataModule(L.LightningDataModule):
 
     @property
     def vocab_size(self) -> int:
-        """Tokens in the trained vocabulary; before ``setup``, the most there may be."""
+        """Number of tokens in the trained vocabulary; before ``setup``, its maximum."""
         return self.max_vocab_size if self._tokenizer is None else self._tokenizer.get_vocab_size()
 
     @property
     def fingerprint(self) -> str | None:
-        """Equal for two runs that train and validate on the same batches; ``None`` before ``setup``."""
+        """Digest that is equal for runs on the same batches; ``None`` before ``setup``."""
         if self._folder is None:
             return None
         order = f"{self._folder.name} {self.block_size} {self.batch_size} {self.val_batches} {self.seed}"
         return hashlib.sha256(order.encode()).hexdigest()[:16]
 
     def tokens(self, part: Literal["train", "val"]) -> np.ndarray:
-        """All tokens of one part, one-dimensional, memory-mapped; after ``setup``."""
+        """All tokens of one part, one-dimensional and memory-mapped; available after ``setup``."""
         return self._tokens[part]
 
     def prepare_data(self) -> None:
-        """Find, tokenise and cache the text (called on one process of a node)."""
+        """Find, tokenize and cache the text; Lightning calls this on one process of a node."""
         build_cache(self.corpus(), self.max_vocab_size, self.cache_dir)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the cached tokens; training starts at the first batch unless a checkpoint says otherwise."""
+        """Open the cached tokens; training starts at the first batch unless a checkpoint is loaded."""
         self._folder = folder = cache_folder(self.corpus(), self.max_vocab_size, self.cache_dir)
         if not folder.is_dir():
             raise RuntimeError(
@@ -130,7 +131,7 @@ class TextDataModule(L.LightningDataModule):
             )
 
     def train_dataloader(self) -> TrainLoader:
-        """The training stream; the same object throughout a fit, so that a reload does not start it over."""
+        """The training stream, the same object throughout a fit, so that a reload does not restart it."""
         if self._train_loader is None:
             raise RuntimeError("TextDataModule has no training data yet: call `setup('fit')` first.")
         return self._train_loader
@@ -140,10 +141,10 @@ class TextDataModule(L.LightningDataModule):
         return ValLoader(self.tokens("val"), self.block_size, self.batch_size, self.val_batches, **self._processes())
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the training stream.
+        """Position in the training stream.
 
-        Lightning also saves it with the loader, but does not read that back from a checkpoint written at the end of an
-        epoch; what the data module saves it always reads.
+        Lightning saves the loader's state as well, but does not load it from a checkpoint written at the end of an
+        epoch. It always loads the data module's.
         """
         return {} if self._train_loader is None else {"train_loader": self._train_loader.state_dict()}
 
@@ -153,11 +154,11 @@ class TextDataModule(L.LightningDataModule):
             self._train_loader.load_state_dict(state_dict["train_loader"])
 
     def corpus(self) -> Corpus:
-        """Which texts train and which validate."""
+        """The texts for training and for validation."""
         return find_corpus(self.path, self.pattern, self.exclude, self.val_fraction, self.max_bytes)
 
     def _processes(self) -> dict[str, int]:
-        """Which share of every batch is this process's; the strategy knows which processes read the same data."""
+        """This process's share of every batch, from the strategy, which knows the processes that read the same data."""
         kwargs = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
         return (
             {"rank": 0, "world_size": 1}

@@ -1,4 +1,4 @@
-"""Text to token arrays: a byte-level BPE trained on the corpus itself, and a cache of what it made."""
+"""Token arrays from text: a byte-level BPE trained on the corpus itself, and a cache of the result."""
 
 from __future__ import annotations
 
@@ -19,33 +19,36 @@ from lightning_adapm.data.corpus import PARTS, Corpus
 
 END_OF_TEXT = "<|endoftext|>"
 
-# 256 byte symbols and the end-of-text token: below this a byte-level vocabulary cannot write every text.
+# 256 bytes and the end-of-text token; a smaller vocabulary cannot write every text.
 MIN_VOCAB_SIZE = 257
 
-# Raise it when the split, the order or the format changes, so that older caches are not read.
+# Increased when the split, the order or the format changes, so that older caches are not read.
 _CACHE_FORMAT = 1
 _ABANDONED_AFTER_SECONDS = 24 * 3600
 
 
 def default_cache_dir() -> Path:
-    """``$XDG_CACHE_HOME/lightning-adapm``, or ``~/.cache/lightning-adapm`` where the variable is not set."""
+    """The folder ``$XDG_CACHE_HOME/lightning-adapm``, or ``~/.cache/lightning-adapm`` without that variable."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning-adapm"
 
 
 def cache_folder(corpus: Corpus, vocab_size: int, cache_dir: Path) -> Path:
-    """Where the tokens of this corpus with a vocabulary of this size are, or will be, kept."""
+    """Folder for the tokens of this corpus with a vocabulary of this size, whether it exists or not."""
     settings = f"{_CACHE_FORMAT} {vocab_size} {END_OF_TEXT} {corpus.digest()}"
     return cache_dir / hashlib.sha256(settings.encode()).hexdigest()[:24]
 
 
 def build_cache(corpus: Corpus, vocab_size: int, cache_dir: Path) -> Path:
-    """Tokenise the corpus unless it is cached already; returns the folder with the tokenizer and the token arrays.
+    """Tokenize the corpus unless it is cached already.
 
-    The folder appears under its final name by one rename, complete: a process killed on the way leaves no half-written
-    cache, and of two processes at work at once either may win.
+    The complete folder gets its final name by one rename. A process killed on the way leaves no half-written cache, and
+    two processes may work at once.
+
+    Returns:
+        The folder with the tokenizer and the token arrays.
 
     Raises:
-        ValueError: If no file of one of the two parts is UTF-8 text, or the cache cannot be written.
+        ValueError: No file of one of the two parts is UTF-8 text, or the cache cannot be written.
     """
     final = cache_folder(corpus, vocab_size, cache_dir)
     if final.is_dir():
@@ -75,7 +78,7 @@ def build_cache(corpus: Corpus, vocab_size: int, cache_dir: Path) -> Path:
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
-    """A byte-level BPE ``tokenizers.Tokenizer`` of at most ``vocab_size`` tokens, trained on ``texts``."""
+    """Train a byte-level BPE ``tokenizers.Tokenizer`` of at most ``vocab_size`` tokens on ``texts``."""
     tokenizers = import_tokenizers()
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -91,15 +94,15 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a trained tokenizer into a folder, with the settings that litgpt reads beside it."""
+    """Write a trained tokenizer into a folder, with the settings that litgpt reads."""
     tokenizer.save(str(folder / "tokenizer.json"))
     special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "add_bos_token": False}
-    special["tokenizer_class"] = "PreTrainedTokenizerFast"  # litgpt reads this key without asking
+    special["tokenizer_class"] = "PreTrainedTokenizerFast"  # litgpt requires this key
     (folder / "tokenizer_config.json").write_text(json.dumps(special), encoding="utf-8")
 
 
 def import_tokenizers() -> Any:
-    """The ``tokenizers`` package, or one error that says how to get it."""
+    """Import the ``tokenizers`` package, or raise an error that says how to install it."""
     try:
         import tokenizers
     except ModuleNotFoundError as error:
@@ -110,18 +113,18 @@ def import_tokenizers() -> Any:
 
 
 def _encode(tokenizer: Any, texts: Iterator[str]) -> np.ndarray:
-    """All tokens of the texts in one array, each text closed by the end-of-text token."""
+    """Encode texts into one array, each followed by the end-of-text token."""
     end = tokenizer.token_to_id(END_OF_TEXT)
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
     parts = [np.array([], dtype)]
-    while batch := list(itertools.islice(texts, 256)):  # bounded memory, and still all cores
+    while batch := list(itertools.islice(texts, 256)):  # bounded memory, and work for all cores
         for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
             parts.append(np.array([*encoding.ids, end], dtype))
     return np.concatenate(parts)
 
 
 def _remove_abandoned(cache_dir: Path) -> None:
-    """Delete what processes killed long ago left behind."""
+    """Delete unfinished folders of processes that were killed long ago."""
     for folder in cache_dir.glob("partial-*"):
         try:
             if time.time() - folder.stat().st_mtime > _ABANDONED_AFTER_SECONDS:

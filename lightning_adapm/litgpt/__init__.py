@@ -1,4 +1,4 @@
-"""LitGPT's models, data and checkpoints for the Trainer. Needs ``pip install 'lightning-adapm[litgpt]'``."""
+"""LitGPT's models, data and checkpoints for the Trainer; requires ``pip install 'lightning-adapm[litgpt]'``."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ __all__ = ["LitGPTModule"]
 
 
 def __getattr__(name: str) -> Any:
-    # late: the checks of litgpt's own command line need nothing of the Trainer's module
+    # imported late, because the checks for litgpt's own command line need no Trainer
     if name == "LitGPTModule":
         from lightning_adapm.litgpt.module import LitGPTModule
 

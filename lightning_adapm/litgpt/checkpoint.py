@@ -1,4 +1,4 @@
-"""A litgpt checkpoint directory at the end of training, for `litgpt generate`, `chat`, `evaluate` and finetuning."""
+"""Export to a litgpt checkpoint directory, for `litgpt generate`, `chat`, `evaluate` and finetuning."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 
 class LitGPTCheckpoint(L.Callback):
-    """Writes the trained model of a ``LitGPTModule`` as a litgpt checkpoint directory when training ends.
+    """Write the trained model of a ``LitGPTModule`` as a litgpt checkpoint directory when training ends.
 
-    ``lit_model.pth`` holds the weights in their training dtype, on one process whatever the strategy, with LoRA's
-    matrices merged into them; ``model_config.yaml`` the ``litgpt.Config``; ``hyperparameters.yaml`` the module's
-    arguments; the tokenizer is the data's, and ``prompt_style.yaml`` is written where the data has one.
+    - ``lit_model.pth`` holds all weights in their training dtype, with LoRA's matrices merged into them.
+    - ``model_config.yaml`` holds the ``litgpt.Config``, and ``hyperparameters.yaml`` the module's arguments.
+    - The tokenizer is the data's. ``prompt_style.yaml`` is written where the data has a prompt style.
 
     Args:
-        out_dir: The directory to write, such as ``"out/pretrain/final"``.
+        out_dir: Directory to write, such as ``"out/pretrain/final"``.
 
     Raises:
-        MisconfigurationException: Before training, if the module is no ``LitGPTModule`` or the strategy's checkpoints
-            are spread over processes.
+        MisconfigurationException: Before training, where the module is no ``LitGPTModule`` or the strategy writes
+            sharded checkpoints.
     """
 
     def __init__(self, out_dir: str) -> None:
@@ -44,6 +44,7 @@ class LitGPTCheckpoint(L.Callback):
         if not isinstance(pl_module, LitGPTModule):
             raise MisconfigurationException(
                 f"LitGPTCheckpoint writes models of LitGPTModule, but the model is a {type(pl_module).__name__}."
+                " Remove the callback, or train a LitGPTModule."
             )
         strategy = trainer.strategy
         distributed = getattr(strategy, "_save_distributed_checkpoint", False)
@@ -67,10 +68,10 @@ def write_checkpoint(out_dir: Path, module: LitGPTModule, state: dict[str, Any],
     """Write a litgpt checkpoint directory.
 
     Args:
-        out_dir: The directory, made if need be.
-        module: Whose configuration, arguments and tokenizer are written.
-        state: The module's full state dict.
-        data: The data module whose tokenizer and prompt style go with the model.
+        out_dir: Directory to write; created if necessary.
+        module: Module that the configuration, the arguments and the tokenizer are from.
+        state: Full state dict of the module.
+        data: Data module that the tokenizer and the prompt style are from.
     """
     from litgpt.prompts import save_prompt_style
     from litgpt.utils import copy_config_files, save_config
@@ -83,7 +84,7 @@ def write_checkpoint(out_dir: Path, module: LitGPTModule, state: dict[str, Any],
     torch.save({key: value.detach().cpu() for key, value in weights.items()}, out_dir / "lit_model.pth")
     if module.tokenizer_dir is not None and Path(module.tokenizer_dir).expanduser().resolve() != out_dir.resolve():
         copy_config_files(Path(module.tokenizer_dir).expanduser(), out_dir)
-    elif hasattr(getattr(data, "tokenizer", None), "to_str"):  # TextDataModule's, trained on the spot
+    elif hasattr(getattr(data, "tokenizer", None), "to_str"):  # trained by TextDataModule
         save_tokenizer(data.tokenizer, out_dir)
     save_config(_without_lora(config), out_dir)  # after the copy, which may bring another model's
     if getattr(data, "prompt_style", None) is not None:
@@ -96,19 +97,19 @@ def write_checkpoint(out_dir: Path, module: LitGPTModule, state: dict[str, Any],
 
 
 def _merged(config: Config, weights: dict[str, Any]) -> dict[str, Any]:
-    """The weights of a model with LoRA as those of the plain model."""
+    """Merge LoRA's matrices, and name the weights as in the plain model."""
     from litgpt.lora import GPT, lora_filter, merge_lora_weights
 
     with torch.device("meta"):
         model = GPT(config)
-    # Its own copies: merging writes into them, and the module may go on training.
+    # Copies, because merging writes into them and the module may continue training.
     model.load_state_dict({key: value.detach().cpu().clone() for key, value in weights.items()}, assign=True)
     merge_lora_weights(model)
     return {k.replace(".linear.", "."): v for k, v in model.state_dict().items() if not lora_filter(k, v)}
 
 
 def _without_lora(config: Config) -> Config:
-    """The plain model's configuration."""
+    """Configuration of the plain model."""
     from litgpt import Config
 
     fields = {field.name for field in dataclasses.fields(Config)}

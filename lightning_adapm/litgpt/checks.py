@@ -1,4 +1,4 @@
-"""What litgpt would fail on late, or ignore without a word, said in one line before any work."""
+"""Early checks for mistakes that litgpt reports late or ignores."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _EXAMPLE = '{"class_path": "lightning_adapm.AdaPM", "init_args": {"lr": 1e-3}}'
 
 
 def check_words(words: Sequence[str]) -> None:
-    """Look at a command line before litgpt's parser does, which drops or trips over some ways to give an optimizer.
+    """Check a command line for ways to choose an optimizer that litgpt's parser ignores or fails on.
 
     Raises:
-        ValueError: Naming the option, and what to write instead.
+        ValueError: The parser would ignore the optimizer or fail.
     """
     names = [word.partition("=")[0] for word in words]
     for name in names:
         if name.startswith("--optimizer."):
             raise ValueError(
-                f"{name}: litgpt's parser does not put an optimizer together from parts; give it whole, as"
+                f"{name}: litgpt's parser does not put an optimizer together from parts; write it whole, as"
                 f" --optimizer='{_EXAMPLE}'"
             )
     given = [word.partition("=")[2] or following for word, following in zip(words, [*words[1:], ""], strict=True)]
@@ -42,7 +42,7 @@ def check_words(words: Sequence[str]) -> None:
 
 
 def _has_an_optimizer(config: str) -> bool:
-    """Of what ``--config`` takes, a file or YAML itself; the parser says what else is wrong with it."""
+    """Whether the value of ``--config``, a file or YAML itself, has an optimizer; the parser reports all else."""
     try:
         path = Path(config)
         read = yaml.safe_load(path.read_text(encoding="utf-8") if path.is_file() else config)
@@ -52,11 +52,12 @@ def _has_an_optimizer(config: str) -> bool:
 
 
 def check(arguments: Mapping[str, Any]) -> None:
-    """Look at the arguments of one of litgpt's commands.
+    """Check the arguments of one of litgpt's commands.
 
     Raises:
-        ValueError: A model, an optimizer, an option of it, or data that there is not; a checkpoint of another model.
-        FileNotFoundError: A folder without the checkpoint or the tokenizer that it should have.
+        ValueError: A model, an optimizer, one of its options, or data does not exist, or a checkpoint is of another
+            model.
+        FileNotFoundError: A folder lacks its checkpoint or its tokenizer.
     """
     from litgpt.utils import parse_devices
 
@@ -65,7 +66,7 @@ def check(arguments: Mapping[str, Any]) -> None:
     if arguments.get("checkpoint_dir") is not None:
         folder = _found(arguments["checkpoint_dir"])
         if not folder.exists() and _can_be_downloaded(str(arguments["checkpoint_dir"])):
-            return  # litgpt does
+            return  # litgpt downloads it
         litgpt_model.check_weights(litgpt_model.litgpt_config(None, None, str(folder)), str(folder))
         litgpt_model.check_tokenizer(folder)
         if parse_devices(arguments.get("devices", 1)) > 1 or "lora_r" in arguments:  # LoRA's are merged at the end
@@ -81,7 +82,7 @@ def check(arguments: Mapping[str, Any]) -> None:
 
 
 def _check_pretraining_tokens(arguments: Mapping[str, Any], config: Any) -> None:
-    """See that data which wants a tokenizer gets one, and that its tokens fit into the model."""
+    """Check that data which needs a tokenizer gets one, and that its vocabulary fits into the model."""
     data: Any = arguments.get("data")
     if arguments.get("tokenizer_dir") is None:
         if hasattr(data, "tokenizer"):
@@ -96,15 +97,15 @@ def _check_pretraining_tokens(arguments: Mapping[str, Any], config: Any) -> None
             f"`tokenizer_dir`: a vocabulary of {tokenizer.vocab_size} tokens does not fit into the model's"
             f" `padded_vocab_size` of {config.padded_vocab_size}; give the model's tokenizer or another model_config"
         )
-    if hasattr(data, "connect_tokenizer"):  # PreparedText's, which was made with one tokenizer
+    if hasattr(data, "connect_tokenizer"):  # PreparedText, whose tokens are those of one tokenizer
         data.connect_tokenizer(tokenizer)
 
 
 def check_data(data: Any) -> None:
-    """See that litgpt's data modules for files of one's own find them: litgpt says so late, or by a bare assertion.
+    """Check that litgpt's data modules find their files; litgpt itself reports that late, or by a bare assertion.
 
     Raises:
-        ValueError: Naming the option, and what was found.
+        ValueError: There are too few files or samples.
     """
     if hasattr(data, "train_data_path"):
         _check_text_files(data)
@@ -125,7 +126,7 @@ def _check_text_files(data: Any) -> None:
 
 
 def _check_instructions(data: Any) -> None:
-    """Of JSON; the splits are as litgpt makes them."""
+    """Check the samples of ``JSON``, split as litgpt splits them."""
     for part, samples in zip(("train", "validate"), data.get_splits(), strict=True):
         if not len(samples):
             raise ValueError(
@@ -135,7 +136,7 @@ def _check_instructions(data: Any) -> None:
 
 
 def _check_chunks(data: Any) -> None:
-    """Of LitData, where they are on this machine."""
+    """Check the chunks of ``LitData`` that are on this machine."""
     if "://" in str(data.data_path):
         return
     for name in data.split_names or ("",):
@@ -148,7 +149,7 @@ def _check_chunks(data: Any) -> None:
 
 
 def _found(folder: Path) -> Path:
-    """As litgpt takes a folder: as it is, or else in ``checkpoints``."""
+    """Find a folder as litgpt does, as it is or below ``checkpoints``."""
     from litgpt.utils import extend_checkpoint_dir
 
     return Path(extend_checkpoint_dir(folder))
@@ -161,10 +162,10 @@ def _can_be_downloaded(name: str) -> bool:
 
 
 def check_optimizer(optimizer: str | Mapping[str, Any] | None) -> None:
-    """See that an optimizer can be found and has the options it is given.
+    """Check that an optimizer exists and accepts its options.
 
     Raises:
-        ValueError: Naming what was found, and what to write instead.
+        ValueError: There is no such class or option, or AdaPM refuses a value.
     """
     if not isinstance(optimizer, Mapping):
         return
@@ -184,5 +185,5 @@ def check_optimizer(optimizer: str | Mapping[str, Any] | None) -> None:
     for option in optimizer["init_args"]:
         if option not in known:
             raise ValueError(f"optimizer: {name} has no option {option!r}; {instead_of(option, known)}")
-    if isinstance(found, type) and issubclass(found, AdaPM):  # which checks their values when it is built
+    if isinstance(found, type) and issubclass(found, AdaPM):  # building one checks the values
         found([{"params": [torch.zeros(1, requires_grad=True)], "role": "norm"}], **optimizer["init_args"])

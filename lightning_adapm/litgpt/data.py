@@ -1,4 +1,4 @@
-"""Data for litgpt's own commands that needs neither a download nor litdata; this module imports litgpt."""
+"""Data for litgpt's own commands, without a download and without litdata. This module imports litgpt."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from lightning_adapm.data.loaders import TrainLoader, ValLoader
 
 @dataclass
 class PreparedText(DataModule):
-    """Pretraining windows from the folder that ``lightning-adapm prepare`` has written.
+    """Pretraining windows from a folder written by ``lightning-adapm prepare``.
 
-    A batch is an int64 tensor of shape (micro batch, positions + 1), of this process. All processes together see the
-    batches that one process sees with as many micro batches more, and a resumed run continues with the next batch.
+    A batch of one process is an int64 tensor of shape (micro batch, positions + 1). N processes together read the
+    batches that one process reads with N times the micro batch. A resumed run continues with the next batch.
 
     Raises:
-        FileNotFoundError: If the folder lacks the tokens.
-        ValueError: If litgpt is given no tokenizer, or another one than the tokens were made with.
+        FileNotFoundError: The folder lacks the tokens.
+        ValueError: litgpt has no tokenizer, or another one than that of the tokens.
     """
 
     path: Path
-    """The folder, with ``train.npy``, ``val.npy`` and ``tokenizer.json``."""
+    """Folder with ``train.npy``, ``val.npy`` and ``tokenizer.json``."""
     seed: int = 0
-    """Chooses the order of the training windows."""
+    """Seed of the order of the training windows."""
 
     tokenizer: Tokenizer | None = field(default=None, init=False, repr=False)
     batch_size: int = field(default=1, init=False, repr=False)
@@ -51,14 +51,14 @@ class PreparedText(DataModule):
     def connect(
         self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None
     ) -> None:
-        """Take litgpt's tokenizer, the windows per batch of a process, and the positions of a window."""
+        """Set litgpt's tokenizer, the windows per batch of one process, and the positions per window."""
         self.connect_tokenizer(tokenizer)
         if max_seq_length is None:
-            raise ValueError("`max_seq_length`: PreparedText needs the positions of a window")
+            raise ValueError("`max_seq_length`: PreparedText needs the positions per window, but got None; give an int")
         self.batch_size, self.max_seq_length = batch_size, max_seq_length
 
     def connect_tokenizer(self, tokenizer: Tokenizer | None) -> None:
-        """Take litgpt's tokenizer, if it is the text's."""
+        """Set litgpt's tokenizer, which must be that of the tokens."""
         if tokenizer is None or tokenizer.processor.to_str() != Tokenizer(self.path).processor.to_str():
             found = "none" if tokenizer is None else f"{tokenizer.model_name!r}"
             raise ValueError(
@@ -69,7 +69,7 @@ class PreparedText(DataModule):
 
     @property
     def vocab_size(self) -> int | None:
-        """Tokens in the vocabulary; ``None`` before ``connect``."""
+        """Number of tokens in the vocabulary; ``None`` before ``connect``."""
         return None if self.tokenizer is None else self.tokenizer.vocab_size
 
     def train_dataloader(self) -> DataLoader:
@@ -84,18 +84,18 @@ class PreparedText(DataModule):
         return np.load(self.path / f"{part}.npy", mmap_mode="r")
 
     def _sizes(self) -> tuple[int, int]:
-        """Positions of a window, and windows per batch of all processes together."""
+        """Positions per window, and windows per batch of all processes."""
         return self.max_seq_length, self.batch_size * _processes()["world_size"]
 
 
 class WindowLoader(DataLoader):
-    """One of this package's loaders as the ``torch.utils.data.DataLoader`` that Fabric wants, which it can resume."""
+    """One of this package's loaders as a ``torch.utils.data.DataLoader``, which Fabric requires and can resume."""
 
     def __init__(self, windows: TrainLoader | ValLoader) -> None:
         super().__init__(_Windows(windows), batch_size=None)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the stream, where there is one."""
+        """Position in the training stream; empty for validation."""
         windows = self.dataset.windows  # type: ignore[attr-defined]
         return windows.state_dict() if isinstance(windows, TrainLoader) else {}
 
@@ -107,7 +107,7 @@ class WindowLoader(DataLoader):
 
 
 class _Windows(IterableDataset):
-    """Iterable, so that Fabric adds no sampler: the windows are split over the processes already."""
+    """Dataset without a sampler; the loader itself splits the windows over the processes."""
 
     def __init__(self, windows: TrainLoader | ValLoader) -> None:
         self.windows = windows
@@ -120,7 +120,7 @@ class _Windows(IterableDataset):
 
 
 def _processes() -> dict[str, int]:
-    """Which share of every batch is this process's: litgpt's strategies give all of them different data."""
+    """This process's share of every batch; under litgpt's strategies all processes read different data."""
     if dist.is_available() and dist.is_initialized():
         return {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
     return {"rank": 0, "world_size": 1}

@@ -1,4 +1,4 @@
-"""litgpt models as configurations and checkpoint directories describe them; litgpt is imported when it is needed."""
+"""litgpt models from configurations and checkpoint directories; litgpt is imported on first use."""
 
 from __future__ import annotations
 
@@ -24,14 +24,17 @@ WEIGHTS, MODEL_CONFIG = "lit_model.pth", "model_config.yaml"
 def litgpt_config(
     model_name: str | None, config: dict[str, Any] | None = None, checkpoint_dir: str | None = None
 ) -> Config:
-    """The ``litgpt.Config`` that a name, a dict of its fields, both, or else a checkpoint directory describe.
+    """Build a ``litgpt.Config`` from a name, from fields, from both, or else from a checkpoint directory.
 
-    Fields of ``litgpt.lora.Config`` make it one of those.
+    Args:
+        model_name: One of litgpt's names.
+        config: Fields of ``litgpt.Config``. Fields of ``litgpt.lora.Config`` make the result one of those.
+        checkpoint_dir: Directory whose ``model_config.yaml`` is read if neither a name nor fields are given.
 
     Raises:
-        ModuleNotFoundError: If litgpt is not installed.
-        FileNotFoundError: If the checkpoint directory is needed and lacks its ``model_config.yaml``.
-        ValueError: If litgpt does not know the name or a field, or the fields do not fit together.
+        ModuleNotFoundError: litgpt is not installed.
+        FileNotFoundError: The checkpoint directory is needed and lacks its ``model_config.yaml``.
+        ValueError: litgpt has no such name or field, or the fields do not fit together.
     """
     try:
         from litgpt import Config, lora
@@ -55,7 +58,7 @@ def litgpt_config(
     try:
         return kind(**fields) if model_name is None else kind.from_name(model_name, **fields)
     except (AssertionError, TypeError, ValueError) as error:
-        # litgpt checks some fields by bare assertions, which say nothing.
+        # litgpt checks some fields by assertions without a message.
         reason = str(error) or "n_embd must be a multiple of n_head, and n_head of n_query_groups"
         if "not a supported config name" in reason:
             raise ValueError(_unknown_name(str(model_name))) from error
@@ -63,22 +66,29 @@ def litgpt_config(
 
 
 def build(config: Config, tie_embeddings: bool = False, checkpoint_dir: str | None = None) -> GPT:
-    """A ``GPT``, or with LoRA's fields litgpt's one with LoRA, whose other weights are frozen.
+    """Build a ``GPT``; with LoRA's fields, litgpt's ``GPT`` with LoRA, whose other weights are frozen.
 
-    Weights are litgpt's random ones or the checkpoint's, in torch's default dtype. On the meta device no checkpoint is
-    opened, so that a recipe's memory can be planned before its weights are there.
+    On the meta device no checkpoint is opened, so that memory can be planned before the weights are downloaded.
+
+    Args:
+        config: Configuration of the model.
+        tie_embeddings: Whether the output layer shares the token embedding's weight.
+        checkpoint_dir: Directory whose ``lit_model.pth`` the weights are from; None for litgpt's random weights.
+
+    Returns:
+        The model, in torch's default dtype.
 
     Raises:
-        FileNotFoundError: If there is no ``lit_model.pth`` in the directory.
-        ValueError: If its parameters have other names or shapes than the model's.
+        FileNotFoundError: There is no ``lit_model.pth`` in the directory.
+        ValueError: Its parameters have other names or shapes than the model's.
     """
     from litgpt import GPT, lora
 
     model = lora.GPT(config) if isinstance(config, lora.Config) else GPT(config)
     if tie_embeddings:
-        head = getattr(model.lm_head, "linear", model.lm_head)  # LoRA's holds a Linear
+        head = getattr(model.lm_head, "linear", model.lm_head)  # with LoRA, the head holds a Linear
         head.weight = model.transformer.wte.weight
-    if not model.transformer.wte.weight.is_meta:  # there, thousands of slow calls that change nothing
+    if not model.transformer.wte.weight.is_meta:  # on the meta device, thousands of slow calls change nothing
         model.apply(model._init_weights)
         if checkpoint_dir is not None:
             _load(model, checkpoint_file(checkpoint_dir, WEIGHTS), tie_embeddings)
@@ -88,10 +98,10 @@ def build(config: Config, tie_embeddings: bool = False, checkpoint_dir: str | No
 
 
 def checkpoint_file(checkpoint_dir: str, name: str) -> Path:
-    """A file of a litgpt checkpoint directory.
+    """Path of a file in a litgpt checkpoint directory.
 
     Raises:
-        FileNotFoundError: If it, or the directory, is not there.
+        FileNotFoundError: The file or the directory does not exist.
     """
     folder = Path(checkpoint_dir).expanduser()
     path = folder / name
@@ -105,11 +115,11 @@ def checkpoint_file(checkpoint_dir: str, name: str) -> Path:
 
 
 def load_tokenizer(tokenizer_dir: str | None) -> Tokenizer:
-    """litgpt's tokenizer of a folder.
+    """Load a folder's tokenizer as litgpt does.
 
     Raises:
-        ValueError: If no folder is given.
-        FileNotFoundError: If there is no tokenizer in it.
+        ValueError: No folder is given.
+        FileNotFoundError: The folder has no tokenizer.
     """
     from litgpt.tokenizer import Tokenizer
 
@@ -124,10 +134,10 @@ def load_tokenizer(tokenizer_dir: str | None) -> Tokenizer:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """See that a folder has a tokenizer in it.
+    """Check that a folder has a tokenizer.
 
     Raises:
-        FileNotFoundError: If it has none.
+        FileNotFoundError: The folder has none.
     """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise FileNotFoundError(
@@ -137,11 +147,11 @@ def check_tokenizer(folder: Path) -> None:
 
 
 def check_weights(config: Config, checkpoint_dir: str) -> None:
-    """See that a checkpoint is of the model that ``config`` describes, without taking memory for either.
+    """Check that a checkpoint is of the model that ``config`` describes, without loading either into memory.
 
     Raises:
-        FileNotFoundError: If there is no ``lit_model.pth`` in the directory.
-        ValueError: If its parameters have other names or shapes than the model's.
+        FileNotFoundError: There is no ``lit_model.pth`` in the directory.
+        ValueError: Its parameters have other names or shapes than the model's.
     """
     from litgpt import GPT
 
@@ -151,10 +161,10 @@ def check_weights(config: Config, checkpoint_dir: str) -> None:
 
 
 def check_raw(checkpoint_dir: Path) -> None:
-    """See that a checkpoint has nothing but weights, where litgpt reads it without looking.
+    """Check that a checkpoint has nothing but weights, where litgpt assumes so.
 
     Raises:
-        ValueError: If there is a training state around them.
+        ValueError: The checkpoint is a whole training state.
     """
     saved = torch.load(checkpoint_dir / WEIGHTS, map_location="cpu", mmap=True, weights_only=True)
     if "model" in saved:
@@ -165,7 +175,7 @@ def check_raw(checkpoint_dir: Path) -> None:
 
 
 def _load(model: GPT, path: Path, tie_embeddings: bool) -> None:
-    """Copy a checkpoint's weights into a model, which may have LoRA's matrices besides."""
+    """Copy a checkpoint's weights into a model, which may also have LoRA's matrices."""
     saved = _matching(model, path, tie_embeddings)
     if tie_embeddings:
         saved = saved | {"lm_head.weight": saved["transformer.wte.weight"]}
@@ -173,7 +183,7 @@ def _load(model: GPT, path: Path, tie_embeddings: bool) -> None:
 
 
 def _matching(model: GPT, path: Path, tie_embeddings: bool) -> dict[str, Tensor]:
-    """A checkpoint's weights, if the model has the same ones."""
+    """Read a checkpoint's weights, and check that the model has the same names and shapes."""
     saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     saved = saved.get("model", saved)  # `litgpt pretrain` and `finetune_full` save the model with more around it
     own = {key.replace(".linear.", "."): value for key, value in model.state_dict().items() if "lora_" not in key}

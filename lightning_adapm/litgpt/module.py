@@ -1,4 +1,4 @@
-"""A LightningModule that pretrains and finetunes litgpt's ``GPT``."""
+"""A LightningModule for pretraining and finetuning litgpt's ``GPT``."""
 
 from __future__ import annotations
 
@@ -25,34 +25,35 @@ __all__ = ["LitGPTModule", "batch_length", "batch_rows", "litgpt_config"]
 class LitGPTModule(AdaPMMixin, L.LightningModule):
     """Next-token training of a litgpt ``GPT``, from random weights or from a litgpt checkpoint directory.
 
-    Logs ``train_loss`` (of the batch), ``val_loss`` (mean cross-entropy in nats per target token) and ``val_ppl``, its
-    exponential. A batch is an integer tensor of shape (batch, positions + 1), as ``TextDataModule`` and litgpt's
-    pretraining data make them, or a dict with int64 ``input_ids`` and ``labels`` of shape (batch, positions), as
-    litgpt's finetuning data makes them; labels equal to the data's ``ignore_index`` (-100) do not count.
+    The module logs ``train_loss`` of each batch, ``val_loss``, the mean cross-entropy in nats per target token, and
+    ``val_ppl``, its exponential. ``TextDataModule`` and litgpt's pretraining data give batches that are integer tensors
+    of shape (batch, positions + 1). litgpt's finetuning data gives dicts with int64 ``input_ids`` and ``labels`` of
+    shape (batch, positions), where labels equal to the data's ``ignore_index`` (-100) do not count.
 
-    litgpt's own data modules want a tokenizer, a batch size and a sequence length from the loop that uses them: they
-    get the ones given here, before they prepare anything.
+    litgpt's data modules expect a tokenizer, a batch size and a sequence length from the training loop. The module
+    passes them on before any data is prepared.
 
     Args:
         model_name: One of litgpt's names, such as ``"pythia-14m"``.
-        config: Fields of ``litgpt.Config``: the whole model, or with ``model_name`` what differs from it. With
-            ``lora_r`` and the other ``lora_`` fields of ``litgpt.lora.Config`` only LoRA's matrices are trained.
-        tie_embeddings: Let the output layer share the token embedding's weight.
+        config: Fields of ``litgpt.Config``, for the whole model or to change ``model_name``'s. With ``lora_r`` and
+            other fields of ``litgpt.lora.Config``, only LoRA's matrices are trained.
+        tie_embeddings: Whether the output layer shares the token embedding's weight.
         adapm: Settings of optimizer and schedule, see ``AdaPMMixin``; ``None`` for the defaults.
-        checkpoint_dir: A litgpt checkpoint directory whose ``lit_model.pth`` the weights are read from, and, where
-            neither name nor fields are given, whose ``model_config.yaml`` describes the model.
-        tokenizer_dir: The folder of the tokenizer for litgpt's data modules; ``None`` for ``checkpoint_dir``.
+        checkpoint_dir: litgpt checkpoint directory. Its ``lit_model.pth`` holds the initial weights. Its
+            ``model_config.yaml`` describes the model if neither ``model_name`` nor ``config`` is given.
+        tokenizer_dir: Folder of the tokenizer for litgpt's data modules; ``None`` for ``checkpoint_dir``.
         micro_batch_size: Sequences per batch on each process, for litgpt's data modules.
         max_seq_length: Positions per sequence, for litgpt's data modules; ``None`` for the model's ``block_size``.
-        lm_head_chunk_size: Positions whose logits are computed together, to save memory; 0 for all.
-        activation_checkpointing: Compute each block's activations again in the backward pass instead of keeping them.
-        torch_compile: Compile the model with ``torch.compile``.
+        lm_head_chunk_size: Number of positions whose logits are computed together, to save memory; 0 for all.
+        activation_checkpointing: Whether each block's activations are computed again in the backward pass, to save
+            memory.
+        torch_compile: Whether the model is compiled with ``torch.compile``.
 
     Raises:
-        ModuleNotFoundError: If litgpt is not installed.
-        ValueError: If litgpt does not know the name or a field, the fields do not fit together, or the checkpoint is of
-            another model.
-        FileNotFoundError: If a file of the checkpoint directory is missing.
+        ModuleNotFoundError: litgpt is not installed.
+        ValueError: litgpt has no such name or field, the fields do not fit together, or the checkpoint is of another
+            model.
+        FileNotFoundError: A file of the checkpoint directory is missing.
     """
 
     def __init__(
@@ -84,20 +85,20 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
         self.max_seq_length = max_seq_length
         self.lm_head_chunk_size = lm_head_chunk_size
         self.torch_compile = torch_compile
-        # Not in `configure_model`: LightningCLI builds an optimizer over the parameters before there is a Trainer.
+        # Not in `configure_model`, because LightningCLI builds the optimizer before there is a Trainer.
         self.model = build(litgpt_config(model_name, config, checkpoint_dir), tie_embeddings, checkpoint_dir)
         if activation_checkpointing:
             blocks = set(self.model.transformer.h)
             apply_activation_checkpointing(self.model, check_fn=lambda module: module in blocks)
         from litgpt.utils import estimate_flops
 
-        # Before a strategy shares the parameters out; exact for full windows, a little high for shorter ones.
+        # Before a strategy shards the parameters. Exact for full windows, a little high for shorter ones.
         self._flops_per_token = estimate_flops(self.model, training=True) / self.model.config.block_size
         self.flops_per_batch = 0
         self._val_loss = MeanMetric()
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Connect litgpt's data: no callbacks, but the one hook of a module that comes before data is prepared."""
+        """Connect litgpt's data. No callbacks are added, but no other hook runs before the data is prepared."""
         data: Any = getattr(self._trainer, "datamodule", None)
         if hasattr(data, "connect"):
             check_data(data)
@@ -107,29 +108,29 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
                     f"`max_seq_length` is {length}, more than the model's `block_size` of"
                     f" {self.model.config.block_size}. Lower `model.init_args.max_seq_length`."
                 )
-            # data that is tokenized already has no use for a tokenizer
+            # tokenized data needs no tokenizer
             tokenizer = load_tokenizer(self.tokenizer_dir) if hasattr(data, "tokenizer") else None
             data.connect(tokenizer, self.micro_batch_size, length)
         return []
 
     def configure_model(self) -> None:
-        """Shard every block, then the rest, where the strategy leaves that to the module (FSDP2); compile.
+        """Under FSDP2, shard every block and then the rest; compile the model if asked to.
 
         Raises:
-            MisconfigurationException: A strategy with more than one process for tensor parallelism.
+            MisconfigurationException: The strategy has more than one process for tensor parallelism.
         """
         if self.device_mesh is not None and not isinstance(self.model, FSDPModule):
             shared = self.device_mesh["tensor_parallel"].size()
             if shared > 1:
                 raise MisconfigurationException(
                     f"LitGPTModule does not support tensor parallelism, but the strategy has `tensor_parallel_size`"
-                    f" {shared}: those processes would do the same work. Write"
+                    f" {shared}; those processes would do the same work. Write"
                     f" `ModelParallelStrategy(data_parallel_size={self.device_mesh.size()}, tensor_parallel_size=1)`."
                 )
             for part in (*self.model.transformer.h, self.model):
                 fully_shard(part, mesh=self.device_mesh["data_parallel"])
         if self.torch_compile and self.model._compiled_call_impl is None:
-            self.model.compile()  # in place: names stay what they are
+            self.model.compile()  # in place, so that names stay as they are
 
     def setup(self, stage: str) -> None:
         """Check that the data's vocabulary and windows fit into the model."""
@@ -152,20 +153,20 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
         return self.model(tokens)
 
     def training_step(self, batch: Tensor | Mapping[str, Any], batch_idx: int) -> Tensor:
-        """The batch's mean cross-entropy, in nats per target token."""
+        """Mean cross-entropy of the batch, in nats per target token."""
         loss, _ = self._loss(batch)
         self.flops_per_batch = round(self._flops_per_token * batch_rows(batch) * batch_length(batch))
         self.log("train_loss", loss, prog_bar=True, batch_size=batch_rows(batch))
         return loss
 
     def validation_step(self, batch: Tensor | Mapping[str, Any], batch_idx: int) -> None:
-        """Add the batch's cross-entropy to the validation mean, in which every target token counts the same."""
+        """Add the batch's cross-entropy to the validation mean over all target tokens."""
         loss, targets = self._loss(batch)
         if targets:
             self._val_loss.update(loss, weight=targets)
 
     def on_validation_epoch_start(self) -> None:
-        """Start a new mean. Not at the end of the last one: `fit` cannot use what `validate` made in inference mode."""
+        """Start a new mean. `fit` cannot continue with tensors that `validate` made in inference mode."""
         self._val_loss.reset()
 
     def on_validation_epoch_end(self) -> None:
@@ -174,7 +175,7 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
         self.log_dict({"val_loss": loss, "val_ppl": loss.exp()}, prog_bar=True, sync_dist=True)
 
     def _loss(self, batch: Tensor | Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """The mean cross-entropy over the target tokens, and their number; 0 where all of them are masked."""
+        """Mean cross-entropy over the target tokens, and their number; both are 0 where all are masked."""
         inputs, targets = _shifted(batch)
         ignored = getattr(getattr(self._trainer, "datamodule", None), "ignore_index", -100)
         size = self.lm_head_chunk_size
@@ -191,18 +192,18 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
 
 
 def batch_rows(batch: Tensor | Mapping[str, Any]) -> int:
-    """Sequences in a batch: ``batch_size_fn`` of Lightning's ``ThroughputMonitor``."""
+    """Number of sequences in a batch, as ``batch_size_fn`` of Lightning's ``ThroughputMonitor``."""
     return _shifted(batch)[0].size(0)
 
 
 def batch_length(batch: Tensor | Mapping[str, Any]) -> int:
-    """Positions the model sees of every sequence, in tokens: ``length_fn`` of Lightning's ``ThroughputMonitor``."""
+    """Positions per sequence that the model sees, as ``length_fn`` of Lightning's ``ThroughputMonitor``."""
     return _shifted(batch)[0].size(1)
 
 
 def _shifted(batch: Tensor | Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Inputs and the tokens that they predict."""
+    """Inputs, and the tokens to predict from them."""
     if isinstance(batch, Tensor):
-        batch = batch.long()  # litdata gives what the tokenizer gave, int32
+        batch = batch.long()  # litdata keeps the tokenizer's int32
         return batch[:, :-1], batch[:, 1:]
     return batch["input_ids"][:, :-1], batch["labels"][:, 1:]

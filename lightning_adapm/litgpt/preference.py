@@ -1,4 +1,4 @@
-"""Direct preference optimisation (DPO) of litgpt models: the loss, the module and its data."""
+"""Direct preference optimization (DPO) of litgpt models: the loss, the module and its data."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from torch.utils.data import DataLoader
 from lightning_adapm.litgpt.module import LitGPTModule
 
 FIELDS = ("prompt", "chosen", "rejected")
-IGNORED = -100  # a label that does not count, as in litgpt
+IGNORED = -100  # label of a token that does not count, as in litgpt
 
 
 class DPOModule(LitGPTModule):
-    """Trains a litgpt model on pairs of answers, with the model it starts from as a frozen reference.
+    """Training of a litgpt model on pairs of answers, with the initial model as a frozen reference.
 
-    The loss is ``-log sigmoid(beta * (policy's log-ratio - reference's log-ratio))`` of arXiv 2305.18290, equation 7,
-    where a log-ratio is the log-probability of the chosen answer less that of the rejected one. Logs ``train_loss`` and
-    ``train_accuracy`` (the share of pairs that the policy moved the right way), and both as ``val_``.
+    The loss is ``-log sigmoid(beta * (policy's log-ratio - reference's log-ratio))``, equation 7 of arXiv 2305.18290. A
+    log-ratio is the log-probability of the chosen answer minus that of the rejected one. The module logs
+    ``train_loss``, ``val_loss``, ``train_accuracy`` and ``val_accuracy``, the share of pairs for which the policy
+    prefers the chosen answer more than the reference does.
 
     Args:
-        beta: How strongly the policy is held to the reference; larger is stronger.
-        **kwargs: As for ``LitGPTModule``; normally with ``checkpoint_dir``.
+        beta: Strength of the bond to the reference; larger is stronger.
+        **kwargs: Arguments of ``LitGPTModule``, normally with ``checkpoint_dir``.
 
     Raises:
-        ValueError: If ``beta`` is not positive, and as ``LitGPTModule``.
+        ValueError: ``beta`` is not positive, or ``LitGPTModule`` refuses an argument.
     """
 
     def __init__(self, beta: float = 0.1, **kwargs: Any) -> None:
@@ -50,19 +51,19 @@ class DPOModule(LitGPTModule):
 
     def train(self, mode: bool = True) -> DPOModule:
         super().train(mode)
-        self.reference.eval()  # its dropout, of LoRA, would make the reference another one in every step
+        self.reference.eval()  # with LoRA's dropout, the reference would differ in every step
         return self
 
     def training_step(self, batch: Tensor | Mapping[str, Any], batch_idx: int) -> Tensor:
-        """The batch's mean loss, in nats."""
+        """Mean loss of the batch, in nats."""
         return self._log_pairs("train", batch)
 
     def validation_step(self, batch: Tensor | Mapping[str, Any], batch_idx: int) -> None:
-        """Log the batch's share in the validation means."""
+        """Log the batch's loss and accuracy; Lightning takes the means."""
         self._log_pairs("val", batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Lightning itself takes the means."""
+        """Do nothing, because Lightning takes the means."""
 
     def _log_pairs(self, part: str, batch: Any) -> Tensor:
         policy = answer_log_probs(self.model(batch["input_ids"][:, :-1]), batch["labels"][:, 1:])
@@ -79,20 +80,20 @@ def answer_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
     """Log-probabilities of answers, float32 of shape (rows,).
 
     Args:
-        logits: Of shape (rows, positions, vocabulary).
-        targets: int64 of shape (rows, positions); -100 where a token is not part of the answer.
+        logits: Logits of shape (rows, positions, vocabulary).
+        targets: Tokens, int64 of shape (rows, positions); -100 where a token is not part of the answer.
     """
     losses = functional.cross_entropy(logits.mT.float(), targets, ignore_index=IGNORED, reduction="none")
     return -losses.sum(1)
 
 
 def dpo_margins(policy: Tensor, reference: Tensor, beta: float) -> Tensor:
-    """``beta`` times what the policy's log-ratio exceeds the reference's, of shape (pairs,).
+    """Margins ``beta * (policy's log-ratio - reference's log-ratio)``, of shape (pairs,).
 
     Args:
-        policy: Log-probabilities of all chosen answers, then of all rejected ones, in the same order.
-        reference: The same by the reference.
-        beta: The strength of the bond to the reference.
+        policy: The policy's log-probabilities of all chosen answers, then of all rejected ones, in the same order.
+        reference: The reference's log-probabilities, in the same order.
+        beta: Strength of the bond to the reference.
     """
     chosen, rejected = (policy - reference).chunk(2)
     return beta * (chosen - rejected)
@@ -101,19 +102,20 @@ def dpo_margins(policy: Tensor, reference: Tensor, beta: float) -> Tensor:
 class PreferenceData(L.LightningDataModule):
     """Pairs of answers from a JSON file: a list of ``{"prompt": ..., "chosen": ..., "rejected": ...}``.
 
-    Batches are dicts of int64 ``input_ids`` and ``labels``, of shape (2 * batch, positions): all chosen answers, then
-    the rejected ones, each after its prompt, whose labels are -100. The module ``connect``s tokenizer and sizes.
+    Batches are dicts of int64 ``input_ids`` and ``labels`` of shape (2 * batch, positions). All chosen answers come
+    first, then all rejected ones, each after its prompt, whose labels are -100. The module provides the tokenizer and
+    sizes by ``connect``.
 
     Args:
-        json_path: The file; ``.jsonl`` has one pair a line.
-        val_split_fraction: The share of pairs that validates, between 0 and 1; the last ones of a fixed shuffle.
-        prompt_style: One of litgpt's prompt styles, applied to the prompt.
-        seed: Chooses the split and the order.
-        num_workers: Processes that load.
+        json_path: File of pairs; a ``.jsonl`` file has one pair per line.
+        val_split_fraction: Share of the pairs for validation, between 0 and 1, from the end of a fixed shuffle.
+        prompt_style: Name of the litgpt prompt style for prompts.
+        seed: Seed of the split and of the order.
+        num_workers: Number of processes that load data.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If an option is out of range, or the file is not made of at least two such pairs.
+        FileNotFoundError: There is no such file.
+        ValueError: An option is out of range, or the file does not hold at least two such pairs.
     """
 
     def __init__(
@@ -138,7 +140,7 @@ class PreferenceData(L.LightningDataModule):
         self.batch_size, self.max_seq_length = 1, -1
 
     def connect(self, tokenizer: Any = None, batch_size: int = 1, max_seq_length: int | None = None) -> None:
-        """Take litgpt's tokenizer, the pairs per batch, and the most positions of a prompt with its answer."""
+        """Set litgpt's tokenizer, the pairs per batch, and the maximum positions of a prompt with its answer."""
         self.tokenizer, self.batch_size = tokenizer, batch_size
         self.max_seq_length = -1 if max_seq_length is None else max_seq_length
 

@@ -1,4 +1,4 @@
-"""What AdaPM's momentum costs on many processes, on paper: bytes kept and bytes exchanged, from shapes alone."""
+"""Computed cost of AdaPM's momentum on many processes: bytes kept and bytes exchanged, from shapes alone."""
 
 from typing import NamedTuple
 
@@ -9,34 +9,34 @@ from lightning_adapm.optim import AdaPM
 
 
 class Scaling(NamedTuple):
-    """On one of ``world_size`` processes that shard every parameter by rows, with the elementwise second moment."""
+    """Cost on one of ``world_size`` processes that shard parameters by rows, with the elementwise second moment."""
 
     world_size: int
     basis: str
     momentum: float
-    """Bytes of momentum kept."""
+    """Bytes of momentum that the process keeps."""
     adamw: float
-    """Bytes of AdamW's momentum, sharded likewise, in the same dtypes."""
+    """Bytes of AdamW's momentum, sharded the same way, in the same dtypes."""
     step: int
-    """Bytes given to collectives, or got from them, in a step that refreshes nothing."""
+    """Bytes given to collectives, or received from them, in a step without a refresh."""
     refresh: int
-    """More bytes in a refresh of every basis; they are spread over ``update_proj_gap`` steps."""
+    """Further bytes for a refresh of every basis, spread over ``update_proj_gap`` steps."""
     gradients: int
     """Bytes of all gradients in float32, which data parallelism exchanges in every step."""
 
     @property
     def saved(self) -> float:
-        """Share of AdamW's momentum that is not kept."""
+        """Share of AdamW's momentum that AdaPM saves."""
         return 1 - self.momentum / self.adamw
 
 
 def scaling(optimizer: AdaPM, world_size: int, basis: str) -> Scaling:
-    """The cost of an optimizer whose parameters are whole here, as on the meta device.
+    """Compute the cost of an optimizer if its parameters were sharded.
 
     Args:
-        optimizer: Says the shapes, roles and ranks.
-        world_size: How many processes would share every parameter.
-        basis: ``"replicate"`` or ``"shard"``.
+        optimizer: Optimizer of unsharded parameters, for example on the meta device.
+        world_size: Number of processes that would shard every parameter.
+        basis: Where bases would be held, ``"replicate"`` or ``"shard"``.
     """
     momentum, adamw, step, refresh, gradients = 0.0, 0.0, 0, 0, 0
     for group in optimizer.param_groups:

@@ -1,22 +1,22 @@
-"""Tables of bytes for people: the plan by role or by piece, optimizers side by side."""
+"""Tables of bytes for people: a plan by role or by piece, and optimizers side by side."""
+
+from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
-
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_adapm.report.diagnostics import role_label
 from lightning_adapm.report.plan import Row, StateBytes
 from lightning_adapm.roles.piece import UNMATCHED
 
+if TYPE_CHECKING:  # rich is imported when a table is drawn
+    from rich.table import Table
+
 
 def show_bytes(size: float) -> str:
-    """A number of bytes for people: ``"12.3 MiB"``."""
+    """Format a number of bytes for people: ``"12.3 MiB"``."""
     for unit in ("B", "KiB", "MiB"):
         if abs(size) < 1024:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
@@ -25,14 +25,14 @@ def show_bytes(size: float) -> str:
 
 
 def show_saving(held: int, reference: int) -> str:
-    """How much smaller ``held`` is, in per cent; a dash without a reference."""
+    """Format how much smaller ``held`` is than ``reference``, in percent; a dash where the reference is 0."""
     if not reference:
         return "-"
     return f"{round(100 * (1 - held / reference), 1) + 0.0:.1f} %"  # + 0.0: not "-0.0 %"
 
 
 def show_count(number: int) -> str:
-    """A number of parameters for people: ``"1.5 B"``."""
+    """Format a number of parameters for people: ``"1.5 B"``."""
     if number < 1000:
         return str(number)
     power = min(3, (len(str(number)) - 1) // 3)
@@ -42,7 +42,7 @@ def show_count(number: int) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """Pieces of a plan taken together, by role or by parameter."""
+    """Sum of some rows of a plan: those of one role, or of one piece of a parameter."""
 
     label: str
     parameters: int
@@ -52,8 +52,8 @@ class Line:
     adamw: StateBytes
 
     @classmethod
-    def of(cls, label: str, rows: list[Row]) -> "Line":
-        """The sum of ``rows``."""
+    def of(cls, label: str, rows: list[Row]) -> Line:
+        """Sum up ``rows`` under a label."""
         return cls(
             label,
             sum(row.numel for row in rows),
@@ -64,8 +64,8 @@ class Line:
         )
 
 
-def summarise(rows: Iterable[Row], by: Literal["role", "parameter"] = "role") -> list[Line]:
-    """A plan's rows as lines, in the plan's order: one for each role, or for each piece of a parameter."""
+def summarize(rows: Iterable[Row], by: Literal["role", "parameter"] = "role") -> list[Line]:
+    """Sum up a plan's rows in the plan's order: one line for each role, or for each piece of a parameter."""
     lines: dict[str, list[Row]] = {}
     for row in rows:
         lines.setdefault(role_label(row.role) if by == "role" else f"{row.name} ({row.role})", []).append(row)
@@ -73,7 +73,16 @@ def summarise(rows: Iterable[Row], by: Literal["role", "parameter"] = "role") ->
 
 
 def summary_table(lines: list[Line], by: str, max_rows: int, optimizer: str = "AdaPM") -> Table:
-    """The lines, at most ``max_rows`` of them, and their sum, under the name of an optimizer."""
+    """Draw lines and their sum as a table.
+
+    Args:
+        lines: Lines of :func:`summarize`.
+        by: What a line stands for, the header of the first column.
+        max_rows: Maximum number of lines in the table. A last row counts the others; the sum includes them.
+        optimizer: Name in the title.
+    """
+    from rich.text import Text
+
     total = Line(
         "total",
         sum(line.parameters for line in lines),
@@ -82,7 +91,7 @@ def summary_table(lines: list[Line], by: str, max_rows: int, optimizer: str = "A
         sum((line.bytes for line in lines), StateBytes()),
         sum((line.adamw for line in lines), StateBytes()),
     )
-    table = Table(title=f"{optimizer}: optimizer state", box=SIMPLE_HEAD, show_footer=True, title_justify="left")
+    table = new_table(title=f"{optimizer}: optimizer state", show_footer=True)
     footer = [total.label, *_cells(total)]
     headers = (by.capitalize(), "Params", "Momentum", "Rank", "State", "AdamW", "Saved")
     for index, (header, foot) in enumerate(zip(headers, footer, strict=True)):
@@ -99,6 +108,14 @@ def summary_table(lines: list[Line], by: str, max_rows: int, optimizer: str = "A
     return table
 
 
+def new_table(**options: Any) -> Table:
+    """An empty table in the style of all tables of this package."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    return Table(box=SIMPLE_HEAD, title_justify="left", **options)
+
+
 def _cells(line: Line) -> tuple[str, ...]:
     ranks = dict.fromkeys(line.ranks[:1] + line.ranks[-1:])
     return (
@@ -112,9 +129,11 @@ def _cells(line: Line) -> tuple[str, ...]:
 
 
 def pieces_table(rows: Iterable[Row]) -> Table:
-    """One line per piece of a parameter: what it is, why, and what that costs."""
+    """Draw one row for each piece of a parameter: its role, the reason for that role, and its bytes."""
+    from rich.text import Text
+
     rows = list(rows)
-    table = Table(box=SIMPLE_HEAD, show_footer=True)
+    table = new_table(show_footer=True)
     total = sum((row.bytes.total for row in rows), 0)
     feet = {"Parameter": "total", "Shape": show_count(sum(row.numel for row in rows)), "State": show_bytes(total)}
     for header in ("Parameter", "Shape", "Rows", "Role", "Why", "Momentum", "Rank", "State"):
@@ -129,8 +148,13 @@ def pieces_table(rows: Iterable[Row]) -> Table:
 
 
 def comparison_table(totals: Mapping[str, StateBytes], references: Mapping[str, StateBytes]) -> Table:
-    """Optimizers side by side: their bytes, and what each saves of every reference."""
-    table = Table(box=SIMPLE_HEAD)
+    """Draw optimizers side by side.
+
+    Args:
+        totals: Bytes by the optimizer's name, one column each.
+        references: Bytes by the name of a reference. A last row for each shows what every optimizer saves of it.
+    """
+    table = new_table()
     for index, header in enumerate(("", *totals)):
         table.add_column(header, justify="right" if index else "left")
     for field in ("momentum", "second_moment", "other", "total"):
@@ -142,7 +166,9 @@ def comparison_table(totals: Mapping[str, StateBytes], references: Mapping[str, 
 
 
 def as_text(table: Table) -> str:
-    """A table as plain text of its own width, whatever the terminal's."""
+    """Render a table as plain text of its own width, whatever the terminal's width."""
+    from rich.console import Console
+
     file = io.StringIO()
     Console(file=file, width=10_000).print(table)
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines())

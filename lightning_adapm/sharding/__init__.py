@@ -1,1 +1,1 @@
-"""Which process holds which elements of a parameter, and sums over all of them."""
+"""How parameters are divided among processes, and sums over all processes."""

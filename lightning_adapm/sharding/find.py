@@ -1,4 +1,4 @@
-"""Which elements of a parameter this process holds, found from what the tensor is: a DTensor, or a view of FSDP1's."""
+"""Find which elements of a parameter each process holds: for DTensors, and for views of FSDP1."""
 
 from itertools import pairwise
 
@@ -11,10 +11,13 @@ from lightning_adapm.sharding.layout import Layout
 
 
 def layout_of(param: Tensor) -> Layout | None:
-    """Who holds which elements of a parameter; None for what every process holds whole.
+    """Find which elements of a parameter each process holds.
+
+    Returns:
+        The layout, or None where every process holds the whole parameter.
 
     Raises:
-        TypeError: a parameter that is sharded otherwise than by rows or in FSDP1's flat way.
+        TypeError: The parameter is neither sharded by rows nor a view of FSDP1's flat one.
     """
     if fsdp1.is_flat_parameter(param):
         raise TypeError("AdaPM needs each parameter, not FSDP's flat one: wrap the model with use_orig_params=True")
@@ -24,7 +27,7 @@ def layout_of(param: Tensor) -> Layout | None:
 
 
 def shape_of(param: Tensor) -> torch.Size:
-    """The shape of the whole parameter, whatever this process holds of it."""
+    """Shape of the whole parameter, however little of it this process holds."""
     layout = layout_of(param)
     return param.shape if layout is None else layout.shape
 
@@ -45,5 +48,5 @@ def _layout_of_dtensor(param: DTensor) -> Layout:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor; shares its memory."""
+    """This process's part of a tensor, in the same memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

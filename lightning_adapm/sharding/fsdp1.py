@@ -1,6 +1,6 @@
-"""FSDP1: which elements of a parameter a process holds, and the gradients of views that hold none.
+"""Layouts of FSDP1's parameters, and gradients of those of which a process holds nothing.
 
-Only FSDP1's private attributes show its layout. Everything that reads them is in this file.
+FSDP1 shows its layout in private attributes only. All code that reads them is in this file.
 """
 
 import gc
@@ -19,11 +19,11 @@ from lightning_adapm.sharding.layout import Layout
 from lightning_adapm.sharding.reduction import all_reduce
 
 _VIEWS: MutableMapping[Tensor, "weakref.ref[FlatParamHandle]"] = WeakIdKeyDictionary()
-"""FSDP1's handle for each parameter that is a view into a flat one."""
+"""FSDP1's handle for each parameter that is a view of a flat one."""
 
 
 def is_flat_parameter(param: Tensor) -> bool:
-    """Whether a tensor is a whole unit of FSDP1, flattened (``use_orig_params=False``)."""
+    """Whether a tensor is a flat parameter of FSDP1, as ``use_orig_params=False`` exposes them."""
     return isinstance(param, FlatParameter)
 
 
@@ -48,7 +48,7 @@ def layout_of_view(param: Tensor) -> Layout | None:
 
 
 def _find_views() -> None:
-    """Look for all handles there are: nothing leads from a view, which is all that an optimizer has, to its own."""
+    """Search memory for all handles; an optimizer has the views only, and nothing leads from a view to its handle."""
     for handle in gc.get_objects():
         if type(handle) is FlatParamHandle and handle.flat_param._params is not None:
             for view in handle.flat_param._params:
@@ -56,9 +56,9 @@ def _find_views() -> None:
 
 
 def gradients(params: Sequence[Tensor], layouts: Sequence[Layout | None]) -> list[Tensor | None]:
-    """The gradient of every parameter, zero or empty where only other processes have one.
+    """Collect the gradient of every parameter, with zeros where only other processes have one.
 
-    Only FSDP1 needs asking them: where it keeps nothing of a parameter, it keeps no gradient.
+    FSDP1 keeps no gradient where it keeps no element of a parameter, so its processes exchange who has one.
     """
     found = [param.grad for param in params]
     by_group: dict[dist.ProcessGroup, list[int]] = {}

@@ -1,4 +1,4 @@
-"""How the elements of a parameter are divided among processes."""
+"""The division of a parameter's elements among processes."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,11 @@ class Layout:
     """Which elements of a parameter each process of a group holds.
 
     Args:
-        shape: of the whole parameter.
-        spans: first element and the one after the last, for each process of the group.
-        rank: this process, in the group.
-        group: the processes that hold the parameter together.
-        mesh: of the parameter, where it is a DTensor.
+        shape: Shape of the whole parameter.
+        spans: First element and the one after the last, for each process of the group.
+        rank: Rank of this process in the group.
+        group: Processes that hold the parameter together.
+        mesh: Device mesh of a DTensor; None for FSDP1.
     """
 
     shape: torch.Size

@@ -1,4 +1,4 @@
-"""Sums over the rows of matrices that several processes hold parts of, and the bytes that this exchanges."""
+"""Sums over the rows of sharded matrices, and the bytes that these sums exchange."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -14,29 +14,29 @@ _Tensors = TypeVar("_Tensors", bound=Sequence[Tensor] | Tensor)
 
 
 class Traffic:
-    """What a process has given to collectives or got from gathering ones, in bytes, and how many there were."""
+    """Bytes that a process gave to collectives or received from gathering ones, and the number of collectives."""
 
     def __init__(self) -> None:
         self.bytes = self.collectives = 0
 
     def add(self, tensor: Tensor) -> None:
-        """Count one collective."""
+        """Count one collective over ``tensor``."""
         self.bytes += tensor.numel() * tensor.element_size()
         self.collectives += 1
 
 
 TRAFFIC = Traffic()
-"""Of the steps of all optimizers in this process."""
+"""Traffic of all optimizers' steps in this process."""
 
 
 def all_reduce(tensor: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
-    """Counted in :data:`TRAFFIC`."""
+    """Reduce ``tensor`` over the group in place, and count it in :data:`TRAFFIC`."""
     TRAFFIC.add(tensor)
     dist.all_reduce(tensor, op, group=group)
 
 
 def total(values: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
-    """Sums over processes of tensors of one dtype, in place, by one collective."""
+    """Sum tensors of one dtype over processes, in place, with one collective."""
     flat = torch.cat([value.flatten() for value in values])
     all_reduce(flat, group)
     for value, summed in zip(values, flat.split([value.numel() for value in values]), strict=True):
@@ -45,53 +45,53 @@ def total(values: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
 
 
 class Reduction:
-    """Completes sums over rows. This one is for matrices that one process holds: there is nothing to add.
+    """Completion of sums over rows; this base class is for matrices held by one process, which need none.
 
-    Values are per matrix, or of several matrices as one batch; all are changed in place and given back.
+    Arguments are one tensor per matrix, or one batch for several matrices. They are changed in place and returned.
     """
 
     def rows(self, values: _Tensors) -> _Tensors:
-        """Per-row sums ``(k, c)`` over columns: add what other processes hold of the same rows."""
+        """Complete per-row sums ``(k, c)`` over columns with the other processes' parts of the same rows."""
         return values
 
     def total(self, values: list[Tensor]) -> list[Tensor]:
-        """Sums over the rows of this process: add those of the other processes."""
+        """Complete sums over this process's rows with those of the other processes."""
         return values
 
     def largest(self, values: Tensor) -> Tensor:
-        """Largest absolute value of ``(b, k, c)`` over all rows, ``(b, 1, c)``."""
+        """Largest absolute value of ``(b, k, c)`` over all rows, of shape ``(b, 1, c)``."""
         return values.abs().amax(dim=-2, keepdim=True)
 
     def length(self, values: Tensor) -> Tensor:
-        """Euclidean length of the columns of ``(b, k, c)``, ``(b, 1, c)``, in float64: it may be beyond float32."""
+        """Euclidean length of the columns of ``(b, k, c)``, of shape ``(b, 1, c)``, in float64 against overflow."""
         return torch.linalg.vector_norm(values, dim=-2, keepdim=True, dtype=torch.float64)
 
     def any(self, flags: Tensor) -> Tensor:
-        """Whether a flag is set on any process."""
+        """Whether each flag is set on any process."""
         return flags
 
     def columns(self, values: Tensor, n: int) -> Tensor:
-        """All columns ``(b, r, n)`` of matrices whose columns the processes share out by :func:`column_range`."""
+        """All columns ``(b, r, n)`` of matrices whose columns are sharded by :func:`column_range`."""
         return values
 
     def owned(self, values: Tensor) -> Tensor:
-        """``(b, k, c)`` with zero in the rows that begin on another process: each row once over all processes."""
+        """Zero the rows of ``(b, k, c)`` that begin on another process, so that a sum counts every row once."""
         return values
 
     def sizes(self, values: Sequence[Tensor]) -> list[int]:
-        """Rows of each matrix, over all processes; elements of what is not a matrix."""
+        """Number of rows of each matrix over all processes; number of elements of anything else."""
         return [value.shape[-2] if value.dim() > 1 else value.numel() for value in values]
 
     def means(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """Means of row values ``(k, 1)`` over all rows, ``(1, 1)``."""
+        """Means of row values ``(k, 1)`` over all rows, of shape ``(1, 1)``."""
         return [value.mean(dim=-2, keepdim=True) for value in values]
 
     def block_means(self, means: Sequence[Tensor], blocks: int) -> list[Tensor]:
-        """Row means ``(k, 1)`` as the means of equal blocks of rows ``(blocks, 1)``."""
+        """Average row means ``(k, 1)`` over equal blocks of rows, to ``(blocks, 1)``."""
         return list(torch.stack(list(means)).unflatten(-2, (blocks, -1)).mean(dim=-2).unbind())
 
     def of_rows(self, values: Sequence[Tensor], blocks: int, like: Sequence[Tensor]) -> list[Tensor]:
-        """Values of blocks of rows as values of rows."""
+        """Repeat the values of blocks of rows for each row."""
         rows = like[0].shape[-2] // blocks
         return list(torch.stack(list(values)).repeat_interleave(rows, dim=-2).unbind())
 
@@ -100,10 +100,10 @@ ONE_PROCESS = Reduction()
 
 
 class ProcessReduction(Reduction):
-    """Completes sums over the rows that the processes of a group hold, with one collective for the whole batch.
+    """Completion of sums over the rows held by a group of processes, with one collective for a whole batch.
 
     Args:
-        shards: of the matrices of the batch, in order; all of one group.
+        shards: Shards of the batch's matrices, in order; all of one group.
     """
 
     def __init__(self, shards: Sequence[RowShard]) -> None:
@@ -189,5 +189,5 @@ class ProcessReduction(Reduction):
 
     @staticmethod
     def _blocks(shard: RowShard, blocks: int, device: torch.device) -> Tensor:
-        """The block of every row held."""
+        """Block of every row held by this process."""
         return torch.arange(shard.first, shard.first + shard.count, device=device) // (shard.size // blocks)

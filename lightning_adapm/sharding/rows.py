@@ -1,8 +1,8 @@
-"""What part of a piece's matrix this process holds, and how to sum over the rest.
+"""The rows of a piece's matrix that this process holds.
 
-Sharding leaves every process a contiguous range of a parameter's elements, in row-major order: whole rows under FSDP2,
-a range that begins and ends anywhere under FSDP1. A process works on the rows that it holds something of; where a row
-is cut, what others hold of it is zero here, so that sums over processes are sums over rows and over cut rows.
+Sharding leaves every process a contiguous range of a parameter's elements in row-major order. FSDP2 cuts between rows;
+FSDP1 cuts anywhere. A process works on every row of which it holds an element, with zeros for the elements held by
+others. Sums over processes are therefore right for whole rows and for cut ones.
 """
 
 from functools import cached_property
@@ -16,15 +16,15 @@ from lightning_adapm.sharding.layout import Layout
 class RowShard:
     """The rows of one piece's matrix that this process holds, wholly or in part.
 
-    A piece is the rows (or, ``transposed``, the columns) ``start`` to ``stop`` of each of ``groups`` equal groups of a
-    parameter's; see :class:`lightning_adapm.roles.piece.Piece`. Parameters that are not matrices have rows of one.
+    A parameter has ``groups`` equal groups of rows, or of columns if ``transposed``. A piece is ``start`` to ``stop``
+    of each group; see :class:`lightning_adapm.roles.piece.Piece`. Vectors have rows of one element.
 
     Args:
-        layout: of the parameter.
-        start: of the piece in each group.
-        stop: of the piece in each group; None for the whole parameter.
-        groups: equal groups of rows or columns.
-        transposed: the piece is columns.
+        layout: Layout of the parameter.
+        start: First row or column of the piece in each group.
+        stop: The row or column after the last; None for the whole parameter.
+        groups: Number of equal groups of rows or columns.
+        transposed: Whether the piece consists of columns.
     """
 
     def __init__(
@@ -39,16 +39,16 @@ class RowShard:
         self._start, self._stop, self._groups = (0, rows, 1) if whole else (start, int(stop or 0), groups)
         self._period = rows // self._groups
         self.width = (int(stop or 0) - start) * groups if self._columns else self._width
-        """Columns of the matrix."""
+        """Number of columns of the matrix."""
         self.size = self._rows_before(rows)
-        """Rows of the matrix, over all processes."""
+        """Number of rows of the matrix over all processes."""
         first, last = layout.held
         self.first = self._rows_before(first // self._width)
-        """The first row held, counted in the matrix."""
+        """Index in the matrix of the first row held."""
         self.count = self._rows_before(-(-last // self._width)) - self.first if last > first else 0
-        """Rows held, those included that are held in part."""
+        """Number of rows held, including those held in part."""
         self.most = max(self._count_of(span) for span in layout.spans)
-        """Rows held by the process that holds most."""
+        """Number of rows held by the process that holds most."""
 
     def _count_of(self, span: tuple[int, int]) -> int:
         first, last = span
@@ -57,13 +57,13 @@ class RowShard:
         return self._rows_before(-(-last // self._width)) - self._rows_before(first // self._width)
 
     def _rows_before(self, row: int) -> int:
-        """How many of the parameter's rows before ``row`` are the piece's."""
+        """Number of the parameter's rows before ``row`` that belong to the piece."""
         length, into = self._stop - self._start, row % self._period - self._start if self._period else 0
         return row // max(1, self._period) * length + min(max(into, 0), length)
 
     @cached_property
     def cut(self) -> tuple[int, ...]:
-        """Rows of the matrix that several processes hold a part of, in order."""
+        """Rows of the matrix that are cut between processes, in order."""
         rows = {last // self._width for first, last in self.layout.spans if last > first and last % self._width}
         inside = (row for row in sorted(rows) if self._start <= row % self._period < self._stop)
         return tuple(self._rows_before(row) for row in inside)
@@ -76,7 +76,7 @@ class RowShard:
 
     @cached_property
     def _runs(self) -> list[tuple[int, int, int]]:
-        """Elements of the local part that belong to the piece, and where in its rows: from, to, at."""
+        """Runs of local elements that belong to the piece: first, the one after the last, place in the piece's rows."""
         first, last = self.layout.held
         runs = []
         for group in range(first // self._width // max(1, self._period), self._groups):
@@ -92,14 +92,14 @@ class RowShard:
 
     @cached_property
     def numel(self) -> int:
-        """Elements of the piece that this process holds."""
+        """Number of the piece's elements that this process holds."""
         if self._columns is None:
             return sum(high - low for low, high, _ in self._runs)
         first, last = self.layout.held
         return int(self.held_only(torch.ones(self.count, self.width)).sum()) if last > first else 0
 
     def held_only(self, rows: Tensor) -> Tensor:
-        """Rows with zero where other processes hold them."""
+        """Zero the elements of ``rows`` that other processes hold."""
         if not (self.layout.held[0] % self._width or self.layout.held[1] % self._width):
             return rows
         first, last = self.layout.held
@@ -107,12 +107,12 @@ class RowShard:
         return torch.where(mine.reshape(rows.shape), rows, 0.0)
 
     def take(self, part: Tensor) -> Tensor:
-        """The rows of a local part ``(count, n)``, zero where others hold them; a view where that is possible."""
+        """Rows of a local part, ``(count, n)``, zero where others hold them; a view where possible."""
         rows = self._rows(part.reshape(-1))
         return self._own_columns(rows) if len(self.layout.shape) > 1 else rows.flatten()
 
     def put(self, part: Tensor, rows: Tensor) -> None:
-        """Write back rows that were taken and changed."""
+        """Write back rows that were taken and then changed."""
         flat = part.view(-1)
         if self._is_view:
             return
@@ -146,6 +146,6 @@ class RowShard:
 
 
 def column_range(layout: Layout, n: int) -> tuple[int, int]:
-    """Of ``n`` columns, those that this process keeps: the first, and the one after the last."""
+    """First column that this process keeps of ``n``, and the one after its last."""
     size = -(-n // len(layout.spans))
     return min(size * layout.rank, n), min(size * (layout.rank + 1), n)

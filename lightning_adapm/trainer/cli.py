@@ -1,4 +1,4 @@
-"""``lightning-adapm fit|validate|test|predict``: LightningCLI with the model's schedule and a fitting precision."""
+"""``lightning-adapm fit|validate|test|predict``: LightningCLI with the model's schedule and a suitable precision."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lightning_adapm.trainer.mixin import AdaPMMixin
 class RichProgress(RichProgressBar):
     """Lightning's Rich progress bar, for configuration files.
 
-    ``RichProgressBar`` itself cannot be named there: jsonargparse reads the colours of its default theme, which start
-    with ``#``, as YAML comments and rejects them.
+    ``RichProgressBar`` itself cannot be named there, because jsonargparse reads the colors of its default theme, such
+    as ``#ffffff``, as YAML comments.
 
     Args:
-        refresh_rate: Batches between two redraws.
-        leave: Keep the bar of every epoch on the screen.
+        refresh_rate: Number of batches between two redraws.
+        leave: Whether the bar of every epoch stays on the screen.
     """
 
     def __init__(self, refresh_rate: int = 10, leave: bool = False) -> None:
@@ -31,13 +31,16 @@ class RichProgress(RichProgressBar):
 class AdaPMCLI(LightningCLI):
     """LightningCLI for any LightningModule and data module, named in the configuration by their class paths.
 
-    Different from LightningCLI in four points: an optimizer chosen by ``--optimizer`` without ``--lr_scheduler``
-    follows the schedule of the model's own settings (so that AdamW and AdaPM compare on equal terms), it trains the
-    model under ``ModelParallelStrategy``, too, ``bf16-mixed`` is the default precision on a CUDA device that has
-    bfloat16, and a run overwrites the configuration saved by an earlier run in the same folder.
+    It differs from LightningCLI in four points:
+
+    - An optimizer chosen by ``--optimizer`` without ``--lr_scheduler`` follows the schedule in the model's settings, so
+      that AdamW and AdaPM compare on equal terms.
+    - Such an optimizer also trains the model under ``ModelParallelStrategy``.
+    - The default precision is ``bf16-mixed`` on a CUDA device with bfloat16.
+    - A run overwrites the configuration that an earlier run saved in the same folder.
 
     Args:
-        args: Command-line words instead of the process's own.
+        args: Command-line words; ``None`` for those of this process.
     """
 
     def __init__(self, args: list[str] | None = None) -> None:
@@ -46,17 +49,17 @@ class AdaPMCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_kwargs={"overwrite": True},
-            # Without these, every error is preceded by a hundred lines that list the options.
+            # Without these, a hundred lines of options precede every error.
             parser_kwargs={name: {"usage": f"lightning-adapm {name} [options]"} for name in self.subcommands()},
             args=args,
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Let errors come out: the command line says them in one line."""
+        """Let the parser raise its errors, which the command line prints in one line."""
         return super().init_parser(**kwargs, exit_on_error=False)
 
     def before_instantiate_classes(self) -> None:
-        """Choose the precision where the user left it open."""
+        """Choose a precision if the user has not."""
         trainer = self.config[str(self.subcommand)].trainer
         if trainer.precision is None and trainer.accelerator in ("auto", "gpu", "cuda") and _cuda_has_bf16():
             trainer.precision = "bf16-mixed"
@@ -67,7 +70,7 @@ class AdaPMCLI(LightningCLI):
         optimizer: Optimizer,
         lr_scheduler: LRSchedulerTypeUnion | None = None,
     ) -> Any:
-        """Put the model's own schedule on an optimizer that was given without one, and see that it trains the model."""
+        """Add the model's own schedule to an optimizer without one, and rebuild an optimizer of replaced parameters."""
         held = {param for group in optimizer.param_groups for param in group["params"]}
         if not held.issuperset(lightning_module.parameters()):
             # FSDP2 replaces parameters, and LightningCLI builds optimizers before any strategy has seen the model

@@ -16,7 +16,7 @@ from benchmarks.memory import state_bytes
 from benchmarks.models import MODELS, materialise, numel, shorten
 from benchmarks.optimizers import OURS, Parameters, UnavailableError
 from benchmarks.peers import PEERS, Peer, attempt, build, chosen, select
-from benchmarks.step_time import INTERVAL, Measured, Plan, measure, summarise
+from benchmarks.step_time import INTERVAL, Measured, Plan, measure, summarize
 from lightning_adapm import AdaPM, explain
 from lightning_adapm.report.plan import measure as planner_measure
 
@@ -172,7 +172,7 @@ def test_the_floor_and_the_ratios_are_of_means_over_whole_intervals():
     fused = Measured(chosen("fused")[0], turns=[[1.0, 1.0], [2.0, 4.0]], counts=counts)
     galore = Measured(Peer("galore", "GaLore", interval=4), turns=[[1.0]], refresh=9.0, counts=counts)
     gone = Measured(chosen("Lomo")[0], skipped="why")
-    rows = summarise([fused, galore, gone], speed=100.0)
+    rows = summarize([fused, galore, gone], speed=100.0)
     assert rows["AdamW, fused"]["mean_ms"] == 2000 and rows["AdamW, fused"]["worst_ms"] == 4000
     assert rows["AdamW, fused"]["turns_ms"] == [1000, 3000]
     assert rows["AdamW, fused"]["floor_ms"] == 2000 and rows["AdamW, fused"]["over_floor"] == 1
@@ -238,7 +238,7 @@ def test_training_steps_are_timed_with_and_without_an_optimizer(monkeypatch, tmp
 
 def test_what_an_optimizer_adds_is_not_known_without_forward_and_backward_alone():
     alone, row = Measured(training_time.NOTHING, skipped="out of memory"), Measured(chosen("fused")[0], turns=[[2e-3]])
-    found = training_time.summarise([alone, row], tokens=4)
+    found = training_time.summarize([alone, row], tokens=4)
     assert found == {
         "forward and backward": {"skipped": "out of memory"},
         "AdamW, fused": {"mean_ms": 2.0, "turns_ms": [2.0], "added_ms": None, "ratio": 1.0, "tokens_per_second": 2000},

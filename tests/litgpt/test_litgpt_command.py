@@ -1,10 +1,13 @@
 """``lightning-adapm litgpt``: what it refuses before any work, what it adds to litgpt's logs, and litgpt's recipes."""
 
+import contextlib
 import csv
+import importlib
 import re
 import sys
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 import yaml
@@ -219,3 +222,23 @@ def test_it_says_what_litgpts_command_line_lacks(monkeypatch):
         ModuleNotFoundError, match=r"command line needs requests: pip install 'lightning-adapm\[litgpt\]'"
     ):
         litgpt_command.run(["pretrain"])
+
+
+@pytest.mark.parametrize("outcome", [None, RuntimeError("stopped"), SystemExit(2)])
+def test_litgpt_is_as_before_after_a_call(monkeypatch, outcome):
+    pytest.importorskip("requests", reason="litgpt's command line needs it")
+    litgpt = importlib.import_module("litgpt.__main__")
+    seen = []
+
+    def main():
+        seen.append((L.Fabric, sys.argv[1:], litgpt.PARSER_DATA["pretrain"]))
+        if outcome is not None:
+            raise outcome
+
+    monkeypatch.setattr(litgpt, "main", main)
+    before = L.Fabric, list(sys.argv), dict(litgpt.PARSER_DATA)
+    with contextlib.nullcontext() if outcome is None else pytest.raises(type(outcome)):
+        litgpt_command.run(["pretrain", "--help"])
+    assert (L.Fabric, sys.argv, litgpt.PARSER_DATA) == before
+    [(fabric, words, command)] = seen
+    assert fabric is litgpt_command.ReportingFabric and words == ["pretrain", "--help"] and command is not pretrain

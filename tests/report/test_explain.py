@@ -12,7 +12,7 @@ from torch import nn
 from lightning_adapm import AdaPM, AdaPMMixin, explain
 from lightning_adapm.report.explain import compare
 from lightning_adapm.report.plan import plan
-from lightning_adapm.report.tables import as_text, summarise, summary_table
+from lightning_adapm.report.tables import as_text, summarize, summary_table
 
 
 class Unknown(nn.Module):
@@ -187,7 +187,7 @@ def test_every_row_and_the_total_are_printed():
 @pytest.mark.parametrize("name", ["[bold]", "[/red]", "a[0]"])
 def test_names_are_printed_as_they_are(name):
     explanation = explain(nn.ModuleDict({name: nn.Embedding(4, 4)}))
-    by_parameter = as_text(summary_table(summarise(explanation, "parameter"), "parameter", 9))
+    by_parameter = as_text(summary_table(summarize(explanation, "parameter"), "parameter", 9))
     assert f" {name}.weight " in str(explanation) and f" {name}.weight (embedding) " in by_parameter
 
 

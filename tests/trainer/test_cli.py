@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from commands import QUICKSTART, QUICKSTART_ADAMW, logged, run, shrunk
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_adapm.__main__ import main
 from lightning_adapm.trainer import cli
@@ -207,6 +208,26 @@ def test_errors_that_are_not_about_input_keep_their_traceback(in_process, monkey
 
     monkeypatch.setattr(cli.LightningCLI, "__init__", lambda *args, **kwargs: int("x"))
     with pytest.raises(ValueError, match="invalid literal"):
+        in_process("fit")
+
+
+@pytest.mark.parametrize("package", ["lightning_adapm.made_up", "elsewhere"])
+@pytest.mark.parametrize(
+    "error", [ValueError, TypeError, FileNotFoundError, ModuleNotFoundError, MisconfigurationException, KeyError]
+)
+def test_one_line_is_for_errors_of_input_that_this_package_raises(in_process, monkeypatch, package, error):
+    names = {"__name__": package, "error": error}
+    exec("def build(*args, **kwargs):\n    refuse = error('bad; write good')\n    raise refuse", names)  # has no source
+    monkeypatch.setattr(cli.LightningCLI, "__init__", names["build"])
+    one_line = package.startswith("lightning_adapm") and error is not KeyError
+    with pytest.raises(SystemExit if one_line else error) as end:
+        in_process("fit")
+    if one_line:
+        assert end.value.code == (
+            "lightning-adapm: error: bad; write good (LIGHTNING_ADAPM_TRACEBACK=1 shows the traceback)"
+        )
+    monkeypatch.setenv("LIGHTNING_ADAPM_TRACEBACK", "1")
+    with pytest.raises(error, match="bad; write good"):
         in_process("fit")
 
 

@@ -15,7 +15,7 @@ from models import PlainLM, PlainTraining, token_batches, train
 from lightning_adapm import AdaPM, AdaPMMixin, ClosingTable, OptimizerStateMonitor, OptimizerSummary
 from lightning_adapm.report.diagnostics import ResidualProbe
 from lightning_adapm.report.plan import plan
-from lightning_adapm.report.tables import show_bytes, show_count, show_saving, summarise
+from lightning_adapm.report.tables import show_bytes, show_count, show_saving, summarize
 from lightning_adapm.trainer.callbacks import run
 from lightning_adapm.trainer.callbacks.closing import RunResult, find_adamw
 from lightning_adapm.trainer.callbacks.pooling import Pool, ResidualFigures, layer_labels
@@ -77,7 +77,7 @@ def test_summary_adds_up():
     optimizer = AdaPM(model.parameters(), rank=2)
     rows = plan(optimizer)
     for by in ("role", "parameter"):
-        lines = summarise(rows, by)
+        lines = summarize(rows, by)
         assert sum(line.parameters for line in lines) == sum(p.numel() for p in model.parameters())
         assert sum(line.bytes.total for line in lines) == sum(row.bytes.total for row in rows)
     assert len(lines) == len(rows)

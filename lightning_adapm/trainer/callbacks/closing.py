@@ -1,20 +1,22 @@
-"""The table at the end of a run: what was reached, with how many bytes of optimizer state, beside AdamW."""
+"""The table at the end of a run: the loss reached and the bytes of optimizer state, compared with AdamW's."""
+
+from __future__ import annotations
 
 import json
 import math
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
-from rich import get_console
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from lightning_adapm.report.diagnostics import StateReport
-from lightning_adapm.report.tables import show_bytes, show_saving
+from lightning_adapm.report.tables import new_table, show_bytes, show_saving
 from lightning_adapm.trainer.callbacks.run import optimizer_name, run_folder, write_file
+
+if TYPE_CHECKING:  # rich is imported when a table is drawn
+    from rich.table import Table
 
 RESULT_FILE = "result.json"
 ADAMW = "AdamW"
@@ -22,19 +24,19 @@ ADAMW = "AdamW"
 
 @dataclass(frozen=True)
 class RunResult:
-    """What one run came to; :data:`RESULT_FILE` holds these fields.
+    """Outcome of one run; :data:`RESULT_FILE` holds these fields.
 
     Args:
-        optimizer: Class name of the optimizer, joined by `` + `` if there are several.
-        lr: Its peak learning rate, of the first parameter group.
-        val_loss: Last validation loss; None without one.
+        optimizer: Class name of the optimizer; several names are joined by `` + ``.
+        lr: Peak learning rate of the first parameter group.
+        val_loss: Last validation loss; None without a validation.
         momentum_bytes: Bytes of momentum held at the end, on one process.
         state_bytes: Bytes of all optimizer state held at the end, on one process.
-        adamw_momentum_bytes: What ``torch.optim.AdamW`` would hold in float32.
-        adamw_state_bytes: What ``torch.optim.AdamW`` would hold in float32.
+        adamw_momentum_bytes: Bytes of momentum that ``torch.optim.AdamW`` would hold in float32.
+        adamw_state_bytes: Bytes of all state that ``torch.optim.AdamW`` would hold in float32.
         steps: Optimizer steps taken.
         seconds: Wall-clock time of training and its validations.
-        trainable_parameters: Numbers trained.
+        trainable_parameters: Number of trainable elements.
         data: The data module's ``fingerprint``; None if it has none.
     """
 
@@ -56,16 +58,16 @@ class RunResult:
         return None if self.val_loss is None else math.exp(min(self.val_loss, 700.0))
 
     def to_json(self) -> str:
-        """The fields and ``ppl`` as JSON, in which a loss that is not finite is null."""
+        """Format the fields and ``ppl`` as JSON; a loss that is not finite becomes null."""
         values = asdict(self) | {"ppl": self.ppl}
         return json.dumps({k: _finite(v) for k, v in values.items()}, indent=2) + "\n"
 
     @classmethod
-    def read(cls, path: Path) -> "RunResult":
+    def read(cls, path: Path) -> RunResult:
         """Read a :data:`RESULT_FILE`.
 
         Raises:
-            ValueError: It is not one.
+            ValueError: The file is not the result of a run.
         """
         known = {field.name for field in fields(cls)}
         try:
@@ -74,8 +76,8 @@ class RunResult:
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not the result of a run: {error}") from error
 
-    def differences(self, other: "RunResult") -> str:
-        """What makes two runs incomparable, in words; empty if nothing does."""
+    def differences(self, other: RunResult) -> str:
+        """Name what makes two runs incomparable; empty if they compare."""
         pairs = {
             name: (getattr(self, name), getattr(other, name)) for name in ("steps", "trainable_parameters", "data")
         }
@@ -87,11 +89,14 @@ def _finite(value: Any) -> Any:
 
 
 def find_adamw(result: RunResult, where: str | None) -> tuple[RunResult | None, str]:
-    """A real run of AdamW to compare with, and where it is; or None, and why there is none.
+    """Find a run of AdamW to compare with.
 
     Args:
         result: The run that just ended.
-        where: A :data:`RESULT_FILE`, or a folder: the newest one below it that compares.
+        where: A :data:`RESULT_FILE`, or a folder whose newest comparable one is used.
+
+    Returns:
+        The result and its path, or None and the reason.
     """
     if where is None:
         return None, ""
@@ -114,14 +119,14 @@ def find_adamw(result: RunResult, where: str | None) -> tuple[RunResult | None, 
 
 
 def closing_table(result: RunResult, adamw: RunResult | None) -> Table:
-    """The run, and beside it AdamW: with the figures of a real run, or else with computed bytes and no loss.
+    """Draw a run next to AdamW, with the figures of a real run or else with computed bytes and no loss.
 
-    The bytes are a process's: those of a real run on another number of processes that share them are computed, too.
+    Bytes are those of one process. They are computed as well where the real run divided its state among another number
+    of processes.
     """
-    table = Table(title=f"{result.optimizer}: {result.steps} steps in {result.seconds:.0f} s", box=SIMPLE_HEAD)
-    table.title_justify = "left"
+    table = new_table(title=f"{result.optimizer}: {result.steps} steps in {result.seconds:.0f} s")
     momentum, state = result.adamw_momentum_bytes, result.adamw_state_bytes
-    if adamw and adamw.adamw_state_bytes == state:  # otherwise its processes held another share of the parameters
+    if adamw and adamw.adamw_state_bytes == state:  # otherwise each process held another share
         momentum, state = adamw.momentum_bytes, adamw.state_bytes
     rows = [
         ("", result.optimizer, ADAMW, "Saved"),
@@ -153,15 +158,15 @@ def _number(value: float | None) -> str:
 
 
 class ClosingTable(L.Callback):
-    """Prints what a fit came to, and writes it as ``result.json`` into the run's folder.
+    """Print the outcome of a fit, and write it as ``result.json`` into the run's folder.
 
-    Validation loss and perplexity, bytes of momentum and of all optimizer state (measured), and the same for AdamW: its
-    bytes are computed, its loss comes from a real run or is not there.
+    The table shows validation loss, perplexity, and measured bytes of momentum and of all optimizer state. AdamW's
+    column has the figures of a real run; without one, its bytes are computed and its loss is left out.
 
     Args:
-        compare_with: ``result.json`` of a run of AdamW, or a folder that holds some: the newest one that took as many
-            steps, trains as many parameters and read the same data is shown.
-        compare_command: The command that makes this run, shown while there is none.
+        compare_with: ``result.json`` of a run of AdamW, or a folder with several. The newest run with as many steps, as
+            many trainable parameters and the same data is shown.
+        compare_command: Command that makes such a run, shown while there is none.
         monitor: Name under which the validation loss is logged, in nats.
     """
 
@@ -170,7 +175,7 @@ class ClosingTable(L.Callback):
     ) -> None:
         self.compare_with, self.compare_command, self.monitor = compare_with, compare_command, monitor
         self.result: RunResult | None = None
-        """Of the last fit, once it has ended."""
+        """Outcome of the last fit; None until it has ended."""
         self._started = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -179,7 +184,7 @@ class ClosingTable(L.Callback):
         self._started = time.monotonic()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the measurements, and write them."""
+        """Measure the optimizers' state, and write the outcome."""
         report = StateReport.measure(trainer.optimizers, pl_module)
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         loss = trainer.callback_metrics.get(self.monitor)
@@ -202,9 +207,11 @@ class ClosingTable(L.Callback):
             write_file(folder, RESULT_FILE, self.result.to_json().encode())
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Print the table, below the progress bar where that comes before this callback."""
+        """Print the table; it follows the progress bar where that callback comes first."""
         if stage != "fit" or self.result is None or not trainer.is_global_zero:
             return
+        from rich import get_console
+
         adamw, where = (None, "") if self.result.optimizer == ADAMW else find_adamw(self.result, self.compare_with)
         console = get_console()
         console.print(closing_table(self.result, adamw))
@@ -213,7 +220,7 @@ class ClosingTable(L.Callback):
 
 
 def _note(result: RunResult, adamw: RunResult | None, where: str, command: str | None) -> str:
-    """Where AdamW's column is from."""
+    """Source of AdamW's column."""
     if result.optimizer == ADAMW:
         return ""
     if adamw is not None:

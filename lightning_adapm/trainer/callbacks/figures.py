@@ -1,4 +1,4 @@
-"""The figures drawn at the end of a run. Imports matplotlib, an optional extra: import this module when drawing."""
+"""Figures drawn at the end of a run. Import this module when drawing, because matplotlib is an optional extra."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -17,11 +17,11 @@ _RATIO = r"$\Vert G - G R^\top R\Vert_F \,/\, \Vert \hat{M}\Vert_F$"
 
 
 def state_figure(report: StateReport, name: str) -> Figure:
-    """Bytes of state by role, stacked by what they are for, each beside AdamW's; in MiB.
+    """Draw bytes of state by role in MiB, stacked by kind, next to AdamW's.
 
     Args:
-        report: What the optimizers hold.
-        name: What to call them.
+        report: Measured state of the optimizers.
+        name: Name of the optimizers in the title.
     """
     figure = _figure(width=max(6.5, 2.5 + 0.9 * len(report.by_role)), height=4.2)
     axes = figure.add_subplot()
@@ -49,11 +49,11 @@ def _stack(axes: Axes, places: np.ndarray, heights: Iterable[StateBytes], label:
 
 
 def residual_figure(history: Sequence[tuple[int, Mapping[str, float]]], prefix: str = "") -> Figure:
-    """The residual's norm relative to the direction used: by role over time, and by layer over time.
+    """Draw the residual's norm relative to the direction, by role and by layer, over time.
 
     Args:
-        history: The steps that logged, with the figures they logged.
-        prefix: Of the figures' names.
+        history: Steps that logged, with their figures.
+        prefix: Prefix of the figures' names.
     """
     steps = [step for step, _ in history]
     lines = _series(history, f"{prefix}norm_mean/")
@@ -79,24 +79,24 @@ def residual_figure(history: Sequence[tuple[int, Mapping[str, float]]], prefix: 
     by_layer.set_ylabel("layer")
     by_layer.set_title("by layer")
     figure.colorbar(image, ax=by_layer, label=_RATIO)
-    figure.suptitle("What the low-rank momentum does not see of the gradient")
+    figure.suptitle("Part of the gradient outside the low-rank momentum")
     return figure
 
 
 def _series(history: Sequence[tuple[int, Mapping[str, float]]], prefix: str) -> dict[str, list[float]]:
-    """The figures whose names start with ``prefix``, over time; NaN where there is none."""
+    """Select figures whose names start with ``prefix``, over time; NaN where a step has none."""
     names = dict.fromkeys(name for _, figures in history for name in figures if name.startswith(prefix))
     return {name.removeprefix(prefix): [figures.get(name, np.nan) for _, figures in history] for name in names}
 
 
 def _some(labels: Sequence[object], most: int) -> tuple[range, list[str]]:
-    """Evenly spaced places and their labels, at most ``most`` of them."""
+    """Choose at most ``most`` evenly spaced places, with their labels."""
     places = range(0, len(labels), -(-len(labels) // most))
     return places, [str(labels[place]) for place in places]
 
 
 def _figure(width: float, height: float) -> Figure:
-    # no pyplot: its state is the user's, and so is the backend
+    # without pyplot, whose state and backend belong to the user
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure

@@ -1,4 +1,4 @@
-"""Callbacks that log what an optimizer holds and what its low-rank momentum does not see."""
+"""Callbacks that log an optimizer's bytes of state and the residual of its low-rank momentum."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -29,18 +29,23 @@ if TYPE_CHECKING:
 
 
 class OptimizerStateMonitor(L.Callback):
-    """Logs how many bytes the state of the optimizers holds, of any kind and number, and draws them at the end.
+    """Log the bytes of state of all optimizers, of any class, and draw them at the end.
 
-    Logged, per process (the mean over processes): ``momentum_bytes``, ``second_moment_bytes``, ``total_bytes``,
-    ``adamw_bytes`` (what ``torch.optim.AdamW`` would hold in float32), ``total_bytes_by_role/<role>``, the ratio
-    ``ratio_to_adamw``; and ``total_bytes_all_processes``, their sum over processes. With several processes also
-    ``exchanged_bytes_per_step``: what AdaPM's steps gave to collectives since the last log, on the first process. With
-    ``update_in_backward`` also ``gradient_norm``, of the last step, whose gradients are gone. The figure is
-    ``optimizer_state.png`` in the run's folder, and goes to TensorBoard.
+    Means over processes are ``momentum_bytes``, ``second_moment_bytes``, ``total_bytes``,
+    ``total_bytes_by_role/<role>``, and ``adamw_bytes``, the bytes that ``torch.optim.AdamW`` would hold in float32.
+    Further figures are:
+
+    - ``ratio_to_adamw``, total bytes relative to AdamW's.
+    - ``total_bytes_all_processes``, the sum over processes.
+    - ``exchanged_bytes_per_step`` with several processes: bytes that the first process gave to collectives, per step of
+      AdaPM since the last log.
+    - ``gradient_norm`` with ``update_in_backward``: the norm of the last step's gradients, which are no longer held.
+
+    The figure is saved as ``optimizer_state.png`` in the run's folder and shown in TensorBoard.
 
     Args:
-        every_n_steps: Optimizer steps from one log to the next, the first step included.
-        log_key_prefix: Put before every name that is logged.
+        every_n_steps: Optimizer steps between two logs; the first step logs, too.
+        log_key_prefix: Prefix of every logged name.
 
     Raises:
         MisconfigurationException: ``every_n_steps`` is not an int >= 1.
@@ -55,13 +60,13 @@ class OptimizerStateMonitor(L.Callback):
         self._exchanged = (0, 0)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start anew, at the step where this run starts."""
+        """Start a new history at the first step of this run."""
         self.history = []
         self._clock = StepClock(self.every_n_steps, trainer.global_step)
         self._exchanged = (TRAFFIC.bytes, trainer.global_step)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Measure and log, where the batch ended a step that logs."""
+        """Measure and log if the batch ended a step that logs."""
         if not self._clock.rings(trainer.global_step - 1):
             return
         logged = pooled_state(trainer.optimizers, pl_module, trainer.strategy.root_device, trainer.world_size)
@@ -84,22 +89,26 @@ class OptimizerStateMonitor(L.Callback):
 
 
 class ResidualNormMonitor(L.Callback):
-    """Logs what AdaPM's low-rank momentum does not see of the gradient, and how large the updates are.
+    """Log the part of the gradient outside AdaPM's low-rank momentum, and the size of the updates.
 
-    Logged, none of it with a unit: ``norm_mean/<role>``, ``norm_max/<role>`` and ``norm_by_layer/<layer>`` of
-    ``‖G - G RᵀR‖_F / ‖M^‖_F``; ``stationarity/<role>``, the cosine between this residual and the one logged before;
-    ``update_max/<role>``, the largest ``|update| / lr`` before any clamp; ``clamped/<role>``, the share of entries
-    beyond ``clip_threshold``. ``all`` stands for all roles together. Pieces and processes are averaged (``max``: the
-    largest). ``nonfinite_gradients`` counts parameters and steps, all of them, whose gradient held an infinity or a
-    NaN, which AdaPM takes as zero; a warning names the parameters.
+    The figures have no unit:
 
-    The other figures are taken from inside the steps that log; other steps do no extra work. The figure is
-    ``residual_norm.png`` in the run's folder, and goes to TensorBoard. With several AdaPM optimizers their number
-    follows the prefix. An optimizer without a low-rank momentum has no residual: the callback says so once.
+    - ``norm_mean/<role>``, ``norm_max/<role>`` and ``norm_by_layer/<layer>``: the norm of the residual relative to the
+      direction, ``‖G - G RᵀR‖_F / ‖M^‖_F``.
+    - ``stationarity/<role>``: the cosine between this residual and the one logged before.
+    - ``update_max/<role>``: the largest ``|update| / lr`` before any clamp.
+    - ``clamped/<role>``: the share of entries beyond ``clip_threshold``.
+    - ``nonfinite_gradients``: the number of gradients, over parameters and all steps so far, with an infinity or a NaN.
+      AdaPM takes such gradients as zero. A warning names the parameters.
+
+    The role ``all`` stands for all roles together. Figures are means over pieces and processes; ``max`` is the largest.
+    Steps that do not log do no extra work. The figure is saved as ``residual_norm.png`` in the run's folder and shown
+    in TensorBoard. With several AdaPM optimizers, their number follows the prefix. A warning is given where no
+    optimizer has a low-rank momentum, and so no residual.
 
     Args:
-        every_n_steps: Optimizer steps from one log to the next, the first step included.
-        log_key_prefix: Put before every name that is logged.
+        every_n_steps: Optimizer steps between two logs; the first step logs, too.
+        log_key_prefix: Prefix of every logged name.
 
     Raises:
         MisconfigurationException: ``every_n_steps`` is not an int >= 1.
@@ -113,7 +122,7 @@ class ResidualNormMonitor(L.Callback):
         self._monitored: list[Monitored] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Find the optimizers that have a residual; say so where there is none."""
+        """Find the optimizers that have a residual; warn where none has."""
         self.history = []
         found = [o for o in trainer.optimizers if isinstance(o, AdaPM) and ResidualFigures(o).layers]
         prefixes = [self.log_key_prefix + (f"{index}/" if len(found) > 1 else "") for index in range(len(found))]
@@ -126,7 +135,7 @@ class ResidualNormMonitor(L.Callback):
             )
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Put the probe into an optimizer whose step, which comes next, logs."""
+        """Insert the probe if the optimizer's next step logs."""
         for monitored in self._monitored:
             if monitored.optimizer is optimizer and not monitored.optimizer.update_in_backward:
                 monitored.remove_probe()
@@ -134,14 +143,14 @@ class ResidualNormMonitor(L.Callback):
                     monitored.insert_probe(trainer.global_step)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """The same for an optimizer that may step inside of this backward, or of a later one of those accumulated."""
+        """Insert the probe into an optimizer that may step within this backward, or a later one that accumulates."""
         for monitored in self._monitored:
             announced = monitored.due is not None
             if monitored.optimizer.update_in_backward and (announced or monitored.clock.rings(trainer.global_step)):
                 monitored.insert_probe(trainer.global_step)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Take the probes out, and log what they saw."""
+        """Remove the probes, and log what they recorded."""
         for monitored in self._monitored:
             monitored.remove_probe()
             if monitored.due is None or monitored.due == trainer.global_step:
@@ -154,7 +163,7 @@ class ResidualNormMonitor(L.Callback):
                 log_figures(trainer, figures)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw the figures, and warn of what came after the last log."""
+        """Draw the figures, and warn of non-finite gradients since the last log."""
         for index, monitored in enumerate(self._monitored):
             monitored.count_nonfinite()
             history = [
@@ -166,13 +175,13 @@ class ResidualNormMonitor(L.Callback):
 
 
 class Monitored:
-    """An optimizer with its probe, which is in it during the steps that log only."""
+    """An optimizer with its probe, which is inserted during steps that log."""
 
     def __init__(self, optimizer: AdaPM, prefix: str, clock: StepClock) -> None:
         self.optimizer, self.prefix, self.clock = optimizer, prefix, clock
         self.probe = ResidualProbe()
         self.due: int | None = None
-        """The step that logs next, once it has been announced."""
+        """Next step that logs, once it has been announced."""
         self._nonfinite = optimizer.nonfinite_gradients()
 
     def insert_probe(self, step: int) -> None:
@@ -180,7 +189,7 @@ class Monitored:
         self.optimizer.observer = self.probe
 
     def count_nonfinite(self) -> int:
-        """Gradients that were not finite since the optimizer was built; warns of those that are new."""
+        """Count non-finite gradients since the optimizer was built, and warn of new ones."""
         found = self.optimizer.nonfinite_gradients()
         if found != self._nonfinite:
             new = {name: steps - self._nonfinite.get(name, 0) for name, steps in found.items()}
@@ -209,7 +218,7 @@ def _draw_residual(history: list[tuple[int, dict[str, float]]], prefix: str) -> 
 def pooled_state(
     optimizers: Iterable[Optimizer], module: nn.Module | None, device: torch.device, processes: int
 ) -> dict[str, float]:
-    """What :class:`OptimizerStateMonitor` logs of the optimizers' state, by name; all processes take part."""
+    """Figures of :class:`OptimizerStateMonitor` by name. Call it on every process."""
     figures = StateReport.measure(optimizers, module).figures()
     every_role = (f"total_bytes_by_role/{role}" for role in (*ROLES, OTHER))
     pool = _pool(sorted({*figures, *every_role}), device)
@@ -221,7 +230,7 @@ def pooled_state(
 
 
 def pooled_residual(monitored: Monitored, device: torch.device) -> dict[str, float]:
-    """What :class:`ResidualNormMonitor` logs of what the probe has seen, by name; all processes take part."""
+    """Figures of :class:`ResidualNormMonitor` by name. Call it on every process."""
     names, readings = ResidualFigures(monitored.optimizer), monitored.probe.read()
     pool = _pool(names.names, device)
     pool.update(names.figures(readings))
@@ -231,6 +240,6 @@ def pooled_residual(monitored: Monitored, device: torch.device) -> dict[str, flo
 
 
 def _pool(names: list[str], device: torch.device) -> Pool:
-    """On the device that the processes exchange tensors from."""
+    """Build a pool on the device that the processes exchange tensors from."""
     dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
     return Pool(names, dtype).to(device)

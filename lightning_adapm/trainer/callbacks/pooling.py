@@ -1,4 +1,4 @@
-"""Figures of many pieces, on many processes, as the few that are logged."""
+"""Pooling of figures over pieces and processes, to the few that are logged."""
 
 import math
 import re
@@ -16,13 +16,13 @@ _LAYER = re.compile(r"(?P<stack>(?:[^.]*[^.\d][^.]*\.)*)(?P<number>\d+)\.")
 
 
 class Pool(Metric):
-    """Weighted mean and largest value of named figures, over pieces and over processes.
+    """Weighted mean and maximum of named figures, over pieces and over processes.
 
-    One vector per quantity, so that a synchronisation costs three collectives and not three per figure.
+    All figures share one vector per quantity, so that a synchronization costs three collectives.
 
     Args:
-        names: The same on every process, whatever each of them observes.
-        dtype: Of the sums; float64 keeps counts of bytes exact.
+        names: Names of the figures, the same on every process.
+        dtype: Dtype of the sums; float64 keeps counts of bytes exact.
     """
 
     full_state_update = False
@@ -39,20 +39,20 @@ class Pool(Metric):
         self.add_state("largest", torch.full_like(zeros, -torch.inf), "max")
 
     def update(self, figures: Iterable[tuple[str, float, float]]) -> None:
-        """Take in figures as name, value and weight."""
+        """Add figures, each a name, a value and a weight."""
         total, weight, largest = ([start] * len(self.places) for start in (0.0, 0.0, -math.inf))
         for name, value, share in figures:
             place = self.places[name]
             total[place] += value * share
             weight[place] += share
-            if not (value <= largest[place] or math.isnan(largest[place])):  # NaN wins, whenever it comes
+            if not (value <= largest[place] or math.isnan(largest[place])):  # a NaN stays
                 largest[place] = value
         self.total += self.total.new_tensor(total)
         self.weight += self.weight.new_tensor(weight)
         self.largest = torch.maximum(self.largest, self.largest.new_tensor(largest))
 
     def compute(self) -> dict[str, tuple[float, float]]:
-        """Mean and largest of every figure that some process has seen."""
+        """Mean and maximum of every figure that some process has added."""
         columns = ((self.total / self.weight).tolist(), self.largest.tolist(), self.weight.tolist())
         return {
             name: (mean, most) for name, mean, most, weight in zip(self.places, *columns, strict=True) if weight > 0
@@ -60,10 +60,10 @@ class Pool(Metric):
 
 
 class ResidualFigures:
-    """What the readings of a step become in the logs: figures by role and by layer.
+    """Names and values of the figures by role and by layer, from a step's readings.
 
     Args:
-        optimizer: Its parameters say which figures there can be, the same on every process.
+        optimizer: Optimizer whose parameters determine the names, the same on every process.
     """
 
     def __init__(self, optimizer: AdaPM) -> None:
@@ -83,7 +83,7 @@ class ResidualFigures:
         self.names += [f"{kind}/{role}" for kind, roles in kinds.items() for role in dict.fromkeys(["all", *roles])]
 
     def figures(self, readings: Iterable[Reading]) -> Iterable[tuple[str, float, float]]:
-        """Name, value and weight for a :class:`Pool` of :attr:`names`."""
+        """Yield name, value and weight of each figure, for a :class:`Pool` of :attr:`names`."""
         for reading in readings:
             for kind, value in reading.figures.items():
                 weight = reading.entries if kind == "clamped" else 1.0
@@ -94,7 +94,7 @@ class ResidualFigures:
 
     @staticmethod
     def logged(pooled: dict[str, tuple[float, float]]) -> dict[str, float]:
-        """The pooled figures under the names that are logged."""
+        """Rename pooled figures to the names in the logs."""
         logged: dict[str, float] = {}
         for name, (mean, largest) in pooled.items():
             kind, _, rest = name.partition("/")
@@ -106,9 +106,9 @@ class ResidualFigures:
 
 
 def layer_labels(names: Iterable[str]) -> dict[str, str]:
-    """What to call the layer of each parameter: its number, with its path where there are several stacks of layers.
+    """Label the layer of each parameter by its number, with its path where there are several stacks of layers.
 
-    A parameter outside the layers is called by its own name, without ``.weight``.
+    The label of a parameter outside the layers is its own name without ``.weight``.
     """
     found = {name: _LAYER.match(normalize(name)) for name in names}
     one_stack = len({match["stack"] for match in found.values() if match}) == 1

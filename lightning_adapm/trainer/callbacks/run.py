@@ -1,4 +1,4 @@
-"""What the callbacks share: which steps log, and where a run writes."""
+"""Shared parts of the callbacks: the steps that log, and the files of a run."""
 
 import functools
 import importlib.util
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 class StepClock:
-    """Says which optimizer steps log: the first at or after each multiple of ``every_n_steps``, counted from 0.
+    """Choice of the optimizer steps that log: the first at or after each multiple of ``every_n_steps``, from 0.
 
-    Not just the multiples: with several optimizers, the step of a given number belongs to one of them only.
+    With several optimizers, a multiple can be a step of another one; then the next step logs.
 
     Args:
-        every_n_steps: Steps from one to the next.
-        step: The step to start at; a resumed run logs at the same steps as an uninterrupted one.
+        every_n_steps: Steps between two that log.
+        step: First step of this run. A resumed run logs at the same steps as an uninterrupted one.
     """
 
     def __init__(self, every_n_steps: int, step: int = 0) -> None:
@@ -32,16 +32,16 @@ class StepClock:
         self._last = (step - 1) // every_n_steps
 
     def rings(self, step: int) -> bool:
-        """Whether step number ``step`` logs; says so once."""
+        """Whether step number ``step`` logs; true once for each multiple."""
         last, self._last = self._last, max(self._last, step // self._every)
         return self._last > last
 
 
 def check_every_n_steps(every_n_steps: int) -> int:
-    """``every_n_steps`` itself.
+    """Check and return ``every_n_steps``.
 
     Raises:
-        MisconfigurationException: Not an int >= 1.
+        MisconfigurationException: The value is not an int >= 1.
     """
     if not isinstance(every_n_steps, int) or isinstance(every_n_steps, bool) or every_n_steps < 1:
         raise MisconfigurationException(f"every_n_steps must be an int >= 1, but got {every_n_steps!r}")
@@ -49,28 +49,28 @@ def check_every_n_steps(every_n_steps: int) -> int:
 
 
 def logged_step(trainer: L.Trainer) -> int:
-    """The step under which Lightning logs what a training batch logs, whatever the number of optimizers."""
+    """Step under which Lightning logs a training batch's metrics, whatever the number of optimizers."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def log_figures(trainer: L.Trainer, figures: Mapping[str, float]) -> None:
-    """Send figures to every logger now: ``pl_module.log`` would drop them at steps that ``log_every_n_steps`` skips."""
+    """Send figures to every logger at once; ``pl_module.log`` drops them where ``log_every_n_steps`` skips a step."""
     for logger in trainer.loggers:
         logger.log_metrics(dict(figures), step=logged_step(trainer))
 
 
 def optimizer_name(trainer: L.Trainer) -> str:
-    """The class names of the Trainer's optimizers, for people."""
+    """Class names of the Trainer's optimizers, for people."""
     return " + ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "no optimizer"
 
 
 def run_folder(trainer: L.Trainer) -> str:
-    """Where this run writes. To be called on every process: Lightning broadcasts it."""
+    """Folder of this run's files. Call it on every process, because Lightning broadcasts the name."""
     return str(trainer.log_dir or trainer.default_root_dir)
 
 
 def write_file(folder: str, name: str, content: bytes) -> str:
-    """Write a file into a folder, local or remote, made if need be; its path."""
+    """Write a file into a local or remote folder, created if necessary, and return its path."""
     path = posixpath.join(folder, name)
     files = get_filesystem(folder)
     files.makedirs(folder, exist_ok=True)
@@ -80,9 +80,9 @@ def write_file(folder: str, name: str, content: bytes) -> str:
 
 
 def publish_figure(trainer: L.Trainer, name: str, draw: Callable[[], "Figure"]) -> None:
-    """Save a figure as ``name.png`` in the run's folder and show it in TensorBoard, where matplotlib is installed.
+    """Save a figure as ``name.png`` in the run's folder and show it in TensorBoard, if matplotlib is installed.
 
-    To be called on every process; the first one draws.
+    Call it on every process; the first one draws.
     """
     folder = run_folder(trainer)
     if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The table at the start of a run: what the optimizer's state will be."""
+"""The table at the start of a run: the bytes of state that the optimizer will hold."""
 
 import logging
 from collections.abc import Iterable
@@ -6,39 +6,38 @@ from typing import Literal
 
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from rich import get_console
 from torch.optim import Optimizer
 
 from lightning_adapm.optim import AdaPM
 from lightning_adapm.report.plan import plan
-from lightning_adapm.report.tables import summarise, summary_table
+from lightning_adapm.report.tables import summarize, summary_table
 from lightning_adapm.step.parts import shares_basis
 
 _log = logging.getLogger(__name__)
 
 
 def _sharding_note(optimizer: AdaPM) -> str:
-    """What the bytes are of, and where the bases are, if parameters are sharded."""
+    """Where parameters are sharded, say which process the bytes belong to and where the bases are."""
     for group in optimizer.param_groups:
         layouts = (optimizer.placement(param).layout for param in group["params"])
         sharded = next((layout for layout in layouts if layout is not None and len(layout.spans) > 1), None)
         if sharded is not None:
-            where = "shared out" if shares_basis(sharded, group["basis"]) else "on every process"
+            where = "sharded" if shares_basis(sharded, group["basis"]) else "on every process"
             return f"Bytes of this process, one of {len(sharded.spans)}; bases of the low-rank momentum: {where}"
     return ""
 
 
 class OptimizerSummary(L.Callback):
-    """Prints AdaPM's plan when a fit starts: parameters, momentum policy, rank, and bytes of state beside AdamW's.
+    """Print AdaPM's plan when a fit starts: parameters, momentum policy, rank, and bytes of state next to AdamW's.
 
-    Says nothing of other optimizers, whose state is not known before the first step.
+    Other optimizers have no table, because their state is unknown before the first step.
 
     Args:
-        by: ``"role"`` for a line per role, ``"parameter"`` for a line per parameter (of a fused weight: per piece).
-        max_rows: The most lines to print; the last one counts the others.
+        by: ``"role"`` for a row per role; ``"parameter"`` for a row per parameter, and per piece of a fused weight.
+        max_rows: Maximum number of rows; a last row counts the others.
 
     Raises:
-        MisconfigurationException: An option that is not one of these.
+        MisconfigurationException: An option has another value.
     """
 
     def __init__(self, by: Literal["role", "parameter"] = "role", max_rows: int = 50) -> None:
@@ -57,10 +56,12 @@ class OptimizerSummary(L.Callback):
 def print_summary(
     optimizers: Iterable[Optimizer], by: Literal["role", "parameter"] = "role", max_rows: int = 50
 ) -> None:
-    """What :class:`OptimizerSummary` prints, of every AdaPM optimizer."""
+    """Print the table of :class:`OptimizerSummary` for every AdaPM optimizer."""
+    from rich import get_console
+
     for optimizer in optimizers:
         if isinstance(optimizer, AdaPM):
-            lines, name = summarise(plan(optimizer), by), type(optimizer).__name__
+            lines, name = summarize(plan(optimizer), by), type(optimizer).__name__
             get_console().print(summary_table(lines, by, max_rows, name))
             if note := _sharding_note(optimizer):
                 get_console().print(note)
