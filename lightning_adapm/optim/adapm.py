@@ -40,7 +40,7 @@ from lightning_adapm.step.parts import (
     shares_basis,
 )
 
-_PER_STEP = ("params", "param_names", "roles", "lr")
+_PER_STEP = ("params", "param_names", "roles", "lr", "as_built")
 """Of a group: what a plan does not depend on."""
 
 _NO_GRADIENT = "AdaPM.step() found no gradient on any of its parameters, so nothing is trained"

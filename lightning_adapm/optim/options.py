@@ -17,26 +17,11 @@ from lightning_adapm.roles.piece import POLICIES, ROLES, UNMATCHED, Piece
 from lightning_adapm.roles.rules import FUSED
 from lightning_adapm.sharding.find import shape_of
 
-_STRUCTURE = (
-    "rank",
-    "second_moment",
-    "momentum",
-    "state_dtype",
-    "roles",
-    "param_names",
-    "no_decay",
-    "basis",
-    "format_version",
-)
-"""Group entries that shape the state: on load this optimizer's stay, all others come from the checkpoint."""
-
 StateDtype = Mapping[str, str] | torch.dtype | str | None
 """A dtype, by itself or by its name, or names of dtypes by policy."""
 
 BASES = ("auto", "replicate", "shard")
 """Where processes keep the bases of matrices whose rows they share."""
-
-_ADAMW_ONLY = ("amsgrad", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
 
 
 def check(group: Mapping[str, Any]) -> None:
@@ -237,27 +222,3 @@ def check_gradient(name: str, grad: Tensor) -> None:
         raise RuntimeError(
             f"AdaPM does not support sparse gradients, and {name} has one; build its module with sparse=False"
         )
-
-
-def kept_settings(saved: Mapping[str, Any], groups: list[dict[str, Any]], version: int) -> list[dict[str, Any]]:
-    """The saved groups with what shapes the state taken from ``groups``.
-
-    Raises:
-        ValueError: the groups do not correspond, or the state is from a newer format or an unsupported AdamW variant.
-    """
-    found = saved["param_groups"]
-    sizes, wanted = [len(g["params"]) for g in found], [len(g["params"]) for g in groups]
-    if sizes != wanted:
-        raise ValueError(f"the saved optimizer has parameter groups of {sizes} parameters, this one of {wanted}")
-    kept = []
-    for old, new in zip(found, groups, strict=True):
-        if old.get("format_version", version) > version:
-            raise ValueError(
-                f"the saved state has format version {old['format_version']}, newer than {version}, the newest that"
-                " this version of lightning-adapm reads; update it"
-            )
-        if old.get("amsgrad"):
-            raise ValueError("the saved state is AdamW's with amsgrad=True, which AdaPM has no counterpart for")
-        rest = {key: value for key, value in old.items() if key not in _ADAMW_ONLY}
-        kept.append({**new, **rest, **{key: new[key] for key in _STRUCTURE}})
-    return kept

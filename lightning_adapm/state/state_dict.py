@@ -1,17 +1,22 @@
 """Saving and loading: state that keeps its precision, in the form that its strategy saves, from whatever saved it."""
 
-from collections import defaultdict
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
-from torch import Tensor
+import torch
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from lightning_adapm.optim import options
 from lightning_adapm.state.convert import restored_state
+from lightning_adapm.state.settings import AS_BUILT, as_built, kept_settings
 from lightning_adapm.state.sharded import export_state
 
 if TYPE_CHECKING:
     from lightning_adapm.optim.adapm import AdaPM
+
+_STRUCTURE = ("rank", "second_moment", "momentum", "state_dtype", "basis")
 
 FORMAT_VERSION = 1
 """Of the optimizer's state, kept in every parameter group."""
@@ -20,52 +25,75 @@ FORMAT_VERSION = 1
 class Checkpointed(Optimizer):
     """What AdaPM does differently from ``torch.optim.Optimizer`` when it is saved and loaded."""
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as ``torch.optim`` does."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group[AS_BUILT] = as_built(group, self.defaults, _STRUCTURE)
+
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim`` has it; of sharded parameters in the form that their strategy saves.
 
         To be called on all processes that hold a part of a parameter.
         """
 
-        # A temporary hook before all others, so that they see what is saved and may change or replace it.
         def export(_: Optimizer, packed: dict[str, Any]) -> None:
             for saved, group in zip(packed["param_groups"], self.param_groups, strict=True):
                 for index, param in zip(saved["params"], group["params"], strict=True):
                     if index in packed["state"]:
                         packed["state"][index] = export_state(cast("AdaPM", self), param, group, packed["state"][index])
 
-        handle = self.register_state_dict_post_hook(export, prepend=True)
-        try:
+        # before the caller's hooks, which may return something of another form
+        with _hooks(self.register_state_dict_post_hook(export, prepend=True)):
             return super().state_dict()
-        finally:
-            handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state saved by AdaPM or by ``torch.optim.AdamW``.
 
-        Hyperparameters come from the checkpoint, as in torch. What shapes the state (``rank``, ``second_moment``,
-        policies, ``state_dtype``, roles) is this optimizer's: a state saved with other settings is converted.
+        Hyperparameters (``lr``, ``betas``, ``weight_decay`` and so on) come from the checkpoint, as in torch. What
+        shapes the state (``rank``, ``second_moment``, policies, ``state_dtype``, roles) is this optimizer's: a state
+        saved with other settings is converted. One warning names the options that differ, and the values used.
 
         Raises:
             ValueError: the state has no meaning here; nothing has been changed then.
         """
-        loaded: dict[Tensor, dict[str, Any]] = {}
+        loaded: dict[Any, Any] = {}
+        differing: list[str] = []
 
         # Temporary hooks, innermost on both sides: torch casts floating-point state to the parameter's dtype, which
         # would round a float32 second moment of a bfloat16 parameter.
         def before(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            kept = options.kept_settings(saved, self.param_groups, FORMAT_VERSION)
+            groups, words = kept_settings(saved["param_groups"], self.param_groups, FORMAT_VERSION, _STRUCTURE)
             loaded.update(restored_state(cast("AdaPM", self), saved))
-            return {"state": {}, "param_groups": kept}
+            differing.extend(words)
+            params = {key for group in saved["param_groups"] for key in group["params"]}
+            others = {key: value for key, value in saved["state"].items() if key not in params}
+            return {"state": others, "param_groups": groups}
 
         def after(_: Optimizer) -> None:
-            self.state = defaultdict(dict, loaded)
+            self.state.update(loaded)
 
-        handles = (
-            self.register_load_state_dict_pre_hook(before),
-            self.register_load_state_dict_post_hook(after, prepend=True),
-        )
-        try:
+        # state made in inference mode could not be updated outside of it
+        with (
+            torch.inference_mode(False),
+            _hooks(
+                self.register_load_state_dict_pre_hook(before),
+                self.register_load_state_dict_post_hook(after, prepend=True),
+            ),
+        ):
             super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
+        if differing:
+            warnings.warn(
+                f"{type(self).__name__} goes on with {', '.join(differing)}: hyperparameters come from the checkpoint"
+                " and may be set in param_groups after loading, what shapes the state comes from the code",
+                stacklevel=2,
+            )
+
+
+@contextmanager
+def _hooks(*handles: RemovableHandle) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

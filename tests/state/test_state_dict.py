@@ -185,6 +185,121 @@ class TestConversion:
         assert self.momentum(back, "transformer.wte.weight")["embedding"].norm() == 0
 
 
+class TestHooks:
+    """torch's hooks see what they see of torch.optim.AdamW."""
+
+    def test_a_hook_that_wraps_and_one_that_unwraps(self):
+        model, optimizer = trained()
+        before = optimizer.state_dict()
+        optimizer.register_state_dict_post_hook(lambda _, state: {"optimizer": state, "by": "me"})
+        wrapped = optimizer.state_dict()
+        assert wrapped["by"] == "me"
+        assert str(wrapped["optimizer"]) == str(before)
+        twin = copy.deepcopy(model)
+        other = AdaPM(twin.parameters(), **OPTIONS)
+        other.register_load_state_dict_pre_hook(lambda _, state: state["optimizer"])
+        other.load_state_dict(wrapped)
+        assert str(other.state_dict()) == str(before)
+
+    def test_a_hook_that_filters(self):
+        _, optimizer = trained()
+        optimizer.register_state_dict_post_hook(lambda _, state: {"state": {}, "param_groups": []})
+        assert optimizer.state_dict() == {"state": {}, "param_groups": []}
+
+    def test_a_hook_after_loading_sees_the_state(self):
+        _, optimizer = trained()
+        seen = []
+        optimizer.register_load_state_dict_post_hook(lambda loaded: seen.append(len(loaded.state)), prepend=True)
+        optimizer.load_state_dict(optimizer.state_dict())
+        assert seen == [len(optimizer.state)]
+
+
+def test_entries_that_belong_to_no_parameter_survive():
+    model, optimizer = trained()
+    optimizer.state["phase"] = {"index": 2}
+    optimizer.state["mean"] = torch.ones(3)
+    _, loaded = trained(model=copy.deepcopy(model))
+    loaded.load_state_dict(optimizer.state_dict())
+    assert loaded.state["phase"] == {"index": 2}
+    assert torch.equal(loaded.state["mean"], torch.ones(3))
+    assert loaded.state_dict()["state"]["phase"] == {"index": 2}
+
+
+def test_loading_in_inference_mode(tmp_path):
+    model, optimizer = trained()
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    twin = copy.deepcopy(model)
+    other = AdaPM(twin.parameters(), **OPTIONS)
+    with torch.inference_mode():
+        other.load_state_dict(torch.load(tmp_path / "state.pt"))
+    rest = token_batches(3, seed=1)
+    assert train(twin, other, rest) == train(model, optimizer, rest)
+
+
+class TestSettingsThatDiffer:
+    """Hyperparameters of the checkpoint win, and the structure of the code, and one line says so."""
+
+    def loaded(self, optimizer, **options):
+        model = tiny_gpt()
+        other = AdaPM(model.parameters(), **(OPTIONS | options))
+        other.load_state_dict(optimizer.state_dict())
+        return other.param_groups[0]
+
+    def test_one_warning_names_them_all(self):
+        _, optimizer = trained(weight_decay=0.1)
+        with pytest.warns(UserWarning, match="AdaPM goes on with") as caught:
+            group = self.loaded(optimizer, lr=1e-2, weight_decay=0, rank=4, momentum={"mlp": "full"}, betas=(0.8, 0.9))
+        (warning,) = caught
+        for words in (
+            "lr=0.003 (the code has 0.01)",
+            "betas=[0.9, 0.999] (the code has [0.8, 0.9])",
+            "weight_decay=0.1 (the code has 0)",
+            "rank=4 (the checkpoint has 2)",
+            "momentum={'mlp': 'full'} (the checkpoint has {'mlp': 'low_rank'})",
+        ):
+            assert words in str(warning.message)
+        assert (group["lr"], group["weight_decay"], group["betas"]) == (3e-3, 0.1, (0.9, 0.999))
+        assert (group["rank"], group["momentum"]["mlp"]) == (4, "full")
+        assert warning.filename == __file__
+
+    def test_it_is_said_again_when_the_loaded_state_was_saved(self):
+        _, optimizer = trained()
+        with pytest.warns(UserWarning, match="lr=0.003"):
+            self.loaded(optimizer, lr=1e-2)
+        model = tiny_gpt()
+        other = AdaPM(model.parameters(), **(OPTIONS | {"lr": 1e-2}))
+        with pytest.warns(UserWarning, match="lr=0.003"):
+            other.load_state_dict(optimizer.state_dict())
+        with pytest.warns(UserWarning, match="lr=0.003"):
+            self.loaded(other, lr=1e-2)
+
+    def test_nothing_is_said_of_what_schedules_changed(self, recwarn):
+        model, optimizer = trained()
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=20)
+        train(model, optimizer, token_batches(2))
+        schedule.step()
+        optimizer.param_groups[0]["weight_decay"] = 0.5
+        group = self.loaded(optimizer)
+        assert group["weight_decay"] == 0.5
+        assert group["lr"] == optimizer.param_groups[0]["lr"] != 3e-3
+        assert not [w for w in recwarn if "goes on with" in str(w.message)]
+
+    def test_of_torch_adamw(self):
+        model = tiny_gpt()
+        adamw = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        torch.optim.lr_scheduler.LinearLR(adamw)
+        train(model, adamw, token_batches(1))
+        with pytest.warns(UserWarning, match=r"lr=0.001 \(the code has 0.003\)"):
+            assert self.loaded(adamw)["lr"] == adamw.param_groups[0]["lr"]
+
+    def test_coupled_decay_of_torch_adam_is_left_behind(self):
+        model = tiny_gpt()
+        adam = torch.optim.Adam(model.parameters(), lr=3e-3, weight_decay=0.5)
+        train(model, adam, token_batches(1))
+        with pytest.warns(UserWarning, match=r"weight_decay=0.01 \(the checkpoint's 0.5 was added to gradients\)"):
+            assert self.loaded(adam)["weight_decay"] == 0.01
+
+
 class TestRefusals:
     def test_a_state_of_another_optimizer(self):
         model = tiny_gpt()
