@@ -172,4 +172,12 @@ def split(batch: Tensor, like: list[Tensor]) -> list[Tensor]:
 
 def store(batch: Tensor, states: list[Tensor]) -> None:
     """Write a batch back into the tensors it was joined from."""
-    torch._foreach_copy_(states, split(batch, states))
+    write(split(batch, states), states)
+
+
+def write(values: list[Tensor], states: list[Tensor]) -> None:
+    """Store values in the states' dtype; beyond its range its largest number, for an infinity would stay forever."""
+    top = torch.finfo(states[0].dtype).max
+    if 2 * top < torch.finfo(values[0].dtype).max:
+        values = [value.clamp(-top, top) for value in values]
+    torch._foreach_copy_(states, values)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_adapm.moments import lowrank
-from lightning_adapm.moments.base import Direction, Stack, State, join, split, store
+from lightning_adapm.moments.base import Direction, Stack, State, join, split, store, write
 from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
 
 
@@ -65,7 +65,7 @@ class FullMomentum:
                 torch.lerp(average.to(grad.dtype), grad, 1 - self.beta1)
                 for average, grad in zip(averages, grads, strict=True)
             ]
-            torch._foreach_copy_(averages, used)
+            write(used, averages)
         return Direction(used, 1 / (1 - self.beta1**step), scratch=used is not averages, clamp=None)
 
 

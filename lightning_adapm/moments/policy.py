@@ -59,7 +59,7 @@ def momentum_for(piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> M
     """The momentum of a piece whose matrix has ``shape``; full where factors would not save anything."""
     # a frozen matrix may have no role; one that is trained is refused before it gets a state
     policy = piece.role if piece.role in POLICIES else group["momentum"].get(piece.role, "full")
-    beta1 = group["betas"][0]
+    beta1 = float(group["betas"][0])
     if policy == "none":
         return NoMomentum(clamp=1 / (1 - beta1) if piece.role == "embedding" else 1.0)
     if policy == "low_rank" and len(shape) >= 2:
@@ -81,7 +81,7 @@ def storage_dtype(momentum: Momentum, chosen: Mapping[str, str] | str | None, ex
 
 def second_moment_for(piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
     """The second moment of a piece whose matrix has ``shape``; the block rules are those of Adam-mini 1.1.1."""
-    kind, beta2, eps = group["second_moment"], group["betas"][1], group["eps"]
+    kind, beta2, eps = group["second_moment"], float(group["betas"][1]), float(group["eps"])
     if kind == "block" and piece.role != "bias":
         heads = piece.heads if piece.role in ("query", "key") else None
         return BlockSecondMoment(beta2, eps, heads, outputs=-1 if piece.transposed else -2)

@@ -20,6 +20,9 @@ from lightning_adapm.sharding.find import shape_of
 StateDtype = Mapping[str, str] | torch.dtype | str | None
 """A dtype, by itself or by its name, or names of dtypes by policy."""
 
+STATE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""Dtypes that momentum may be kept in: those that torch computes with."""
+
 BASES = ("auto", "replicate", "shard")
 """Where processes keep the bases of matrices whose rows they share."""
 
@@ -124,8 +127,9 @@ def _dtype_name(dtype: torch.dtype | str | None) -> str | None:
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if dtype is None:
         return None
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"state_dtype must be a floating-point dtype such as 'bfloat16', but got {dtype!r}")
+    if found not in STATE_DTYPES:
+        names = ", ".join(str(each).removeprefix("torch.") for each in STATE_DTYPES)
+        raise ValueError(f"state_dtype must be one of {names}, but got {dtype!r}")
     return str(found).removeprefix("torch.")
 
 

@@ -26,7 +26,7 @@ from lightning_adapm.moments.second import (
 from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
 from lightning_adapm.step import kernels
 from lightning_adapm.step.kernels import Divisors, Reading
-from lightning_adapm.step.launch import Matrices
+from lightning_adapm.step.launch import DTYPES, Matrices
 from lightning_adapm.step.parts import PieceState, Plan, Task, reduction_of
 
 _TOGETHER_NUMEL = 1 << 24
@@ -45,8 +45,15 @@ def takes(tasks: list[Task], momentum: Momentum, second_moment: SecondMoment) ->
         multiplies
         and (tasks[0].grad.dim() > 1 or tasks[0].shard is None)
         and (rows or type(second_moment) in (ElementwiseSecondMoment, FactoredSecondMoment))
+        and all(average.dtype in DTYPES for average in _averages(tasks[0].state))
         and kernels.movable([task.param for task in tasks], [task.grad for task in tasks])
     )
+
+
+def _averages(state: PieceState) -> list[Tensor]:
+    """A piece's first moment, whose dtype is an option."""
+    found = (state.get(key) for key in ("exp_avg", "exp_avg_l", "exp_avg_r"))
+    return [each for each in found if each is not None]
 
 
 class DeviceGradients(Stack):

@@ -26,6 +26,9 @@ some on an H200, and within the 99 KiB of shared memory that a block has on smal
 
 _LARGEST, _TINY = largest(torch.float32), torch.finfo(torch.float32).tiny
 
+_MOST_ROWS_OF_A_HEAD = 128
+"""Rows that share one second moment are a single tile of :func:`advance` up to so many."""
+
 _ROWS_OF_A_SUM = 512
 """Sums of columns are taken of so many rows each: enough programs for a device, whatever the shape."""
 
@@ -201,9 +204,13 @@ def advance(
     b, (m, n) = len(squares), shape
     r = 0 if lefts is None else lefts.like.shape[-1]
     width = padded(r if refreshed is None else 2 * r)
+    span = 16 if blocks is None else m // blocks
+    if lefts is not None and averages is not None and span > _MOST_ROWS_OF_A_HEAD:  # each in tiles of its own
+        factors, _ = advance(reading, projected, lefts, refreshed, None, shape, None, betas, correction)
+        _, roots = advance(reading, None, None, None, averages, shape, blocks, betas, correction)
+        return factors, roots
     factors = None if projected is None else squares.new_empty((b, m, width), dtype=FACTOR)
     roots = None if averages is None else torch.empty_like(squares)
-    span = 16 if blocks is None else m // blocks
     launch(
         "advance",
         (-(-m // span), b, 1),
@@ -232,7 +239,7 @@ def advance(
         REFRESHED=refreshed is not None,
         BLOCKS=averages is not None,
         SHARED=blocks is not None,
-        BLOCK_M=power_of_two(span),
+        BLOCK_M=min(power_of_two(span), 1024),
         BLOCK_R=max(16, min(64, power_of_two(width))),
     )
     return factors, roots
@@ -364,6 +371,7 @@ def move(
         num_warps=warps,
         num_stages=stages,
     )
+    torch.autograd.graph.increment_version(params)  # as every operation in place, for whoever goes backward again
 
 
 def _narrowed(tile: tuple[int, int, int, int], n: int) -> tuple[int, int, int, int]:

@@ -75,6 +75,7 @@ def launch(
     have compiled before: asking for it again takes the host longer than the launch.
     """
     device = tensors[0].device
+    scalars = tuple(map(float, scalars))  # what is compiled for a float cannot be launched with an int
     kinds = [(tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors]
     key = name, device, numbers, *kinds, *constants.values()
     with _on(device):

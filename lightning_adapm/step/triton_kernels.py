@@ -183,7 +183,7 @@ def advance(
     and the factors are ``[left / correction - projected - flush moved, flush held]``.
     Where ``BLOCKS``, ``averages`` become ``beta2 average + (1 - beta2) mean`` with the means of squares of each row or
     (``SHARED``) of every ``span`` rows, of ``count`` entries each and not above ``largest``; ``roots`` ``(b, m)`` are
-    their roots.
+    their roots. ``SHARED`` spans may be larger than ``BLOCK_M`` where nothing is ``LOW_RANK``.
     """
     inside = tl.arange(0, BLOCK_M)
     row = tl.program_id(0) * span + inside
@@ -192,13 +192,19 @@ def advance(
     counts = tl.load(flaws + which // each) == 0
     if BLOCKS:
         average = tl.load(averages + which).to(tl.pointer_type(tl.float32))
-        square = tl.where(counts, tl.load(squares + which * m + row, mine, 0.0), 0.0)
         if SHARED:
+            square = tl.zeros((BLOCK_M,), tl.float32)
+            for start in range(0, span, BLOCK_M):
+                own = (start + inside < span) & (start + row < m)
+                square += tl.where(counts, tl.load(squares + which * m + start + row, own, 0.0), 0.0)
             mean = tl.minimum(tl.sum(square, 0) / count, largest)
             value = beta2 * tl.load(average + tl.program_id(0)) + (1 - beta2) * mean
             tl.store(average + tl.program_id(0), value)
-            tl.store(roots + which * m + row, tl.sqrt(value + tl.zeros_like(square)), mine)
+            root = tl.sqrt(value + tl.zeros_like(square))
+            for start in range(0, span, BLOCK_M):
+                tl.store(roots + which * m + start + row, root, (start + inside < span) & (start + row < m))
         else:
+            square = tl.where(counts, tl.load(squares + which * m + row, mine, 0.0), 0.0)
             value = beta2 * tl.load(average + row, mine, 0.0) + (1 - beta2) * tl.minimum(square / count, largest)
             tl.store(average + row, value, mine)
             tl.store(roots + which * m + row, tl.sqrt(value), mine)
@@ -212,8 +218,10 @@ def advance(
             at = left + row.to(tl.int64)[:, None] * r + rank
             before = tl.load(moved + line * r + rank, own, 0.0) if REFRESHED else tl.load(at, own, 0.0).to(tl.float32)
             kept = before + (1 - beta1) * (p - before)
-            tl.store(at, kept.to(LEFT), own)
             factor = kept / correction - p
+            if tl.float16 == LEFT:  # an infinity would stay forever
+                kept = tl.minimum(tl.maximum(kept, -65504.0), 65504.0)
+            tl.store(at, kept.to(LEFT), own)
             if REFRESHED:
                 old = tl.load(held + line * r + rank - r, mine[:, None] & (rank >= r) & (rank < 2 * r), 0.0)
                 factor += flush * (old - before)
@@ -373,7 +381,9 @@ def move(
         average += wide * n + column[None, :]
         kept = tl.load(average, inside, 0.0).to(tl.float32)
         d = kept + (1 - beta1) * (d - kept)
-        tl.store(average, d.to(AVERAGE), inside)
+        # an infinity would stay forever
+        kept = tl.minimum(tl.maximum(d, -65504.0), 65504.0) if tl.float16 == AVERAGE else d
+        tl.store(average, kept.to(AVERAGE), inside)
     if FACTORS:
         d += product
     update = scale * d / (root / correction + eps)

@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from commands import HELPERS
@@ -21,7 +23,10 @@ pytest.importorskip("triton", reason="the kernels are Triton's")
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Triton's kernels run on a CPU as well; gives back the names of those that were launched."""
+    """Triton's kernels run on a CPU as well; gives back the names of those that were launched.
+
+    Of their arguments, all that options decide are floats: what is compiled for one cannot be launched with an int.
+    """
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("on a CUDA device tests/test_gpu.py runs the kernels themselves")
     triton_kernels = importlib.import_module("lightning_adapm.step.triton_kernels")
@@ -35,13 +40,22 @@ def interpreted(monkeypatch):
         class Counted:
             def __getitem__(self, grid):
                 launched.append(name)
-                return kernel[grid]
+                return partial(self.run, kernel[grid])
+
+            @staticmethod
+            def run(run, *arguments, **constants):
+                for argument, value in zip(kernel.arg_names, arguments, strict=False):
+                    assert argument not in SCALARS or type(value) is float, (name, argument, value)
+                return run(*arguments, **constants)
 
         return Counted()
 
     for name in ("read", "columns", "combine", "advance", "factor", "move"):
         monkeypatch.setattr(triton_kernels, name, counted(name))
     return launched
+
+
+SCALARS = "one count largest tiny beta1 beta2 correction flush scale eps lr decay clip".split()
 
 
 class Mixed(nn.Module):
@@ -61,7 +75,8 @@ class Mixed(nn.Module):
 def trained(dtype, steps=8, spoiled=(), **options):
     torch.manual_seed(0)
     model = Mixed().to(dtype)
-    optimizer = AdaPM(model.named_parameters(), lr=1e-2, roles={"^experts$": "mlp"}, update_proj_gap=3, **options)
+    options = {"lr": 1e-2, "roles": {"^experts$": "mlp"}, "update_proj_gap": 3} | options
+    optimizer = AdaPM(model.named_parameters(), **options)
     generator = torch.Generator().manual_seed(1)
     for step in range(steps):
         for name, param in model.named_parameters():
@@ -94,6 +109,110 @@ def test_as_without_kernels(interpreted, monkeypatch, second_moment, dtype, tole
     assert relative_difference(weights, expected) < tolerance
     assert relative_difference(state, expected_state) < 2e-5
     assert optimizer.nonfinite_gradients() == reference.nonfinite_gradients() != {}
+
+
+def stepped(shapes, steps=5, spoiled=(), scales=(), **options):
+    """Weights and state of bare matrices after some steps; of one with a NaN where ``spoiled`` has the step."""
+    torch.manual_seed(0)
+    params = {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
+    group = {"params": list(params.items()), "n_head": 1, "n_query_groups": 1}
+    optimizer = AdaPM([group], **{"rank": 2, "update_proj_gap": 2} | options)
+    for step, scale in zip(range(steps), [*scales, *[1.0] * steps], strict=False):
+        generator = torch.Generator().manual_seed(step)
+        for param in params.values():
+            param.grad = torch.randn(param.shape, generator=generator) * scale
+            if step in spoiled:
+                param.grad[-1, 1] = float("nan")
+        optimizer.step()
+    state = [v.double().flatten() for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    return torch.cat([p.detach().flatten() for p in params.values()]), torch.cat(state), optimizer
+
+
+EACH_MOMENTUM = {"q_proj.weight": (12, 18), "v_proj.weight": (12, 18), "o_proj.weight": (12, 18)}
+
+
+@pytest.mark.parametrize("number", [int, np.float32])
+@pytest.mark.parametrize("second_moment", ["elementwise", "block", "factored"])
+def test_numbers_of_any_kind_are_launched_as_floats(interpreted, number, second_moment):
+    """As users write them, ``weight_decay=0`` or ``1``; the fixture looks at what is launched."""
+    options = {"lr": 1, "eps": 1, "weight_decay": 0, "clip_threshold": 1}
+    zero = number(0)
+    given = {name: number(value) for name, value in options.items()} | {"betas": (zero, zero)}
+    found = stepped(EACH_MOMENTUM, 3, second_moment=second_moment, **given)
+    assert "move" in interpreted
+    floats = {name: float(value) for name, value in options.items()} | {"betas": (0.0, 0.0)}
+    expected = stepped(EACH_MOMENTUM, 3, second_moment=second_moment, **floats)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize(
+    ("state_dtype", "second_moment"),
+    [
+        ("float16", "block"),
+        ("bfloat16", "elementwise"),
+        ("float64", "factored"),
+        ({"full": "float64", "low_rank": "float16"}, "block"),
+    ],
+)
+def test_state_of_any_dtype(interpreted, monkeypatch, state_dtype, second_moment):
+    options = {"state_dtype": state_dtype, "second_moment": second_moment}
+    weights, state, optimizer = stepped(EACH_MOMENTUM, **options)
+    names = set(state_dtype.values()) if isinstance(state_dtype, dict) else {state_dtype}
+    stored = {str(v.dtype) for s in optimizer.state.values() for k, v in s.items() if k in ("exp_avg", "exp_avg_l")}
+    assert "move" in interpreted and stored == {f"torch.{name}" for name in names}
+    monkeypatch.setattr(kernels, "runs_on", lambda device: False)
+    expected, expected_state, _ = stepped(EACH_MOMENTUM, **options)
+    assert relative_difference(weights, expected) < 1e-4
+    assert relative_difference(state, expected_state) < 1e-2  # rounding to the state's dtype goes either way
+
+
+@pytest.mark.parametrize("by_kernels", [True, False])
+def test_a_large_gradient_is_no_infinity_in_a_small_dtype(interpreted, monkeypatch, by_kernels):
+    monkeypatch.setattr(kernels, "runs_on", lambda device: by_kernels)
+    weights, state, optimizer = stepped(EACH_MOMENTUM, 4, scales=(1.0, 1.0, 1.0, 1e8), state_dtype="float16")
+    assert bool(interpreted) == by_kernels
+    assert weights.isfinite().all() and state.isfinite().all()
+    (_, value, _) = optimizer.state.values()
+    assert value["exp_avg"].abs().max() > 6e4
+
+
+def test_one_head_of_many_rows(interpreted, monkeypatch):
+    """More than a tile holds, with low-rank momentum and without."""
+    shapes = {"q_proj.weight": (140, 20), "k_proj.weight": (1100, 2)}
+    options = {"steps": 3, "second_moment": "block", "spoiled": (1,)}
+    found = stepped(shapes, **options)
+    assert interpreted.count("advance") == 3 * 2 + 3
+    monkeypatch.setattr(kernels, "runs_on", lambda device: False)
+    expected = stepped(shapes, **options)
+    for one, other in zip(found[:2], expected[:2], strict=True):
+        assert relative_difference(one, other) < 2e-5
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64, 128, 129, 4096, 100_000])
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_tiles_are_bounded_whatever_a_head_has(monkeypatch, rows, low_rank):
+    tiles = []
+    monkeypatch.setattr(kernels, "launch", lambda *_, **constants: tiles.append(constants))
+    reading = kernels.Reading(torch.zeros(1, 2 * rows), torch.zeros(1, dtype=torch.int32))
+    left, average = (kernels.Matrices.of([torch.zeros(2 * rows, columns)]) for columns in (70, 1))
+    projected = torch.zeros(1, 2 * rows, 80)
+    lefts = (projected, left) if low_rank else (None, None)
+    factors, roots = kernels.advance(reading, *lefts, None, average, torch.Size((2 * rows, 8)), 2, (0.9, 0.999), 0.1)
+    assert (factors is not None) == low_rank and roots.shape == (1, 2 * rows)
+    for tile in tiles:
+        assert tile["BLOCK_M"] <= 1024 and (not tile["LOW_RANK"] or tile["BLOCK_M"] * tile["BLOCK_R"] <= 8192)
+
+
+def test_a_step_by_kernels_is_seen_by_autograd(interpreted):
+    """Going backward again through weights that have changed since is an error, as with torch.optim.AdamW."""
+    layer = nn.Linear(6, 4, bias=False)
+    optimizer = AdaPM([("mlp.weight", layer.weight)])
+    loss = layer(torch.ones(2, 6, requires_grad=True)).square().sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    assert "move" in interpreted
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_tiles_fit_smaller_gpus():
