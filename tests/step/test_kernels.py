@@ -181,7 +181,7 @@ def test_one_head_of_many_rows(interpreted, monkeypatch):
     shapes = {"q_proj.weight": (140, 20), "k_proj.weight": (1100, 2)}
     options = {"steps": 3, "second_moment": "block", "spoiled": (1,)}
     found = stepped(shapes, **options)
-    assert interpreted.count("advance") == 3 * 2 + 3
+    assert interpreted.count("advance") == 3 + 2 * 2  # the first step of low-rank momentum has no basis yet
     monkeypatch.setattr(kernels, "runs_on", lambda device: False)
     expected = stepped(shapes, **options)
     for one, other in zip(found[:2], expected[:2], strict=True):
