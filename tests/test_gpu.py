@@ -1,6 +1,7 @@
 """On a CUDA device: the same numbers as on the CPU, and no step that waits for the device."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -125,3 +126,89 @@ def test_products_of_gradients(dtype, m, n, r):
         combined = kernels.combine(kernels.Matrices.of(grads), weights, reading.flaws)
         summed = weights.mT @ torch.stack([grad.float() for grad in grads])
         assert (combined - summed).norm() < 5e-3 * summed.norm()
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_learning_rate_on_the_device_is_read_once_per_step_and_group(in_backward):
+    """Whatever the number of batches."""
+    net = model().cuda()
+    named = list(net.named_parameters())
+    groups = [{"params": named[:5]}, {"params": named[5:], "lr": torch.tensor(1e-3, device="cuda")}]
+    rate = torch.tensor(1e-2, device="cuda")
+    optimizer = AdaPM(groups, lr=rate, rank=3, update_proj_gap=3, update_in_backward=in_backward)
+
+    def closure():
+        for index, param in enumerate(net.parameters()):
+            (param * (index + 1)).sum().backward()
+
+    for step in range(4):
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("warn" if step else "default")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                optimizer.step(closure)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits = [each for each in caught if "synchronizing" in str(each.message)]
+        assert len(waits) == (2 if step else 0)
+        assert optimizer.param_groups[0]["lr"] is rate
+
+
+@pytest.mark.parametrize("rows", [4096, 16384])
+def test_one_head_of_thousands_of_rows(rows):
+    nets = [nn.ModuleDict({"q_proj": nn.Linear(96, rows, bias=False)}) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    nets[1].cuda()
+    for net in nets:
+        group = {"params": net.named_parameters(), "n_head": 1}
+        optimizer = AdaPM([group], rank=5, second_moment="block", update_proj_gap=3, weight_decay=0, eps=1)
+        for step in range(5):
+            gradients(net, step)
+            optimizer.step()
+    p, q = (net["q_proj"].weight for net in nets)
+    assert (p - q.cpu()).norm() <= 2e-3 * p.norm()
+
+
+def test_gradients_that_are_all_broken_are_noticed_without_waiting():
+    net = model().cuda()
+    optimizer = AdaPM(net.named_parameters(), rank=3)
+    gradients(net, 0)
+    optimizer.step()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(40):
+            for param in net.parameters():
+                param.grad = torch.full_like(param, float("nan"))
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                optimizer.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    assert sum("every gradient held an infinity" in str(each.message) for each in caught) == 1
+
+
+def test_autograd_sees_a_step():
+    layer = nn.Linear(64, 32, bias=False, device="cuda")
+    optimizer = AdaPM([("mlp.weight", layer.weight)])
+    loss = layer(torch.ones(2, 64, device="cuda", requires_grad=True)).square().sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("state_dtype", ["float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("second_moment", ["elementwise", "block", "factored"])
+def test_state_of_any_dtype(state_dtype, second_moment):
+    net = model().cuda()
+    optimizer = AdaPM(net.named_parameters(), rank=3, state_dtype=state_dtype, second_moment=second_moment)
+    for step in range(6):
+        gradients(net, step)
+        if step == 3:
+            for param in net.parameters():
+                param.grad *= 1e8
+        optimizer.step()
+    held = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    assert all(value.isfinite().all() for value in (*held, *net.parameters()))

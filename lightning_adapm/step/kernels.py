@@ -26,8 +26,10 @@ some on an H200, and within the 99 KiB of shared memory that a block has on smal
 
 _LARGEST, _TINY = largest(torch.float32), torch.finfo(torch.float32).tiny
 
-_MOST_ROWS_OF_A_HEAD = 128
-"""Rows that share one second moment are a single tile of :func:`advance` up to so many."""
+MOST_ROWS_OF_A_HEAD, ADVANCED_NUMEL = 256, 4096
+"""Rows that share one second moment are a single tile of :func:`advance` up to so many, with the columns that registers
+hold.
+"""
 
 _ROWS_OF_A_SUM = 512
 """Sums of columns are taken of so many rows each: enough programs for a device, whatever the shape."""
@@ -205,7 +207,7 @@ def advance(
     r = 0 if lefts is None else lefts.like.shape[-1]
     width = padded(r if refreshed is None else 2 * r)
     span = 16 if blocks is None else m // blocks
-    if lefts is not None and averages is not None and span > _MOST_ROWS_OF_A_HEAD:  # each in tiles of its own
+    if lefts is not None and averages is not None and span > MOST_ROWS_OF_A_HEAD:  # each in tiles of its own
         factors, _ = advance(reading, projected, lefts, refreshed, None, shape, None, betas, correction)
         _, roots = advance(reading, None, None, None, averages, shape, blocks, betas, correction)
         return factors, roots
@@ -240,7 +242,7 @@ def advance(
         BLOCKS=averages is not None,
         SHARED=blocks is not None,
         BLOCK_M=min(power_of_two(span), 1024),
-        BLOCK_R=max(16, min(64, power_of_two(width))),
+        BLOCK_R=max(16, min(64, ADVANCED_NUMEL // power_of_two(span), power_of_two(width))),
     )
     return factors, roots
 

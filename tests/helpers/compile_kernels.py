@@ -1,7 +1,14 @@
-"""Compiles the kernels with the largest products, as they are launched; prints the shared memory that each needs."""
+"""Compiles kernels with their largest tiles, as they are launched; prints what each needs.
+
+That is bytes of shared memory, and bytes of registers that do not fit and are kept in memory.
+"""
 
 import json
+import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import triton
 import triton.language as tl
@@ -10,7 +17,7 @@ from triton.compiler import ASTSource
 
 from lightning_adapm.step import kernels, triton_kernels
 
-SCALARS = dict.fromkeys(("one", "beta1", "scale", "correction", "eps", "beta2", "lr", "decay", "clip"), "fp32")
+SCALARS = dict.fromkeys("one beta1 scale correction eps beta2 lr decay clip count largest flush".split(), "fp32")
 COMMON = {"GRAD": tl.float32, "FACTOR": tl.bfloat16, "ALIGNED": True, "BLOCK_R": 128}
 MOVED = dict.fromkeys(("PARAMETER", "DIRECTION", "AVERAGE"), tl.float32) | {
     "RIGHT": tl.bfloat16,
@@ -29,10 +36,19 @@ MOVE = dict.fromkeys(("parameters", "directions", "averages", "rights"), "*i64")
 }
 
 
-def shared(kernel, pointers, constants, tile, capability):
-    """Bytes of shared memory, where everything is aligned."""
+ADVANCE = {"projected": "*fp32", "squares": "*fp32", "flaws": "*i32", "lefts": "*i64", "averages": "*i64"} | {
+    "held": "*fp32",
+    "moved": "*fp32",
+    "factors": "*bf16",
+    "roots": "*fp32",
+}
+ADVANCED = {"LEFT": tl.float16, "REFRESHED": True, "BLOCKS": True, "SHARED": True}
+
+
+def needed(kernel, pointers, constants, tile, capability):
+    """Bytes of shared memory and of spilled registers, where everything is aligned."""
     rows, columns, warps, stages = tile
-    constants = COMMON | MOVED | constants | {"BLOCK_M": rows, "BLOCK_N": columns}
+    constants = COMMON | MOVED | {"BLOCK_M": rows, "BLOCK_N": columns} | constants
     types = SCALARS | pointers
     signature = {p.name: "constexpr" if p.is_constexpr else types.get(p.name, "i32") for p in kernel.params}
     fixed = {(p.num,): constants[p.name] for p in kernel.params if p.is_constexpr}
@@ -40,18 +56,37 @@ def shared(kernel, pointers, constants, tile, capability):
     aligned = {(p.num,): [["tt.divisibility", 16]] for p in whole}
     source = ASTSource(fn=kernel, constexprs=fixed, signature=signature, attrs=aligned)
     options = {"num_warps": warps, "num_stages": stages}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return {"shared": compiled.metadata.shared, "spilled": spilled(compiled.asm["cubin"])}
+
+
+def spilled(binary):
+    """Bytes of each thread's stack, as the tool that comes with Triton finds them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        found = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    return max(map(int, re.findall(r"STACK:(\d+)", found.stdout)))
 
 
 def main():
     capability = int(sys.argv[1])
     read = {"BASIS": tl.bfloat16, "FIRST": True, "PROJECT": True}
     elementwise, block = ({"FACTORED": False, "DENSE": not each, "ELEMENTWISE": each} for each in (True, False))
+    rows = kernels.MOST_ROWS_OF_A_HEAD
+    advanced = ADVANCED | {"LOW_RANK": True, "BLOCK_R": kernels.ADVANCED_NUMEL // rows}
+    averaged = block | {"AVERAGED": True, "AVERAGE": tl.float16, "FACTORS": False}
     found = {
-        "read": shared(triton_kernels.read, READ, read, kernels.PROJECT, capability),
-        "combine": shared(triton_kernels.combine, COMBINE, {}, kernels.COMBINE, capability),
-        "move": shared(triton_kernels.move, MOVE | {"roots": "*fp32"}, block, kernels.MOVE_ALONG, capability),
-        "move, elementwise": shared(
+        "advance": needed(triton_kernels.advance, ADVANCE, advanced, (rows, 0, 4, 3), capability),
+        "advance, many rows": needed(
+            triton_kernels.advance, ADVANCE, ADVANCED | {"LOW_RANK": False, "BLOCK_R": 16}, (1024, 0, 4, 3), capability
+        ),
+        "read": needed(triton_kernels.read, READ, read, kernels.PROJECT, capability),
+        "combine": needed(triton_kernels.combine, COMBINE, {}, kernels.COMBINE, capability),
+        "move": needed(triton_kernels.move, MOVE | {"roots": "*fp32"}, block, kernels.MOVE_ALONG, capability),
+        "move, full": needed(triton_kernels.move, MOVE | {"roots": "*fp32"}, averaged, kernels.MOVE, capability),
+        "move, elementwise": needed(
             triton_kernels.move, MOVE | {"roots": "*i64"}, elementwise, kernels.MOVE_ALONG_ELEMENTWISE, capability
         ),
     }

@@ -178,7 +178,7 @@ def test_a_large_gradient_is_no_infinity_in_a_small_dtype(interpreted, monkeypat
 
 def test_one_head_of_many_rows(interpreted, monkeypatch):
     """More than a tile holds, with low-rank momentum and without."""
-    shapes = {"q_proj.weight": (140, 20), "k_proj.weight": (1100, 2)}
+    shapes = {"q_proj.weight": (270, 20), "k_proj.weight": (1100, 2)}
     options = {"steps": 3, "second_moment": "block", "spoiled": (1,)}
     found = stepped(shapes, **options)
     assert interpreted.count("advance") == 3 + 2 * 2  # the first step of low-rank momentum has no basis yet
@@ -188,7 +188,7 @@ def test_one_head_of_many_rows(interpreted, monkeypatch):
         assert relative_difference(one, other) < 2e-5
 
 
-@pytest.mark.parametrize("rows", [1, 16, 64, 128, 129, 4096, 100_000])
+@pytest.mark.parametrize("rows", [1, 16, 64, 128, 256, 257, 4096, 100_000])
 @pytest.mark.parametrize("low_rank", [False, True])
 def test_tiles_are_bounded_whatever_a_head_has(monkeypatch, rows, low_rank):
     tiles = []
@@ -200,7 +200,7 @@ def test_tiles_are_bounded_whatever_a_head_has(monkeypatch, rows, low_rank):
     factors, roots = kernels.advance(reading, *lefts, None, average, torch.Size((2 * rows, 8)), 2, (0.9, 0.999), 0.1)
     assert (factors is not None) == low_rank and roots.shape == (1, 2 * rows)
     for tile in tiles:
-        assert tile["BLOCK_M"] <= 1024 and (not tile["LOW_RANK"] or tile["BLOCK_M"] * tile["BLOCK_R"] <= 8192)
+        assert tile["BLOCK_M"] <= 1024 and (not tile["LOW_RANK"] or tile["BLOCK_M"] * tile["BLOCK_R"] <= 4096)
 
 
 def test_a_step_by_kernels_is_seen_by_autograd(interpreted):
@@ -221,5 +221,6 @@ def test_tiles_fit_smaller_gpus():
     compiled = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, env=compiled, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    shared = json.loads(done.stdout)
-    assert len(shared) == 4 and all(0 < needed <= 99 * 1024 for needed in shared.values()), shared
+    needed = json.loads(done.stdout)
+    assert len(needed) == 7 and all(each["shared"] <= 99 * 1024 for each in needed.values()), needed
+    assert not any(each["spilled"] for name, each in needed.items() if name != "combine"), needed
