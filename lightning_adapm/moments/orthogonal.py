@@ -12,14 +12,15 @@ products alone. Two forms of the same iteration are here, and the one with less 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from lightning_adapm.moments.base import Direction, join, split
 from lightning_adapm.moments.second import NoSecondMoment
-from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
+from lightning_adapm.sharding.owners import Owners
+from lightning_adapm.sharding.reduction import ONE_PROCESS, ProcessReduction, Reduction
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of ``X``, ``X Xᵀ X`` and ``(X Xᵀ)² X`` in each step, by Keller Jordan."""
@@ -38,14 +39,20 @@ class Orthogonal(NoSecondMoment):
 
     def applied(self, direction: Direction, reduction: Reduction = ONE_PROCESS) -> Direction:
         """What to move along instead of ``direction``, whose tensors are matrices of one shape or stacks of them."""
-        if reduction is not ONE_PROCESS:
-            raise TypeError(
-                "whole matrices are made orthogonal, and processes hold rows of them here; use DDP, which leaves every"
-                " process all rows"
-            )
         used = direction.multiplied().tensors
-        found = newton_schulz(join(used), self.steps)
-        return Direction(split(found, used), 0.2 * max(used[0].shape[-2:]) ** 0.5, scratch=True, clamp=None)
+        if isinstance(reduction, ProcessReduction):
+            rows, found = reduction.shards[0].size, self._over_processes(used, reduction)
+        else:
+            rows, found = used[0].shape[-2], split(newton_schulz(join(used), self.steps), used)
+        return Direction(found, 0.2 * max(rows, used[0].shape[-1]) ** 0.5, scratch=True, clamp=None)
+
+    def _over_processes(self, parts: list[Tensor], reduction: ProcessReduction) -> list[Tensor]:
+        """The rows of this process; each matrix is worked on by one of those that hold it."""
+        held = [shard.held_only(part) for shard, part in zip(reduction.shards, parts, strict=True)]
+        squares = reduction.total([_squares(part.unsqueeze(0)) for part in held])
+        dtype = product_dtype(parts[0].device, parts[0].dtype)
+        held = [_normalized(part, total[0], dtype) for part, total in zip(held, squares, strict=True)]
+        return Owners(reduction.shards).apply(partial(_iterated, steps=self.steps), held)
 
 
 def newton_schulz(matrices: Tensor, steps: int = STEPS, dtype: torch.dtype | None = None) -> Tensor:
@@ -59,13 +66,7 @@ def newton_schulz(matrices: Tensor, steps: int = STEPS, dtype: torch.dtype | Non
         dtype: of the products, and of the result; by default bfloat16 where it is fast, and float64 for float64.
     """
     dtype = dtype or product_dtype(matrices.device, matrices.dtype)
-    if not matrices.numel():
-        return matrices.to(dtype)
-    found = _normalized(matrices, dtype)
-    parts = _parts(steps, dtype)
-    if _work_of_gram(matrices.shape, parts) < _work_of_plain(matrices.shape, steps):
-        return _by_gram(found, parts)
-    return _plain(found, steps)
+    return _iterated(_normalized(matrices, _squares(matrices), dtype), steps)
 
 
 def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -82,13 +83,26 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
-def _normalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Each with a Frobenius norm of 1, in two steps: the squares of large or small entries are beyond float32."""
-    largest = matrices.abs().amax((-2, -1), keepdim=True)
-    tiny = torch.finfo(matrices.dtype).tiny
-    found = matrices / largest.clamp_min(tiny)
-    found.masked_fill_(~largest.isfinite(), 0.0)
-    return found.div_(torch.linalg.matrix_norm(found, keepdim=True).clamp_min(tiny)).to(dtype)
+def _squares(matrices: Tensor) -> Tensor:
+    """The sum of squares of each matrix, ``(b, 1, 1)``, in float64: of small or large entries float32 has none."""
+    return torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=torch.float64).square_()
+
+
+def _normalized(matrices: Tensor, squares: Tensor, dtype: torch.dtype) -> Tensor:
+    """Each with a Frobenius norm of 1, by its ``squares``; zero where that is not possible."""
+    norm = squares.sqrt().to(matrices.dtype)
+    possible = norm.isfinite() & (norm > 0)
+    return torch.where(possible, matrices / norm, 0.0).to(dtype)
+
+
+def _iterated(found: Tensor, steps: int) -> Tensor:
+    """Some steps, in the form that takes less work, for matrices of norm 1."""
+    if not found.numel():
+        return found
+    parts = _parts(steps, found.dtype)
+    if _work_of_gram(found.shape, parts) < _work_of_plain(found.shape, steps):
+        return _by_gram(found, parts)
+    return _plain(found, steps)
 
 
 def _parts(steps: int, dtype: torch.dtype) -> tuple[int, ...]:

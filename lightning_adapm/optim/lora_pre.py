@@ -38,7 +38,6 @@ class LoRAPre(AdaPM):
 
     Raises:
         ValueError: an option out of range; a matrix without a role.
-        TypeError: in the first step, where processes share rows and ``variant`` is ``"muon"``.
     """
 
     unused = ("update_proj_gap", "debias", "second_moment", "momentum", "basis", "clip_threshold")

@@ -19,7 +19,7 @@ from lightning_adapm.roles.piece import Piece
 HIDDEN = ("query", "key", "value", "attn_out", "mlp")
 """Roles whose matrices are moved by orthogonal updates."""
 
-DEFAULT_MOMENTUM: Mapping[str, str] = {**policy.DEFAULT_MOMENTUM, "embedding": "full"}
+DEFAULT_MOMENTUM: Mapping[str, str] = {**policy.DEFAULT_MOMENTUM, "embedding": "low_rank"}
 
 
 class PartialMuon(AdaPM):
@@ -41,8 +41,8 @@ class PartialMuon(AdaPM):
         rank: Rank of low-rank momentum; see AdaPM.
         update_proj_gap: Steps between two refreshes of a subspace.
         momentum: Policies by role that differ from the default, or one policy for every role; see AdaPM. By default
-            queries, keys, MLPs and an untied head keep low-rank momentum, attention outputs none, everything else all
-            of it.
+            queries, keys, MLPs, embeddings and an untied head keep low-rank momentum, attention outputs none,
+            everything else all of it.
         second_moment: Of what takes Adam's update: ``"block"``, ``"elementwise"`` or ``"factored"``.
         roles: As for AdaPM. A matrix with a policy in the place of a role takes Adam's update.
         unmatched: Policy of matrices whose role is not found, which take Adam's update; ``"error"`` refuses them.

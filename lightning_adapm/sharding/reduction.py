@@ -107,16 +107,16 @@ class ProcessReduction(Reduction):
     """
 
     def __init__(self, shards: Sequence[RowShard]) -> None:
-        self._shards = shards
+        self.shards = shards
         self._group = shards[0].layout.group
 
     def rows(self, values: _Tensors) -> _Tensors:
-        cut = sum(len(shard.cut) for shard in self._shards)
+        cut = sum(len(shard.cut) for shard in self.shards)
         if cut == 0:
             return values
         parts = values[0].new_zeros(cut, values[0].shape[-1])
         mine, place = [], 0
-        for shard, value in zip(self._shards, values, strict=True):
+        for shard, value in zip(self.shards, values, strict=True):
             for row in shard.cut:
                 if shard.first <= row < shard.first + shard.count:
                     mine.append((place, value[row - shard.first]))
@@ -146,7 +146,7 @@ class ProcessReduction(Reduction):
         return counts != 0
 
     def columns(self, values: Tensor, n: int) -> Tensor:
-        count = len(self._shards[0].layout.spans)
+        count = len(self.shards[0].layout.spans)
         part = pad(values, (0, -(-n // count) - values.shape[-1]))
         parts = part.new_empty(count * part.numel())
         TRAFFIC.add(parts)
@@ -154,7 +154,7 @@ class ProcessReduction(Reduction):
         return torch.cat(parts.view(count, *part.shape).unbind(), dim=-1)[..., :n]
 
     def owned(self, values: Tensor) -> Tensor:
-        others = [index for index, shard in enumerate(self._shards) if shard.count and not shard.owns_first]
+        others = [index for index, shard in enumerate(self.shards) if shard.count and not shard.owns_first]
         if not others:
             return values
         values = values.clone()
@@ -162,29 +162,29 @@ class ProcessReduction(Reduction):
         return values
 
     def sizes(self, values: Sequence[Tensor]) -> list[int]:
-        return [shard.size for shard in self._shards]
+        return [shard.size for shard in self.shards]
 
     def means(self, values: Sequence[Tensor]) -> list[Tensor]:
         sums = self.total([value.sum(dim=-2, keepdim=True) for value in self._each_row_once(values)])
-        return [total / shard.size for shard, total in zip(self._shards, sums, strict=True)]
+        return [total / shard.size for shard, total in zip(self.shards, sums, strict=True)]
 
     def block_means(self, means: Sequence[Tensor], blocks: int) -> list[Tensor]:
         sums = []
-        for shard, mean in zip(self._shards, self._each_row_once(means), strict=True):
+        for shard, mean in zip(self.shards, self._each_row_once(means), strict=True):
             into = mean.new_zeros(blocks, 1)
             sums.append(into.index_add_(0, self._blocks(shard, blocks, mean.device), mean))
         totals = self.total(sums)
-        return [total / (shard.size // blocks) for shard, total in zip(self._shards, totals, strict=True)]
+        return [total / (shard.size // blocks) for shard, total in zip(self.shards, totals, strict=True)]
 
     def of_rows(self, values: Sequence[Tensor], blocks: int, like: Sequence[Tensor]) -> list[Tensor]:
         return [
-            value[self._blocks(shard, blocks, value.device)] for shard, value in zip(self._shards, values, strict=True)
+            value[self._blocks(shard, blocks, value.device)] for shard, value in zip(self.shards, values, strict=True)
         ]
 
     def _each_row_once(self, values: Sequence[Tensor]) -> list[Tensor]:
         return [
             value if shard.owns_first or not shard.count else torch.cat([torch.zeros_like(value[:1]), value[1:]])
-            for shard, value in zip(self._shards, values, strict=True)
+            for shard, value in zip(self.shards, values, strict=True)
         ]
 
     @staticmethod

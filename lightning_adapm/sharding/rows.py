@@ -50,6 +50,11 @@ class RowShard:
         self.most = max(self._count_of(span) for span in layout.spans)
         """Number of rows held by the process that holds most."""
 
+    def rows_of(self, rank: int) -> tuple[int, int]:
+        """The first row that a process holds, and how many; see :attr:`first` and :attr:`count`."""
+        span = self.layout.spans[rank]
+        return self._rows_before(span[0] // self._width), self._count_of(span)
+
     def _count_of(self, span: tuple[int, int]) -> int:
         first, last = span
         if last <= first:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_adapm.moments.base import Momentum, SecondMoment
+from lightning_adapm.moments.orthogonal import Orthogonal
 from lightning_adapm.roles.piece import Piece
 from lightning_adapm.sharding.find import layout_of
 from lightning_adapm.sharding.layout import Layout
@@ -179,6 +180,8 @@ def batches(bucket: Bucket, copied: bool) -> Iterable[list[Task]]:
     else:
         limit = _REFRESHED_NUMEL if plan.momentum.due(step) else _UNCOPIED_NUMEL
     size = max(1, limit // max(1, numel))
+    if shard is not None and isinstance(plan.second_moment, Orthogonal):
+        size = max(size, len(shard.layout.spans))  # every process has a matrix to work on
     return (tasks[start : start + size] for start in range(0, len(tasks), size))
 
 

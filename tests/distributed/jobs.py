@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, f
 from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre
+from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre, PartialMuon
 from lightning_adapm.roles.context import normalize
 from lightning_adapm.sharding.find import layout_of, local
 
@@ -335,6 +335,11 @@ JOBS = {
     for kind in ROW_KINDS
 }
 JOBS |= {
+    f"{model} {name}": Job(model, options, make=PartialMuon)
+    for model in ("plain", "gpt", "gqa", "gated", "odd", "transposed", "few rows")
+    for name, options in {"partial muon": {}, "muon": {"momentum": "full", "second_moment": "elementwise"}}.items()
+}
+JOBS |= {
     "plain gap 1": Job("plain", {"update_proj_gap": 1}),
     "gpt no debias": Job("gpt", {"debias": False}),
     "gpt shard": Job("gpt", {"basis": "shard"}),
@@ -352,5 +357,9 @@ JOBS |= {
     # its inverses, and second moments near zero where a gradient is, enlarge rounding
     "gpt lora-pre": Job("gpt", make=LoRAPre, tolerance=1e-7),
     "plain lora-pre": Job("plain", make=LoRAPre),
+    "gpt lora-pre muon": Job("gpt", {"variant": "muon"}, make=LoRAPre, tolerance=1e-7),
+    "gpt maximize muon": Job("gpt", {"maximize": True, "basis": "shard"}, make=PartialMuon),
+    "gpt muon float32": Job("gpt", make=PartialMuon, dtype=torch.float32, tolerance=0.05),
+    "gpt broken muon": Job("gpt", make=PartialMuon, broken="qkv"),
     "plain maximize": Job("plain", {"maximize": True, "no_decay": ("norm", "bias")}),
 }

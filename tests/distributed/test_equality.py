@@ -38,6 +38,9 @@ QUICK = (
     "transposed elementwise",
     "gpt adalomo",
     "plain lora-pre",
+    "gqa partial muon",
+    "gpt broken muon",
+    "gpt lora-pre muon",
 )
 
 

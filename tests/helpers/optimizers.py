@@ -18,6 +18,11 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "block": {"rank": 1, "second_moment": "block"},
         "factored": {"rank": 1, "second_moment": "factored", "state_dtype": "bfloat16"},
     },
+    "PartialMuon": {
+        "": {"rank": 1, "update_proj_gap": 3},
+        "full": {"momentum": "full", "second_moment": "factored"},
+        "bfloat16": {"rank": 1, "state_dtype": "bfloat16", "nesterov": False},
+    },
     "LoRAPre": {"adam": {"rank": 1}, "muon": {"rank": 1, "variant": "muon"}},
 }
 

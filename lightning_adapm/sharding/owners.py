@@ -1,0 +1,70 @@
+"""Whole matrices from the rows that processes hold: each goes to one of them, which works on it alone."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_adapm.sharding.reduction import TRAFFIC
+from lightning_adapm.sharding.rows import RowShard
+
+
+class Owners:
+    """Deals the matrices of a batch out to the processes that hold rows of them, by one exchange there and one back.
+
+    Each of ``N`` processes sends its rows of every matrix, and receives one matrix in ``N``: what it exchanges shrinks
+    with ``N`` as what it holds does, and no work is done twice.
+
+    Args:
+        shards: Of the matrices of the batch, in order; all of one group and one shape.
+    """
+
+    def __init__(self, shards: Sequence[RowShard]) -> None:
+        layout = shards[0].layout
+        self._shards, self._group, self._rank = shards, layout.group, layout.rank
+        count = len(layout.spans)
+        self._dealt = [range(owner, len(shards), count) for owner in range(count)]
+        """The numbers of each process's matrices."""
+
+    def apply(self, function: Callable[[Tensor], Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
+        """``function`` of the whole matrices: the rows that this process holds of each result.
+
+        Args:
+            function: From ``(b, m, n)`` to a tensor of this shape, of any dtype.
+            parts: The rows that this process holds of each matrix, zero where others hold them.
+        """
+        mine, shards = self._dealt[self._rank], self._shards
+        given = [sum(shards[i].count for i in dealt) for dealt in self._dealt]
+        taken = [sum(shards[i].rows_of(rank)[1] for i in mine) for rank in range(len(self._dealt))]
+        order = [i for dealt in self._dealt for i in dealt]
+        results = function(self._whole(self._exchanged(torch.cat([parts[i] for i in order]), given, taken)))
+        rows = [
+            result[first : first + count]
+            for rank in range(len(self._dealt))
+            for result, (first, count) in zip(results, (shards[i].rows_of(rank) for i in mine), strict=True)
+        ]
+        back = torch.cat(rows) if rows else results.flatten(0, 1)
+        found = self._exchanged(back, taken, given).split([shards[i].count for i in order])
+        return [result for _, result in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])]
+
+    def _exchanged(self, rows: Tensor, given: list[int], taken: list[int]) -> Tensor:
+        """Rows from all processes, for as many rows ``given`` to each."""
+        received = rows.new_empty(sum(taken), rows.shape[1])
+        TRAFFIC.add(rows)
+        # as bytes: not every backend knows every dtype
+        dist.all_to_all_single(
+            received.view(torch.uint8), rows.contiguous().view(torch.uint8), taken, given, group=self._group
+        )
+        return received
+
+    def _whole(self, received: Tensor) -> Tensor:
+        """This process's matrices, of the rows of all."""
+        mine, like = self._dealt[self._rank], self._shards[0]
+        whole, place = received.new_zeros(len(mine), like.size, like.width), 0
+        for rank in range(len(self._dealt)):
+            for matrix, i in zip(whole, mine, strict=True):
+                first, count = self._shards[i].rows_of(rank)
+                matrix[first : first + count] += received[place : place + count]  # a row may be cut in two
+                place += count
+        return whole
