@@ -9,6 +9,7 @@ from models import PlainLM, SeparateQKV, relative_difference, separate, tiny_gpt
 from torch import nn
 
 from lightning_adapm import PartialMuon, explain
+from lightning_adapm.moments import orthogonal
 from lightning_adapm.moments.nesterov import NesterovLowRankMomentum, NesterovMomentum
 from lightning_adapm.moments.orthogonal import newton_schulz
 
@@ -43,15 +44,21 @@ def moved_along(direction, weight, lr=1e-2, decay=0.1):
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon since 2.9")
 @pytest.mark.parametrize("nesterov", [True, False])
-@pytest.mark.parametrize("second_moment", ["elementwise"])
-def test_full_momentum_is_torch_muon_beside_adamw(nesterov, second_moment):
-    """20 steps in float32. Products in bfloat16 are not the same ones: the two forms of Newton-Schulz differ by up to
-    0.03 in a step, which the tolerance of a fortieth of what all steps moved is made for."""
+@pytest.mark.parametrize("iteration", ["own", "shared"])
+def test_full_momentum_is_torch_muon_beside_adamw(iteration, nesterov, monkeypatch):
+    """20 steps in float32. Both round their products to bfloat16, but not the same products: the tolerance is a
+    twentieth of what all steps moved. With one iteration for both, nothing but rounding in float32 is left."""
+    from torch.optim import _muon
+
+    tolerance = {"own": 0.05, "shared": 1e-4}[iteration]
+    if iteration == "shared":
+        monkeypatch.setattr(orthogonal, "product_dtype", lambda *_: torch.float32)
+        monkeypatch.setattr(_muon, "_zeropower_via_newtonschulz", lambda update, *_: newton_schulz(update[None])[0])
     torch.manual_seed(0)
     model = PlainLM()
     theirs, start = copy.deepcopy(model), copy.deepcopy(model)
     ours = PartialMuon(
-        model.parameters(), lr=2e-3, nesterov=nesterov, momentum="full", second_moment=second_moment, weight_decay=0.1
+        model.parameters(), lr=2e-3, nesterov=nesterov, momentum="full", second_moment="elementwise", weight_decay=0.1
     )
     named = list(theirs.named_parameters())
     muon = torch.optim.Muon(
@@ -74,11 +81,11 @@ def test_full_momentum_is_torch_muon_beside_adamw(nesterov, second_moment):
 
     batches = token_batches(20)
     losses = train(model, ours, batches), train(theirs, Both(), batches)
-    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance / 10)
     for (name, p), (_, q), (_, r) in zip(model.named_parameters(), named, start.named_parameters(), strict=True):
         if name.endswith("k_proj.bias"):  # its gradient is rounding
             continue
-        assert (p - q).norm() <= 0.025 * (q - r).norm(), name
+        assert (p - q).norm() <= tolerance * (q - r).norm(), name
 
 
 @pytest.mark.parametrize("options", [{"rank": 2, "update_proj_gap": 3}, {"momentum": "full"}, {"momentum": "none"}])
