@@ -16,7 +16,7 @@ from benchmarks.report import report
 from benchmarks.setting import Device
 from benchmarks.store import Store
 from benchmarks.studies import GROUPS, SIZES, STUDIES, Study
-from benchmarks.sweep import sweep
+from benchmarks.sweep import sweep, visible_gpus
 
 
 def parse() -> argparse.Namespace:
@@ -36,7 +36,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="default: the study's")
     parser.add_argument("--batch", type=int, help="default: the study's")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--jobs", type=int, default=1, help="processes, each with one thread")
+    parser.add_argument("--jobs", type=int, help="processes, each with one thread; default: one, or one per GPU")
     parser.add_argument("--stack", type=int, default=1, help="seeds that train side by side in one process")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model (large ones gain)")
     parser.add_argument("--no-graph", action="store_true", help="do not record CUDA graphs")
@@ -45,6 +45,7 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device here; leave it out to train on the CPU")
+    args.jobs = args.jobs or max(1, len(visible_gpus()) if args.device == "cuda" else 1)
     args.studies = GROUPS.get(args.study, (args.study,))
     if args.data is None and any(STUDIES[name].needs_data for name in args.studies) and not args.report_only:
         parser.error(f"{args.study} trains on another text than Python's sources; name one with --data FILE")
@@ -77,6 +78,7 @@ def chosen(study: Study, args: argparse.Namespace) -> Study:
         lrs=tuple(args.lr or study.lrs),
         edge=() if args.lr else study.edge,
         rates={} if args.lr else study.rates,
+        first=() if args.lr or args.seeds else study.first,
         variants={key: value for key, value in study.variants.items() if not args.only or key in args.only},
     )
 

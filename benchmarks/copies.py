@@ -1,6 +1,7 @@
 """One model per seed, trained side by side: what an optimizer sees of them, their losses and gradients."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.compiled import compile_blocks, fastest_attention
 from benchmarks.setting import Device, Setting
 from benchmarks.text import NO_TARGET
 
@@ -34,7 +36,9 @@ class Copies:
             self.stacked[name] = part.requires_grad_()
             offset += first.numel()
         self.forward: Callable[[Tensor], Tensor] = self._together if len(models) > 1 else self._alone
-        self.single = torch.compile(models[0]) if device.compile else models[0]
+        if device.compile:
+            compile_blocks(self.models[0])
+        self.attention = fastest_attention if device.compile else nullcontext
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for index, model in enumerate(self.models):
@@ -43,7 +47,7 @@ class Copies:
 
     def losses(self, windows: Tensor) -> Tensor:
         """Mean loss of each copy over the targets, in nats, on its ``windows`` ``(copies, batch, context + 1)``."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.setting.bf16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.setting.bf16), self.attention():
             logits = self.forward(windows[..., :-1] % NO_TARGET)
         each = logits.shape[1] // windows.shape[1]  # a decoder predicts every byte, a classifier the last
         targets = windows[..., -each:].flatten(1)
@@ -56,8 +60,7 @@ class Copies:
         return losses.view_as(targets).sum(dim=1) / (targets < NO_TARGET).sum(dim=1).clamp_min(1)
 
     def _alone(self, tokens: Tensor) -> Tensor:
-        model = self.single if torch.is_grad_enabled() else self.models[0]  # compiled for one batch size
-        return model(tokens[0]).unsqueeze(0)
+        return self.models[0](tokens[0]).unsqueeze(0)
 
     def _together(self, tokens: Tensor) -> Tensor:
         def one(params: dict[str, Tensor], own: Tensor) -> Tensor:

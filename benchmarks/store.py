@@ -87,6 +87,6 @@ def hardware(device: str) -> str:
 def versions() -> str:
     """Of what the results depend on; of this package also a digest of its sources, which change between versions."""
     folder = Path(lightning_adapm.__file__).parent
-    sources = b"".join(file.read_bytes() for file in sorted((*folder.glob("*.py"), *folder.glob("optim/*.py"))))
+    sources = b"".join(file.read_bytes() for file in sorted(folder.rglob("*.py")))
     digest = hashlib.sha256(sources).hexdigest()[:8]
     return f"Python {platform.python_version()}, torch {torch.__version__}, lightning-adapm sources {digest}"

@@ -43,8 +43,8 @@ class Group(NamedTuple):
 
 
 class Sweep:
-    """The runs of a study on a text, those missing first to last: seeds before learning rates before variants, so
-    that one that stops early has compared everything on some seeds.
+    """The runs of a study on a text, those missing first to last: what the study wants to see first, then seeds before
+    learning rates before variants, so that one that stops early has compared everything on some seeds.
     """
 
     def __init__(self, study: Study, store: Store, source: Source, stack: int) -> None:
@@ -64,9 +64,12 @@ class Sweep:
 
     def missing(self) -> Iterator[Group]:
         """What is not in the store."""
+        for label, lr, seed in self.study.first:
+            if label in self.labels:
+                yield from self._group(label, lr, range(seed, seed + 1))
         for first in range(0, self.study.seeds, self.stack):
             seeds = range(first, min(first + self.stack, self.study.seeds))
-            for index in range(max(len(self.study.lrs_of(label)) for label in self.labels)):
+            for index in range(max((len(self.study.lrs_of(label)) for label in self.labels), default=0)):
                 for label in self.labels:
                     for lr in self.study.lrs_of(label)[index : index + 1]:
                         yield from self._group(label, lr, seeds)
@@ -190,23 +193,22 @@ class Queue:
 
     def __init__(self, pool: ProcessPoolExecutor, place: Place, jobs: int, session: dict[str, str]) -> None:
         self.pool, self.place, self.jobs, self.session = pool, place, jobs, session
-        self.complete, self.failed, self.latest = True, 0, 0.0
+        self.complete, self.failed = True, 0
+        self.latest: dict[Setting, float] = {}
+        """Seconds of the latest group of a setting."""
 
     def work(self, groups: list[Group]) -> None:
         """Train groups of runs, and keep their results or weights. Once time has run out or a run has failed,
         ``complete`` is False and no more groups are begun in another call.
         """
         waiting, done = list(reversed(groups if self.complete else [])), 0
-        running: dict[Future[list[dict[str, Any]] | None], tuple[Group, float]] = {}
-        while running or (waiting and self._fits()):
-            while waiting and len(running) < self.jobs and self._fits():
+        running: dict[Future[list[dict[str, Any]] | None], Group] = {}
+        while running or (waiting and self._fits(waiting[-1])):
+            while waiting and len(running) < self.jobs and self._fits(waiting[-1]):
                 group = waiting.pop()
-                future = self.pool.submit(work, group.runs, group.source, group.save, self.place)
-                running[future] = group, time.time()
+                running[self.pool.submit(work, group.runs, group.source, group.save, self.place)] = group
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                group, since = running.pop(future)
-                self.latest = time.time() - since
-                done += self._finish(group, future)
+                done += self._finish(running.pop(future), future)
                 print(f"{len(groups) - done} of {len(groups)} groups of runs to go", flush=True)
         self.complete = self.complete and done == len(groups)
 
@@ -220,11 +222,20 @@ class Queue:
         for run, result in zip(group.runs, results or (), strict=False):
             if group.save is None:
                 group.store.add(run, result, self.session)
+            self.latest[run.setting] = lasting(result) * len(group.runs)
             print(describe(run, result), flush=True)
         return results is not None
 
-    def _fits(self) -> bool:
-        return time.time() + 1.2 * self.latest < self.place.deadline
+    def _fits(self, group: Group) -> bool:
+        return time.time() + 1.05 * self.latest.get(group.runs[0].setting, 0.0) < self.place.deadline
+
+
+def lasting(result: dict[str, Any]) -> float:
+    """Seconds that the run of a result takes once its worker has compiled, as it does up to the first point."""
+    (start, _, ready), (end, _, seconds) = result["curve"][0], result["curve"][-1]
+    if start == end:
+        return float(result["seconds"])
+    return float(result["seconds"] - ready + start * (seconds - ready) / (end - start))
 
 
 def load(source: Source) -> Text:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.compiled import farthest
 from benchmarks.copies import Copies
 from benchmarks.observing import Log
 from benchmarks.optimizers import Parameters, build
@@ -44,6 +45,7 @@ def train(
     replay = copies.recorded(windows) if device.type == "cuda" and device.graph and not device.compile else None
 
     before, largest = copies.flat.clone(), torch.zeros(len(runs), device=device.type)
+    moved = farthest if device.compile else in_place
     log, curve, clock = Log(len(runs)), Curve(copies, text), Clock(device.type)
     for step in range(setting.steps):
         now = lr * schedule(step, setting.steps, setting.change)
@@ -58,9 +60,7 @@ def train(
         if setting.observe:
             optimizer.observer = log if step % setting.observe < 2 else None  # type: ignore[attr-defined]
         optimizer.step()
-        moved = before.sub_(copies.flat).abs_().amax(dim=1) / now
-        largest = torch.maximum(largest, moved)
-        before.copy_(copies.flat)
+        largest = torch.maximum(largest, moved(before, copies.flat) / now)
         if log.seen and step % setting.observe == 1:
             log.take(step + 1)
         if curve.due(step + 1):
@@ -75,6 +75,13 @@ def train(
         torch.save(model.state_dict(), path)
     seconds = (time.time() - began) / len(runs)
     return [result(curve.of(i), float(largest[i]), seconds, setting.shape.vocab) | log.of(i) for i in range(len(runs))]
+
+
+def in_place(before: Tensor, now: Tensor) -> Tensor:
+    """The largest difference in each row; ``before`` then holds ``now``."""
+    found = before.sub_(now).abs_().amax(dim=1)
+    before.copy_(now)
+    return found
 
 
 class Clock:
@@ -165,7 +172,8 @@ def validate(copies: Copies, val: Tensor, starts: tuple[Tensor, Tensor] | None =
     chosen = torch.linspace(0, last, setting.val_windows, dtype=torch.float64).long()
     chosen = (chosen if possible is None else possible[chosen]).to(val.device)
     total = torch.zeros(len(copies.models), device=val.device)
-    for part in chosen.split(4 * setting.batch):
+    # a compiled model sees no other number of windows than in training
+    for part in chosen.split(setting.batch if copies.device.compile else 4 * setting.batch):
         windows = val[part[:, None] + span].long().expand(len(copies.models), -1, -1)
         total += copies.losses(windows) * len(part)
     return (total / len(chosen)).tolist()

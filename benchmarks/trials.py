@@ -8,13 +8,14 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
+from benchmarks import damping
 from lightning_adapm import AdaPM
 from lightning_adapm.moments import lowrank
 from lightning_adapm.moments.base import Direction, Momentum, Stack, State, join, split, store
 from lightning_adapm.moments.first import LowRankMomentum
 from lightning_adapm.roles.piece import Piece
 from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
-from lightning_adapm.step.parts import PieceState
+from lightning_adapm.step.parts import PieceState, Plan, Task
 
 KEYS = "exp_avg_l", "exp_avg_r"
 
@@ -29,6 +30,8 @@ class Trial(AdaPM):
         method: of the low-rank momentum, a name in :data:`LOW_RANK`.
         residual: factor of what the subspace does not see, or ``"matched"``: see :class:`Scaled`.
         scale: policy to factor of the whole direction; ``residual`` and these make updates smaller.
+        damping: of the square of what no momentum averages, which joins the second moment in the denominator: see
+            :func:`benchmarks.damping.move`.
     """
 
     def __init__(
@@ -41,10 +44,12 @@ class Trial(AdaPM):
         method: str | None = None,
         residual: float | str = 1.0,
         scale: Mapping[str, float] | None = None,
+        damping: float = 0.0,
         **options: Any,
     ) -> None:
         self.low_rank, self.divide_all, self.slow_beta1 = dict(low_rank or {}), divide_all, slow_beta1
         self.method, self.residual, self.scale = method, residual, dict(scale or {})
+        self.damping = damping
         super().__init__(params, **options)
 
     def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:
@@ -55,6 +60,18 @@ class Trial(AdaPM):
             if self.residual != 1:
                 return scaled(momentum, scale, self.residual)
         return momentum if scale == 1 else scaled(momentum, scale)
+
+    def _damps(self, plan: Plan) -> bool:
+        return self.damping > 0 and plan.momentum.name != "full"
+
+    def _as_they_are(self, tasks: list[Task], plan: Plan, group: Mapping[str, Any]) -> bool:
+        return not self._damps(plan) and super()._as_they_are(tasks, plan, group)
+
+    def _move(self, tasks: list[Task], grads: list[Tensor], plan: Plan, step: int, group: Mapping[str, Any]) -> None:
+        if self._damps(plan):
+            damping.move(tasks, grads, plan, step, group, self.damping)
+        else:
+            super()._move(tasks, grads, plan, step, group)
 
     def _tried(self, momentum: LowRankMomentum) -> Momentum:
         fields = {field.name: getattr(momentum, field.name) for field in dataclasses.fields(momentum)}

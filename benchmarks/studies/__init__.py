@@ -1,6 +1,6 @@
 """The studies, as data: what is asked, which variants answer it, and at which learning rates."""
 
-from benchmarks.studies import ablation, comparison, defaults, large
+from benchmarks.studies import ablation, at_size, comparison, defaults, large
 from benchmarks.studies.base import SIZES, Study, adamw, adapm
 
 STUDIES: dict[str, Study] = {
@@ -20,6 +20,8 @@ STUDIES: dict[str, Study] = {
         defaults.finetune,
         large.gpt2,
         large.update_size,
+        at_size.at_size,
+        at_size.at_size_llama,
         comparison.convergence,
         comparison.instructions,
         comparison.recurrent,

@@ -32,7 +32,8 @@ class Study:
     highest tried so far; ``rates``: label to learning rates of its own; ``changes``: label to what differs in its
     setting, where ``length`` multiplies the steps. ``images``: on images made here, not on text; ``curves``: also plot
     the loss against steps, bytes and seconds, and count the steps to a baseline's loss. ``crossed``: two options of
-    whose values the variants are all combinations, which a table and a plot then show against each other.
+    whose values the variants are all combinations, which a table and a plot then show against each other. ``first``:
+    label, learning rate and seed of the runs to make before all others, where time may not suffice for all.
     """
 
     question: str
@@ -49,6 +50,7 @@ class Study:
     baselines: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    first: tuple[tuple[str, float, int], ...] = ()
     finding: str = "Not yet drawn."
 
     def setting_of(self, label: str) -> Setting:

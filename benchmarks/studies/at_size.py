@@ -1,0 +1,109 @@
+"""Models of some 100 million parameters: does AdaPM reach AdamW's best there, and which part of it decides that?"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.decoder import Shape
+from benchmarks.studies.base import BETAS95, GPT2_124M, Study, adamw, adapm
+
+AT_SIZE = dataclasses.replace(GPT2_124M, steps=1600, val_windows=256)
+LLAMA_AT_SIZE = dataclasses.replace(
+    AT_SIZE, shape=Shape(layers=16, width=768, n_head=12, context=1024, llama=True, n_query_groups=4)
+)
+LOW = {"embedding": "low_rank", "attn_out": "low_rank"}
+"""What the paper gives no momentum."""
+
+
+def clamped(**options: Any) -> tuple[str, Mapping[str, Any]]:
+    """AdaPM as it is but for some options."""
+    return adapm(betas=BETAS95, **options)
+
+
+def damped(momentum: dict[str, str] | None = None, **options: Any) -> tuple[str, Mapping[str, Any]]:
+    """The denominator beside the clamp, low-rank momentum where the paper has none."""
+    fixed = {"betas": BETAS95, "damping": 1.0}
+    return "trial", {**fixed, "momentum": LOW | (momentum or {}), **options}
+
+
+BASELINES = {"AdamW": ("AdamW",), "Adam-mini": ("Adam-mini",)}
+ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "AdamW": adamw(0.9, 0.95),
+    "AdaPM, damped": damped(),
+    "AdaPM, damped, embedding full": damped({"embedding": "full"}),
+    "AdaPM, low-rank for none": clamped(momentum=LOW),
+    "AdaPM, damped, embedding none": damped({"embedding": "none"}),
+    "AdaPM, damped, rank 10%": damped(rank=0.1),
+    "AdaPM, damped, attn_out none": damped({"attn_out": "none"}),
+    "AdaPM, paper": clamped(),
+    "AdaPM, damped, block": damped(second_moment="block"),
+    "Adam-mini": clamped(momentum="full", second_moment="block"),
+    "AdaPM, damped, no clamp": damped(clip_threshold=None),
+    "AdaPM, damped, every step": damped(update_proj_gap=1),
+    "AdaPM, damped by 4": damped(damping=4.0),
+    "AdaPM, damped, attn_out full": damped({"attn_out": "full"}),
+    "AdaPM, damped, rank 25%": damped(rank=0.25),
+    "AdaPM, low-rank for none, embedding full": clamped(momentum=LOW | {"embedding": "full"}),
+    "AdaPM, paper, damped": damped({"embedding": "none", "attn_out": "none"}),
+    "AdaPM, damped, factored": damped(second_moment="factored"),
+    "AdaPM, damped, every 100": damped(update_proj_gap=100),
+    "AdaPM, damped, rank 3%": damped(rank=0.03),
+    "AdaPM, damped, value low-rank": damped({"value": "low_rank"}),
+    "AdaPM, damped, betas .9 .99": damped(betas=[0.9, 0.99]),
+}
+
+
+def at_size() -> Study:
+    """In the order in which the rows say most."""
+    return Study(
+        "Does AdaPM reach AdamW's best, and AdaPM block Adam-mini's, on a GPT-2-like model of 86 million parameters"
+        " after 1600 steps, and which part of it decides that?",
+        ROWS,
+        lrs=(1.2e-3, 6e-4, 1.8e-3),
+        edge=(),
+        seeds=1,
+        setting=AT_SIZE,
+        needs_data=True,
+        curves=True,
+        baselines=BASELINES,
+        first=(
+            ("AdamW", 1.2e-3, 0),
+            ("AdaPM, damped", 1.2e-3, 0),
+            ("AdaPM, damped, embedding full", 1.2e-3, 0),
+            ("AdamW", 1.8e-3, 0),
+            ("AdaPM, damped", 6e-4, 0),
+            ("AdaPM, low-rank for none", 1.2e-3, 0),
+            ("AdaPM, damped, embedding none", 1.2e-3, 0),
+            ("AdaPM, damped, rank 10%", 1.2e-3, 0),
+            ("AdaPM, damped", 1.8e-3, 0),
+            ("AdamW", 2.4e-3, 0),
+            ("AdaPM, damped, attn_out none", 1.2e-3, 0),
+            ("AdaPM, paper", 6e-4, 0),
+            ("AdaPM, damped, block", 1.2e-3, 0),
+            ("Adam-mini", 1.2e-3, 0),
+            ("AdaPM, damped, every step", 1.2e-3, 0),
+            ("AdaPM, damped by 4", 1.2e-3, 0),
+            ("AdamW", 1.2e-3, 1),
+            ("AdaPM, damped", 1.2e-3, 1),
+            ("AdaPM, low-rank for none", 6e-4, 0),
+            ("AdaPM, damped, attn_out full", 1.2e-3, 0),
+            ("AdaPM, damped, rank 25%", 1.2e-3, 0),
+            ("Adam-mini", 6e-4, 0),
+            ("AdamW", 1.2e-3, 2),
+            ("AdaPM, damped", 1.2e-3, 2),
+        ),
+    )
+
+
+def at_size_llama() -> Study:
+    return Study(
+        "And on a Llama-like model of 100 million parameters?",
+        ROWS,
+        lrs=(1.2e-3, 6e-4, 1.8e-3),
+        edge=(),
+        seeds=1,
+        setting=LLAMA_AT_SIZE,
+        needs_data=True,
+        curves=True,
+        baselines=BASELINES,
+    )
