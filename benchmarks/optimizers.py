@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from benchmarks.trials import Trial
-from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre
+from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre, PartialMuon
 from lightning_adapm.moments.policy import momentum_table
+from lightning_adapm.optim import partial_muon
 
 DECAY = 0.1
 """Weight decay unless the options say another, on every parameter."""
 TABLES = ("wte", "wpe", "lm_head")
 """Parts of names of matrices that are not hidden: what Muon, GaLore and APOLLO leave to AdamW."""
-ROLES: dict[str, Callable[..., Optimizer]] = {"AdaPM": AdaPM, "trial": Trial}
-"""Kinds with all of AdaPM's options."""
+ROLES: dict[str, Callable[..., Optimizer]] = {"AdaPM": AdaPM, "trial": Trial, "PartialMuon": PartialMuon}
+"""Kinds whose momentum depends on the role."""
 OURS = ROLES | {"AdaLomo": AdaLomo, "AdamMini": AdamMini, "LoRAPre": LoRAPre, "Lomo": Lomo}
 
 
@@ -149,7 +150,8 @@ def resolve(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
         return {"kind": kind, "betas": [0.9, 0.999], **options}
     if kind not in ROLES:
         return {"kind": kind, **options}
-    signature = inspect.signature(AdaPM.__init__).parameters
+    muon = kind == "PartialMuon"
+    signature = inspect.signature((PartialMuon if muon else AdaPM).__init__).parameters
     fixed = (
         "self",
         "params",
@@ -162,10 +164,14 @@ def resolve(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
         "basis",
         "maximize",
         "update_in_backward",
+        "convolutions",
     )
     defaults = {name: item.default for name, item in signature.items() if name not in fixed}
     resolved = {"kind": kind, **defaults, **options}
-    resolved["momentum"] = momentum_table(resolved["momentum"], "error")
+    momentum = resolved["momentum"]
+    if muon and not isinstance(momentum, str):
+        momentum = {**partial_muon.DEFAULT_MOMENTUM, **(momentum or {})}
+    resolved["momentum"] = momentum_table(momentum, "error")
     resolved["betas"] = list(resolved["betas"])
     return resolved
 

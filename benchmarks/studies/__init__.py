@@ -22,6 +22,7 @@ STUDIES: dict[str, Study] = {
         large.update_size,
         at_size.at_size,
         at_size.at_size_llama,
+        at_size.partial_muon,
         comparison.convergence,
         comparison.instructions,
         comparison.recurrent,

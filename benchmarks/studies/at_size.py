@@ -107,3 +107,55 @@ def at_size_llama() -> Study:
         curves=True,
         baselines=BASELINES,
     )
+
+
+def muon(**options: Any) -> tuple[str, Mapping[str, Any]]:
+    return "PartialMuon", options
+
+
+HALF = {"low_rank": "bfloat16"}
+MUON_ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "Muon": muon(momentum="full"),
+    "PartialMuon": muon(),
+    "PartialMuon, rank 10%": muon(rank=0.1),
+    "PartialMuon, rank 25%": muon(rank=0.25),
+    "PartialMuon, attn_out low-rank": muon(momentum={"attn_out": "low_rank"}),
+    "PartialMuon, elementwise": muon(second_moment="elementwise"),
+    "PartialMuon, momentum .9": muon(mu=0.9),
+    "PartialMuon, every 5": muon(update_proj_gap=5),
+    "PartialMuon, factors in bfloat16": muon(state_dtype=HALF),
+    "PartialMuon, rank 2%": muon(rank=0.02),
+    "PartialMuon, every step": muon(update_proj_gap=1),
+    "PartialMuon, every 50": muon(update_proj_gap=50),
+    "PartialMuon, value low-rank": muon(momentum={"value": "low_rank"}),
+    "PartialMuon, embedding low-rank": muon(momentum={"embedding": "low_rank"}),
+    "PartialMuon, embedding none": muon(momentum={"embedding": "none"}),
+    "Muon (torch)": ("Muon", {"adjust_lr_fn": "match_rms_adamw"}),
+    "AdamW": adamw(0.9, 0.95),
+}
+
+
+def partial_muon() -> Study:
+    """Learning rates are Muon's; AdamW's runs are those of :func:`at_size`."""
+    return Study(
+        "How close does PartialMuon come to Muon, and what of it decides that?",
+        MUON_ROWS,
+        lrs=(4e-3, 2e-3, 8e-3),
+        edge=(),
+        seeds=1,
+        setting=AT_SIZE,
+        needs_data=True,
+        curves=True,
+        baselines={"Muon": ("Muon",), "AdamW": ("AdamW",)},
+        rates={"AdamW": (1.2e-3, 1.8e-3, 2.4e-3)},
+        first=(
+            ("Muon", 4e-3, 0),
+            ("PartialMuon", 4e-3, 0),
+            ("PartialMuon, rank 10%", 4e-3, 0),
+            ("PartialMuon", 8e-3, 0),
+            ("PartialMuon", 2e-3, 0),
+            ("Muon", 2e-3, 0),
+            ("PartialMuon, attn_out low-rank", 4e-3, 0),
+            ("Muon", 8e-3, 0),
+        ),
+    )
