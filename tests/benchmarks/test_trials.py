@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import lzma
 import math
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import optimizers, sweep
+from benchmarks import optimizers, sweep, training
 from benchmarks.__main__ import chosen, parse
 from benchmarks.copies import Copies
 from benchmarks.curves import reached
@@ -21,7 +22,7 @@ from benchmarks.store import Store
 from benchmarks.studies import GROUPS, STUDIES, Study, adamw, adapm
 from benchmarks.text import NO_TARGET, Text, read_text
 from benchmarks.training import batch_starts, schedule, train, validate
-from benchmarks.trials import ExactSVD, GradientDescent, Reprojected, Scaled, average
+from benchmarks.trials import ExactSVD, GradientDescent, Reprojected, Scaled, Trial, average
 from lightning_adapm.moments.first import LowRankMomentum
 
 CPU = Device()
@@ -315,3 +316,64 @@ def test_a_group_is_studies_and_a_size_is_part_of_the_name(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             parse()
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("momentum", ["none", "low_rank"])
+def test_a_damped_update_divides_by_the_second_moment_and_what_no_momentum_averages(momentum):
+    torch.manual_seed(0)
+    weight, lr, decay, damping = torch.nn.Parameter(torch.randn(24, 16)), 1e-2, 0.1, 2.0
+    options = {"betas": (0.5, 0.9), "rank": 0.25, "update_proj_gap": 10, "clip_threshold": None, "eps": 1e-8}
+    trial = Trial([("mlp.weight", weight)], lr=lr, weight_decay=decay, momentum=momentum, damping=damping, **options)
+    expected, average, left = weight.detach().clone(), torch.zeros(24, 16), torch.zeros(24, 4)
+    for step in range(1, 4):
+        weight.grad = grad = torch.randn(24, 16)
+        trial.step()
+        average = 0.9 * average + 0.1 * grad.square()
+        basis = trial.state[weight]["exp_avg_r"] if momentum == "low_rank" else torch.zeros(4, 16)
+        left = 0.5 * left + 0.5 * grad @ basis.mT
+        outside = grad - grad @ basis.mT @ basis
+        inside = left / (1 - 0.5**step) @ basis
+        root = (average / (1 - 0.9**step) + damping * outside.square()).sqrt()
+        expected = (1 - lr * decay) * expected - lr * (outside + inside) / (root + 1e-8)
+        torch.testing.assert_close(weight.detach(), expected)
+
+
+def test_a_study_begins_with_the_runs_that_it_wants_first(tmp_path):
+    first = (("AdaPM", 2e-3, 1), ("AdamW", 1e-3, 0))
+    study = Study("Which?", {"AdamW": adamw(), "AdaPM": adapm()}, (1e-3, 2e-3), (), 2, TINY, first=first)
+    data = tmp_path / "data.txt"
+    data.write_bytes(bytes(range(250)))
+    found = sweep.distinct(sweep.Sweep(study, Store(tmp_path / "study.json"), data, stack=1).missing())
+    runs = [(run.optimizer["kind"], run.lr, run.seed) for group in found for run in group.runs]
+    assert runs[:4] == [*first, ("AdaPM", 1e-3, 0), ("AdamW", 2e-3, 0)] and len(runs) == len(set(runs)) == 8
+
+
+def test_a_run_is_expected_to_last_as_long_as_the_last_one_but_for_its_first_part():
+    curve = [[10, 2.0, 33.0], [20, 1.5, 36.0], [40, 1.0, 42.0]]  # 30 s were not training
+    assert sweep.lasting({"curve": curve, "seconds": 44.0}) == pytest.approx(14.0)
+    assert sweep.lasting({"curve": curve[:1], "seconds": 34.0}) == 34.0
+
+
+def test_compiled_models_train_as_written_and_later_runs_compile_nothing(text):
+    """By the compiler's own front end alone: what it generates is not ours."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Module, "compile", compiled_by(counter))
+        setting = dataclasses.replace(TINY, shape=dataclasses.replace(TINY.shape, layers=3), val_windows=2)
+        patch.setattr(training, "farthest", training.in_place)
+        first, then = (
+            train([Run(resolve(kind, {}), 1e-2, 0, setting, "numbers")], text, Device(compile=True))[0]
+            for kind in ("AdamW", "AdaPM")
+        )
+    assert counter.frame_count == 2  # of all blocks and runs: with and without gradients
+    for kind, result in (("AdamW", first), ("AdaPM", then)):
+        (written,) = train([Run(resolve(kind, {}), 1e-2, 0, setting, "numbers")], text, CPU)
+        assert result["val_loss"] == pytest.approx(written["val_loss"], abs=1e-5)
+
+
+def compiled_by(backend):
+    def compile_in_place(module, **options):
+        module._compiled_call_impl = torch.compile(module._call_impl, backend=backend, **options)
+
+    return compile_in_place
