@@ -1,9 +1,8 @@
-"""What makes a large model train faster than as written: compiled blocks, the fastest attention, one pass per step."""
+"""What makes a large model train faster than as written: compiled blocks and the fastest attention."""
 
 from contextlib import AbstractContextManager
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ATTENTION = [
@@ -28,11 +27,3 @@ def compile_blocks(model: nn.Module) -> None:
 def fastest_attention() -> AbstractContextManager[None]:
     """A context in which attention runs by the first of :data:`ATTENTION` that can."""
     return sdpa_kernel(ATTENTION, set_priority=True)
-
-
-@torch.compile(dynamic=False)
-def farthest(before: Tensor, now: Tensor) -> Tensor:
-    """The largest difference in each row; ``before`` then holds ``now``. In one pass over both."""
-    found = (before - now).abs().amax(dim=1)
-    before.copy_(now)
-    return found

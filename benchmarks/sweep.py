@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from benchmarks.elsewhere import Images, made_images
 from benchmarks.optimizers import missing, resolve
 from benchmarks.setting import Device, Run, Setting
 from benchmarks.store import Store, hardware, versions
-from benchmarks.studies import Study, adamw
+from benchmarks.studies import BEST, Study, adamw
 from benchmarks.text import Text, read_text
 from benchmarks.training import train
 
@@ -64,8 +65,9 @@ class Sweep:
 
     def missing(self) -> Iterator[Group]:
         """What is not in the store."""
-        for label, lr, seed in self.study.first:
-            if label in self.labels:
+        for label, rate, seed in self.study.first:
+            lr = self._rate(label, rate) if label in self.labels else None
+            if lr is not None:
                 yield from self._group(label, lr, range(seed, seed + 1))
         for first in range(0, self.study.seeds, self.stack):
             seeds = range(first, min(first + self.stack, self.study.seeds))
@@ -82,6 +84,21 @@ class Sweep:
             following = [lr for lr in edge if lr not in tried]
             if tried and following and min(tried, key=lambda lr: self.mean(label, lr)) == max(tried):
                 yield from self._group(label, following[0], range(self.study.seeds))
+
+    def _rate(self, label: str, rate: float | str) -> float | None:
+        """What a rate of ``Study.first`` is by the results so far."""
+        if not isinstance(rate, str):
+            return rate
+        known = sorted({*self.study.lrs_of(label), *self.study.edge_of(label)})
+        tried = [lr for lr in known if self.run(label, lr, 0) in self.store]
+        if not tried:
+            return None
+        best = min(tried, key=lambda lr: self.mean(label, lr))
+        if rate == BEST:
+            return best
+        following = known[known.index(best) + 1 :][:1] if best == tried[-1] else []
+        below = known[: known.index(best)][-1:] if best == tried[0] else []
+        return next(iter(following + below), None)
 
     def mean(self, label: str, lr: float) -> float:
         """Of the validation loss over the seeds there are; infinite where one diverged."""
@@ -105,18 +122,20 @@ def sweep(
         "hardware": hardware(device.type),
         "versions": versions(),
     }
-    context = multiprocessing.get_context("spawn")
     gpus = visible_gpus() if device.type == "cuda" else []
-    with ProcessPoolExecutor(jobs, context, initializer=begin, initargs=(context.Value("i"), gpus)) as pool:
+    with ExitStack() as stop:
+        workers = start_workers(jobs, gpus, None if studies[0][0].images else data)
+        for worker in workers:
+            stop.enter_context(worker)
         folder = studies[0][1].path.parent
-        queue = Queue(pool, Place(device, folder / "weights", deadline), jobs, session)
+        queue = Queue(workers, Place(device, folder / "weights", deadline), session)
         plans = []
         for study, store in studies:
             setting = starting(study, store, queue, stack) if study.pretrained else study.setting
             plans.append(Sweep(replace(study, setting=setting), store, source_of(study, data), stack))
         queue.work(distinct(group for plan in plans for group in plan.missing()))
-        while queue.complete and (more := distinct(group for plan in plans for group in plan.beyond())):
-            queue.work(more)
+        while queue.complete and queue.work(distinct(group for plan in plans for group in plan.beyond())):
+            pass
     if queue.failed:
         raise SystemExit(f"{queue.failed} runs failed: see the errors above")
     if not queue.complete:
@@ -129,28 +148,39 @@ def visible_gpus() -> list[str]:
     return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
 
 
-def begin(workers: Any, gpus: list[str]) -> None:
-    """A worker's first act: one thread, and where there are several GPUs one of them.
+def start_workers(jobs: int, gpus: list[str], source: Source) -> list[ProcessPoolExecutor]:
+    """Processes that wait for runs, each with one thread and, where there are several GPUs, one of them.
 
-    By the environment, before CUDA is used: some optimizers take every GPU that they see for a process of theirs.
+    By the environment that it starts with: an import may be enough to fix which GPUs a process sees, and some
+    optimizers take every one of these for a process of theirs. Each begins by reading the text.
     """
-    torch.set_num_threads(1)
-    with workers.get_lock():
-        index, workers.value = workers.value, workers.value + 1
-    if gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
+    context, workers = multiprocessing.get_context("spawn"), []
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    for index in range(jobs):
+        if gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
+        workers.append(ProcessPoolExecutor(1, context, initializer=torch.set_num_threads, initargs=(1,)))
+        workers[-1].submit(prepare, source)  # which starts the process
+    if before is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = before
+    elif gpus:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+    return workers
 
 
-def distinct(groups: Iterable[Group]) -> list[Group]:
+def prepare(source: Source) -> None:
+    """In a worker: read what its runs train on."""
+    load(source)
+
+
+def distinct(groups: Iterable[Group]) -> Iterator[Group]:
     """Without runs that are in a group before: studies share some."""
     seen: set[str] = set()
-    kept = []
     for group in groups:
         runs = [run for run in group.runs if run.key not in seen]
         seen |= {run.key for run in runs}
         if runs:
-            kept.append(group._replace(runs=runs))
-    return kept
+            yield group._replace(runs=runs)
 
 
 def source_of(study: Study, data: Path | None) -> Source:
@@ -171,7 +201,7 @@ def starting(study: Study, store: Store, queue: "Queue", stack: int) -> Setting:
     runs = [Run(optimizer, PRETRAINING_LR, seed, setting, text) for seed in range(study.seeds)]
     runs = [run for run in runs if not weights_file(queue.place.weights, start, run.seed).exists()]
     parts = [runs[first : first + stack] for first in range(0, len(runs), stack)]
-    queue.work([Group(part, store, None, save=start) for part in parts])
+    queue.work(Group(part, store, None, save=start) for part in parts)
     return replace(study.setting, start=start)
 
 
@@ -191,26 +221,38 @@ class Place:
 class Queue:
     """Hands groups of runs to the workers, and begins none that would not end before the deadline."""
 
-    def __init__(self, pool: ProcessPoolExecutor, place: Place, jobs: int, session: dict[str, str]) -> None:
-        self.pool, self.place, self.jobs, self.session = pool, place, jobs, session
+    def __init__(self, workers: list[ProcessPoolExecutor], place: Place, session: dict[str, str]) -> None:
+        self.idle, self.place, self.session = list(workers), place, session
         self.complete, self.failed = True, 0
         self.latest: dict[Setting, float] = {}
         """Seconds of the latest group of a setting."""
 
-    def work(self, groups: list[Group]) -> None:
-        """Train groups of runs, and keep their results or weights. Once time has run out or a run has failed,
-        ``complete`` is False and no more groups are begun in another call.
+    def work(self, groups: Iterator[Group]) -> int:
+        """Train groups of runs, and keep their results or weights; how many there were. The next one is asked for when
+        a worker is free, so that it may depend on results. Once time has run out or a run has failed, ``complete`` is
+        False and no more groups are begun in another call.
         """
-        waiting, done = list(reversed(groups if self.complete else [])), 0
-        running: dict[Future[list[dict[str, Any]] | None], Group] = {}
-        while running or (waiting and self._fits(waiting[-1])):
-            while waiting and len(running) < self.jobs and self._fits(waiting[-1]):
-                group = waiting.pop()
-                running[self.pool.submit(work, group.runs, group.source, group.save, self.place)] = group
+        running: dict[Future[list[dict[str, Any]] | None], tuple[Group, ProcessPoolExecutor]] = {}
+        begun = done = 0
+        waiting, ended = None, not self.complete
+        while True:
+            while self.idle and not ended:
+                waiting = waiting or next(groups, None)
+                if waiting is None or not self._fits(waiting):
+                    ended = waiting is None
+                    break
+                worker = self.idle.pop(0)
+                future = worker.submit(work, waiting.runs, waiting.source, waiting.save, self.place)
+                running[future], waiting = (waiting, worker), None
+                begun += 1
+            if not running:
+                break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                done += self._finish(running.pop(future), future)
-                print(f"{len(groups) - done} of {len(groups)} groups of runs to go", flush=True)
-        self.complete = self.complete and done == len(groups)
+                group, worker = running.pop(future)
+                self.idle.append(worker)
+                done += self._finish(group, future)
+        self.complete = self.complete and ended and done == begun
+        return begun
 
     def _finish(self, group: Group, future: "Future[list[dict[str, Any]] | None]") -> bool:
         try:

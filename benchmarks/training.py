@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.compiled import farthest
 from benchmarks.copies import Copies
 from benchmarks.observing import Log
 from benchmarks.optimizers import Parameters, build
@@ -45,7 +44,7 @@ def train(
     replay = copies.recorded(windows) if device.type == "cuda" and device.graph and not device.compile else None
 
     before, largest = copies.flat.clone(), torch.zeros(len(runs), device=device.type)
-    moved = farthest if device.compile else in_place
+    moved = torch.compile(farthest, dynamic=False) if device.compile else farthest
     log, curve, clock = Log(len(runs)), Curve(copies, text), Clock(device.type)
     for step in range(setting.steps):
         now = lr * schedule(step, setting.steps, setting.change)
@@ -77,7 +76,7 @@ def train(
     return [result(curve.of(i), float(largest[i]), seconds, setting.shape.vocab) | log.of(i) for i in range(len(runs))]
 
 
-def in_place(before: Tensor, now: Tensor) -> Tensor:
+def farthest(before: Tensor, now: Tensor) -> Tensor:
     """The largest difference in each row; ``before`` then holds ``now``."""
     found = before.sub_(now).abs_().amax(dim=1)
     before.copy_(now)

@@ -1,7 +1,7 @@
 """The studies, as data: what is asked, which variants answer it, and at which learning rates."""
 
 from benchmarks.studies import ablation, at_size, comparison, defaults, large
-from benchmarks.studies.base import SIZES, Study, adamw, adapm
+from benchmarks.studies.base import BESIDE, BEST, SIZES, Study, adamw, adapm
 
 STUDIES: dict[str, Study] = {
     make.__name__: make()
@@ -51,4 +51,4 @@ GROUPS = {
 }
 """Studies that one command runs, in this order."""
 
-__all__ = ["GROUPS", "SIZES", "STUDIES", "Study", "adamw", "adapm"]
+__all__ = ["BESIDE", "BEST", "GROUPS", "SIZES", "STUDIES", "Study", "adamw", "adapm"]

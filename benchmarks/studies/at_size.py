@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.decoder import Shape
-from benchmarks.studies.base import BETAS95, GPT2_124M, Study, adamw, adapm
+from benchmarks.studies.base import BESIDE, BETAS95, GPT2_124M, Study, adamw, adapm
 
 AT_SIZE = dataclasses.replace(GPT2_124M, steps=1600, val_windows=256)
 LLAMA_AT_SIZE = dataclasses.replace(
@@ -44,6 +44,9 @@ ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "AdaPM, damped, attn_out full": damped({"attn_out": "full"}),
     "AdaPM, damped, rank 25%": damped(rank=0.25),
     "AdaPM, low-rank for none, embedding full": clamped(momentum=LOW | {"embedding": "full"}),
+    "AdaPM, low-rank for none, embedding full, bfloat16": clamped(
+        momentum=LOW | {"embedding": "full"}, state_dtype="bfloat16"
+    ),
     "AdaPM, paper, damped": damped({"embedding": "none", "attn_out": "none"}),
     "AdaPM, damped, factored": damped(second_moment="factored"),
     "AdaPM, damped, every 100": damped(update_proj_gap=100),
@@ -60,7 +63,7 @@ def at_size() -> Study:
         " after 1600 steps, and which part of it decides that?",
         ROWS,
         lrs=(1.2e-3, 6e-4, 1.8e-3),
-        edge=(),
+        edge=(2.4e-3,),
         seeds=1,
         setting=AT_SIZE,
         needs_data=True,
@@ -71,26 +74,14 @@ def at_size() -> Study:
             ("AdaPM, damped", 1.2e-3, 0),
             ("AdaPM, damped, embedding full", 1.2e-3, 0),
             ("AdamW", 1.8e-3, 0),
-            ("AdaPM, damped", 6e-4, 0),
-            ("AdaPM, low-rank for none", 1.2e-3, 0),
-            ("AdaPM, damped, embedding none", 1.2e-3, 0),
-            ("AdaPM, damped, rank 10%", 1.2e-3, 0),
-            ("AdaPM, damped", 1.8e-3, 0),
-            ("AdamW", 2.4e-3, 0),
-            ("AdaPM, damped, attn_out none", 1.2e-3, 0),
-            ("AdaPM, paper", 6e-4, 0),
-            ("AdaPM, damped, block", 1.2e-3, 0),
-            ("Adam-mini", 1.2e-3, 0),
-            ("AdaPM, damped, every step", 1.2e-3, 0),
-            ("AdaPM, damped by 4", 1.2e-3, 0),
             ("AdamW", 1.2e-3, 1),
-            ("AdaPM, damped", 1.2e-3, 1),
-            ("AdaPM, low-rank for none", 6e-4, 0),
-            ("AdaPM, damped, attn_out full", 1.2e-3, 0),
-            ("AdaPM, damped, rank 25%", 1.2e-3, 0),
-            ("Adam-mini", 6e-4, 0),
+            ("AdaPM, low-rank for none, embedding full, bfloat16", 1.2e-3, 0),
+            ("AdaPM, damped, embedding full", 1.2e-3, 1),
+            ("AdamW", BESIDE, 0),
+            ("AdaPM, low-rank for none, embedding full, bfloat16", 1.2e-3, 1),
             ("AdamW", 1.2e-3, 2),
-            ("AdaPM, damped", 1.2e-3, 2),
+            ("AdaPM, low-rank for none, embedding full, bfloat16", 1.2e-3, 2),
+            ("AdaPM, damped, embedding full", 1.2e-3, 2),
         ),
     )
 

@@ -22,6 +22,11 @@ SIZES = {
 }
 """GPT-2-like decoders by their number of parameters, for ``--size``."""
 
+BEST, BESIDE = "best", "beside"
+"""Learning rates by the results so far: the best one, and the next one beyond it where it is the highest or the lowest
+tried (the higher first).
+"""
+
 
 @dataclass(frozen=True)
 class Study:
@@ -33,7 +38,8 @@ class Study:
     setting, where ``length`` multiplies the steps. ``images``: on images made here, not on text; ``curves``: also plot
     the loss against steps, bytes and seconds, and count the steps to a baseline's loss. ``crossed``: two options of
     whose values the variants are all combinations, which a table and a plot then show against each other. ``first``:
-    label, learning rate and seed of the runs to make before all others, where time may not suffice for all.
+    label, learning rate and seed of the runs to make before all others, where time may not suffice for all; a rate may
+    be :data:`BEST` or :data:`BESIDE`.
     """
 
     question: str
@@ -50,7 +56,7 @@ class Study:
     baselines: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    first: tuple[tuple[str, float, int], ...] = ()
+    first: tuple[tuple[str, float | str, int], ...] = ()
     finding: str = "Not yet drawn."
 
     def setting_of(self, label: str) -> Setting:

@@ -1,15 +1,18 @@
 import dataclasses
+import functools
 import json
 import lzma
 import math
-import multiprocessing
 import os
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
-from benchmarks import optimizers, sweep, training
+from benchmarks import optimizers, sweep
 from benchmarks.__main__ import chosen, parse
 from benchmarks.copies import Copies
 from benchmarks.curves import reached
@@ -19,7 +22,7 @@ from benchmarks.optimizers import Library, Parameters, UnavailableError, build, 
 from benchmarks.report import report
 from benchmarks.setting import Device, Run, Setting
 from benchmarks.store import Store
-from benchmarks.studies import GROUPS, STUDIES, Study, adamw, adapm
+from benchmarks.studies import BESIDE, BEST, GROUPS, STUDIES, Study, adamw, adapm
 from benchmarks.text import NO_TARGET, Text, read_text
 from benchmarks.training import batch_starts, schedule, train, validate
 from benchmarks.trials import ExactSVD, GradientDescent, Reprojected, Scaled, Trial, average
@@ -290,14 +293,17 @@ def test_studies_that_share_runs_train_them_once_and_report_curves(tmp_path):
     assert "needs lost-package" in page
 
 
-def test_workers_share_out_the_gpus(monkeypatch):
+def test_workers_start_with_one_gpu_each(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    gpus, workers, given = sweep.visible_gpus(), multiprocessing.Value("i"), []
-    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
-    for _ in range(3):
-        sweep.begin(workers, gpus)
-        given.append(os.environ["CUDA_VISIBLE_DEVICES"])
-    assert given == ["2", "5", "2"]
+    data = tmp_path / "data.txt"
+    data.write_bytes(bytes(range(250)))
+    workers = sweep.start_workers(3, sweep.visible_gpus(), data)
+    starts = [worker.submit(Path("/proc/self/environ").read_text).result() for worker in workers]
+    for worker in workers:
+        worker.shutdown()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,5"
+    seen = [entry for start in starts for entry in start.split("\0") if entry.startswith("CUDA_VISIBLE_DEVICES=")]
+    assert [entry[-1] for entry in seen] == ["2", "5", "2"]
 
 
 def test_a_group_is_studies_and_a_size_is_part_of_the_name(monkeypatch, capsys):
@@ -343,7 +349,7 @@ def test_a_study_begins_with_the_runs_that_it_wants_first(tmp_path):
     study = Study("Which?", {"AdamW": adamw(), "AdaPM": adapm()}, (1e-3, 2e-3), (), 2, TINY, first=first)
     data = tmp_path / "data.txt"
     data.write_bytes(bytes(range(250)))
-    found = sweep.distinct(sweep.Sweep(study, Store(tmp_path / "study.json"), data, stack=1).missing())
+    found = list(sweep.distinct(sweep.Sweep(study, Store(tmp_path / "study.json"), data, stack=1).missing()))
     runs = [(run.optimizer["kind"], run.lr, run.seed) for group in found for run in group.runs]
     assert runs[:4] == [*first, ("AdaPM", 1e-3, 0), ("AdamW", 2e-3, 0)] and len(runs) == len(set(runs)) == 8
 
@@ -354,26 +360,54 @@ def test_a_run_is_expected_to_last_as_long_as_the_last_one_but_for_its_first_par
     assert sweep.lasting({"curve": curve[:1], "seconds": 34.0}) == 34.0
 
 
-def test_compiled_models_train_as_written_and_later_runs_compile_nothing(text):
-    """By the compiler's own front end alone: what it generates is not ours."""
+def test_a_rate_may_depend_on_the_results_so_far(tmp_path):
+    first = (("AdamW", BESIDE, 0), ("AdamW", BEST, 1))
+    study = Study("Which?", {"AdamW": adamw()}, (1e-3, 2e-3), (4e-3,), 2, TINY, first=first)
+    data, path = tmp_path / "data.txt", tmp_path / "study.json"
+    data.write_bytes(bytes(range(250)))
+    for losses, expected in (
+        ({}, []),
+        ({1e-3: 2.0, 2e-3: 1.0}, [(4e-3, 0), (2e-3, 1)]),
+        ({1e-3: 2.0, 2e-3: 1.0, 4e-3: 3.0}, [(2e-3, 1)]),
+        ({2e-3: 1.0, 4e-3: 3.0}, [(1e-3, 0), (2e-3, 1)]),
+    ):
+        path.unlink(missing_ok=True)
+        plan = sweep.Sweep(study, Store(path), data, stack=1)
+        for lr, loss in losses.items():
+            result = {"val_loss": loss, "curve": [], "max_update": 1.0, "diverged": False, "seconds": 1.0}
+            plan.store.add(plan.run("AdamW", lr, 0), result, dict.fromkeys(("command", "date", "hardware"), ""))
+        found = [(run.lr, run.seed) for group in plan.missing() for run in group.runs]
+        assert found[: len(expected)] == expected
+
+
+def test_the_next_run_is_asked_for_when_a_worker_is_free(tmp_path):
+    asked = []
+
+    class Worker:
+        def submit(self, work, runs, *rest):
+            future = Future()
+            future.set_result([])
+            asked.append(f"{runs} begins")
+            return future
+
+    def groups():
+        for name in "abc":
+            asked.append(f"{name} is asked for")
+            yield sweep.Group([SimpleNamespace(setting=name)], None, None)
+
+    queue = sweep.Queue([Worker()], sweep.Place(CPU, tmp_path, math.inf), {})
+    assert queue.work(groups()) == 3 and queue.complete
+    assert [line.split()[-1] for line in asked] == ["for", "begins"] * 3
+
+
+def test_compiled_models_train_as_written_and_later_runs_compile_nothing(text, monkeypatch):
+    """With the front end of the compiler alone: what it generates is not ours."""
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.Module, "compile", compiled_by(counter))
-        setting = dataclasses.replace(TINY, shape=dataclasses.replace(TINY.shape, layers=3), val_windows=2)
-        patch.setattr(training, "farthest", training.in_place)
-        first, then = (
-            train([Run(resolve(kind, {}), 1e-2, 0, setting, "numbers")], text, Device(compile=True))[0]
-            for kind in ("AdamW", "AdaPM")
-        )
-    assert counter.frame_count == 2  # of all blocks and runs: with and without gradients
-    for kind, result in (("AdamW", first), ("AdaPM", then)):
-        (written,) = train([Run(resolve(kind, {}), 1e-2, 0, setting, "numbers")], text, CPU)
-        assert result["val_loss"] == pytest.approx(written["val_loss"], abs=1e-5)
-
-
-def compiled_by(backend):
-    def compile_in_place(module, **options):
-        module._compiled_call_impl = torch.compile(module._call_impl, backend=backend, **options)
-
-    return compile_in_place
+    counter, setting = CompileCounter(), dataclasses.replace(TINY, val_windows=2)
+    setting = dataclasses.replace(setting, shape=dataclasses.replace(TINY.shape, layers=3))
+    runs = [Run(resolve(kind, {}), 1e-2, 0, setting, "numbers") for kind in ("AdamW", "AdaPM")]
+    written = [train([run], text, CPU)[0]["val_loss"] for run in runs]
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    compiled = [train([run], text, Device(compile=True))[0]["val_loss"] for run in runs]
+    assert compiled == pytest.approx(written, abs=1e-5)
+    assert counter.frame_count == 3  # a block with and without gradients, and the largest update
