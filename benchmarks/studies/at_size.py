@@ -23,12 +23,12 @@ def clamped(**options: Any) -> tuple[str, Mapping[str, Any]]:
 
 def more(momentum: Mapping[str, str] | None = None, **options: Any) -> tuple[str, Mapping[str, Any]]:
     """With more momentum, of half the bytes: as much state as by default on Llama-3-8B."""
-    return clamped(momentum=MORE | (momentum or {}), **{"state_dtype": "bfloat16", **options})
+    return clamped(momentum={**MORE, **(momentum or {})}, **{"state_dtype": "bfloat16", **options})
 
 
 def damped(momentum: Mapping[str, str] | None = None, **options: Any) -> tuple[str, Mapping[str, Any]]:
     """With more momentum and what no momentum averages in the denominator (:mod:`benchmarks.damping`), in float32."""
-    return "trial", {"betas": BETAS95, "damping": 1.0, "momentum": MORE | (momentum or {}), **options}
+    return "trial", {"betas": BETAS95, "damping": 1.0, "momentum": {**MORE, **(momentum or {})}, **options}
 
 
 BEST_SO_FAR = "AdaPM, more momentum"

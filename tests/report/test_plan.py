@@ -41,19 +41,24 @@ def test_adamw_column_is_what_adamw_allocates():
     assert sum((row.adamw for row in plan(AdaPM(model.parameters()))), StateBytes()) == measure(adamw)
 
 
+MORE = {"attn_out": "low_rank", "embedding": "full"}
+"""What docs/choosing-a-policy.md recommends for larger models."""
+
+
 @pytest.mark.parametrize(
-    ("name", "state_dtype", "momentum", "total"),
+    ("name", "options", "momentum", "total"),
     [
-        ("pythia-160m", None, 0.914, 0.956),
-        ("tiny-llama-1.1b", None, 0.930, 0.965),
-        ("Llama-3-8B", None, 0.927, 0.963),
-        ("Llama-3-8B", "bfloat16", 0.963, 0.982),
+        ("pythia-160m", {}, 0.914, 0.956),
+        ("tiny-llama-1.1b", {}, 0.930, 0.965),
+        ("Llama-3-8B", {}, 0.927, 0.963),
+        ("Llama-3-8B", {"state_dtype": "bfloat16"}, 0.963, 0.982),
+        ("Llama-3-8B", {"state_dtype": "bfloat16", "momentum": MORE}, 0.927, 0.963),
     ],
 )
-def test_savings_on_models_of_the_field(name, state_dtype, momentum, total):
+def test_savings_on_models_of_the_field(name, options, momentum, total):
     with torch.device("meta"):
         model = GPT(Config.from_name(name))
-    rows = plan(AdaPM(model.parameters(), rank=0.05, second_moment="block", state_dtype=state_dtype))
+    rows = plan(AdaPM(model.parameters(), rank=0.05, second_moment="block", **options))
     ours, adamw = (sum((getattr(row, key) for row in rows), StateBytes()) for key in ("bytes", "adamw"))
     assert 1 - ours.momentum / adamw.momentum == pytest.approx(momentum, abs=1e-3)
     assert 1 - ours.total / adamw.total == pytest.approx(total, abs=1e-3)
