@@ -18,15 +18,16 @@ TRACEBACK = "LIGHTNING_ADAPM_TRACEBACK"
 USAGE = """\
 usage: lightning-adapm {plan,prepare,fit,validate,test,predict,litgpt} [--config FILE ...] [--OPTION VALUE ...]
 
-  plan       what the optimizer's state will cost:  lightning-adapm plan --model_name Llama-3-8B
-  prepare    a tokenizer, tokens and instructions from text on this machine, for litgpt's commands
+  plan       bytes of optimizer state before training:  lightning-adapm plan --model_name Llama-3-8B
+  prepare    a tokenizer, tokens and instructions for litgpt's commands, from text on this machine
   fit        train a model:  lightning-adapm fit --config recipes/trainer/pretrain/quickstart.yaml
   validate   one pass over the validation data
   test       one pass over the test data
   predict    predictions for every batch
-  litgpt     litgpt's pretrain and finetune_*, with our figures in its logs:  lightning-adapm litgpt pretrain -h
+  litgpt     litgpt's pretrain and finetune_*, with AdaPM's figures in its logs:  lightning-adapm litgpt pretrain -h
 
-Several --config files apply in order, options after them override. All options of one command:
+Several --config files apply in order, and options after them override. LIGHTNING_ADAPM_TRACEBACK=1 shows the traceback
+of every error. All options of one command:
   lightning-adapm fit -h
   lightning-adapm fit --model.help lightning_adapm.litgpt.LitGPTModule
 """

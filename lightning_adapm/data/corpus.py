@@ -84,13 +84,13 @@ def find_corpus(
         train, val = _split_file(root, val_fraction, max_bytes)
         return Corpus((train,), (val,))
     if not root.is_dir():
-        raise ValueError(f"`path`: there is no {str(root)!r}. Give a text file, or a folder with at least two of them.")
+        raise ValueError(f"`path`: there is no {str(root)!r}; give a text file, or a folder with at least two of them")
     skipped = set(STDLIB_EXCLUDE if path is None and exclude is None else exclude or ())
     documents = list(_documents(root, pattern, skipped))
     if len(documents) < 2:
         raise ValueError(
-            f"`pattern`: {len(documents)} non-empty files below {str(root)!r} match {pattern!r}; two are needed, one to"
-            " train on and one to validate. Give another `path` or `pattern`."
+            f"`pattern`: {len(documents)} non-empty files below {str(root)!r} match {pattern!r}, but two are"
+            " needed, one to train on and one to validate on; give another `path` or `pattern`"
         )
     # Hashing the names, not shuffling, keeps every file in its place when others come or go.
     documents.sort(key=lambda doc: _unit_hash("order", doc.name))
@@ -135,7 +135,7 @@ def _split_file(path: Path, val_fraction: float, max_bytes: int | None) -> tuple
     if not 0 < cut < end:
         raise ValueError(
             f"`path`: the {end} bytes of {str(path)!r} cannot be cut into training and validation text at the end of"
-            f" a line (`val_fraction`: {val_fraction}). Give a longer file, or a folder with several."
+            f" a line (`val_fraction`: {val_fraction}); give a longer file, or a folder with several"
         )
     return (
         Document(path, path.name, 0, cut, stat.st_mtime_ns),
@@ -156,5 +156,5 @@ def _within(documents: list[Document], max_bytes: int) -> list[Document]:
             total += doc.size
             kept.append(doc)
     if len(kept) < 2:
-        raise ValueError(f"`max_bytes`: {len(kept)} files fit into {max_bytes} bytes; give room for at least two.")
+        raise ValueError(f"`max_bytes`: {len(kept)} files fit into {max_bytes} bytes; give room for at least two")
     return kept

@@ -35,8 +35,8 @@ class _Windows:
     ) -> None:
         if batch_size % world_size:
             raise ValueError(
-                f"`batch_size`: {batch_size} windows cannot be split over {world_size} processes. It counts the windows"
-                f" of all processes together: give a multiple of {world_size}."
+                f"`batch_size`: {batch_size} windows cannot be split over {world_size} processes, which share"
+                f" them; give a multiple of {world_size}"
             )
         self.tokens = tokens
         self.block_size = block_size
@@ -44,8 +44,8 @@ class _Windows:
         self.windows = max(0, len(tokens) - 1) // block_size
         if self.windows < batch_size:
             raise ValueError(
-                f"The {self.text} has {len(tokens)} tokens, {self.windows} windows of `block_size` {block_size}: less"
-                f" than one batch of {batch_size}. Give more text, or a smaller `block_size` or `batch_size`."
+                f"The {self.text} has {len(tokens)} tokens, {self.windows} windows of `block_size` {block_size}, fewer"
+                f" than one batch of {batch_size}; give more text, or a smaller `block_size` or `batch_size`"
             )
         share = batch_size // world_size
         self._share = slice(rank * share, (rank + 1) * share)
@@ -106,9 +106,9 @@ class TrainLoader(_Windows):
             return
         self.position = 0
         rank_zero_warn(
-            f"The checkpoint's data order ({saved}) is not this run's ({self._identity()}): training starts at the"
-            " first batch of the new order. To continue the old one, give the same text, `seed`, `block_size` and"
-            " `batch_size`."
+            f"The checkpoint's data order ({saved}) is not this run's ({self._identity()}), so training starts at"
+            " the first batch of the new order; to continue the old one, give the same text, `seed`, `block_size` and"
+            " `batch_size`"
         )
 
     def _identity(self) -> dict[str, int]:

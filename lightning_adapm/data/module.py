@@ -64,17 +64,17 @@ class TextDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         if not 0 < val_fraction < 1:
-            raise ValueError(f"`val_fraction` must lie between 0 and 1, found {val_fraction}.")
+            raise ValueError(f"`val_fraction` must lie between 0 and 1, but got {val_fraction}")
         if vocab_size < MIN_VOCAB_SIZE:
             raise ValueError(
-                f"`vocab_size` must be at least {MIN_VOCAB_SIZE} (256 bytes and the end-of-text token), found"
-                f" {vocab_size}."
+                f"`vocab_size` must be at least {MIN_VOCAB_SIZE} (256 bytes and the end-of-text token), but got"
+                f" {vocab_size}"
             )
         lowest = {"max_bytes": (max_bytes, 1), "block_size": (block_size, 1), "batch_size": (batch_size, 1)}
         lowest |= {"val_batches": (val_batches, 1), "seed": (seed, 0)}
         for name, (value, minimum) in lowest.items():
             if value is not None and value < minimum:
-                raise ValueError(f"`{name}` must be at least {minimum}, found {value}.")
+                raise ValueError(f"`{name}` must be at least {minimum}, but got {value}")
         self.path = path
         self.pattern = pattern
         self.exclude = exclude
@@ -121,7 +121,7 @@ class TextDataModule(L.LightningDataModule):
         self._folder = folder = cache_folder(self.corpus(), self.max_vocab_size, self.cache_dir)
         if not folder.is_dir():
             raise RuntimeError(
-                f"TextDataModule has no tokens of this text in {self.cache_dir}: call `prepare_data` first."
+                f"TextDataModule has no tokens of this text in {self.cache_dir}; call `prepare_data` first"
             )
         self._tokenizer = import_tokenizers().Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokens = {part: np.load(folder / f"{part}.npy", mmap_mode="r") for part in PARTS}
@@ -133,7 +133,7 @@ class TextDataModule(L.LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         """The training stream, the same object throughout a fit, so that a reload does not restart it."""
         if self._train_loader is None:
-            raise RuntimeError("TextDataModule has no training data yet: call `setup('fit')` first.")
+            raise RuntimeError("TextDataModule has no training data yet; call `setup('fit')` first")
         return self._train_loader
 
     def val_dataloader(self) -> ValLoader:

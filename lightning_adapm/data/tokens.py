@@ -57,7 +57,7 @@ def build_cache(corpus: Corpus, vocab_size: int, cache_dir: Path) -> Path:
     try:
         partial.mkdir(parents=True)
     except OSError as error:
-        raise ValueError(f"`cache_dir`: cannot write to {str(cache_dir)!r} ({error}); name another folder.") from error
+        raise ValueError(f"`cache_dir`: cannot write to {str(cache_dir)!r} ({error}); give another folder") from error
     _remove_abandoned(cache_dir)
     try:
         tokenizer = train_tokenizer(corpus.texts("train"), vocab_size)
@@ -65,7 +65,7 @@ def build_cache(corpus: Corpus, vocab_size: int, cache_dir: Path) -> Path:
         for part in PARTS:
             tokens = _encode(tokenizer, corpus.texts(part))
             if not len(tokens):
-                raise ValueError(f"`path`: no file of the {part} part of the text is UTF-8.")
+                raise ValueError(f"`path`: no file of the {part} part of the text is UTF-8; give UTF-8 text")
             np.save(partial / f"{part}.npy", tokens)
         try:
             partial.rename(final)

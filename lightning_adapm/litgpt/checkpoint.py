@@ -43,16 +43,16 @@ class LitGPTCheckpoint(L.Callback):
 
         if not isinstance(pl_module, LitGPTModule):
             raise MisconfigurationException(
-                f"LitGPTCheckpoint writes models of LitGPTModule, but the model is a {type(pl_module).__name__}."
-                " Remove the callback, or train a LitGPTModule."
+                f"LitGPTCheckpoint writes models of LitGPTModule, but the model is a {type(pl_module).__name__};"
+                " remove the callback, or train a LitGPTModule"
             )
         strategy = trainer.strategy
         distributed = getattr(strategy, "_save_distributed_checkpoint", False)
         if distributed or getattr(strategy, "_state_dict_type", "full") != "full":
             raise MisconfigurationException(
-                f"LitGPTCheckpoint needs all weights on one process, but {type(strategy).__name__} leaves them spread."
-                " Set save_distributed_checkpoint: false (ModelParallelStrategy) or state_dict_type: full"
-                " (FSDPStrategy)."
+                f"LitGPTCheckpoint needs all weights on one process, but {type(strategy).__name__} leaves them spread;"
+                " set save_distributed_checkpoint: false (ModelParallelStrategy) or state_dict_type: full"
+                " (FSDPStrategy)"
             )
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

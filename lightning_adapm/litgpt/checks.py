@@ -121,7 +121,7 @@ def _check_text_files(data: Any) -> None:
     if found < least:
         raise ValueError(
             f"`train_data_path`: {found} .txt files in {str(data.train_data_path)!r}; give a folder with at least"
-            f" {least}, of which the first validates where there is no `val_data_path`."
+            f" {least}, of which the first validates where there is no `val_data_path`"
         )
 
 
@@ -131,7 +131,7 @@ def _check_instructions(data: Any) -> None:
         if not len(samples):
             raise ValueError(
                 f"`json_path`: no samples to {part} on in {str(data.json_path)!r}; give a list of"
-                ' {"instruction", "input", "output"}, and a `val_split_fraction` that leaves some for both parts.'
+                ' {"instruction", "input", "output"}, and a `val_split_fraction` that leaves some for both parts'
             )
 
 
@@ -144,7 +144,7 @@ def _check_chunks(data: Any) -> None:
         if not (folder / "index.json").is_file():
             raise ValueError(
                 f"`data_path`: there is no index.json in {str(folder)!r}; prepare the text with litdata, or give"
-                " another `data_path` or `split_names`."
+                " another `data_path` or `split_names`"
             )
 
 

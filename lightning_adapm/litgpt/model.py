@@ -47,8 +47,8 @@ def litgpt_config(
         fields = saved | fields
     elif model_name is None and not described:
         raise ValueError(
-            "LitGPTModule needs `model_name` (such as 'pythia-14m'), `config` (fields of litgpt.Config), both, or"
-            " `checkpoint_dir`."
+            "LitGPTModule has no model; give `model_name` (such as 'pythia-14m'), `config` (fields of litgpt.Config),"
+            " both, or `checkpoint_dir`"
         )
     kind = lora.Config if any(name.startswith("lora_") for name in fields) else Config
     known = [field.name for field in dataclasses.fields(kind)]
@@ -109,8 +109,8 @@ def checkpoint_file(checkpoint_dir: str, name: str) -> Path:
         return path
     found = f"has no {name}" if folder.is_dir() else "does not exist"
     raise FileNotFoundError(
-        f"`checkpoint_dir`: {str(folder)!r} {found}. Give a litgpt checkpoint directory, with {WEIGHTS} and"
-        f" {MODEL_CONFIG}, as `litgpt download` and the callback LitGPTCheckpoint write them."
+        f"`checkpoint_dir`: {str(folder)!r} {found}; give a litgpt checkpoint directory with {WEIGHTS} and"
+        f" {MODEL_CONFIG}, as `litgpt download` and the callback LitGPTCheckpoint write it"
     )
 
 
@@ -125,8 +125,8 @@ def load_tokenizer(tokenizer_dir: str | None) -> Tokenizer:
 
     if tokenizer_dir is None:
         raise ValueError(
-            "litgpt's data modules need a tokenizer: give `model.init_args.tokenizer_dir`, a folder with tokenizer.json"
-            " (or tokenizer.model) and tokenizer_config.json, or `model.init_args.checkpoint_dir`."
+            "litgpt's data modules need a tokenizer; give `model.init_args.tokenizer_dir`, a folder with tokenizer.json"
+            " (or tokenizer.model) and tokenizer_config.json, or `model.init_args.checkpoint_dir`"
         )
     folder = Path(tokenizer_dir).expanduser()
     check_tokenizer(folder)
@@ -141,8 +141,8 @@ def check_tokenizer(folder: Path) -> None:
     """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise FileNotFoundError(
-            f"`tokenizer_dir`: there is neither tokenizer.json nor tokenizer.model in {str(folder)!r}. Give a folder"
-            " with a tokenizer, such as a litgpt checkpoint directory."
+            f"`tokenizer_dir`: there is neither tokenizer.json nor tokenizer.model in {str(folder)!r}; give a folder"
+            " with a tokenizer, such as a litgpt checkpoint directory"
         )
 
 
@@ -193,8 +193,8 @@ def _matching(model: GPT, path: Path, tie_embeddings: bool) -> dict[str, Tensor]
         if _shape(own, name) != _shape(saved, name):
             raise ValueError(
                 f"`checkpoint_dir`: {str(path)!r} is of another model: {name} has shape {_shape(saved, name)} there and"
-                f" {_shape(own, name)} in this model. Leave out `model_name` and `config` to take the checkpoint's own"
-                " model_config.yaml, or give the fields that the checkpoint was made with."
+                f" {_shape(own, name)} in this model; leave out `model_name` and `config` to use the checkpoint's own"
+                " model_config.yaml, or give the fields of the checkpoint's model"
             )
     return dict(saved)
 

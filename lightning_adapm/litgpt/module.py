@@ -79,7 +79,7 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
             ("lm_head_chunk_size", lm_head_chunk_size, 0),
         ):
             if value is not None and value < least:
-                raise ValueError(f"`{name}` must be at least {least}, found {value}.")
+                raise ValueError(f"`{name}` must be at least {least}, but got {value}")
         self.tokenizer_dir = tokenizer_dir or checkpoint_dir
         self.micro_batch_size = micro_batch_size
         self.max_seq_length = max_seq_length
@@ -106,7 +106,7 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
             if length > self.model.config.block_size:
                 raise MisconfigurationException(
                     f"`max_seq_length` is {length}, more than the model's `block_size` of"
-                    f" {self.model.config.block_size}. Lower `model.init_args.max_seq_length`."
+                    f" {self.model.config.block_size}; lower `model.init_args.max_seq_length`"
                 )
             # tokenized data needs no tokenizer
             tokenizer = load_tokenizer(self.tokenizer_dir) if hasattr(data, "tokenizer") else None
@@ -124,8 +124,8 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
             if shared > 1:
                 raise MisconfigurationException(
                     f"LitGPTModule does not support tensor parallelism, but the strategy has `tensor_parallel_size`"
-                    f" {shared}; those processes would do the same work. Write"
-                    f" `ModelParallelStrategy(data_parallel_size={self.device_mesh.size()}, tensor_parallel_size=1)`."
+                    f" {shared}; those processes would do the same work; write"
+                    f" `ModelParallelStrategy(data_parallel_size={self.device_mesh.size()}, tensor_parallel_size=1)`"
                 )
             for part in (*self.model.transformer.h, self.model):
                 fully_shard(part, mesh=self.device_mesh["data_parallel"])
@@ -144,8 +144,8 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
             found = getattr(data, option, None)
             if isinstance(found, int) and found > limit:
                 raise MisconfigurationException(
-                    f"The data's `{option}` is {found}, more than the model's `{field}` of {limit}. Set"
-                    f" `model.init_args.config.{option}` to at least {found}, or lower `data.init_args.{option}`."
+                    f"The data's `{option}` is {found}, more than the model's `{field}` of {limit}; set"
+                    f" `model.init_args.config.{option}` to at least {found}, or lower `data.init_args.{option}`"
                 )
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class DPOModule(LitGPTModule):
 
     def __init__(self, beta: float = 0.1, **kwargs: Any) -> None:
         if not beta > 0:
-            raise ValueError(f"`beta` must be positive, found {beta}.")
+            raise ValueError(f"`beta` must be positive, but got {beta}")
         super().__init__(**kwargs)
         self.save_hyperparameters({"beta": beta})
         self.beta = beta
@@ -46,7 +46,7 @@ class DPOModule(LitGPTModule):
 
     def configure_model(self) -> None:
         if self.device_mesh is not None:
-            raise NotImplementedError("DPOModule does not run under ModelParallelStrategy yet; use one device or DDP.")
+            raise NotImplementedError("DPOModule does not run under ModelParallelStrategy yet; use one device or DDP")
         super().configure_model()
 
     def train(self, mode: bool = True) -> DPOModule:
@@ -128,10 +128,10 @@ class PreferenceData(L.LightningDataModule):
     ) -> None:
         super().__init__()
         if not 0 < val_split_fraction < 1:
-            raise ValueError(f"`val_split_fraction` must lie between 0 and 1, found {val_split_fraction}.")
+            raise ValueError(f"`val_split_fraction` must lie between 0 and 1, but got {val_split_fraction}")
         self.path = Path(json_path).expanduser()
         if not self.path.is_file():
-            raise FileNotFoundError(f"`json_path`: there is no file {json_path!r}. Give a JSON file of pairs.")
+            raise FileNotFoundError(f"`json_path`: there is no file {json_path!r}; give a JSON file of pairs")
         self.val_split_fraction = val_split_fraction
         self.prompt_style = prompt_style
         self.seed = seed
@@ -188,12 +188,15 @@ class PreferenceData(L.LightningDataModule):
         else:
             pairs = json.loads(text)
         if not isinstance(pairs, list) or len(pairs) < 2:
-            raise ValueError(f"`json_path`: {str(self.path)!r} must hold a list of at least two pairs.")
+            raise ValueError(
+                f"`json_path`: {str(self.path)!r} must hold a list of at least two pairs, but got {len(pairs)} in a"
+                f" {type(pairs).__name__}"
+            )
         for index, pair in enumerate(pairs):
             if not isinstance(pair, dict) or not all(isinstance(pair.get(field), str) for field in FIELDS):
                 found = sorted(pair) if isinstance(pair, dict) else type(pair).__name__
                 raise ValueError(
-                    f"`json_path`: pair {index} of {str(self.path)!r} must have the texts {', '.join(FIELDS)}, but it"
-                    f" has {found}."
+                    f"`json_path`: pair {index} of {str(self.path)!r} must have the texts {', '.join(FIELDS)}, but"
+                    f" got {found}"
                 )
         return pairs

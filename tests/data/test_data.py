@@ -345,7 +345,7 @@ def test_reloaded_dataloaders_do_not_start_over(corpus, tmp_path, uninterrupted)
     ],
 )
 def test_an_option_out_of_range_is_named(option, value):
-    with pytest.raises(ValueError, match=f"`{option}` must .* found {value}"):
+    with pytest.raises(ValueError, match=f"`{option}` must .* but got {value}"):
         TextDataModule(**{option: value})
 
 

@@ -159,7 +159,7 @@ def test_what_is_wrong_is_said_before_training(base, tmp_path):
         LitGPTModule(config=CONFIG | {"n_embd": 16}, checkpoint_dir=str(base))
     with pytest.raises(ValueError, match=r"of another model: transformer.h.2.* has shape None there"):
         LitGPTModule(config=CONFIG | {"n_layer": 3}, checkpoint_dir=str(base))
-    with pytest.raises(ValueError, match=r"`micro_batch_size` must be at least 1, found 0"):
+    with pytest.raises(ValueError, match=r"`micro_batch_size` must be at least 1, but got 0"):
         LitGPTModule(config=CONFIG, micro_batch_size=0)
     for folder, error in ((None, "litgpt's data modules need a tokenizer"), (str(tmp_path), "neither tokenizer.json")):
         module = LitGPTModule(config=CONFIG, tokenizer_dir=folder)

@@ -93,5 +93,5 @@ def test_bad_files_are_refused(tmp_path, content, error):
 def test_bad_options_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="`json_path`"):
         PreferenceData(str(tmp_path / "none.json"))
-    with pytest.raises(ValueError, match="`beta` must be positive, found 0"):
+    with pytest.raises(ValueError, match="`beta` must be positive, but got 0"):
         DPOModule(beta=0, config=CONFIG)
