@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from lightning_adapm.trainer.callbacks.closing import ClosingTable
     from lightning_adapm.trainer.callbacks.monitors import OptimizerStateMonitor, ResidualNormMonitor
     from lightning_adapm.trainer.callbacks.summary import OptimizerSummary
-    from lightning_adapm.trainer.mixin import AdaPMConfig, AdaPMMixin
+    from lightning_adapm.trainer.config import AdaPMConfig, PartialMuonConfig
+    from lightning_adapm.trainer.mixin import AdaPMMixin
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ __all__ = [
     "OptimizerStateMonitor",
     "OptimizerSummary",
     "PartialMuon",
+    "PartialMuonConfig",
     "ResidualNormMonitor",
     "explain",
 ]
@@ -39,7 +41,7 @@ __all__ = [
 _MODULES = {
     "AdaLomo": "optim.lomo",
     "AdaPM": "optim.adapm",
-    "AdaPMConfig": "trainer.mixin",
+    "AdaPMConfig": "trainer.config",
     "AdaPMMixin": "trainer.mixin",
     "AdamMini": "optim.adam_mini",
     "ClosingTable": "trainer.callbacks.closing",
@@ -49,6 +51,7 @@ _MODULES = {
     "OptimizerStateMonitor": "trainer.callbacks.monitors",
     "OptimizerSummary": "trainer.callbacks.summary",
     "PartialMuon": "optim.partial_muon",
+    "PartialMuonConfig": "trainer.config",
     "ResidualNormMonitor": "trainer.callbacks.monitors",
     "explain": "report.explain",
 }

@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser, get_loader
 from torch import nn
 
 from lightning_adapm.litgpt.model import MODEL_CONFIG
-from lightning_adapm.optim import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre
+from lightning_adapm.optim import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre, PartialMuon
 from lightning_adapm.report.explain import VARIANTS, Explanation, compare, explain
 from lightning_adapm.report.tables import as_text, comparison_table, pieces_table, show_count, summarize, summary_table
 from lightning_adapm.roles.assign import suggested_roles
@@ -28,7 +28,7 @@ _DTYPES = {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64", 
 _LORA = {"lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "lora_query": True, "lora_value": True}
 """Defaults of `litgpt finetune_lora`."""
 
-NEIGHBORS: tuple[type[AdaPM], ...] = (AdamMini, LoRAPre, AdaLomo, Lomo)
+NEIGHBORS: tuple[type[AdaPM], ...] = (AdamMini, PartialMuon, LoRAPre, AdaLomo, Lomo)
 """Optimizers with a column of their own where a recipe names them."""
 
 _SHAPE_THE_STATE = ("rank", "second_moment", "momentum", "roles", "unmatched", "state_dtype")
@@ -213,6 +213,9 @@ def _report(
     every_parameter: bool,
 ) -> int:
     variants, name = compare(model, **options), "AdaPM"
+    settings: Any = model
+    if neighbor is None and getattr(model, "adapm_class", AdaPM) is not AdaPM:
+        neighbor = settings.adapm_class, {**settings.adapm_options, **options}
     ours = variants[name]
     if neighbor is not None:
         make, arguments = neighbor

@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 
 from lightning_adapm.optim.options import instead_of
-from lightning_adapm.trainer.mixin import without_text_none
+from lightning_adapm.trainer.config import without_text_none
 
 if TYPE_CHECKING:
     from litgpt import GPT, Config

@@ -87,9 +87,11 @@ def explain(model: nn.Module | AdaPM, **adapm_options: Any) -> Explanation:
     """Say what AdaPM would take every parameter of a model for, and what its state would cost. Allocates nothing.
 
     Args:
-        model: Any module, on any device, the meta device included, wrapped or not; or an AdaPM optimizer, whose own
-            options then count. A module with the mixin starts from its ``adapm`` settings.
-        **adapm_options: Keyword arguments of :class:`~lightning_adapm.AdaPM`.
+        model: Any module, on any device, the meta device included, wrapped or not; or an optimizer of this package,
+            whose own options then count. A module with the mixin starts from its ``adapm`` settings, and from the
+            optimizer that they name.
+        **adapm_options: Keyword arguments of :class:`~lightning_adapm.AdaPM`, or of the optimizer that the module's
+            settings name.
 
     Raises:
         ValueError: An option out of range. Not for a role that is not found: such rows have the role ``"unmatched"``.
@@ -102,7 +104,8 @@ def explain(model: nn.Module | AdaPM, **adapm_options: Any) -> Explanation:
         return Explanation(tuple(plan(model)), _frozen(params))
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain needs a module or an AdaPM optimizer, but got {type(model).__name__}")
-    optimizer, refuses = _optimizer(model, adapm_options)
+    make: type[AdaPM] = getattr(model, "adapm_class", AdaPM)
+    optimizer, refuses = _optimizer(make, model, {**getattr(model, "adapm_options", {}), **adapm_options})
     return Explanation(tuple(plan(optimizer)), _frozen(model.parameters()), refuses)
 
 
@@ -112,7 +115,10 @@ def compare(model: nn.Module, **adapm_options: Any) -> dict[str, Explanation]:
     Takes and raises what :func:`explain` does. Variants with block second moments are left out where the number of
     heads is not known.
     """
-    optimizer, refuses = _optimizer(model, adapm_options)
+    options = getattr(model, "adapm_options", {})
+    if getattr(model, "adapm_class", AdaPM) is not AdaPM:  # what shapes the state of that one is not AdaPM's
+        options = {key: value for key, value in options.items() if key in ("rank", "roles", "unmatched")}
+    optimizer, refuses = _optimizer(AdaPM, model, {**options, **adapm_options})
     frozen, heads_known = _frozen(model.parameters()), _heads_are_known(optimizer)
     explanations = {}
     for name, changes in VARIANTS.items():
@@ -121,13 +127,12 @@ def compare(model: nn.Module, **adapm_options: Any) -> dict[str, Explanation]:
     return explanations
 
 
-def _optimizer(model: nn.Module, adapm_options: Mapping[str, Any]) -> tuple[AdaPM, bool]:
-    """AdaPM over a model, and whether it took matrices without a role only because nothing is trained here."""
-    options = {**getattr(model, "adapm_options", {}), **adapm_options}
+def _optimizer(make: type[AdaPM], model: nn.Module, options: Mapping[str, Any]) -> tuple[AdaPM, bool]:
+    """An optimizer over a model, and whether it took matrices without a role only because nothing is trained here."""
     refuses = options.get("unmatched", "error") == "error"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="AdaPM gives")  # the table shows them
-        return AdaPM(model.named_parameters(), **options | ({"unmatched": "full"} if refuses else {})), refuses
+        return make(model.named_parameters(), **dict(options) | ({"unmatched": "full"} if refuses else {})), refuses
 
 
 def _heads_are_known(optimizer: AdaPM) -> bool:

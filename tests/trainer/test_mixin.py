@@ -12,7 +12,7 @@ from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import PlainTraining, token_batches
 
-from lightning_adapm import AdaPM, AdaPMConfig, AdaPMMixin
+from lightning_adapm import AdaPM, AdaPMConfig, AdaPMMixin, PartialMuon, PartialMuonConfig, explain
 from lightning_adapm.data import TrainLoader
 from lightning_adapm.trainer.mixin import check_strategy
 from lightning_adapm.trainer.schedule import lr_factor
@@ -27,9 +27,11 @@ def trainer(tmp_path, **options):
     return L.Trainer(default_root_dir=tmp_path, **(quiet | {"max_steps": 8} | options))
 
 
-def test_config_is_adapms_signature():
-    signature = inspect.signature(AdaPM).parameters
-    config = {field.name: field.default for field in dataclasses.fields(AdaPMConfig)}
+@pytest.mark.parametrize(("make", "config"), [(AdaPM, AdaPMConfig), (PartialMuon, PartialMuonConfig)])
+def test_config_is_the_optimizers_signature(make, config):
+    assert config.make is make
+    signature = inspect.signature(make).parameters
+    config = {field.name: field.default for field in dataclasses.fields(config)}
     for name in ("warmup_steps", "schedule", "min_lr_ratio"):
         config.pop(name)
     assert config == {name: p.default for name, p in signature.items() if name != "params"}
@@ -48,6 +50,17 @@ def test_settings_reach_the_optimizer(tmp_path, settings):
     assert optimizer.defaults["rank"] == 3
     assert optimizer.param_groups[0]["initial_lr"] == 2e-3
     assert "query" in optimizer.param_groups[0]["roles"]
+
+
+@pytest.mark.parametrize("settings", [{"optimizer": "partial_muon", "mu": 0.9, "rank": 3}, PartialMuonConfig(mu=0.9)])
+def test_settings_name_the_optimizer(tmp_path, settings):
+    module = Module()
+    module.adapm = settings
+    fit = trainer(tmp_path)
+    fit.fit(module)
+    assert type(fit.optimizers[0]) is PartialMuon
+    assert fit.optimizers[0].defaults["mu"] == 0.9
+    assert explain(module).total == explain(fit.optimizers[0]).total
 
 
 def test_null_on_the_command_line_arrives_as_text():
@@ -120,6 +133,9 @@ def test_lr_find_works_and_takes_effect(tmp_path):
     ("settings", "error", "words"),
     [
         ({"rnk": 3}, ValueError, "no option 'rnk'; did you mean 'rank'"),
+        ({"optimizer": "muon"}, ValueError, "optimizer 'muon'; write one of adapm, partial_muon"),
+        ({"optimizer": "partial_muon", "debias": True}, ValueError, "no option 'debias'"),
+        ({"optimizer": "partial_muon", "mu": 2}, ValueError, "mu must be"),
         ({"rank": 0}, ValueError, "rank must be"),
         ({"lr": "1e-3"}, ValueError, "lr must be a number"),
         ({"schedule": "linear"}, ValueError, "schedule must be one of cosine, constant"),
