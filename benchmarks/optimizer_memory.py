@@ -8,11 +8,12 @@ import torch
 from litgpt import GPT, Config
 
 from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre, PartialMuon, explain
+from lightning_adapm.optim import RoleOptimizer
 from lightning_adapm.report.tables import show_bytes, show_saving
 
 PAGE = Path(__file__).parents[1] / "docs" / "choosing-an-optimizer.md"
 MODELS = ("pythia-160m", "TinyLlama-1.1B", "Llama-3-8B")
-OPTIMIZERS: dict[str, Callable[[Any], AdaPM]] = {
+OPTIMIZERS: dict[str, Callable[[Any], RoleOptimizer]] = {
     "`AdaPM`": AdaPM,
     '`AdaPM(second_moment="block")`': lambda params: AdaPM(params, second_moment="block"),
     '`AdaPM(second_moment="factored")`': lambda params: AdaPM(params, second_moment="factored"),

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_adapm.commands import LITGPT_COMMANDS
 from lightning_adapm.litgpt.checks import check, check_words
-from lightning_adapm.optim import AdaPM
+from lightning_adapm.optim import RoleOptimizer
 from lightning_adapm.trainer.callbacks.monitors import Monitored, pooled_residual, pooled_state
 from lightning_adapm.trainer.callbacks.pooling import ResidualFigures
 from lightning_adapm.trainer.callbacks.run import StepClock
@@ -99,7 +99,7 @@ class OptimizerReport:
     def __init__(self, fabric: L.Fabric, optimizer: Optimizer) -> None:
         self._fabric, self._steps, self._figures = fabric, 0, dict[str, float]()
         self._monitored: Monitored | None = None
-        if isinstance(optimizer, AdaPM) and ResidualFigures(optimizer).layers:
+        if isinstance(optimizer, RoleOptimizer) and ResidualFigures(optimizer).layers:
             self._monitored = Monitored(optimizer, "residual/", StepClock(EVERY_N_STEPS))
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)

@@ -28,7 +28,7 @@ _DTYPES = {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64", 
 _LORA = {"lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "lora_query": True, "lora_value": True}
 """Defaults of `litgpt finetune_lora`."""
 
-NEIGHBORS: tuple[type[AdaPM], ...] = (AdamMini, PartialMuon, LoRAPre, AdaLomo, Lomo)
+NEIGHBORS: tuple[type[Any], ...] = (AdamMini, PartialMuon, LoRAPre, AdaLomo, Lomo)
 """Optimizers with a column of their own where a recipe names them."""
 
 _SHAPE_THE_STATE = ("rank", "second_moment", "momentum", "roles", "unmatched", "state_dtype")
@@ -190,7 +190,7 @@ def _optimizer_options(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return defaults | (section.get("init_args") or {})
 
 
-def _neighbor(recipe: Mapping[str, Any]) -> tuple[type[AdaPM], dict[str, Any]] | None:
+def _neighbor(recipe: Mapping[str, Any]) -> tuple[type[Any], dict[str, Any]] | None:
     """Another optimizer of this package under ``optimizer``, and its options."""
     section = recipe.get("optimizer")
     name = str(section.get("class_path")).rpartition(".")[2] if isinstance(section, dict) else ""
@@ -209,7 +209,7 @@ def _report(
     model: nn.Module,
     label: str,
     options: Mapping[str, Any],
-    neighbor: tuple[type[AdaPM], dict[str, Any]] | None,
+    neighbor: tuple[type[Any], dict[str, Any]] | None,
     every_parameter: bool,
 ) -> int:
     variants, name = compare(model, **options), "AdaPM"

@@ -17,8 +17,6 @@ from lightning_adapm.data.tokens import save_tokenizer
 if TYPE_CHECKING:
     from litgpt import Config
 
-    from lightning_adapm.litgpt.module import LitGPTModule
-
 
 class LitGPTCheckpoint(L.Callback):
     """Write the trained model of a ``LitGPTModule`` as a litgpt checkpoint directory when training ends.
@@ -60,11 +58,11 @@ class LitGPTCheckpoint(L.Callback):
             return
         state = trainer.strategy.lightning_module_state_dict()  # all processes take part
         if trainer.is_global_zero:
-            write_checkpoint(self.out_dir, pl_module, state, getattr(trainer, "datamodule", None))  # type: ignore[arg-type]
+            write_checkpoint(self.out_dir, pl_module, state, getattr(trainer, "datamodule", None))
         trainer.strategy.barrier("LitGPTCheckpoint")
 
 
-def write_checkpoint(out_dir: Path, module: LitGPTModule, state: dict[str, Any], data: Any = None) -> None:
+def write_checkpoint(out_dir: Path, module: Any, state: dict[str, Any], data: Any = None) -> None:
     """Write a litgpt checkpoint directory.
 
     Args:

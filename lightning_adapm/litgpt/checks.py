@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from lightning_adapm.litgpt import model as litgpt_model
-from lightning_adapm.optim import AdaPM
+from lightning_adapm.optim import RoleOptimizer
 from lightning_adapm.optim.options import instead_of
 
 _EXAMPLE = '{"class_path": "lightning_adapm.AdaPM", "init_args": {"lr": 1e-3}}'
@@ -185,5 +185,5 @@ def check_optimizer(optimizer: str | Mapping[str, Any] | None) -> None:
     for option in optimizer["init_args"]:
         if option not in known:
             raise ValueError(f"optimizer: {name} has no option {option!r}; {instead_of(option, known)}")
-    if isinstance(found, type) and issubclass(found, AdaPM):  # building one checks the values
+    if isinstance(found, type) and issubclass(found, RoleOptimizer):  # building one checks the values
         found([{"params": [torch.zeros(1, requires_grad=True)], "role": "norm"}], **optimizer["init_args"])

@@ -67,7 +67,9 @@ def momentum_for(piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> M
         rank = rank_for(group["rank"], shape)
         if rank * (m + n) < m * n:
             gap = group["update_proj_gap"]
-            return LowRankMomentum(rank, beta1, gap, group["debias"], offset=piece.block % _PHASES * (gap // _PHASES))
+            return LowRankMomentum(
+                rank, beta1, gap, group.get("debias", True), offset=piece.block % _PHASES * (gap // _PHASES)
+            )
     return FullMomentum(beta1)
 
 

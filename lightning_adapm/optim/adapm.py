@@ -1,109 +1,92 @@
 """AdaPM: AdamW whose momentum depends on a parameter's role in the transformer."""
 
-import warnings
-import weakref
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from itertools import chain
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_adapm.moments import policy
 from lightning_adapm.moments.base import Momentum, SecondMoment
-from lightning_adapm.moments.first import LowRankMomentum
-from lightning_adapm.moments.policy import momentum_table
-from lightning_adapm.optim import in_backward, options
-from lightning_adapm.roles.assign import assign_roles
-from lightning_adapm.roles.inputs import name_tensors, read_groups, source_module
+from lightning_adapm.optim import options
+from lightning_adapm.optim.base import RoleOptimizer
+from lightning_adapm.roles.assign import check_heads
+from lightning_adapm.roles.context import Named
 from lightning_adapm.roles.piece import Piece
-from lightning_adapm.sharding.find import local
-from lightning_adapm.sharding.fsdp1 import gradients
-from lightning_adapm.sharding.rows import column_range
-from lightning_adapm.state.state_dict import FORMAT_VERSION, Checkpointed
-from lightning_adapm.step import by_kernels
-from lightning_adapm.step.by_torch import update
-from lightning_adapm.step.counters import StepCounters
-from lightning_adapm.step.nonfinite import NonFiniteGradients
-from lightning_adapm.step.parts import (
-    Alike,
-    Bucket,
-    Observer,
-    PieceState,
-    Placement,
-    Plan,
-    Task,
-    batches,
-    reduction_of,
-    shares_basis,
-)
-
-_PER_STEP = ("params", "param_names", "roles", "lr", "as_built")
-"""Of a group: what a plan does not depend on."""
-
-_NO_GRADIENT = "AdaPM.step() found no gradient on any of its parameters, so nothing is trained"
 
 
-class AdaPM(Checkpointed):
+class AdaPM(RoleOptimizer):
     """AdamW with partial momentum (AdaPM, arXiv 2510.09103).
 
-    Embeddings and attention outputs keep no momentum; queries, keys, MLPs and an untied head keep low-rank factors with
-    the paper's residual correction; values and everything one-dimensional keep all of it.
+    Embeddings and attention outputs keep no momentum. Queries, keys, MLPs and an untied head keep low-rank factors with
+    the paper's residual correction. Values and everything one-dimensional keep all of it.
 
     Args:
         params: ``model.named_parameters()``, or ``model.parameters()`` itself (names and heads are then read from the
             module), an iterable of ``(name, tensor)``, or parameter groups whose ``params`` are one of these or
-            which say ``role``. A group may also say ``n_head``, ``n_query_groups`` and ``head_size`` where only
+            which state a ``role``. A group may also state ``n_head``, ``n_query_groups`` and ``head_size`` where only
             names are given.
-        lr: learning rate.
-        betas: decay of the first and the second moment.
-        eps: added to the denominator, outside the root.
-        weight_decay: decoupled weight decay, as in AdamW.
-        rank: of the low-rank momentum; an int, or a float in (0, 1] for a share of the smaller dimension of the unfused
-            matrix. A piece that factors would not make smaller keeps full momentum.
-        update_proj_gap: steps between two refreshes of a subspace; every second transformer block's come half-way.
-        debias: add the residual correction to the low-rank momentum.
+        lr: Learning rate.
+        betas: Decay of the first and the second moment.
+        eps: Added to the denominator, outside the root.
+        weight_decay: Decoupled weight decay, as in AdamW.
+        rank: Rank of the low-rank momentum: an int, or a float in (0, 1] for a share of the smaller dimension of the
+            unfused matrix. A piece that factors would not make smaller keeps full momentum.
+        update_proj_gap: Steps between two refreshes of a subspace. Every other transformer block refreshes half an
+            interval later.
+        debias: Add the residual correction to the low-rank momentum.
         second_moment: ``"elementwise"`` (AdamW), ``"block"`` (Adam-mini) or ``"factored"`` (Adafactor).
-        momentum: policies by role that differ from the default, ``{"mlp": "full", "lm_head": "none"}``, or one policy
-            for every role; the policies are ``"none"``, ``"low_rank"`` and ``"full"``.
-        roles: teaches names: ``{regular expression: role or policy}``, searched in order before any built-in rule.
-        unmatched: policy of matrices whose role is not found; ``"error"`` refuses them and lists them.
-        no_decay: roles exempt from weight decay, for instance ``("norm", "bias")``.
-        state_dtype: dtype of the momentum, or of a policy's, ``{"low_rank": "bfloat16"}``; default float32 (float64 for
-            float64 parameters). The second moment is never kept below float32.
-        basis: where processes that share the rows of a matrix keep the basis of its low-rank momentum: ``"replicate"``
-            is all of it on each of them, ``"shard"`` a part, gathered in every step; ``"auto"`` replicates on up to
-            two processes. Without sharding there is nothing to choose.
-        clip_threshold: bound on each entry of the update in units of ``lr``, where the momentum is not full: a low-rank
+        momentum: Policies by role that differ from the default, ``{"mlp": "full", "lm_head": "none"}``, or one policy
+            for every role. The policies are ``"none"``, ``"low_rank"`` and ``"full"``.
+        roles: Roles for names, ``{regular expression: role or policy}``, searched in order before any built-in rule.
+        unmatched: Policy of matrices whose role is not found. ``"error"`` refuses them and lists them.
+        no_decay: Roles exempt from weight decay, for instance ``("norm", "bias")``.
+        state_dtype: Dtype of the momentum, or of a policy's, ``{"low_rank": "bfloat16"}``. Default float32 (float64
+            for float64 parameters). The second moment is never kept below float32.
+        basis: Where processes that share the rows of a matrix keep the basis of its low-rank momentum.
+            ``"replicate"`` keeps all of it on each of them, ``"shard"`` a part, gathered in every step; ``"auto"``
+            replicates on up to two processes. Without sharding there is nothing to choose.
+        clip_threshold: Bound on each entry of the update in units of ``lr``, where the momentum is not full: a low-rank
             average mixes columns, so that entries can exceed AdamW's by orders of magnitude. Embeddings without
             momentum have ``1 / (1 - beta1)`` times that bound: the one step of a rare token is all of its update,
             which AdamW spreads over as many. None: no bound.
-        maximize: maximise the objective.
-        update_in_backward: in ``step(closure)``, move each parameter and free its gradient as soon as backward has
+        maximize: Maximize the objective.
+        update_in_backward: In ``step(closure)``, move each parameter and free its gradient as soon as backward has
             produced it, so that gradients of the whole model never exist together. Several processes, and backward
             passes outside of ``step`` (accumulation, a gradient scaler), get an ordinary step, with a warning.
 
     Raises:
-        ValueError: an option out of range; a matrix without a role.
-        TypeError: parameters without names or roles; complex parameters.
+        ValueError: An option out of range; a matrix without a role.
+        TypeError: Parameters without names or roles; complex parameters.
 
-    State of a parameter: ``step``; ``exp_avg`` or ``exp_avg_l``, ``exp_avg_r`` and ``seeded``; ``exp_avg_sq`` or
-    ``exp_avg_sq_row`` and ``exp_avg_sq_col``. A fused weight has these per piece, as ``query.exp_avg_l``. All are made
-    in the first step, for every parameter that requires a gradient.
+    State of a parameter whose matrix is ``(m, n)``, made in the first step for every parameter that requires a
+    gradient; "float32" is float64 for float64 parameters. A fused weight has the entries per piece, for instance
+    ``query.exp_avg_l``; a stack of matrices ``(b, m, n)`` has ``b`` in front of every shape.
+
+    - ``step``: number of steps, a float32 scalar on the CPU.
+    - ``exp_avg`` ``(m, n)``: full momentum, in ``state_dtype``, by default float32.
+    - ``exp_avg_l`` ``(m, rank)``, ``exp_avg_r`` ``(rank, n)``, in ``state_dtype``, and the int ``seeded``: low-rank
+      momentum, its orthonormal basis, and whether every matrix has a basis yet.
+    - ``exp_avg_sq``, float32: second moment, ``(m, n)`` elementwise, ``(m, 1)`` or ``(heads, 1)`` by block.
+    - ``exp_avg_sq_row`` ``(m, 1)`` and ``exp_avg_sq_col`` ``(1, n)``, float32: factored second moment.
+
+    Numerics: arithmetic is in float32, or float64 for float64 parameters, whatever the dtype of parameters and state.
+    Bases are made orthonormal in float64, never in TF32. Kernels of a CUDA step read gradients in their own dtype and
+    multiply bases in bfloat16 with float32 sums; the gradient itself is added in float32.
 
     A gradient with an infinity or a NaN is taken as zero, for the whole piece, and counted: see
     :meth:`nonfinite_gradients`.
+
+    Example::
+
+        optimizer = AdaPM(model.named_parameters(), lr=1e-3, rank=0.05, second_moment="block")
+        loss = model(batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
     """
 
-    observer: Observer | None = None
-    own_defaults: Mapping[str, Any] = {}
-    """Options of a subclass, which its parameter groups have besides AdaPM's."""
-    by_head: ClassVar[bool] = True
-    """Queries and keys may have a second moment for each head."""
-    unused: ClassVar[tuple[str, ...]] = ()
-    """Options that mean nothing to a subclass, which warns of them."""
+    structure = ("rank", "second_moment", "momentum", "state_dtype", "basis")
 
     def __init__(
         self,
@@ -127,293 +110,41 @@ class AdaPM(Checkpointed):
         maximize: bool = False,
         update_in_backward: bool = False,
     ) -> None:
-        options.check_caller()
         options.check_roles(roles, unmatched)
-        defaults = {
-            "lr": lr,
-            "betas": tuple(betas),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "rank": rank,
-            "update_proj_gap": update_proj_gap,
-            "debias": debias,
-            "second_moment": second_moment,
-            "momentum": momentum_table(momentum, unmatched),
-            "no_decay": [no_decay] if isinstance(no_decay, str) else list(no_decay or ()),
-            "state_dtype": options.dtype_names(state_dtype),
-            "basis": basis,
-            "clip_threshold": clip_threshold,
-            "maximize": maximize,
-            "format_version": FORMAT_VERSION,
-        }
-        defaults |= self.own_defaults
-        options.check(defaults)
-        options.warn_of_unused(type(self).__name__, self.unused, {**defaults, "momentum": momentum}, AdaPM.__init__)
-        self.name_rules = dict(roles or {})
-        self.unmatched = unmatched
-        self.update_in_backward = update_in_backward
-        self.gradient_norm: Tensor | None = None
-        """Of the last step's gradients, where it updated in backward and left none to measure."""
-        self.pieces: dict[Tensor, tuple[Piece, ...]] = {}
-        self.reasons: dict[Tensor, str] = {}  # why a parameter has its role; like pieces, not part of a checkpoint
-        self._forget_places()
-        self._nonfinite = NonFiniteGradients()
-        module = source_module(params)
-        self._module = None if module is None else weakref.ref(module)
-        super().__init__(self._assign(read_groups(params), defaults), defaults)
-
-    def _assign(self, groups: list[dict[str, Any]], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
-        for group in groups:
-            options.check({**defaults, **group})
-        assigned, pieces, reasons = assign_roles(groups, defaults, self.name_rules, self.unmatched, self.by_head)
-        self.pieces.update(pieces)
-        self.reasons.update(reasons)
-        return assigned
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as ``torch.optim`` does. Bare tensors are named as the module names them that this optimizer's
-        parameters are of; others need names or a ``role`` as in the constructor.
-        """
-        if "roles" not in param_group:
-            if "role" not in param_group:
-                known = {
-                    name: param
-                    for group in self.param_groups
-                    for name, param in zip(group["param_names"], group["params"], strict=True)
-                }
-                param_group = param_group | {"params": name_tensors(param_group["params"], known)}
-            (param_group,) = self._assign([param_group], self.defaults)
-        super().add_param_group(param_group)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # torch keeps only defaults, state and groups through pickling and deepcopy
-        kept = {key: value for key, value in vars(self).items() if not key.startswith("_") and self._is_own(key)}
-        return {**super().__getstate__(), **kept, "_nonfinite": self._nonfinite}
-
-    def _is_own(self, attribute: str) -> bool:
-        """Whether a public attribute is this optimizer's, not a method that a scheduler has wrapped or a monitor's."""
-        return attribute != "observer" and not callable(getattr(type(self), attribute, None))
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._forget_places()  # found again: process groups are not copied
-        self._module = None
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step; ``closure`` reevaluates the model and returns the loss."""
-        for group in self.param_groups:
-            options.check_held(group, self.pieces)
-        loss, updated = None, {}
-        if self.update_in_backward:
-            sharded = any(self.placement(param).layout is not None for param in self.pieces)
-            with in_backward.armed(self.param_groups, closure, sharded, self._take) as updated, torch.enable_grad():
-                loss = None if closure is None else closure()
-        elif closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self.check_not_replaced()
-        self.gradient_norm = torch.stack(list(updated.values())).sum().sqrt() if updated else None
-        moved = self._take([(group, group["param_names"], group["params"]) for group in self.param_groups])
-        self._nonfinite.finish_step()
-        if not moved and not updated:
-            warnings.warn(_NO_GRADIENT, stacklevel=4)
-        return loss
-
-    def check_not_replaced(self) -> None:
-        """Once, in the first step at the latest: refuse a model whose parameters are no longer those given.
-
-        FSDP2 itself puts others in their place from forward to backward: not to be called in between.
-
-        Raises:
-            RuntimeError: naming the first of them, and where to build the optimizer instead.
-        """
-        module, self._module = None if self._module is None else self._module(), None
-        if module is not None:
-            names = (zip(group["param_names"], group["params"], strict=True) for group in self.param_groups)
-            options.check_not_replaced(module, self.pieces, dict(chain.from_iterable(names)))
-
-    def _take(self, selected: Sequence[tuple[dict[str, Any], list[str], list[Tensor]]]) -> bool:
-        """Take the gradients of parameters, group by group, and move them; whether there were any."""
-        for group, names, params in selected:
-            for name, param in zip(names, params, strict=True):
-                if (param.requires_grad or param.grad is not None) and not self.state.get(param):
-                    for piece in self.pieces[param]:
-                        options.check_trainable(name, piece, param, group)
-                    self.state[param] = self.make_state(param, group, param)
-        grads = [gradients(params, [self.placement(param).layout for param in params]) for _, _, params in selected]
-        if not any(grad is not None for found in grads for grad in found):
-            return False
-        # a caller's autocast would take the products to half precision
-        with torch.autocast(selected[0][2][0].device.type, enabled=False):
-            gathered = [self._gather(*each, found) for each, found in zip(selected, grads, strict=True)]
-            tasks = (task for buckets in gathered for bucket in buckets for task in bucket.tasks)
-            self._nonfinite.agree(tasks, chain.from_iterable(each[2] for each in selected))
-            for (group, _, _), buckets in zip(selected, gathered, strict=True):
-                self._move_together(buckets, group)
-        return True
-
-    def _forget_places(self) -> None:
-        self._placements: dict[Tensor, tuple[torch.Size, Placement]] = {}
-        self._plans: dict[Tensor, tuple[tuple[Any, ...], list[Plan]]] = {}
-        self._alike: weakref.WeakValueDictionary[Any, Alike] = weakref.WeakValueDictionary()
-        self._settings: dict[int, dict[str, Any]] = {}
-        self._counters: defaultdict[int, StepCounters] = defaultdict(StepCounters)
-
-    def placement(self, param: Tensor) -> Placement:
-        """Where a parameter's pieces are, and the shapes of their matrices over all processes."""
-        # kept for the shape it was found with: FSDP1 makes parameters one-dimensional after the optimizer is built
-        shape, found = self._placements.get(param, (None, None))
-        if found is None or shape != param.shape:
-            found = Placement.of(param, self.pieces[param])
-            self._placements[param] = (param.shape, found)
-        return found
+        table = policy.momentum_table(momentum, unmatched)
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": tuple(betas),
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "rank": rank,
+                "update_proj_gap": update_proj_gap,
+                "debias": debias,
+                "second_moment": second_moment,
+                "momentum": table,
+                "no_decay": no_decay,
+                "state_dtype": options.dtype_names(state_dtype),
+                "basis": basis,
+                "clip_threshold": clip_threshold,
+                "maximize": maximize,
+            },
+            roles=roles,
+            unmatched=unmatched,
+            update_in_backward=update_in_backward,
+            roles_matter=len(set(table.values())) > 1,
+        )
 
     def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:
-        """The momentum of a piece whose matrix has ``shape``; all that a subclass with another one overrides."""
+        """Choose the momentum of a piece by the table of roles."""
         return policy.momentum_for(piece, shape, group)
 
-    def _placed_momentum(self, param: Tensor, index: int, group: Mapping[str, Any]) -> Momentum:
-        """The momentum of a piece, as far as this process keeps it."""
-        placement = self.placement(param)
-        shape, shard = placement.shapes[index], placement.shards[index]
-        momentum = self.momentum_for(self.pieces[param][index], shape, group)
-        if shard is None or not isinstance(momentum, LowRankMomentum) or not shares_basis(shard.layout, group["basis"]):
-            return momentum
-        return replace(momentum, columns=column_range(shard.layout, shape[-1]))
-
     def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
-        """The second moment of a piece whose matrix has ``shape``; as open to subclasses."""
+        """Choose the second moment of a piece by the option ``second_moment``."""
         return policy.second_moment_for(piece, shape, group)
 
-    def make_state(self, param: Tensor, group: Mapping[str, Any], like: Tensor, whole: bool = False) -> dict[str, Any]:
-        """Zero state of one parameter of ``group``, on ``like``'s device; every key that it will ever have.
-
-        It is of what this process holds of the parameter, or of the ``whole`` parameter.
-        """
-        like = local(like)
-        exact = torch.float64 if param.dtype == torch.float64 else torch.float32
-        state: dict[str, Any] = {"step": torch.tensor(0.0, dtype=torch.float32)}
-        placement = self.placement(param)
-        for index, (piece, shape) in enumerate(zip(self.pieces[param], placement.shapes, strict=True)):
-            held = shape if whole else placement.local_shape(index)
-            momentum = self.momentum_for(piece, shape, group) if whole else self._placed_momentum(param, index, group)
-            stored = policy.storage_dtype(momentum, group["state_dtype"], exact)
-            made = momentum.make(held, like.new_empty((), dtype=stored))
-            made |= self.second_moment_for(piece, shape, group).make(held, like.new_empty((), dtype=exact))
-            state |= {piece.prefix + key: value for key, value in made.items()}
-        return state
-
-    def _gather(
-        self, group: dict[str, Any], names: list[str], params: list[Tensor], grads: list[Tensor | None]
-    ) -> Iterable[Bucket]:
-        """Count the step of every parameter with a gradient, and sort its pieces into buckets that step together."""
-        settings = {key: value for key, value in group.items() if key not in _PER_STEP}
-        if settings == self._settings.get(id(group)):
-            settings = self._settings[id(group)]  # the same one is compared faster
-        self._settings[id(group)] = settings
-        moving: list[tuple[Tensor, list[Plan]]] = []
-        for name, param, grad in zip(names, params, grads, strict=True):
-            if grad is not None:
-                options.check_gradient(name, grad)
-                plans = self._planned(name, param, group, settings)
-                if plans:
-                    moving.append((local(grad), plans))
-        if not moving:
-            return ()
-        counts = self._counters[id(group)].count([plans[0].task.state.whole for _, plans in moving])
-        buckets: dict[Any, Bucket] = {}
-        for (grad, plans), step in zip(moving, counts, strict=True):
-            for plan in plans:
-                task = plan.task
-                taken = grad if task.shard is not None else task.piece.matrix(grad)
-                key = plan.alike, step, plan.momentum.due(step), task.state.get("seeded")
-                if key not in buckets:
-                    buckets[key] = Bucket(plan, step, [])
-                buckets[key].tasks.append(task.with_gradient(taken))
-        return buckets.values()
-
-    def _planned(self, name: str, param: Tensor, group: Mapping[str, Any], settings: dict[str, Any]) -> list[Plan]:
-        """What steps do with each piece of a parameter; made anew where anything that it depends on has changed."""
-        part, state = local(param), self.state[param]
-        depends = name, param.shape, part.data_ptr(), id(state), settings
-        known = self._plans.get(param)
-        if known is not None and known[0] == depends:
-            return known[1]
-        for key, value in state.items():  # a state that was loaded may be views, and kernels take none
-            if isinstance(value, Tensor) and not value.is_contiguous():
-                state[key] = value.contiguous()
-        placement, plans = self.placement(param), []
-        for index, piece in enumerate(self.pieces[param] if placement.layout is not None or param.numel() else ()):
-            shape, shard = placement.shapes[index], placement.shards[index]
-            view = part if shard is not None else piece.view(part)
-            task = Task(name, param, piece, view, view, PieceState(state, piece.prefix), placement.layout, shard)
-            momentum = self._placed_momentum(param, index, group)
-            second_moment = self.second_moment_for(piece, shape, group)
-            decay = 0.0 if piece.role in group["no_decay"] else group["weight_decay"]
-            processes = None if shard is None else shard.layout.group
-            common = momentum, second_moment, decay, shape, param.dtype, param.device, processes
-            alike = self._alike.setdefault(common, Alike())
-            plans.append(Plan(task, momentum, second_moment, decay, alike))
-        self._plans[param] = depends, plans
-        return plans
-
-    def _move_together(self, buckets: Iterable[Bucket], group: Mapping[str, Any]) -> None:
-        ready: list[by_kernels.Batch] = []
-        for bucket in buckets:
-            plan, step, tasks = bucket
-            if tasks[0].shard is not None:
-                self._move_shards(bucket, group)
-                continue
-            as_they_are = self._as_they_are(tasks, plan, group)
-            together = batches(bucket, copied=not as_they_are)
-            ready += [self._batch(batch, plan, step, as_they_are) for batch in together]
-        by_kernels.refresh(ready)
-        for each in ready:
-            self._update(each, group)
-
-    def _move_shards(self, bucket: Bucket, group: Mapping[str, Any]) -> None:
-        """Pieces that are taken out of what this process holds, which may copy them: one batch after another."""
-        plan, step, _ = bucket
-        for batch in batches(bucket, copied=True):
-            taken = [task.taken() for task in batch]
-            self._update(self._batch(taken, plan, step, self._as_they_are(taken, plan, group)), group)
-            for task, moved in zip(batch, taken, strict=True):
-                assert task.shard is not None
-                task.shard.put(task.param, moved.param)
-
-    def _as_they_are(self, tasks: list[Task], plan: Plan, group: Mapping[str, Any]) -> bool:
-        """Whether a step takes the gradients of ``tasks`` without copying them."""
-        if self.observer is not None or group["maximize"]:
-            return False
-        return by_kernels.takes(tasks, plan.momentum, plan.second_moment)
-
-    def _batch(self, tasks: list[Task], plan: Plan, step: int, as_they_are: bool) -> by_kernels.Batch:
-        grads = by_kernels.DeviceGradients(tasks, self._nonfinite.agreed_on(tasks)) if as_they_are else None
-        return by_kernels.Batch(tasks, plan, step, grads)
-
-    def _update(self, batch: by_kernels.Batch, group: Mapping[str, Any]) -> None:
-        tasks, grads = batch.tasks, batch.grads
-        if grads is None:
-            # only now, batch by batch: copies of all gradients in float32 would be larger than the state that is saved
-            tasks = self._nonfinite.replace(tasks, group["maximize"])
-            self._move(tasks, [task.grad for task in tasks], batch.plan, batch.step, group)
-        else:
-            if batch.by_kernels:
-                by_kernels.step(batch, group)
-            else:
-                self._move(tasks, grads, batch.plan, batch.step, group)
-            self._nonfinite.count(tasks, grads.reading.flaws)
-
-    def _move(self, tasks: list[Task], grads: list[Tensor], plan: Plan, step: int, group: Mapping[str, Any]) -> None:
-        """The step itself, of pieces of one shape with ``grads`` that are finite, or count as zero."""
-        states, reduction = [task.state for task in tasks], reduction_of(tasks)
-        direction = plan.momentum.direction(grads, states, step, reduction)
-        update(tasks, grads, direction, plan.second_moment, step, reduction, plan.decay, group, self.observer)
-
-    def nonfinite_gradients(self) -> dict[str, int]:
-        """Parameters whose gradient was not finite since this optimizer was built, with the number of steps.
-
-        A fused weight has its pieces, ``"attn.qkv.weight (query)"``. Waits for the device.
-        """
-        return self._nonfinite.steps()
+    def check_pieces(self, item: Named, pieces: tuple[Piece, ...], group: Mapping[str, Any]) -> None:
+        """Refuse block second moments where it is not known which rows are a head's."""
+        if group["second_moment"] == "block":
+            check_heads(item, pieces)

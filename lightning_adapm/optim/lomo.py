@@ -1,38 +1,55 @@
 """LOMO and AdaLomo: no momentum, and gradients that are used while backward is still running."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_adapm.moments.base import SecondMoment
+from lightning_adapm.moments.base import Momentum, SecondMoment
+from lightning_adapm.moments.first import NoMomentum
 from lightning_adapm.moments.second import NoSecondMoment, RelativeSecondMoment
-from lightning_adapm.optim.adapm import AdaPM
+from lightning_adapm.optim.base import RoleOptimizer
 from lightning_adapm.roles.piece import Piece
 from lightning_adapm.sharding.reduction import Reduction
 from lightning_adapm.step.parts import Plan, Task, reduction_of
 
-_UNUSED = ("betas", "eps", "rank", "update_proj_gap", "debias", "second_moment", "state_dtype", "basis")
 
-
-class Lomo(AdaPM):
+class Lomo(RoleOptimizer):
     """LOMO (arXiv 2306.09782): stochastic gradient descent that uses each gradient inside backward.
 
-    There is no state but a step counter.
-
     Args:
-        params: as for :class:`~lightning_adapm.AdaPM`, whose remaining options it takes.
-        lr: learning rate.
-        weight_decay: decoupled weight decay.
-        unmatched: roles change nothing here, so that none need be known.
-        update_in_backward: see AdaPM.
+        params: Named parameters or parameter groups, as for :class:`~lightning_adapm.AdaPM`.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay.
+        roles: Roles for names. They decide nothing but ``no_decay``.
+        unmatched: ``"error"`` refuses matrices whose role is not found; any policy takes them.
+        no_decay: Roles exempt from weight decay.
+        maximize: Maximize the objective.
+        update_in_backward: Move each parameter and free its gradient inside backward, as for AdaPM.
 
     Raises:
-        ValueError: an option out of range.
-    """
+        ValueError: An option out of range.
+        TypeError: Parameters without names or roles; complex parameters.
 
-    unused = _UNUSED
+    State of a parameter:
+
+    - ``step``: number of steps, a float32 scalar on the CPU.
+
+    Numerics: the update is computed in float32, or float64 for float64 parameters, and rounded once to the parameter's
+    dtype.
+
+    Example::
+
+        optimizer = Lomo(model.named_parameters(), lr=0.1)
+
+        def closure():
+            loss = model(batch)
+            loss.backward()  # parameters move, gradients go
+            return loss
+
+        optimizer.step(closure)
+    """
 
     def __init__(
         self,
@@ -40,26 +57,31 @@ class Lomo(AdaPM):
         lr: float | Tensor = 1e-3,
         weight_decay: float = 0.0,
         *,
+        roles: Mapping[str, str] | None = None,
         unmatched: str = "none",
+        no_decay: Iterable[str] = (),
+        maximize: bool = False,
         update_in_backward: bool = True,
-        **options: Any,
     ) -> None:
         super().__init__(
             params,
-            lr,
-            weight_decay=weight_decay,
-            momentum="none",
-            clip_threshold=None,
+            {"lr": lr, "weight_decay": weight_decay, "no_decay": no_decay, "maximize": maximize},
+            roles=roles,
             unmatched=unmatched,
             update_in_backward=update_in_backward,
-            **options,
+            roles_matter=False,
         )
 
+    def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:
+        """Choose no momentum."""
+        return NoMomentum()
+
     def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
+        """Choose no second moment."""
         return NoSecondMoment()
 
 
-class AdaLomo(AdaPM):
+class AdaLomo(RoleOptimizer):
     """AdaLomo (arXiv 2310.10195): LOMO with a factored second moment and updates relative to the parameter's size.
 
     ``U = G / sqrt(v)`` with ``v`` of row and column means, ``U /= max(1, RMS(U) / clip_threshold)``, and a step of
@@ -67,18 +89,35 @@ class AdaLomo(AdaPM):
     weight the queries, the keys and the values by themselves.
 
     Args:
-        params: as for :class:`~lightning_adapm.AdaPM`, whose remaining options it takes.
-        lr: learning rate, relative to the size of the parameters.
-        weight_decay: decoupled weight decay.
-        clip_threshold: bound on the root mean square of ``U``.
-        unmatched: momentum is nowhere, so that roles need not be known: what is not found is one piece.
-        update_in_backward: see AdaPM.
+        params: Named parameters or parameter groups, as for :class:`~lightning_adapm.AdaPM`.
+        lr: Learning rate, relative to the size of the parameters.
+        weight_decay: Decoupled weight decay.
+        clip_threshold: Bound on the root mean square of ``U``.
+        roles: Roles for names, which say how fused weights are cut.
+        unmatched: ``"error"`` refuses matrices whose role is not found; any policy takes them as one piece.
+        no_decay: Roles exempt from weight decay.
+        maximize: Maximize the objective.
+        update_in_backward: Move each parameter and free its gradient inside backward, as for AdaPM.
 
     Raises:
-        ValueError: an option out of range.
-    """
+        ValueError: An option out of range.
+        TypeError: Parameters without names or roles; complex parameters.
 
-    unused = _UNUSED
+    State of a parameter whose matrix is ``(m, n)``; a fused weight has the entries per piece,
+    ``query.exp_avg_sq_row``:
+
+    - ``step``: number of steps, a float32 scalar on the CPU.
+    - ``exp_avg_sq_row`` ``(m, 1)`` and ``exp_avg_sq_col`` ``(1, n)``, float32 (float64 for float64 parameters): means
+      of squares.
+    - ``exp_avg_sq`` in place of both where the parameter is not a matrix, in its shape.
+
+    Numerics: arithmetic is in float32, or float64 for float64 parameters. There are no kernels of its own on CUDA.
+
+    Example::
+
+        optimizer = AdaLomo(model.named_parameters(), lr=5e-4)
+        trainer.fit(module)  # or optimizer.step(closure)
+    """
 
     def __init__(
         self,
@@ -87,24 +126,35 @@ class AdaLomo(AdaPM):
         weight_decay: float = 0.0,
         *,
         clip_threshold: float = 1.0,
+        roles: Mapping[str, str] | None = None,
         unmatched: str = "none",
+        no_decay: Iterable[str] = (),
+        maximize: bool = False,
         update_in_backward: bool = True,
-        **options: Any,
     ) -> None:
         if clip_threshold is None:
             raise ValueError("clip_threshold must be a number > 0, but got None; a large one is no bound")
         super().__init__(
             params,
-            lr,
-            weight_decay=weight_decay,
-            momentum="none",
-            clip_threshold=clip_threshold,
+            {
+                "lr": lr,
+                "weight_decay": weight_decay,
+                "clip_threshold": clip_threshold,
+                "no_decay": no_decay,
+                "maximize": maximize,
+            },
+            roles=roles,
             unmatched=unmatched,
             update_in_backward=update_in_backward,
-            **options,
+            roles_matter=False,
         )
 
+    def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:
+        """Choose no momentum."""
+        return NoMomentum()
+
     def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
+        """Choose row and column means."""
         return RelativeSecondMoment()
 
     def _move(self, tasks: list[Task], grads: list[Tensor], plan: Plan, step: int, group: Mapping[str, Any]) -> None:

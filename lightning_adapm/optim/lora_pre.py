@@ -1,6 +1,6 @@
 """LoRA-Pre: momenta as low-rank regressors of the gradient, refreshed in every step (arXiv 2602.24283)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from lightning_adapm.moments.orthogonal import Orthogonal
 from lightning_adapm.moments.policy import rank_for
 from lightning_adapm.moments.regression import LowRankRegression, LowRankSecondMoment
 from lightning_adapm.moments.second import ElementwiseSecondMoment
-from lightning_adapm.optim.adapm import AdaPM
+from lightning_adapm.optim import options
+from lightning_adapm.optim.base import RoleOptimizer
 from lightning_adapm.roles.piece import Piece
 
 VARIANTS = ("adam", "muon")
@@ -21,26 +22,48 @@ APPLIES_TO = ("query", "key", "value", "attn_out", "mlp")
 """Roles whose matrices have low-rank moments; everything else is AdamW's."""
 
 
-class LoRAPre(AdaPM):
-    """LoRA-Pre: AdamW or Muon whose moments of attention and MLP matrices are low-rank regressors.
+class LoRAPre(RoleOptimizer):
+    """LoRA-Pre (arXiv 2602.24283): AdamW or Muon whose moments of attention and MLP matrices are low-rank regressors.
 
     Args:
-        params: as for :class:`~lightning_adapm.AdaPM`, whose remaining options it takes.
-        lr: learning rate.
-        betas: decay of the first and the second moment; of Muon's momentum the first.
-        eps: added to the denominator, outside the root.
-        weight_decay: decoupled weight decay.
-        rank: of the factors; an int, or a float in (0, 1] for a share of the smaller dimension.
+        params: Named parameters or parameter groups, as for :class:`~lightning_adapm.AdaPM`.
+        lr: Learning rate.
+        betas: Decay of the first and the second moment; the first is that of Muon's momentum.
+        eps: Added to the denominator, outside the root.
+        weight_decay: Decoupled weight decay.
+        rank: Rank of the factors: an int, or a float in (0, 1] for a share of the smaller dimension.
         variant: ``"adam"``, or ``"muon"``: momentum made orthogonal by Newton-Schulz, times
             ``0.2 * sqrt(max(m, n))``, and no second moment.
-        order: ``"gauss_seidel"`` refreshes the right factor with the new left one, ``"jacobi"`` both at once, as
-            published; that blows up where the gradient is nearly of the factors' rank.
+        order: ``"gauss_seidel"`` refreshes the right factor with the new left one. ``"jacobi"`` refreshes both at once,
+            as published; that blows up where the gradient is nearly of the factors' rank.
+        roles: Roles for names, ``{regular expression: role or policy}``, searched in order before any built-in rule.
+        unmatched: ``"error"`` refuses matrices whose role is not found; any policy gives them AdamW's moments.
+        no_decay: Roles exempt from weight decay.
+        state_dtype: Dtype of the first moment. Default float32 (float64 for float64 parameters).
+        maximize: Maximize the objective.
+        update_in_backward: Move each parameter and free its gradient inside backward, as for AdaPM.
 
     Raises:
-        ValueError: an option out of range; a matrix without a role.
+        ValueError: An option out of range; a matrix without a role.
+        TypeError: Parameters without names or roles; complex parameters.
+
+    State of a parameter whose matrix is ``(m, n)``; a fused weight has the entries per piece, ``query.exp_avg_l``:
+
+    - ``step``: number of steps, a float32 scalar on the CPU.
+    - ``exp_avg_l`` ``(m, rank)`` and ``exp_avg_r`` ``(rank, n)``, in ``state_dtype``: factors of the momentum.
+    - ``exp_avg_sq_l`` ``(m, rank)`` and ``exp_avg_sq_r`` ``(rank, n)``, float32: factors fitted to ``|gradient|``; none
+      for ``variant="muon"``.
+    - ``exp_avg`` and ``exp_avg_sq`` ``(m, n)`` instead where a piece has AdamW's moments.
+
+    Numerics: arithmetic is in float32, or float64 for float64 parameters; inverses are in float64. There are no kernels
+    of its own on CUDA.
+
+    Example::
+
+        optimizer = LoRAPre(model.named_parameters(), lr=1e-3, rank=0.05)
     """
 
-    unused = ("update_proj_gap", "debias", "second_moment", "momentum", "basis", "clip_threshold")
+    structure = ("rank", "state_dtype")
 
     def __init__(
         self,
@@ -53,22 +76,44 @@ class LoRAPre(AdaPM):
         rank: int | float = 0.05,
         variant: str = "adam",
         order: str = "gauss_seidel",
-        **options: Any,
+        roles: Mapping[str, str] | None = None,
+        unmatched: str = "error",
+        no_decay: Iterable[str] = (),
+        state_dtype: torch.dtype | str | None = None,
+        maximize: bool = False,
+        update_in_backward: bool = False,
     ) -> None:
         if variant not in VARIANTS:
             raise ValueError(f"variant must be 'adam' or 'muon', but got {variant!r}")
         if order not in ORDERS:
             raise ValueError(f"order must be 'gauss_seidel' or 'jacobi', but got {order!r}")
         self.variant, self.order = variant, order
-        super().__init__(params, lr, betas, eps, weight_decay, rank=rank, **options)
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": tuple(betas),
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "rank": rank,
+                "no_decay": no_decay,
+                "state_dtype": options.dtype_name(state_dtype),
+                "maximize": maximize,
+            },
+            roles=roles,
+            unmatched=unmatched,
+            update_in_backward=update_in_backward,
+        )
 
     def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:
+        """Choose a low-rank regressor for attention and MLP matrices, full momentum for everything else."""
         rank, beta1 = _rank(piece, shape, group), group["betas"][0]
         if rank is None:
             return FullMomentum(beta1)
         return LowRankRegression(rank, beta1, self.order, summed=self.variant == "muon")
 
     def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
+        """Choose the second moment that goes with the momentum."""
         rank, beta2 = _rank(piece, shape, group), group["betas"][1]
         if rank is None:
             return ElementwiseSecondMoment(beta2, group["eps"])
@@ -76,7 +121,7 @@ class LoRAPre(AdaPM):
 
 
 def _rank(piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> int | None:
-    """Of a piece's factors; None for what is AdamW's."""
+    """Rank of a piece's factors; None where it has AdamW's moments."""
     if piece.role not in APPLIES_TO or len(shape) < 2:
         return None
     rank = rank_for(group["rank"], shape)

@@ -1,9 +1,7 @@
 """What AdaPM refuses, and the words it refuses it with."""
 
 import difflib
-import inspect
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -31,19 +29,11 @@ def check(group: Mapping[str, Any]) -> None:
     """Check the options of one parameter group, defaults filled in.
 
     Raises:
-        ValueError: an option out of range, named with what was found and what to write instead.
+        ValueError: An option out of range, named with what was found and what to write instead.
     """
-    check_option(group, "lr", "a number >= 0", lambda lr: not isinstance(lr, str) and float(lr) >= 0)
-    check_option(
-        group, "betas", "two numbers in [0, 1)", lambda betas: len(betas) == 2 and all(0 <= b < 1 for b in betas)
-    )
-    check_option(group, "eps", "a number >= 0", lambda eps: eps >= 0)
-    check_option(group, "weight_decay", "a number >= 0", lambda decay: decay >= 0)
-    check_option(group, "rank", "an int >= 1, or a float in (0, 1] for a share of the smaller dimension", _is_rank)
-    check_option(group, "update_proj_gap", "an int >= 1", lambda gap: isinstance(gap, int) and gap >= 1)
-    check_option(group, "second_moment", f"one of {', '.join(SECOND_MOMENTS)}", lambda kind: kind in SECOND_MOMENTS)
-    check_option(group, "basis", f"one of {', '.join(BASES)}", lambda basis: basis in BASES)
-    check_option(group, "clip_threshold", "a number > 0, or None for no bound", lambda clip: clip is None or clip > 0)
+    for option, (wanted, holds) in _RANGES.items():
+        if option in group:
+            check_option(group, option, wanted, holds)
     for role in group["no_decay"]:
         if role not in ROLES:
             raise ValueError(f"no_decay: {role!r} is not a role; the roles are {', '.join(ROLES)}")
@@ -58,31 +48,42 @@ def instead_of(name: str, known: Iterable[str], what: str = "options") -> str:
     return f"did you mean {close[0]!r}?" if close else f"the {what} are {', '.join(known)}"
 
 
-def warn_of_unused(
-    optimizer: str, unused: Iterable[str], given: Mapping[str, Any], signature: Callable[..., Any]
-) -> None:
-    """Warn of options that an optimizer takes from another one's signature and has no use for.
-
-    Not of their defaults there, which configuration files are filled in with; and no error, so that one optimizer can
-    be put in another's place.
-    """
-    parameters = inspect.signature(signature).parameters
-    ignored = [f"{option}={given[option]!r}" for option in unused if given[option] != parameters[option].default]
-    if ignored:
-        warnings.warn(f"{optimizer} makes no use of {', '.join(ignored)}", stacklevel=4)
-
-
 def _is_rank(rank: Any) -> bool:
     if isinstance(rank, float):
         return 0 < rank <= 1
     return isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
 
 
-def check_option(group: Mapping[str, Any], option: str, wanted: str, holds: Any) -> None:
+_RANGES: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
+    "lr": ("a number >= 0", lambda lr: not isinstance(lr, str) and float(lr) >= 0),
+    "betas": ("two numbers in [0, 1)", lambda betas: len(betas) == 2 and all(0 <= b < 1 for b in betas)),
+    "eps": ("a number >= 0", lambda eps: eps >= 0),
+    "weight_decay": ("a number >= 0", lambda decay: decay >= 0),
+    "rank": ("an int >= 1, or a float in (0, 1] for a share of the smaller dimension", _is_rank),
+    "update_proj_gap": ("an int >= 1", lambda gap: isinstance(gap, int) and gap >= 1),
+    "second_moment": (f"one of {', '.join(SECOND_MOMENTS)}", lambda kind: kind in SECOND_MOMENTS),
+    "basis": (f"one of {', '.join(BASES)}", lambda basis: basis in BASES),
+    "clip_threshold": ("a number > 0, or None for no bound", lambda clip: clip is None or clip > 0),
+}
+"""Options with what they must be, in words and as a test."""
+
+FOREIGN = frozenset(
+    {*_RANGES, "debias", "momentum", "state_dtype", "maximize", "mu", "nesterov", "ns_steps", "convolutions"}
+)
+"""Options that some optimizers of the package have and others have not."""
+
+
+def check_option(group: Mapping[str, Any], option: str, wanted: str, holds: Callable[[Any], Any]) -> None:
     """Check one option of a parameter group.
 
+    Args:
+        group: The parameter group.
+        option: Name of the option.
+        wanted: What it must be, in words.
+        holds: The same as a test of its value.
+
     Raises:
-        ValueError: It does not hold what is ``wanted``.
+        ValueError: The test fails.
     """
     value = group[option]
     try:
@@ -116,14 +117,19 @@ def dtype_names(dtype: StateDtype) -> str | dict[str, str] | None:
         ValueError: not a floating-point dtype, or one for something that is not a policy.
     """
     if not isinstance(dtype, Mapping):
-        return _dtype_name(dtype)
+        return dtype_name(dtype)
     for policy in dtype:
         if policy not in ("low_rank", "full"):
             raise ValueError(f"state_dtype: {policy!r} is not a policy with a state; write 'low_rank' or 'full'")
-    return {policy: name for policy, each in dtype.items() if (name := _dtype_name(each))}
+    return {policy: name for policy, each in dtype.items() if (name := dtype_name(each))}
 
 
-def _dtype_name(dtype: torch.dtype | str | None) -> str | None:
+def dtype_name(dtype: torch.dtype | str | None) -> str | None:
+    """One dtype of ``state_dtype`` in the plain string that checkpoints hold.
+
+    Raises:
+        ValueError: Not a floating-point dtype.
+    """
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if dtype is None:
         return None
@@ -190,7 +196,7 @@ def check_not_replaced(module: nn.Module, pieces: Mapping[Tensor, Any], names: M
         )
 
 
-def check_trainable(name: str, piece: Piece, param: Tensor, group: Mapping[str, Any]) -> None:
+def check_trainable(name: str, piece: Piece, param: Tensor, unmatched: str) -> None:
     """Refuse a parameter that was unfrozen without a role, or that a sharding strategy has replaced by a part of
     itself.
 
@@ -198,7 +204,7 @@ def check_trainable(name: str, piece: Piece, param: Tensor, group: Mapping[str, 
         ValueError: no role.
         TypeError: complex, or naming the device or the strategy.
     """
-    if piece.role == UNMATCHED and UNMATCHED not in group["momentum"]:
+    if piece.role == UNMATCHED and unmatched == "error":
         raise ValueError(
             f"{name} {tuple(param.shape)} now requires a gradient, but AdaPM did not know its role when it was frozen;"
             f" pass roles={{{name!r}: ...}} with its role or a policy, or unmatched='full'"

@@ -12,8 +12,8 @@ from lightning_adapm.moments.base import Momentum, SecondMoment
 from lightning_adapm.moments.first import LowRankMomentum, NoMomentum
 from lightning_adapm.moments.nesterov import NesterovLowRankMomentum, NesterovMomentum
 from lightning_adapm.moments.orthogonal import STEPS, Orthogonal
-from lightning_adapm.optim.adapm import AdaPM
-from lightning_adapm.optim.options import StateDtype, check_option
+from lightning_adapm.optim import options
+from lightning_adapm.optim.base import RoleOptimizer
 from lightning_adapm.roles.piece import Piece
 
 HIDDEN = ("query", "key", "value", "attn_out", "mlp")
@@ -22,7 +22,7 @@ HIDDEN = ("query", "key", "value", "attn_out", "mlp")
 DEFAULT_MOMENTUM: Mapping[str, str] = {**policy.DEFAULT_MOMENTUM, "embedding": "low_rank"}
 
 
-class PartialMuon(AdaPM):
+class PartialMuon(RoleOptimizer):
     """Muon whose momentum depends on the role: low-rank factors, all of it, or none, as in AdaPM.
 
     Matrices of hidden layers (queries, keys, values, attention outputs and MLPs) move along the nearest orthogonal
@@ -61,7 +61,7 @@ class PartialMuon(AdaPM):
     State of a parameter has AdaPM's names: ``exp_avg`` is Muon's momentum buffer.
     """
 
-    by_head = False
+    structure = ("rank", "second_moment", "momentum", "state_dtype", "basis", "convolutions")
 
     def __init__(
         self,
@@ -80,46 +80,55 @@ class PartialMuon(AdaPM):
         roles: Mapping[str, str] | None = None,
         unmatched: str = "error",
         no_decay: Iterable[str] = (),
-        state_dtype: StateDtype = None,
+        state_dtype: options.StateDtype = None,
         basis: str = "auto",
         convolutions: bool = False,
         ns_steps: int = STEPS,
         maximize: bool = False,
         update_in_backward: bool = False,
     ) -> None:
-        self.own_defaults = {"mu": mu, "nesterov": nesterov, "convolutions": convolutions, "ns_steps": ns_steps}
+        options.check_roles(roles, unmatched)
         if not isinstance(momentum, str):
             momentum = {**DEFAULT_MOMENTUM, **(momentum or {})}
+        table = policy.momentum_table(momentum, unmatched)
         super().__init__(
             params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            rank=rank,
-            update_proj_gap=update_proj_gap,
-            second_moment=second_moment,
-            momentum=momentum,
+            {
+                "lr": lr,
+                "mu": mu,
+                "nesterov": nesterov,
+                "betas": tuple(betas),
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "rank": rank,
+                "update_proj_gap": update_proj_gap,
+                "second_moment": second_moment,
+                "momentum": table,
+                "no_decay": no_decay,
+                "state_dtype": options.dtype_names(state_dtype),
+                "basis": basis,
+                "convolutions": convolutions,
+                "ns_steps": ns_steps,
+                "clip_threshold": 1.0,  # of what takes Adam's update without full momentum, as in AdaPM
+                "maximize": maximize,
+            },
             roles=roles,
             unmatched=unmatched,
-            no_decay=no_decay,
-            state_dtype=state_dtype,
-            basis=basis,
-            maximize=maximize,
             update_in_backward=update_in_backward,
+            roles_matter=len(set(table.values())) > 1,
         )
 
-    def _assign(self, groups: list[dict[str, Any]], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
-        for group in ({**defaults, **group} for group in groups):
-            check_option(group, "mu", "a number in [0, 1)", lambda mu: 0 <= mu < 1)
-            check_option(group, "ns_steps", "an int >= 1", lambda steps: isinstance(steps, int) and steps >= 1)
-        return super()._assign(groups, defaults)
+    def check_options(self, group: Mapping[str, Any]) -> None:
+        """Refuse options of a parameter group that are out of range."""
+        super().check_options(group)
+        options.check_option(group, "mu", "a number in [0, 1)", lambda mu: 0 <= mu < 1)
+        options.check_option(group, "ns_steps", "an int >= 1", lambda steps: isinstance(steps, int) and steps >= 1)
 
     def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:
         if not is_orthogonal(piece, shape, group):
-            return super().momentum_for(piece, shape, group)
+            return policy.momentum_for(piece, shape, group)
         mu = group["mu"]
-        found = super().momentum_for(piece, shape, {**group, "betas": (mu, 0.0)})
+        found = policy.momentum_for(piece, shape, {**group, "betas": (mu, 0.0)})
         if isinstance(found, NoMomentum) or not group["nesterov"]:
             return found
         if isinstance(found, LowRankMomentum):
@@ -129,7 +138,7 @@ class PartialMuon(AdaPM):
     def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
         if is_orthogonal(piece, shape, group):
             return Orthogonal(group["ns_steps"])
-        return super().second_moment_for(piece, shape, group)
+        return policy.second_moment_for(piece, shape, group)
 
 
 def is_orthogonal(piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_adapm.moments import lowrank
-from lightning_adapm.optim import AdaPM
+from lightning_adapm.optim import RoleOptimizer
 from lightning_adapm.report.plan import StateBytes, adamw_bytes, state_bytes
 from lightning_adapm.roles.context import describe
 from lightning_adapm.roles.find import find_role
@@ -49,7 +49,7 @@ class StateReport:
         adamw: dict[str, StateBytes] = {}
         pieces = {} if module is None else _pieces_of(module)
         for optimizer in optimizers:
-            known = optimizer.pieces if isinstance(optimizer, AdaPM) else pieces
+            known = optimizer.pieces if isinstance(optimizer, RoleOptimizer) else pieces
             rest = dict(optimizer.state)
             for param in (param for group in optimizer.param_groups for param in group["params"]):
                 state = rest.pop(param, {})

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_adapm.moments.policy import momentum_table
-from lightning_adapm.optim import AdaPM
+from lightning_adapm.optim import AdaPM, RoleOptimizer
 from lightning_adapm.report.plan import Row, StateBytes, plan
 from lightning_adapm.report.tables import as_text, pieces_table, show_count
 from lightning_adapm.roles.assign import check_heads, unmatched_message
@@ -83,7 +83,7 @@ class Explanation:
         return unmatched_message((row.name, row.shape, row.why) for row in self.unmatched)
 
 
-def explain(model: nn.Module | AdaPM, **adapm_options: Any) -> Explanation:
+def explain(model: nn.Module | RoleOptimizer, **adapm_options: Any) -> Explanation:
     """Say what AdaPM would take every parameter of a model for, and what its state would cost. Allocates nothing.
 
     Args:
@@ -97,7 +97,7 @@ def explain(model: nn.Module | AdaPM, **adapm_options: Any) -> Explanation:
         ValueError: An option out of range. Not for a role that is not found: such rows have the role ``"unmatched"``.
         TypeError: An unknown option, or options beside an optimizer.
     """
-    if isinstance(model, AdaPM):
+    if isinstance(model, RoleOptimizer):
         if adapm_options:
             raise TypeError(f"explain(optimizer) shows the optimizer's own options, but got {', '.join(adapm_options)}")
         params = [param for group in model.param_groups for param in group["params"]]
@@ -135,7 +135,7 @@ def _optimizer(make: type[AdaPM], model: nn.Module, options: Mapping[str, Any]) 
         return make(model.named_parameters(), **dict(options) | ({"unmatched": "full"} if refuses else {})), refuses
 
 
-def _heads_are_known(optimizer: AdaPM) -> bool:
+def _heads_are_known(optimizer: RoleOptimizer) -> bool:
     try:
         for param, pieces in optimizer.pieces.items():
             check_heads(Named("", param), pieces)

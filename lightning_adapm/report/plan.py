@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_adapm.optim import AdaPM
+from lightning_adapm.optim import RoleOptimizer
 from lightning_adapm.roles.piece import Piece
 from lightning_adapm.sharding.find import local, shape_of
 
@@ -108,7 +108,7 @@ def adamw_bytes(shapes: Iterable[torch.Size], element_size: int = 4) -> StateByt
     return StateBytes(moment, moment, 4 * len(numels))
 
 
-def plan(optimizer: AdaPM, changes: Mapping[str, Any] | None = None) -> list[Row]:
+def plan(optimizer: RoleOptimizer, changes: Mapping[str, Any] | None = None) -> list[Row]:
     """What the state of every trained parameter is or will be: one row per piece, none for frozen parameters.
 
     Bytes are this process's, AdamW's too, where parameters are sharded. The state is made on the meta device by the
@@ -130,7 +130,7 @@ def plan(optimizer: AdaPM, changes: Mapping[str, Any] | None = None) -> list[Row
     return rows
 
 
-def _plan_one(optimizer: AdaPM, group: Mapping[str, Any], name: str, param: Tensor) -> list[Row]:
+def _plan_one(optimizer: RoleOptimizer, group: Mapping[str, Any], name: str, param: Tensor) -> list[Row]:
     """The rows of one parameter."""
     rows = []
     state = optimizer.make_state(param, group, torch.empty(0, device="meta"))

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from lightning_adapm.moments.first import LowRankMomentum
-from lightning_adapm.optim import AdaPM
+from lightning_adapm.optim import RoleOptimizer
 
 
 class Scaling(NamedTuple):
@@ -30,7 +30,7 @@ class Scaling(NamedTuple):
         return 1 - self.momentum / self.adamw
 
 
-def scaling(optimizer: AdaPM, world_size: int, basis: str) -> Scaling:
+def scaling(optimizer: RoleOptimizer, world_size: int, basis: str) -> Scaling:
     """Compute the cost of an optimizer if its parameters were sharded.
 
     Args:

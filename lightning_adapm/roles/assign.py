@@ -3,7 +3,7 @@
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,10 +28,10 @@ _HEADS = ("n_head", "n_query_groups", "head_size")
 
 def assign_roles(
     groups: list[dict[str, Any]],
-    defaults: Mapping[str, Any],
     rules: Mapping[str, str],
     unmatched: str,
-    by_head: bool = True,
+    roles_matter: bool,
+    check: Callable[[Named, tuple[Piece, ...], Mapping[str, Any]], None],
 ) -> tuple[list[dict[str, Any]], dict[Tensor, tuple[Piece, ...]], dict[Tensor, str]]:
     """Give every parameter a role and its pieces.
 
@@ -40,7 +40,8 @@ def assign_roles(
         defaults: Options of groups that do not have their own.
         rules: The option ``roles``.
         unmatched: The option of that name.
-        by_head: Block second moments of queries and keys are kept by head, so that their heads must be known.
+        roles_matter: Matrices are treated by their role, so that one that is not found is worth a warning.
+        check: Refuses pieces of a parameter that the optimizer cannot treat, from the entries of its group.
 
     Returns:
         The groups, each with ``params`` as ``(name, parameter)`` and a parallel list ``roles``; the pieces; and of each
@@ -80,18 +81,17 @@ def assign_roles(
             roles.append(role or UNMATCHED)
             pieces[item.param] = tuple(replace(piece, block=item.block) for piece in cuts)
             check_layout(item.name, cuts[0], item.param)
-            keeps_blocks = by_head and (options.get("second_moment") or defaults["second_moment"]) == "block"
-            if keeps_blocks and not item.packed:
-                check_heads(item, pieces[item.param])
+            if not item.packed:
+                check(item, pieces[item.param], group)
         options["params"] = [(item.name, item.param) for item in items]
         options["roles"] = roles
         assigned.append(options)
     if missing and unmatched == "error":
         raise ValueError(unmatched_message((item.name, item.shape, reasons[item.param]) for item in missing))
-    if missing and len(set(defaults["momentum"].values())) > 1:  # else no role makes a difference
+    if missing and roles_matter:
         names = ", ".join(f"{item.name} {tuple(item.shape)}" for item in missing)
         warnings.warn(
-            f"AdaPM gives {unmatched} momentum to matrices whose role it does not know: {names}", stacklevel=4
+            f"AdaPM gives {unmatched} momentum to matrices whose role it does not know: {names}", stacklevel=5
         )
     return assigned, pieces, reasons
 

@@ -1,7 +1,7 @@
 """Loading: a saved state as this optimizer's state, converted where its settings differ and that has a meaning."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,16 +10,13 @@ from lightning_adapm.moments import lowrank
 from lightning_adapm.moments.second import block_means
 from lightning_adapm.roles.context import normalize
 from lightning_adapm.roles.piece import Piece
-from lightning_adapm.state.sharded import fits, full_entry, import_entry, localise
-
-if TYPE_CHECKING:
-    from lightning_adapm.optim.adapm import AdaPM
+from lightning_adapm.state.sharded import Stateful, fits, full_entry, import_entry, localise
 
 _FIRST = ("exp_avg", "exp_avg_l", "exp_avg_r", "seeded")
 _SECOND = ("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq_l", "exp_avg_sq_r")
 
 
-def restored_state(optimizer: "AdaPM", saved: Mapping[str, Any]) -> dict[Tensor, dict[str, Any]]:
+def restored_state(optimizer: Stateful, saved: Mapping[str, Any]) -> dict[Tensor, dict[str, Any]]:
     """New state for every parameter that the saved optimizer had state for. Nothing is changed here.
 
     Raises:
@@ -45,7 +42,7 @@ def restored_state(optimizer: "AdaPM", saved: Mapping[str, Any]) -> dict[Tensor,
 
 
 def _whole_state(
-    optimizer: "AdaPM", name: str, param: Tensor, group: Mapping[str, Any], entry: Mapping[str, Any]
+    optimizer: Stateful, name: str, param: Tensor, group: Mapping[str, Any], entry: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The state of a whole parameter, whatever this process holds of it."""
     layout = optimizer.placement(param).layout

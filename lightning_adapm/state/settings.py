@@ -1,7 +1,7 @@
 """Settings of parameter groups on loading: which ones win, and what is said where checkpoint and code differ."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -22,7 +22,11 @@ def as_built(group: Mapping[str, Any], options: Iterable[str], structure: Iterab
 
 
 def kept_settings(
-    saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], version: int, structure: Sequence[str]
+    saved: Sequence[Mapping[str, Any]],
+    groups: Sequence[Mapping[str, Any]],
+    version: int,
+    structure: Sequence[str],
+    foreign: Collection[str] = (),
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Merge saved groups with this optimizer's: hyperparameters of the former, and what shapes the state of the latter.
 
@@ -39,7 +43,7 @@ def kept_settings(
     words: list[str] = []
     for old, new in zip(saved, groups, strict=True):
         _check(old, version)
-        rest = {key: value for key, value in old.items() if key in new or key not in _FOREIGN}
+        rest = {key: value for key, value in old.items() if key in new or key not in (*_FOREIGN, *foreign)}
         built = _built(old, new)
         if coupled := old.get("decoupled_weight_decay") is False and old["weight_decay"]:
             words.append(f"weight_decay={new['weight_decay']} (the checkpoint's {coupled} was added to gradients)")

@@ -10,27 +10,43 @@ can save and shard again.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from lightning_adapm.moments.base import Momentum, SecondMoment
 from lightning_adapm.roles.piece import Piece
 from lightning_adapm.sharding.find import shape_of
 from lightning_adapm.sharding.layout import Layout
 from lightning_adapm.sharding.reduction import ProcessReduction
 from lightning_adapm.sharding.rows import RowShard, column_range
-
-if TYPE_CHECKING:
-    from lightning_adapm.optim.adapm import AdaPM
+from lightning_adapm.step.parts import Placement
 
 _PACKED = "packed_"
 
 
+class Stateful(Protocol):
+    """What saving and loading ask of an optimizer."""
+
+    param_groups: list[dict[str, Any]]
+    pieces: dict[Tensor, tuple[Piece, ...]]
+
+    def placement(self, param: Tensor) -> Placement: ...
+
+    def make_state(
+        self, param: Tensor, group: Mapping[str, Any], like: Tensor, whole: bool = False
+    ) -> dict[str, Any]: ...
+
+    def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum: ...
+
+    def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment: ...
+
+
 def export_state(
-    optimizer: "AdaPM", param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
+    optimizer: Stateful, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
 ) -> Mapping[str, Any]:
     """The state of one parameter for a state dict; to be called on every process that holds a part of it."""
     layout = optimizer.placement(param).layout
@@ -61,7 +77,7 @@ def _dtensor(part: Tensor, param: DTensor, dim: int, whole: Tensor) -> DTensor:
 
 
 def import_entry(
-    optimizer: "AdaPM", param: Tensor, group: Mapping[str, Any], entry: Mapping[str, Any] | None
+    optimizer: Stateful, param: Tensor, group: Mapping[str, Any], entry: Mapping[str, Any] | None
 ) -> dict[str, Any] | None:
     """A saved entry with a state dict's tensors for one device, sharded or not; None where nothing was saved.
 
@@ -79,7 +95,7 @@ def import_entry(
     return {**_unpack(optimizer, param, group, packed), "step": entry["step"]}
 
 
-def localise(optimizer: "AdaPM", param: Tensor, group: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:
+def localise(optimizer: Stateful, param: Tensor, group: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:
     """What this process holds of the state of a whole parameter; DTensors or whole tensors, the values are copied."""
     state = optimizer.make_state(param, group, param)
     rest, layout = dict(whole), optimizer.placement(param).layout
@@ -107,7 +123,7 @@ def localise(optimizer: "AdaPM", param: Tensor, group: Mapping[str, Any], whole:
     return state
 
 
-def fits(optimizer: "AdaPM", param: Tensor, group: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
+def fits(optimizer: Stateful, param: Tensor, group: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
     """Whether a saved entry has the keys and the shapes that the whole parameter's state has."""
     whole = _whole_shapes(optimizer, param, group)
     return whole.keys() == entry.keys() and all(
@@ -124,12 +140,12 @@ def _full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _whole_shapes(optimizer: "AdaPM", param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+def _whole_shapes(optimizer: Stateful, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
     return optimizer.make_state(param, group, torch.empty(0, device="meta"), whole=True)
 
 
 def _pieces(
-    optimizer: "AdaPM", param: Tensor, group: Mapping[str, Any]
+    optimizer: Stateful, param: Tensor, group: Mapping[str, Any]
 ) -> Iterator[tuple[Piece, RowShard | None, list[str]]]:
     """Pieces with the keys of what has a row for each of theirs: that is sharded as they are."""
     placement, meta = optimizer.placement(param), torch.empty((), device="meta")
@@ -164,7 +180,7 @@ def _held(shard: RowShard, full: Tensor) -> Tensor:
 
 
 def _pack(
-    optimizer: "AdaPM", param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any], layout: Layout
+    optimizer: Stateful, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any], layout: Layout
 ) -> dict[str, Tensor]:
     """This process's part of all state of a parameter."""
     exact = torch.float64 if param.dtype == torch.float64 else torch.float32
@@ -185,7 +201,7 @@ def _pack(
     return {f"{_PACKED}{i}": part[first:last].clone() for i, part in enumerate(packed.view(-1, numel))}
 
 
-def _unpack(optimizer: "AdaPM", param: Tensor, group: Mapping[str, Any], packed: Tensor) -> dict[str, Any]:
+def _unpack(optimizer: Stateful, param: Tensor, group: Mapping[str, Any], packed: Tensor) -> dict[str, Any]:
     entry, place = _whole_shapes(optimizer, param, group), 0
     for key in sorted(key for key, value in entry.items() if isinstance(value, Tensor) and key != "step"):
         shape = entry[key].shape
@@ -201,7 +217,7 @@ def _unpack(optimizer: "AdaPM", param: Tensor, group: Mapping[str, Any], packed:
     return entry
 
 
-def _count(optimizer: "AdaPM") -> int:
+def _count(optimizer: Stateful) -> int:
     """Tensors of a parameter's shape that hold the state of any: the same number for all of them."""
     count = 1
     for group in optimizer.param_groups:
@@ -213,7 +229,7 @@ def _count(optimizer: "AdaPM") -> int:
 
 
 def _whole_entry(
-    optimizer: "AdaPM", param: Tensor, group: Mapping[str, Any], entry: Mapping[str, Any] | None, layout: Layout
+    optimizer: Stateful, param: Tensor, group: Mapping[str, Any], entry: Mapping[str, Any] | None, layout: Layout
 ) -> dict[str, Any] | None:
     """What FSDP1 has cut up, whole again.
 

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch.optim import Optimizer
@@ -11,25 +11,25 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_adapm.state.convert import restored_state
 from lightning_adapm.state.settings import AS_BUILT, as_built, kept_settings
-from lightning_adapm.state.sharded import export_state
-
-if TYPE_CHECKING:
-    from lightning_adapm.optim.adapm import AdaPM
-
-_STRUCTURE = ("rank", "second_moment", "momentum", "state_dtype", "basis")
+from lightning_adapm.state.sharded import Stateful, export_state
 
 FORMAT_VERSION = 1
 """Of the optimizer's state, kept in every parameter group."""
 
 
 class Checkpointed(Optimizer):
-    """What AdaPM does differently from ``torch.optim.Optimizer`` when it is saved and loaded."""
+    """Saving and loading of optimizers whose state is kept by pieces, as far as ``torch.optim`` does it otherwise."""
+
+    structure: ClassVar[tuple[str, ...]] = ()
+    """Options of a parameter group that shape the state: on loading, this optimizer's own stay."""
+    foreign: ClassVar[frozenset[str]] = frozenset()
+    """Options of other optimizers, which are dropped where they come with a checkpoint and mean nothing here."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as ``torch.optim`` does."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        group[AS_BUILT] = as_built(group, self.defaults, _STRUCTURE)
+        group[AS_BUILT] = as_built(group, self.defaults, self.structure)
 
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim`` has it; of sharded parameters in the form that their strategy saves.
@@ -41,7 +41,9 @@ class Checkpointed(Optimizer):
             for saved, group in zip(packed["param_groups"], self.param_groups, strict=True):
                 for index, param in zip(saved["params"], group["params"], strict=True):
                     if index in packed["state"]:
-                        packed["state"][index] = export_state(cast("AdaPM", self), param, group, packed["state"][index])
+                        packed["state"][index] = export_state(
+                            cast(Stateful, self), param, group, packed["state"][index]
+                        )
 
         # before the caller's hooks, which may return something of another form
         with _hooks(self.register_state_dict_post_hook(export, prepend=True)):
@@ -63,8 +65,10 @@ class Checkpointed(Optimizer):
         # Temporary hooks, innermost on both sides: torch casts floating-point state to the parameter's dtype, which
         # would round a float32 second moment of a bfloat16 parameter.
         def before(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            groups, words = kept_settings(saved["param_groups"], self.param_groups, FORMAT_VERSION, _STRUCTURE)
-            loaded.update(restored_state(cast("AdaPM", self), saved))
+            groups, words = kept_settings(
+                saved["param_groups"], self.param_groups, FORMAT_VERSION, self.structure, self.foreign
+            )
+            loaded.update(restored_state(cast(Stateful, self), saved))
             differing.extend(words)
             params = {key for group in saved["param_groups"] for key in group["params"]}
             others = {key: value for key, value in saved["state"].items() if key not in params}

@@ -196,7 +196,7 @@ def step(batch: Batch, group: Mapping[str, Any]) -> None:
         projected = grads.read(Matrices.of([read]))
     if isinstance(momentum, FullMomentum):
         average, scale = (_matrices(states, "exp_avg"), momentum.beta1), 1 / (1 - momentum.beta1**number)
-    elif group["clip_threshold"] is not None:
+    elif group.get("clip_threshold") is not None:
         clip = group["clip_threshold"] * momentum.clamp
     if isinstance(second_moment, BlockSecondMoment):
         averages, blocks = _matrices(states, "exp_avg_sq"), second_moment.blocks

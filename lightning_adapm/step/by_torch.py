@@ -42,7 +42,7 @@ def update(
     """
     if isinstance(second_moment, Orthogonal):
         direction = second_moment.applied(direction, reduction)
-    lr, clip = float(group["lr"]), group["clip_threshold"]
+    lr, clip = float(group["lr"]), group.get("clip_threshold")
     clip = None if clip is None or direction.clamp is None else clip * direction.clamp
     if observer is None and kernels.movable([task.param for task in tasks], direction.tensors):
         by_kernels.move(tasks, grads, direction, second_moment, step, reduction, lr, decay, clip)

@@ -1,6 +1,7 @@
 """What the tests of strategies train, the same on one device and on many processes."""
 
 import functools
+import inspect
 import os
 import sys
 from contextlib import contextmanager
@@ -197,7 +198,9 @@ class Job:
 
     @property
     def settings(self):
-        return {"lr": 3e-3, "rank": 2, "update_proj_gap": 4, "weight_decay": 0.1} | self.options
+        common = {"lr": 3e-3, "rank": 2, "update_proj_gap": 4, "weight_decay": 0.1}
+        known = inspect.signature(self.make).parameters
+        return {name: value for name, value in common.items() if name in known} | self.options
 
     def optimizer(self, model):
         if self.frozen is None:

@@ -18,7 +18,7 @@ class Module(PlainTraining, L.LightningModule):
         self.make = make
 
     def configure_optimizers(self):
-        return self.make(self.parameters(), lr=1e-2, rank=2, update_proj_gap=3)
+        return self.make(self.parameters(), lr=1e-2, rank=2, **({"update_proj_gap": 3} if self.make is AdaPM else {}))
 
 
 class Watch(Callback):

@@ -79,4 +79,4 @@ def test_flat_parameters_without_their_parts(one_process):
 def test_devices(device, reason):
     param = SimpleNamespace(device=torch.device(device), shape=(2, 2))
     with pytest.raises(TypeError, match=reason):
-        options.check_trainable("mlp.weight", Piece("mlp"), param, {"momentum": {}})
+        options.check_trainable("mlp.weight", Piece("mlp"), param, "error")

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_adapm.optim import AdaPM
+from lightning_adapm.optim import RoleOptimizer
 from lightning_adapm.report.diagnostics import OTHER, ResidualProbe, StateReport
 from lightning_adapm.roles.piece import ROLES
 from lightning_adapm.sharding.reduction import TRAFFIC
@@ -75,7 +75,7 @@ class OptimizerStateMonitor(L.Callback):
             logged["exchanged_bytes_per_step"] = (exchanged - self._exchanged[0]) / (steps - self._exchanged[1])
             self._exchanged = (exchanged, steps)
         for optimizer in trainer.optimizers:
-            if isinstance(optimizer, AdaPM) and optimizer.gradient_norm is not None:
+            if isinstance(optimizer, RoleOptimizer) and optimizer.gradient_norm is not None:
                 logged["gradient_norm"] = float(optimizer.gradient_norm)
         logged = {self.log_key_prefix + name: value for name, value in logged.items()}
         self.history.append((logged_step(trainer), logged))
@@ -124,7 +124,7 @@ class ResidualNormMonitor(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the optimizers that have a residual; warn where none has."""
         self.history = []
-        found = [o for o in trainer.optimizers if isinstance(o, AdaPM) and ResidualFigures(o).layers]
+        found = [o for o in trainer.optimizers if isinstance(o, RoleOptimizer) and ResidualFigures(o).layers]
         prefixes = [self.log_key_prefix + (f"{index}/" if len(found) > 1 else "") for index in range(len(found))]
         clocks = [StepClock(self.every_n_steps, trainer.global_step) for _ in found]
         self._monitored = [Monitored(*each) for each in zip(found, prefixes, clocks, strict=True)]
@@ -177,7 +177,7 @@ class ResidualNormMonitor(L.Callback):
 class Monitored:
     """An optimizer with its probe, which is inserted during steps that log."""
 
-    def __init__(self, optimizer: AdaPM, prefix: str, clock: StepClock) -> None:
+    def __init__(self, optimizer: RoleOptimizer, prefix: str, clock: StepClock) -> None:
         self.optimizer, self.prefix, self.clock = optimizer, prefix, clock
         self.probe = ResidualProbe()
         self.due: int | None = None

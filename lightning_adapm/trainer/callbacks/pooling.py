@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_adapm.optim import AdaPM
+from lightning_adapm.optim import RoleOptimizer
 from lightning_adapm.report.diagnostics import Reading, role_label
 from lightning_adapm.roles.context import normalize
 
@@ -66,7 +66,7 @@ class ResidualFigures:
         optimizer: Optimizer whose parameters determine the names, the same on every process.
     """
 
-    def __init__(self, optimizer: AdaPM) -> None:
+    def __init__(self, optimizer: RoleOptimizer) -> None:
         low_rank: list[tuple[str, str]] = []
         all_roles: list[str] = []
         for group in optimizer.param_groups:

@@ -8,7 +8,7 @@ import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
-from lightning_adapm.optim import AdaPM
+from lightning_adapm.optim import RoleOptimizer
 from lightning_adapm.report.plan import plan
 from lightning_adapm.report.tables import summarize, summary_table
 from lightning_adapm.step.parts import shares_basis
@@ -16,7 +16,7 @@ from lightning_adapm.step.parts import shares_basis
 _log = logging.getLogger(__name__)
 
 
-def _sharding_note(optimizer: AdaPM) -> str:
+def _sharding_note(optimizer: RoleOptimizer) -> str:
     """Where parameters are sharded, say which process the bytes belong to and where the bases are."""
     for group in optimizer.param_groups:
         layouts = (optimizer.placement(param).layout for param in group["params"])
@@ -60,7 +60,7 @@ def print_summary(
     from rich import get_console
 
     for optimizer in optimizers:
-        if isinstance(optimizer, AdaPM):
+        if isinstance(optimizer, RoleOptimizer):
             lines, name = summarize(plan(optimizer), by), type(optimizer).__name__
             get_console().print(summary_table(lines, by, max_rows, name))
             if note := _sharding_note(optimizer):

@@ -1,0 +1,34 @@
+"""States that version 0.1.0 saved go on as they did there."""
+
+import io
+import lzma
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny_gpt, token_batches, train
+
+from lightning_adapm import AdaLomo, AdaPM, LoRAPre
+
+FILE = Path(__file__).parents[1] / "data" / "optimizers-0.1.0.pt.xz"
+"""By run: options, weights and optimizer state after 6 of 12 steps, and the weights after all of them."""
+
+
+@pytest.fixture(scope="module")
+def saved():
+    return torch.load(io.BytesIO(lzma.decompress(FILE.read_bytes())), weights_only=True)
+
+
+@pytest.mark.parametrize("name", ["AdaPM elementwise", "AdaPM block", "AdaPM factored", "LoRAPre", "AdaLomo"])
+def test_a_run_continues(saved, name):
+    run, make = saved["runs"][name], {"AdaPM": AdaPM, "LoRAPre": LoRAPre, "AdaLomo": AdaLomo}[name.split()[0]]
+    model = tiny_gpt(**saved["model"])
+    model.load_state_dict(run["weights"])
+    optimizer = make(model.parameters(), **run["options"])
+    optimizer.load_state_dict(run["optimizer"])
+    train(model, optimizer, token_batches(12, vocab=saved["model"]["padded_vocab_size"], size=(4, 9))[6:])
+    for key, expected in run["after"].items():
+        torch.testing.assert_close(model.state_dict()[key], expected, rtol=1e-4, atol=1e-6)
+    assert {key for state in optimizer.state.values() for key in state} == {
+        key for state in run["optimizer"]["state"].values() for key in state
+    }
