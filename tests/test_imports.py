@@ -122,3 +122,8 @@ def test_adapm_loads_nothing_of_lightning():
     loaded = set(done.stdout.split())
     assert "lightning_adapm" in loaded
     assert not loaded & {"lightning", "lightning_fabric", "pytorch_lightning", "torchmetrics", "rich", "litgpt"}
+
+
+def test_rich_is_imported_where_tables_are_drawn():
+    trees = modules()
+    assert not [path for path, tree in trees.items() if any(n.split(".")[0] == "rich" for n in imported(tree.body))]
