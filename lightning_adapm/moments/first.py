@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_adapm.moments import lowrank
 from lightning_adapm.moments.base import Direction, Stack, State, join, split, store, write
+from lightning_adapm.sharding.find import has_values
 from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
 
 
@@ -163,6 +164,10 @@ class LowRankMomentum:
         if all(state["seeded"] for state in states):
             return lowrank.refresh_basis(grad, left, right, self.beta1, reduction) if due else right
         without = ~right.any(dim=-1, keepdim=True).any(dim=-2, keepdim=True)
+        if not has_values(right):
+            for state in states:
+                state["seeded"] = 1
+            return lowrank.refresh_basis(grad, left, right, self.beta1, reduction)
         entries = join(grad) if isinstance(grad, Stack) else grad
         shows = reduction.any((entries != 0).any(dim=-1, keepdim=True).any(dim=-2, keepdim=True))
         if not due and not (without & shows).any():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lightning_adapm.sharding.find import has_values
 from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
 
 # A direction whose part independent of the others is below this share of its length is noise, not a direction.
@@ -126,7 +127,9 @@ def iterated_rows(
     """
     rank, n = right.shape[-2:]
     empty = ~right.any(dim=-1, keepdim=True)
-    sketch = torch.where(empty, _kept_starting_rows(rank, n, right.dtype, right.device), right)
+    kept = has_values(right)  # one made under FakeTensorMode is of no use outside of it
+    start = _kept_starting_rows(rank, n, right.dtype, right.device) if kept else starting_rows(rank, n, right)
+    sketch = torch.where(empty, start, right)
     projected = grad @ sketch.mT
     reduction.rows(projected)
     seen = torch.lerp(left, projected, 1 - beta1)  # left right rightᵀ is left: rows of the basis are orthonormal

@@ -4,6 +4,7 @@ import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -19,7 +20,7 @@ from lightning_adapm.roles.assign import assign_roles
 from lightning_adapm.roles.context import Named
 from lightning_adapm.roles.inputs import name_tensors, read_groups, source_module
 from lightning_adapm.roles.piece import Piece
-from lightning_adapm.sharding.find import local
+from lightning_adapm.sharding.find import has_values, local
 from lightning_adapm.sharding.fsdp1 import gradients
 from lightning_adapm.sharding.rows import column_range
 from lightning_adapm.state.state_dict import FORMAT_VERSION, Checkpointed
@@ -210,8 +211,7 @@ class RoleOptimizer(Checkpointed):
         grads = [gradients(params, [self.placement(param).layout for param in params]) for _, _, params in selected]
         if not any(grad is not None for found in grads for grad in found):
             return False
-        # a caller's autocast would take the products to half precision
-        with torch.autocast(selected[0][2][0].device.type, enabled=False):
+        with _without_autocast(selected[0][2][0].device.type):
             gathered = [self._gather(*each, found) for each, found in zip(selected, grads, strict=True)]
             tasks = (task for buckets in gathered for bucket in buckets for task in bucket.tasks)
             self._nonfinite.agree(tasks, chain.from_iterable(each[2] for each in selected))
@@ -298,7 +298,7 @@ class RoleOptimizer(Checkpointed):
     def _planned(self, name: str, param: Tensor, group: Mapping[str, Any], settings: dict[str, Any]) -> list[Plan]:
         """What steps do with each piece of a parameter; made anew where anything that it depends on has changed."""
         part, state = local(param), self.state[param]
-        depends = name, param.shape, part.data_ptr(), id(state), settings
+        depends = name, param.shape, part.data_ptr() if has_values(part) else 0, id(state), settings
         known = self._plans.get(param)
         if known is not None and known[0] == depends:
             return known[1]
@@ -379,3 +379,10 @@ class RoleOptimizer(Checkpointed):
         A fused weight has its pieces, ``"attn.qkv.weight (query)"``. Waits for the device.
         """
         return self._nonfinite.steps()
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Keep a caller's autocast, which would take products to half precision, out of a step."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()  # the meta device has none

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lightning_adapm.sharding import fsdp1
@@ -45,6 +46,11 @@ def _layout_of_dtensor(param: DTensor) -> Layout:
     rows, inner = (param.shape[0], param.shape[1:].numel()) if param.dim() else (1, 1)
     edges = [min(-(-rows // count) * index, rows) * inner for index in range(count + 1)]
     return Layout(param.shape, tuple(pairwise(edges)), rank, mesh.get_group(dim), mesh)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor has values: those on the meta device and under ``FakeTensorMode`` only stand for some."""
+    return tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
 
 
 def local(tensor: Tensor) -> Tensor:

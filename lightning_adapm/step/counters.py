@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_adapm.sharding.find import has_values
+
 
 class StepCounters:
     """Counts steps of states that are counted together time and again.
@@ -22,9 +24,10 @@ class StepCounters:
     def count(self, states: Sequence[MutableMapping[str, Any]]) -> list[int]:
         """One more step for each of ``states``; their numbers."""
         held = [state["step"] for state in states]
-        if len(held) == 1:  # a parameter at a time, inside backward
-            held[0] += 1
-            return [int(held[0])]
+        if len(held) == 1 or not has_values(held[0]):  # inside backward; under FakeTensorMode only scalars are known
+            for number in held:
+                number += 1
+            return [int(number) for number in held]
         if len(held) != len(self._views) or not all(map(is_, held, self._views)):
             self._all = torch.stack(held)
             self._views = self._all.unbind()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_adapm.moments.second import largest
+from lightning_adapm.sharding.find import has_values
 from lightning_adapm.step.launch import DTYPES, Matrices, launch
 
 FACTOR = torch.bfloat16
@@ -53,6 +54,8 @@ def _supported(device: torch.device) -> bool:
 def readable(matrices: Sequence[Tensor]) -> bool:
     """Whether these are vectors, matrices or stacks of matrices of one layout that the kernels know."""
     first = matrices[0]
+    if not has_values(first):
+        return False
     fits = first.dim() in (1, 2, 3) and first.numel() > 0 and first.shape[-1] <= _MOST_COLUMNS
     return runs_on(first.device) and fits and _alike(matrices)
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_adapm.sharding.find import has_values
 from lightning_adapm.sharding.reduction import all_reduce
 from lightning_adapm.step.parts import Task
 
@@ -81,6 +82,8 @@ class NonFiniteGradients:
         exact = [task.grad if task.grad.dtype == torch.float64 else task.grad.float() for task in tasks]
         if maximize:
             exact = list(torch._foreach_neg(exact))
+        if not has_values(exact[0]):
+            return [task._replace(grad=grad) for task, grad in zip(tasks, exact, strict=True)]
         on_device = exact[0].device.type != "cpu"
         if on_device and exact[0].dim() and all(grad.shape == exact[0].shape for grad in exact):
             exact = self._zeroed(tasks, torch.stack(exact))
