@@ -49,15 +49,10 @@ def _whole_state(
     state = optimizer.make_state(param, group, param, whole=True)
     state["step"].fill_(float(entry["step"]))
     like = param if layout is None else torch.empty(layout.shape, device="meta")
+    _check_shapes(name, entry, optimizer.pieces[param], like.shape)
     for piece in optimizer.pieces[param]:
-        try:
-            _restore_momentum(entry, state, piece, like)
-            _restore_second_moment(entry, state, piece, like)
-        except RuntimeError as error:
-            raise ValueError(
-                f"the saved state of {name} does not fit its shape {tuple(like.shape)}: "
-                + ", ".join(f"{k} {tuple(v.shape)}" for k, v in entry.items() if isinstance(v, Tensor))
-            ) from error
+        _restore_momentum(entry, state, piece, like)
+        _restore_second_moment(entry, state, piece, like)
     return state
 
 
@@ -78,6 +73,34 @@ def _check_keys(name: str, entry: Mapping[str, Any], pieces: tuple[Piece, ...]) 
             f"the saved state of {name} holds {', '.join(unknown)}, which AdaPM has no meaning for; it loads states of"
             " AdaPM with the same roles and of torch.optim.AdamW"
         )
+
+
+def _check_shapes(name: str, entry: Mapping[str, Any], pieces: tuple[Piece, ...], shape: torch.Size) -> None:
+    own = {piece.prefix + kind: (kind, piece.shape(shape)) for piece in pieces for kind in _FIRST + _SECOND}
+    for key, value in entry.items():
+        kind, matrix = own.get(key, ("exp_avg", shape))  # one entry for all pieces of a fused weight: as large as it
+        fits = not isinstance(value, Tensor) or value.shape == shape or _fits(kind, value.shape, matrix)
+        if key != "step" and not fits:
+            raise ValueError(
+                f"the saved state of {name} does not fit its shape {tuple(shape)}: {key} {tuple(value.shape)}"
+            )
+
+
+def _fits(kind: str, found: torch.Size, matrix: torch.Size) -> bool:
+    """Whether a saved entry can be one of a matrix, at any rank and for blocks of any size."""
+    batch, rows, columns = matrix[:-2], matrix[:-1], matrix[-1:]
+    if kind.endswith("_l"):
+        return found[:-1] == rows
+    if kind.endswith("_r"):
+        return (found[:-2], found[-1:]) == (batch, columns)
+    if kind.endswith("_row"):
+        return found == (*rows, 1)
+    if kind.endswith("_col"):
+        return found == (*batch, 1, *columns)
+    if kind == "exp_avg":
+        return found == matrix
+    sizes = zip(matrix, found, strict=False)
+    return found.numel() == 1 or (len(found) == len(matrix) and all(size % max(1, count) == 0 for size, count in sizes))
 
 
 def _saved(entry: Mapping[str, Any], piece: Piece, key: str, param: Tensor) -> Any:

@@ -317,6 +317,30 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"embed_tokens.weight does not fit its shape \(61, 32\)"):
             other.load_state_dict(optimizer.state_dict())
 
+    def test_another_shape_of_a_fused_weight(self):
+        with pytest.raises(ValueError, match=r"qkv.weight does not fit its shape \(64, 32\): exp_avg \(96, 32\)"):
+            AdaPM(tiny_gpt().parameters(), **OPTIONS).load_state_dict(self.of_more_groups())
+
+    def of_more_groups(self):
+        model = tiny_gpt(n_query_groups=4)
+        adamw = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        train(model, adamw, token_batches(1))
+        return adamw.state_dict()
+
+    @pytest.mark.parametrize(
+        "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: not enough memory")]
+    )
+    def test_want_of_memory_is_no_other_shape(self, monkeypatch, error):
+        _, optimizer = trained()
+        saved = optimizer.state_dict()
+
+        def copy_(*_):
+            raise error
+
+        monkeypatch.setattr(torch.Tensor, "copy_", copy_)
+        with pytest.raises(type(error), match="memory"):
+            optimizer.load_state_dict(saved)
+
     def test_another_order(self):
         model = PlainLM()
         named = list(model.named_parameters())
