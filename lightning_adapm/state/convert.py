@@ -10,6 +10,7 @@ from lightning_adapm.moments import lowrank
 from lightning_adapm.moments.second import block_means
 from lightning_adapm.roles.context import normalize
 from lightning_adapm.roles.piece import Piece
+from lightning_adapm.sharding.find import has_values
 from lightning_adapm.state.sharded import Stateful, fits, full_entry, import_entry, localise
 
 _FIRST = ("exp_avg", "exp_avg_l", "exp_avg_r", "seeded")
@@ -29,7 +30,8 @@ def restored_state(optimizer: Stateful, saved: Mapping[str, Any]) -> dict[Tensor
             entry = import_entry(optimizer, param, group, saved["state"].get(key))
             if not entry:
                 continue
-            _check_keys(name, entry, optimizer.pieces[param])
+            others = _others(name, entry, optimizer.pieces[param], ours="format_version" in old)
+            entry = {key: value for key, value in entry.items() if key not in others}
             layout = optimizer.placement(param).layout
             if layout is None:
                 restored[param] = _whole_state(optimizer, name, param, group, entry)
@@ -38,6 +40,8 @@ def restored_state(optimizer: Stateful, saved: Mapping[str, Any]) -> dict[Tensor
             else:
                 whole = _whole_state(optimizer, name, param, group, full_entry(entry))
                 restored[param] = localise(optimizer, param, group, whole)
+            for key, value in others.items():
+                restored[param][key] = value.to(param.device, copy=True) if isinstance(value, Tensor) else value
     return restored
 
 
@@ -66,13 +70,20 @@ def _check_order(saved: list[str] | None, current: list[str]) -> None:
         )
 
 
-def _check_keys(name: str, entry: Mapping[str, Any], pieces: tuple[Piece, ...]) -> None:
+def _others(name: str, entry: Mapping[str, Any], pieces: tuple[Piece, ...], ours: bool) -> dict[str, Any]:
+    """Entries that wrappers keep in the state of a parameter, as Lookahead does; ``ours`` is all else around them.
+
+    Raises:
+        ValueError: a state of another optimizer, or of other roles.
+    """
     known = {"step", *_FIRST, *_SECOND} | {piece.prefix + key for piece in pieces for key in _FIRST + _SECOND}
-    if unknown := sorted(set(entry) - known):
+    others = {key: value for key, value in entry.items() if key not in known}
+    if unknown := sorted(key for key in others if not ours or key.rpartition(".")[2] in _FIRST + _SECOND):
         raise ValueError(
             f"the saved state of {name} holds {', '.join(unknown)}, which AdaPM has no meaning for; it loads states of"
             " AdaPM with the same roles and of torch.optim.AdamW"
         )
+    return others
 
 
 def _check_shapes(name: str, entry: Mapping[str, Any], pieces: tuple[Piece, ...], shape: torch.Size) -> None:
@@ -138,7 +149,7 @@ def _restore_momentum(entry: Mapping[str, Any], state: dict[str, Any], piece: Pi
             new_left.copy_(factors[0])
             new_right.copy_(factors[1])
             if piece.prefix + "seeded" in state:
-                state[piece.prefix + "seeded"] = int(new_right.any())
+                state[piece.prefix + "seeded"] = int(not has_values(new_right) or new_right.any())
 
 
 def _factorise(full: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

@@ -225,6 +225,21 @@ def test_entries_that_belong_to_no_parameter_survive():
     assert loaded.state_dict()["state"]["phase"] == {"index": 2}
 
 
+def test_what_wrappers_keep_with_a_parameter_survives():
+    model, optimizer = trained()
+    weight = model.transformer.wte.weight
+    optimizer.state[weight]["slow"] = weight.detach().clone()
+    twin = copy.deepcopy(model)
+    _, loaded = trained(model=twin)
+    saved = optimizer.state_dict()
+    loaded.load_state_dict(saved)
+    slow = loaded.state[twin.transformer.wte.weight]["slow"]
+    assert torch.equal(slow, weight)
+    assert slow is not optimizer.state[weight]["slow"]
+    train(twin, loaded, token_batches(1))
+    assert loaded.state[twin.transformer.wte.weight]["slow"] is slow
+
+
 def test_loading_in_inference_mode(tmp_path):
     model, optimizer = trained()
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
