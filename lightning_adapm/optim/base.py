@@ -183,9 +183,14 @@ class RoleOptimizer(Checkpointed):
         self.gradient_norm = torch.stack(list(updated.values())).sum().sqrt() if updated else None
         moved = self._take([(group, group["param_names"], group["params"]) for group in self.param_groups])
         self._nonfinite.finish_step()
-        if not moved and not updated:
+        skipped = closure is not None and loss is None  # as Lightning skips a batch
+        if not moved and not updated and not skipped and not self._has_moved():
             warnings.warn(_NO_GRADIENT.format(type(self).__name__), stacklevel=4)
         return loss
+
+    def _has_moved(self) -> bool:
+        """Whether any parameter ever took a step: gradients that are left out later are so on purpose."""
+        return any(self.state[param].get("step") for param in self.pieces if param in self.state)
 
     def check_not_replaced(self) -> None:
         """Once, in the first step at the latest: refuse a model whose parameters are no longer those given.

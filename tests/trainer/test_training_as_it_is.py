@@ -1,12 +1,17 @@
 """Callbacks and habits that change rates, accumulation, batches and settings while the Trainer trains."""
 
+from functools import partial
+
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
+    EMAWeightAveraging,
     GradientAccumulationScheduler,
     LearningRateFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
 )
 from models import PlainLM, token_batches
 from torch.utils.data import DataLoader
@@ -153,3 +158,94 @@ class TestGroupsThatJoinTheSchedule:
         first, added = fit(tmp_path, Late()).optimizers[0].param_groups
         assert added["lr"] == pytest.approx(first["lr"] / 10)
         assert first["lr"] == pytest.approx(1e-3)
+
+
+class LeavesOut(Mixed):
+    """Leaves the second batch of every epoch out, in one of two ways."""
+
+    way = ""
+
+    def training_step(self, batch, batch_idx):
+        self.batch_idx = batch_idx
+        loss = super().training_step(batch, batch_idx)
+        return None if self.way == "skipped" and batch_idx == 1 else loss
+
+    def on_before_optimizer_step(self, optimizer):
+        if self.way == "canceled" and self.batch_idx == 1:
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("way", ["skipped", "canceled"])
+def test_steps_that_are_left_out_say_nothing(tmp_path, way, recwarn):
+    module = LeavesOut()
+    module.way = way
+    optimizer = fit(tmp_path, module).optimizers[0]
+    assert {int(state["step"]) for state in optimizer.state.values()} == {EPOCHS * (BATCHES - 1)}
+    assert not [w for w in recwarn if "no gradient" in str(w.message)]
+
+
+class WritesSettings(L.Callback):
+    """A schedule of rate and decay by hand."""
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        for group in optimizer.param_groups:
+            group["lr"], group["weight_decay"] = 1e-2 / (1 + trainer.global_step), 0.1 * trainer.global_step
+
+
+class Cancels(L.Callback):
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        if trainer.global_step % 3 == 1:
+            optimizer.zero_grad()
+
+
+def one_cycle(optimizer):
+    return {"scheduler": torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=12), "interval": "step"}
+
+
+def cyclic(optimizer):
+    schedule = torch.optim.lr_scheduler.CyclicLR(optimizer, 1e-3, 1e-2, step_size_up=3, base_momentum=0.7)
+    return {"scheduler": schedule, "interval": "step"}
+
+
+def plateau(optimizer):
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.5)
+    return {"scheduler": schedule, "monitor": "loss"}
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "schedule"),
+    [
+        (lambda: [StochasticWeightAveraging(1e-3, swa_epoch_start=1)], None),
+        (lambda: [EMAWeightAveraging(decay=0.5)], None),
+        (lambda: [ModelPruning("l1_unstructured", amount=0.2)], None),
+        (lambda: [ModelPruning("l1_unstructured", amount=0.2, use_lottery_ticket_hypothesis=False)], None),
+        (lambda: [GradientAccumulationScheduler({0: 1, 1: 3})], None),
+        (lambda: [WritesSettings()], None),
+        (lambda: [Cancels()], None),
+        (list, one_cycle),
+        (list, cyclic),
+        (list, plateau),
+    ],
+    ids=["SWA", "EMA", "lottery", "pruning", "accumulation", "written", "canceled", "one cycle", "cyclic", "plateau"],
+)
+def test_as_with_torch_adamw(tmp_path, callbacks, schedule):
+    """With full momentum everywhere AdaPM is AdamW, also in whatever callbacks make of a run."""
+
+    class Trained(Tiny):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("loss", loss)
+            return loss
+
+        def configure_optimizers(self):
+            optimizer = self.make(self.parameters(), lr=1e-2)
+            return optimizer if schedule is None else {"optimizer": optimizer, "lr_scheduler": schedule(optimizer)}
+
+    runs = []
+    for make in (torch.optim.AdamW, partial(AdaPM, momentum="full", clip_threshold=None)):
+        module = Trained()
+        module.make = make
+        fit(tmp_path, module, *callbacks())
+        runs.append(module)
+    for p, q in zip(*(module.state_dict().values() for module in runs), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
