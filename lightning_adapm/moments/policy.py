@@ -11,7 +11,7 @@ from lightning_adapm.moments.second import BlockSecondMoment, ElementwiseSecondM
 from lightning_adapm.roles.piece import POLICIES, ROLES, UNMATCHED, Piece
 
 # arXiv 2510.09103, Section 3; the paper says nothing of an untied head, norms, biases and adapters.
-DEFAULT_MOMENTUM: Mapping[str, str] = {
+PAPER_MOMENTUM: Mapping[str, str] = {
     "embedding": "none",
     "query": "low_rank",
     "key": "low_rank",
@@ -23,6 +23,9 @@ DEFAULT_MOMENTUM: Mapping[str, str] = {
     "bias": "full",
     "adapter": "full",
 }
+DEFAULT_MOMENTUM = PAPER_MOMENTUM
+PRESETS = {"paper": PAPER_MOMENTUM}
+"""Tables with names, which stay as they are where the default changes."""
 _PHASES = 2
 """Of the refreshes, by the number of the transformer block: no step pays for all of them, and on a device that many
 share kernels."""
@@ -30,16 +33,17 @@ SECOND_MOMENTS = ("elementwise", "block", "factored")
 
 
 def momentum_table(overrides: Mapping[str, str] | str | None, unmatched: str) -> dict[str, str]:
-    """Role to policy, for every role.
+    """Policy of every role: the default with ``overrides`` by role, one policy for all roles, or a preset.
 
     Raises:
-        ValueError: an unknown role or policy.
+        ValueError: An unknown role, policy or preset.
     """
     if isinstance(overrides, str):
-        overrides = dict.fromkeys((*ROLES, UNMATCHED), overrides)
-    table = dict(DEFAULT_MOMENTUM)
+        table, overrides = _named_table(overrides), {}
+    else:
+        table = dict(DEFAULT_MOMENTUM)
     if unmatched != "error":
-        table[UNMATCHED] = unmatched
+        table.setdefault(UNMATCHED, unmatched)
     for role, policy in (overrides or {}).items():
         if role not in (*ROLES, UNMATCHED):
             raise ValueError(f"momentum: {role!r} is not a role; the roles are {', '.join(ROLES)}")
@@ -47,6 +51,16 @@ def momentum_table(overrides: Mapping[str, str] | str | None, unmatched: str) ->
             raise ValueError(f"momentum[{role!r}]: {policy!r} is not a policy; write one of {', '.join(POLICIES)}")
         table[role] = policy
     return table
+
+
+def _named_table(name: str) -> dict[str, str]:
+    """The preset ``name``, or that policy for every role."""
+    if name in PRESETS:
+        return dict(PRESETS[name])
+    if name not in POLICIES:
+        known = ", ".join(map(repr, (*POLICIES, *PRESETS)))
+        raise ValueError(f"momentum must be one of {known}, or policies by role, but got {name!r}")
+    return dict.fromkeys((*ROLES, UNMATCHED), name)
 
 
 def rank_for(rank: int | float, shape: torch.Size) -> int:

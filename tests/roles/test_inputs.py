@@ -289,6 +289,7 @@ def test_maximize_and_no_decay():
         ("second_moment", "rows", "elementwise, block, factored"),
         ("clip_threshold", 0.0, "clip_threshold must be"),
         ("momentum", {"mpl": "full"}, "'mpl' is not a role; the roles are embedding"),
+        ("momentum", "papr", "one of 'none', 'low_rank', 'full', 'paper', or policies by role, but got 'papr'"),
         ("momentum", {"mlp": "ful"}, r"momentum\['mlp'\]: 'ful' is not a policy"),
         ("roles", {"x": "keys"}, r"roles\['x'\]: 'keys' is neither a role"),
         ("unmatched", "warn", "unmatched must be 'error' or one of"),
@@ -299,6 +300,16 @@ def test_maximize_and_no_decay():
 def test_options_out_of_range(option, value, words):
     with pytest.raises(ValueError, match=words):
         AdaPM(PlainLM().parameters(), **{option: value})
+
+
+@pytest.mark.parametrize("unmatched", ["error", "none"])
+def test_a_name_stands_for_a_table_of_momentum(unmatched):
+    paper = AdaPM(PlainLM().parameters(), momentum="paper", unmatched=unmatched).param_groups[0]["momentum"]
+    published = {"embedding": "none", "attn_out": "none", "query": "low_rank", "key": "low_rank", "mlp": "low_rank"}
+    assert paper.items() >= published.items() and paper["value"] == "full"
+    assert paper.get("unmatched") == (None if unmatched == "error" else unmatched)
+    every = AdaPM(PlainLM().parameters(), momentum="full", unmatched=unmatched).param_groups[0]["momentum"]
+    assert set(every.values()) == {"full"} and "unmatched" in every
 
 
 def test_options_of_a_group_are_checked_too():
