@@ -37,7 +37,8 @@ class AdaPM(RoleOptimizer):
         debias: Add the residual correction to the low-rank momentum.
         second_moment: ``"elementwise"`` (AdamW), ``"block"`` (Adam-mini) or ``"factored"`` (Adafactor).
         momentum: Policies by role that differ from the default, ``{"mlp": "full", "lm_head": "none"}``, or one policy
-            for every role. The policies are ``"none"``, ``"low_rank"`` and ``"full"``.
+            for every role. The policies are ``"none"``, ``"low_rank"`` and ``"full"``. ``"paper"`` is the published
+            table, which is also the default.
         roles: Roles for names, ``{regular expression: role or policy}``, searched in order before any built-in rule.
         unmatched: Policy of matrices whose role is not found. ``"error"`` refuses them and lists them.
         no_decay: Roles exempt from weight decay, for instance ``("norm", "bias")``.
