@@ -12,7 +12,7 @@ from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
 
 
 class State(Protocol):
-    """Of one piece: tensors, and numbers that the host must know without asking the device."""
+    """State of one piece: tensors, and numbers that the host must have without asking the device."""
 
     def __getitem__(self, key: str, /) -> Any: ...
 
@@ -25,44 +25,44 @@ class Stack(list[Tensor]):
     @property
     @abstractmethod
     def shape(self) -> torch.Size:
-        """``(b, m, n)``, over all matrices."""
+        """Shape ``(b, m, n)`` of all matrices together."""
 
     @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
-        """Of products."""
+        """Dtype of products."""
 
     @abstractmethod
     def __matmul__(self, columns: Tensor) -> Tensor:
-        """``(b, m, n)`` times ``(b, n, r)``."""
+        """Multiply the gradients ``(b, m, n)`` by ``(b, n, r)`` from the right."""
 
     @abstractmethod
     def __rmatmul__(self, weights: Tensor) -> Tensor:
-        """``(b, r, m)`` times ``(b, m, n)``."""
+        """Multiply the gradients ``(b, m, n)`` by ``(b, r, m)`` from the left."""
 
     @abstractmethod
     def squares(self, dim: int) -> list[Tensor]:
-        """Sums of squares of the rows of every gradient, ``(..., m, 1)``, or with ``dim`` -2 of its columns."""
+        """Sums of squares of the rows of every gradient, ``(..., m, 1)``; with ``dim`` -2, of its columns."""
 
     @abstractmethod
     def joined(self) -> Tensor:
-        """A copy ``(b, m, n)``."""
+        """Copy the gradients into one tensor ``(b, m, n)``."""
 
 
 class Direction(NamedTuple):
-    """What to move along: ``scale * tensors[i]``, of the gradients' shapes, with the product of ``factors`` added."""
+    """Direction of a step: ``scale * tensors[i]``, of the gradients' shapes, plus the product of ``factors``."""
 
     tensors: list[Tensor]
     scale: float
     scratch: bool
-    """The tensors are temporaries, free to be overwritten."""
+    """Whether the tensors are temporaries, which may be overwritten."""
     clamp: float | None
-    """Entries may be far larger than AdamW's, so ``clip_threshold`` times this bounds them; None: they may not."""
+    """Factor of the bound ``clip_threshold`` on entries, which may be far larger than AdamW's; None for no bound."""
     factors: tuple[Tensor, Tensor] | None = None
-    """``(b, m, k)`` and ``(b, k, n)`` over all matrices of the tensors; multiplied late, so that it can be in parts."""
+    """Factors ``(b, m, k)`` and ``(b, k, n)`` over all matrices; multiplied late, so that parts of them can be."""
 
     def part(self, first: int, last: int) -> "Direction":
-        """Of a single tensor, what is at ``first`` to ``last`` in its first dimension."""
+        """Select ``first`` to ``last`` in the first dimension of a direction of one tensor."""
         (tensor,) = self.tensors
         factors = self.factors
         if factors is not None:
@@ -72,7 +72,7 @@ class Direction(NamedTuple):
         return self._replace(tensors=[tensor[first:last]], factors=factors)
 
     def multiplied(self) -> "Direction":
-        """The same without factors."""
+        """Multiply the factors and add them to the tensors."""
         if self.factors is None:
             return self
         used = split(torch.baddbmm(join(self.tensors), *self.factors), self.tensors)
@@ -80,42 +80,42 @@ class Direction(NamedTuple):
 
 
 class Momentum(Protocol):
-    """Two functions make a momentum, and one says which pieces can go through a step together."""
+    """Interface of first moments."""
 
     name: ClassVar[str]
-    """Of the policy."""
+    """Name of the policy."""
 
     def due(self, step: int) -> bool:
-        """Whether this step does what only some steps do; the pieces of one call agree in it."""
+        """Whether this step does the work of only some steps; all pieces of one call must agree."""
         ...
 
     def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
-        """Zero state for a matrix of ``shape``, on ``like``'s device and in ``like``'s dtype."""
+        """Make zero state for a matrix of ``shape``, on ``like``'s device and in ``like``'s dtype."""
         ...
 
     def direction(
         self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
     ) -> Direction:
-        """Take one gradient per matrix into the states and give back the bias-corrected direction.
+        """Update the states with one gradient per matrix, and return the bias-corrected direction.
 
-        Where processes hold some rows each, ``grads`` and ``states`` are of this one's, ``make`` had their shape, and
-        ``reduction`` sums over all rows.
+        Where processes hold some rows each, ``grads`` and ``states`` are those of this process, ``make`` had their
+        shape, and ``reduction`` sums over all rows.
         """
         ...
 
 
 class Denominators(NamedTuple):
-    """What to divide by: ``roots[i] / correction + eps``, which broadcasts against the gradients."""
+    """Denominators of a step: ``roots[i] / correction + eps``, which broadcast against the gradients."""
 
     roots: list[Tensor]
     correction: float
-    """Of the bias: ``sqrt(1 - beta2**t)``."""
+    """Correction of the bias: ``sqrt(1 - beta2**t)``."""
     eps: float
 
     def settle(self, as_adamw: bool) -> tuple[list[Tensor], float]:
-        """Divisors and what to multiply the quotients by; overwrites the roots.
+        """Divisors, and a factor for the quotients; overwrites the roots.
 
-        By AdamW's operations in AdamW's order, or with a pass less over the roots.
+        The operations are AdamW's in AdamW's order, or save one pass over the roots.
         """
         if not as_adamw:
             torch._foreach_add_(self.roots, self.eps * self.correction)
@@ -126,29 +126,29 @@ class Denominators(NamedTuple):
 
 
 class SecondMoment(Protocol):
-    """Two functions make a second moment."""
+    """Interface of second moments."""
 
     elementwise: ClassVar[bool]
-    """State and denominators have the gradients' shapes and need no other entry: they may be worked on in parts."""
+    """Whether state and denominators are elementwise, so that a step may work on parts of them."""
 
     def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
-        """Zero state for a piece of ``shape``, on ``like``'s device and in ``like``'s dtype."""
+        """Make zero state for a piece of ``shape``, on ``like``'s device and in ``like``'s dtype."""
         ...
 
     def denominators(
         self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
     ) -> Denominators:
-        """Take one gradient per piece into the states; the tensors given back are new.
+        """Update the states with one gradient per piece, and return new denominators.
 
-        Shards are as for :meth:`lightning_adapm.moments.first.Momentum.direction`.
+        Shards are treated as in :meth:`Momentum.direction`.
         """
         ...
 
 
 def join(tensors: list[Tensor]) -> Tensor:
-    """Matrices and stacks of matrices as one ``(b, m, n)`` batch; no copy when there is only one.
+    """Join matrices and stacks of matrices of one shape to a batch ``(b, m, n)``; a single one is not copied.
 
-    They have one shape, but where a process holds parts of them: then rows of zero make the number of rows the same.
+    Where a process holds parts of them, rows of zero make the number of rows equal.
     """
     if isinstance(tensors, Stack):
         return tensors.joined()
@@ -162,7 +162,7 @@ def join(tensors: list[Tensor]) -> Tensor:
 
 
 def split(batch: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """The inverse of :func:`join`: views of ``batch``, shaped as ``like``."""
+    """Split a batch into views shaped as ``like``; the inverse of :func:`join`."""
     if all(tensor.shape == batch.shape[1:] for tensor in like):
         return list(batch.unbind())
     sizes = [tensor.shape[0] if tensor.dim() == 3 else 1 for tensor in like]
@@ -171,12 +171,12 @@ def split(batch: Tensor, like: list[Tensor]) -> list[Tensor]:
 
 
 def store(batch: Tensor, states: list[Tensor]) -> None:
-    """Write a batch back into the tensors it was joined from."""
+    """Write a batch back into the tensors that were joined."""
     write(split(batch, states), states)
 
 
 def write(values: list[Tensor], states: list[Tensor]) -> None:
-    """Store values in the states' dtype; beyond its range its largest number, for an infinity would stay forever."""
+    """Store values in the states' dtype, clamped to its range, because an infinity would stay forever."""
     top = torch.finfo(states[0].dtype).max
     if 2 * top < torch.finfo(values[0].dtype).max:
         values = [value.clamp(-top, top) for value in values]

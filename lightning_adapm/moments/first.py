@@ -1,7 +1,7 @@
 """First moments: none, full, low-rank. Each makes its state and turns gradients into a direction.
 
-A momentum works on a list of matrices of one shape, ``(m, n)`` or a stack ``(b, m, n)``; parameters that are not
-matrices only ever get :class:`NoMomentum` or :class:`FullMomentum`, which do not care. ``step`` counts from 1.
+A momentum works on a list of matrices of one shape, ``(m, n)``, or of stacks ``(b, m, n)``. Other parameters have
+:class:`NoMomentum` or :class:`FullMomentum`, which accept any shape. ``step`` counts from 1.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ class NoMomentum:
     """No first moment: the direction is the gradient.
 
     Args:
-        clamp: times ``clip_threshold`` bounds the entries of the update.
+        clamp: Factor of ``clip_threshold`` in the bound on the update's entries.
     """
 
     clamp: float = 1.0
@@ -75,21 +75,20 @@ class LowRankMomentum:
     """AdaPM's low-rank first moment: factors ``exp_avg_l`` ``(m, r)`` and ``exp_avg_r`` ``(r, n)``.
 
     Args:
-        rank: ``r``. With ``r >= n`` the basis is the identity, is never refreshed, and the result is AdamW's.
-        beta1: decay of the moving average.
-        update_proj_gap: steps from one refresh of the basis to the next. The first comes with the first non-zero
-            gradient, the others at the steps ``1 + offset + k * update_proj_gap`` of the parameter's own count.
-        debias: add what the subspace does not see (the paper's residual correction). Without it the direction is the
-            plain low-rank moving average.
-        flush: at a refresh, pay out at once what the old subspace held and the new one does not:
-            ``beta1 / (1 - beta1)`` times it, the sum of its future contributions to a full average. Without it that
-            part is dropped.
-        columns: of the basis, first and end: those that this process keeps, where the processes that hold the rows
-            share it out. Each step then gathers it.
-        offset: staggers the refreshes of pieces that are otherwise alike, so that no step pays for all of them.
+        rank: Rank ``r``. With ``r >= n`` the basis is the identity and is never refreshed; the result is AdamW's.
+        beta1: Decay of the moving average.
+        update_proj_gap: Steps between two refreshes of the basis. The first comes with the first non-zero gradient, the
+            others at the steps ``1 + offset + k * update_proj_gap`` of the parameter's own count.
+        debias: Whether the gradient's part outside the subspace is added (the paper's residual correction). Without it,
+            the direction is the plain low-rank moving average.
+        flush: Whether a refresh applies at once the momentum that the new subspace does not hold. It is multiplied by
+            ``beta1 / (1 - beta1)``, the sum of its future contributions to a full average. Otherwise it is dropped.
+        columns: First column of the basis that this process keeps, and the one after the last, where processes shard
+            the basis. Each step then gathers it.
+        offset: Offset of the refreshes, so that similar pieces do not all refresh in one step.
 
-    The state also holds the number ``seeded``: 1 once every matrix of the piece has a basis. Until then each step looks
-    for the first non-zero gradient, which reads one value back from the device; afterwards no step does.
+    The state also holds the number ``seeded``, which is 1 once every matrix of the piece has a basis. Until then, each
+    step looks for the first non-zero gradient, which reads one value back from the device.
     """
 
     rank: int
@@ -104,7 +103,7 @@ class LowRankMomentum:
 
     @property
     def payout(self) -> float:
-        """How much of what leaves the subspace at a refresh is paid out; see ``flush``."""
+        """Factor of the momentum that leaves the subspace at a refresh; see ``flush``."""
         return self.beta1 / (1 - self.beta1) if self.flush else 0.0
 
     def due(self, step: int) -> bool:
@@ -157,7 +156,7 @@ class LowRankMomentum:
         step: int,
         reduction: Reduction,
     ) -> Tensor:
-        """The basis of this step: ``right`` itself where nothing changes."""
+        """Basis of this step, which is ``right`` itself without a refresh."""
         if right.shape[-2] == right.shape[-1]:
             return right
         due = self.due(step)

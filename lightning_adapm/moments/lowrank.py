@@ -1,8 +1,8 @@
 """Pure mathematics of a low-rank momentum: a basis, its refresh, and the debiased direction.
 
 Shapes throughout: ``b`` matrices at a time, each ``m x n`` (``n`` is the stored last dimension), rank ``r``.
-``grad`` is ``(b, m, n)``, ``left`` is ``(b, m, r)``, ``right`` is ``(b, r, n)`` with orthonormal rows, of which some
-may be zero: a direction in which there was nothing to see yet. No function here reads a value back from the device.
+``grad`` is ``(b, m, n)``, ``left`` is ``(b, m, r)``, ``right`` is ``(b, r, n)`` with orthonormal rows. A row is zero
+until a gradient has shown its direction. No function here reads a value back from the device.
 
 Source: AdaPM, arXiv 2510.09103, Algorithms 1 to 3 (low-rank momentum with residual correction, warm-started factors).
 """
@@ -18,15 +18,15 @@ from torch.nn.functional import pad
 from lightning_adapm.sharding.find import has_values
 from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
 
-# A direction whose part independent of the others is below this share of its length is noise, not a direction.
+# A direction is noise if its part independent of the others is below this share of its length.
 _DEPENDENT = 1e-5
 
 
 def starting_rows(rank: int, n: int, like: Tensor) -> Tensor:
-    """A fixed, well-mixed ``(rank, n)`` matrix with entries in [-1, 1): the sketch a first refresh starts from.
+    """Make the fixed, well-mixed ``(rank, n)`` matrix with entries in [-1, 1) that a first refresh starts from.
 
-    A function of its two arguments alone (an integer hash, equal on every device and every process), so that fused and
-    separate weights, and all ranks of a group, start from the same subspace without exchanging anything.
+    It is an integer hash of its two arguments, equal on every device and process. Fused and separate weights, and all
+    processes of a group, therefore start from the same subspace without any exchange.
     """
     bits = torch.arange(1, rank * n + 1, dtype=torch.int64, device=like.device)
     for shift, multiplier in ((16, 0x45D9F3B), (15, 0x2C1B3C6D), (16, 0x297A2D39)):
@@ -37,12 +37,12 @@ def starting_rows(rank: int, n: int, like: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _kept_starting_rows(rank: int, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Kept on the device: every refresh asks for them, and making them is a dozen kernels."""
+    """Cache of :func:`starting_rows` on the device, because every refresh needs them."""
     return starting_rows(rank, n, torch.empty((), dtype=dtype, device=device))
 
 
 def orthonormal_rows(rows: Tensor) -> Tensor:
-    """Orthonormal rows with the span of ``rows`` ``(b, r, n)``; a row that depends on those before it becomes zero."""
+    """Make the rows of ``rows`` ``(b, r, n)`` orthonormal; a row that depends on earlier ones becomes zero."""
     return orthonormalise([rows])[0][0]
 
 
@@ -99,20 +99,20 @@ class Multiplied(Protocol):
 def refresh_basis(
     grad: Multiplied, left: Tensor, right: Tensor, beta1: float, reduction: Reduction = ONE_PROCESS
 ) -> Tensor:
-    """The next basis: one warm-started subspace iteration on ``M~ = beta1 left right + (1 - beta1) grad``.
+    """Find the next basis by one warm-started subspace iteration on ``M~ = beta1 left right + (1 - beta1) grad``.
 
-    ``right_new = orth((M~ᵀ M~ rightᵀ)ᵀ)``, without forming ``M~``. Directions that are still zero are sketched with
-    :func:`starting_rows`. Where the gradient shows nothing (it is zero) or the products are not finite, the old basis
-    stays; that is decided on the device.
+    The result is ``orth((M~ᵀ M~ rightᵀ)ᵀ)``, without forming ``M~``. Directions that are still zero are sketched with
+    :func:`starting_rows`. The old basis stays where the gradient is zero or the products are not finite, which is
+    decided on the device.
 
-    ``grad`` and ``left`` may be the rows of this process: ``reduction`` then adds what the others hold, so that the
-    basis is the same on all of them.
+    ``grad`` and ``left`` may be the rows of this process. ``reduction`` then adds those of the others, so that all of
+    them find the same basis.
     """
     return refreshed([(*iterated_rows(grad, left, right, beta1, reduction), right)])[0]
 
 
 def refreshed(iterated: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
-    """The next bases, from what :func:`iterated_rows` found and the bases that there were."""
+    """Find the next bases from the results of :func:`iterated_rows` and the old bases."""
     bases, finite = orthonormalise([rows for rows, _, _ in iterated])
     flags = finite.split([len(rows) for rows, _, _ in iterated])
     found = zip(iterated, bases, flags, strict=True)
@@ -142,22 +142,22 @@ def iterated_rows(
 
 
 def move_left(left: Tensor, right: Tensor, new_right: Tensor) -> Tensor:
-    """``left`` expressed in another basis: ``left right new_rightᵀ``, what of the momentum the new subspace holds."""
+    """Express ``left`` in another basis: ``left right new_rightᵀ``, the momentum within the new subspace."""
     return left @ (right @ new_right.mT)
 
 
 def debiased_direction(grad: Tensor, projected: Tensor, left: Tensor, right: Tensor, correction: float) -> Tensor:
     """``grad + (left / correction - projected) right``: the published correction in closed form.
 
-    Inside the subspace the bias-corrected moving average, outside it the gradient itself: AdaPM's
-    ``M~ + beta1 / (1 - beta1) E`` while the basis stays, with Adam's ``correction = 1 - beta1**t`` applied to the part
-    that is an average. ``projected`` is ``grad rightᵀ``.
+    It is the bias-corrected moving average inside the subspace and the gradient itself outside. While the basis stays,
+    that is AdaPM's ``M~ + beta1 / (1 - beta1) E``, with Adam's ``correction = 1 - beta1**t`` applied to the average.
+    ``projected`` is ``grad rightᵀ``.
     """
     return torch.baddbmm(grad, left / correction - projected, right)
 
 
 def residual(grad: Tensor, right: Tensor, reduction: Reduction = ONE_PROCESS) -> Tensor:
-    """``grad - grad rightᵀ right``: the part of the gradient that the basis does not see."""
+    """Part of the gradient outside the subspace: ``grad - grad rightᵀ right``."""
     projected = grad @ right.mT
     reduction.rows(projected)
     return torch.baddbmm(grad, projected, right, alpha=-1)

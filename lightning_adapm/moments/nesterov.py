@@ -1,7 +1,7 @@
 """Muon's first moments: momenta that look one step ahead (Nesterov's, as in ``torch.optim.Muon``).
 
-A plain momentum moves along the average ``B``, these along ``(1 - mu) G + mu B``: what the average would be if the next
-gradient were this one. There is no correction of a bias: what follows makes no use of the direction's size.
+A plain momentum moves along the average ``B``. These move along ``(1 - mu) G + mu B``, which is the average after
+another such gradient. There is no bias correction, because orthogonalization ignores the direction's size.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
 
 @dataclass(frozen=True)
 class NesterovMomentum(FullMomentum):
-    """Muon's: ``(1 - beta1) G + beta1 B`` with the average ``B``."""
+    """Muon's first moment: ``(1 - beta1) G + beta1 B`` with the average ``B``."""
 
     def direction(
         self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
@@ -28,11 +28,10 @@ class NesterovMomentum(FullMomentum):
 
 @dataclass(frozen=True)
 class NesterovLowRankMomentum(LowRankMomentum):
-    """``((1 - beta1) C + beta1 L / (1 - beta1**t)) R + (G - C R)`` with what the basis sees, ``C = G Rᵀ``, averaged in
-    ``L``.
+    """Low-rank form: ``((1 - beta1) C + beta1 L / (1 - beta1**t)) R + (G - C R)``, where ``L`` averages ``C = G Rᵀ``.
 
-    Inside the subspace the momentum that looks ahead, outside it the gradient. The average is corrected for its bias
-    here, so that both parts have one scale.
+    It is the look-ahead momentum inside the subspace and the gradient outside. The average is corrected for its bias,
+    so that both parts have one scale.
     """
 
     def direction(

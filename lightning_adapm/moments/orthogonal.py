@@ -1,8 +1,8 @@
 """Orthogonalization of matrices by Newton-Schulz iteration, Muon's replacement of a second moment.
 
-Muon (https://kellerjordan.github.io/posts/muon) moves a matrix along about the nearest orthogonal one to its momentum:
-singular vectors stay, singular values become about 1. Five steps of an odd polynomial of degree five find it by matrix
-products alone. Two forms of the same iteration are here, and the one with less work is taken:
+Muon (https://kellerjordan.github.io/posts/muon) moves a matrix along roughly the nearest orthogonal matrix to its
+momentum. Singular vectors stay, and singular values become about 1. Five steps of an odd polynomial of degree five find
+it by matrix products alone. Of two forms of the same iteration, the one with less work is used:
 
 - plain: each step multiplies the matrix, ``20 m² n + 10 m³`` operations for ``m <= n``;
 - Gram: the steps are polynomials in ``X Xᵀ``, so that all of them are multiplied as ``m x m`` matrices and applied to
@@ -23,7 +23,7 @@ from lightning_adapm.sharding.owners import Owners
 from lightning_adapm.sharding.reduction import ONE_PROCESS, ProcessReduction, Reduction
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of ``X``, ``X Xᵀ X`` and ``(X Xᵀ)² X`` in each step, by Keller Jordan."""
+"""Coefficients of ``X``, ``X Xᵀ X`` and ``(X Xᵀ)² X`` in each step, by Keller Jordan."""
 STEPS = 5
 
 
@@ -38,7 +38,7 @@ class Orthogonal(NoSecondMoment):
     steps: int = STEPS
 
     def applied(self, direction: Direction, reduction: Reduction = ONE_PROCESS) -> Direction:
-        """What to move along instead of ``direction``, whose tensors are matrices of one shape or stacks of them."""
+        """Orthogonalize ``direction``, whose tensors are matrices of one shape or stacks of them."""
         used = direction.multiplied().tensors
         if isinstance(reduction, ProcessReduction):
             rows, found = reduction.shards[0].size, self._over_processes(used, reduction)
@@ -61,16 +61,16 @@ def newton_schulz(matrices: Tensor, steps: int = STEPS, dtype: torch.dtype | Non
     Zero singular values stay zero, and those below 2e-3 of the matrix's norm grow by a factor of up to 485 only.
 
     Args:
-        matrices: of any scale. One that is zero or not finite gives zero.
-        steps: of the iteration.
-        dtype: of the products, and of the result; by default bfloat16 where it is fast, and float64 for float64.
+        matrices: Matrices of any scale. One that is zero or not finite gives zero.
+        steps: Number of steps of the iteration.
+        dtype: Dtype of products and result; by default bfloat16 where that is fast, and float64 for float64.
     """
     dtype = dtype or product_dtype(matrices.device, matrices.dtype)
     return _iterated(_normalized(matrices, _squares(matrices), dtype), steps)
 
 
 def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """That of the products for matrices of ``dtype``: bfloat16 where the device has instructions for it."""
+    """Dtype of the products for matrices of ``dtype``: bfloat16 where the device has instructions for it."""
     if dtype == torch.float64:
         return dtype
     return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
@@ -84,19 +84,19 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def _squares(matrices: Tensor) -> Tensor:
-    """The sum of squares of each matrix, ``(b, 1, 1)``, in float64: of small or large entries float32 has none."""
+    """Sum of squares of each matrix, ``(b, 1, 1)``, in float64, because float32 under- or overflows."""
     return torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=torch.float64).square_()
 
 
 def _normalized(matrices: Tensor, squares: Tensor, dtype: torch.dtype) -> Tensor:
-    """Each with a Frobenius norm of 1, by its ``squares``; zero where that is not possible."""
+    """Scale each matrix to a Frobenius norm of 1, by its ``squares``; zero where that is impossible."""
     norm = squares.sqrt().to(matrices.dtype)
     possible = norm.isfinite() & (norm > 0)
     return torch.where(possible, matrices / norm, 0.0).to(dtype)
 
 
 def _iterated(found: Tensor, steps: int) -> Tensor:
-    """Some steps, in the form that takes less work, for matrices of norm 1."""
+    """Iterate on matrices of norm 1, in the form with less work."""
     if not found.numel():
         return found
     parts = _parts(steps, found.dtype)
@@ -106,14 +106,14 @@ def _iterated(found: Tensor, steps: int) -> Tensor:
 
 
 def _parts(steps: int, dtype: torch.dtype) -> tuple[int, ...]:
-    """How many steps the Gram form takes with one Gram matrix."""
+    """Number of steps of the Gram form with one Gram matrix."""
     if dtype.itemsize > 2 or steps < 2:
         return (steps,)
     return steps - steps // 2, steps // 2
 
 
 def _work_of_plain(shape: Sequence[int], steps: int) -> int:
-    """Multiplications, of ``m x m`` matrices with ``m`` the smaller side for each ``m**3``."""
+    """Cost in multiplications of ``m x m`` matrices, where ``m`` is the smaller side."""
     m, n = sorted(shape[-2:])
     return steps * (2 * m * m * n + m**3)
 
@@ -124,12 +124,12 @@ def _work_of_gram(shape: Sequence[int], parts: Sequence[int]) -> int:
 
 
 def _gram(found: Tensor) -> Tensor:
-    """Of the smaller side."""
+    """Gram matrix of the smaller side."""
     return found @ found.mT if found.shape[-2] <= found.shape[-1] else found.mT @ found
 
 
 def _added(found: Tensor, polynomial: Tensor) -> Tensor:
-    """``a found + polynomial found``, the polynomial from the smaller side."""
+    """Compute ``a found + polynomial found``, with the polynomial on the smaller side."""
     left, right = (polynomial, found) if found.shape[-2] <= found.shape[-1] else (found, polynomial)
     return torch.baddbmm(found, left, right, beta=_COEFFICIENTS[0])
 
@@ -148,7 +148,7 @@ def _by_gram(found: Tensor, parts: Sequence[int]) -> Tensor:
 
 
 def _product(gram: Tensor, steps: int) -> Tensor:
-    """What some steps multiply a matrix with, from its Gram matrix."""
+    """Matrix that stands for several steps, computed from the Gram matrix."""
     polynomial = _polynomial(gram)
     product = polynomial.clone()
     product.diagonal(dim1=-2, dim2=-1).add_(_COEFFICIENTS[0])
@@ -161,6 +161,6 @@ def _product(gram: Tensor, steps: int) -> Tensor:
 
 
 def _polynomial(gram: Tensor) -> Tensor:
-    """``b S + c S²``. The ``a`` is added where it is exact: beside it the rest would be rounded away."""
+    """Compute ``b S + c S²``. The ``a`` is added elsewhere, because it would round the rest away here."""
     _, b, c = _COEFFICIENTS
     return torch.baddbmm(gram, gram, gram, beta=b, alpha=c)

@@ -14,14 +14,14 @@ from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
 _SPREAD = 0.02
 """Standard deviation of the right factor before the first step."""
 _DAMPING = 1e-6
-"""Of the inverses, relative to the mean of the diagonal."""
+"""Damping of the inverses, relative to the mean of the diagonal."""
 
 
 @dataclass(frozen=True)
 class Regressor:
-    """``left right``, ``(m, r)`` and ``(r, n)``, fitted to what it is given, with a memory of ``decay`` per factor.
+    """Factors ``(m, r)`` and ``(r, n)`` fitted to targets, with a memory of ``decay`` per factor.
 
-    The right factor of a state of zero stands for a fixed, well-mixed one, so that a state can be made empty.
+    A right factor of zero, as in an empty state, stands for a fixed, well-mixed one.
     """
 
     rank: int
@@ -37,7 +37,7 @@ class Regressor:
         }
 
     def fit(self, targets: Tensor, states: Sequence[State], reduction: Reduction) -> Tensor:
-        """What the factors predicted before they saw ``targets`` ``(b, m, n)``; they are refreshed."""
+        """Refresh the factors with ``targets`` ``(b, m, n)``, and return their prediction from before."""
         lefts, rights = ([state[f"{self.prefix}_{side}"] for state in states] for side in "lr")
         left, right = join(lefts).to(targets.dtype), join(rights).to(targets.dtype)
         start = lowrank.starting_rows(self.rank, targets.shape[-1], right) * (_SPREAD * 3**0.5)
@@ -61,7 +61,7 @@ class Regressor:
 
 
 def _over_gram(rows: Tensor, gram: Tensor) -> Tensor:
-    """``rows gram⁻¹``, damped, in float64: ``gram`` is as ill-conditioned as the gradient is of low rank."""
+    """Damped ``rows gram⁻¹`` in float64, because a gradient of low rank makes ``gram`` ill-conditioned."""
     exact = gram.double()
     level = exact.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     damping = (_DAMPING * level).clamp_min(torch.finfo(torch.float64).tiny ** 0.5)
@@ -74,7 +74,8 @@ def _over_gram(rows: Tensor, gram: Tensor) -> Tensor:
 class LowRankRegression:
     """LoRA-Pre's momentum: ``beta1 left right + (1 - beta1) grad``, with the factors of the step before.
 
-    With ``summed`` its Muon's: ``beta1 left right + grad``, with factors of the size of ``grad / (1 - beta1)``.
+    With ``summed`` it is that of the Muon variant: ``beta1 left right + grad``, with factors of the size of
+    ``grad / (1 - beta1)``.
     """
 
     rank: int

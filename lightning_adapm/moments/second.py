@@ -16,12 +16,12 @@ from lightning_adapm.moments.base import Denominators, Stack, State
 from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
 
 _ADDED = 1e-30
-"""Added to squares by AdaLomo."""
+"""Constant that AdaLomo adds to squares."""
 
 
 @dataclass(frozen=True)
 class ElementwiseSecondMoment:
-    """AdamW's: ``exp_avg_sq`` of the parameter's shape."""
+    """AdamW's second moment, ``exp_avg_sq`` of the parameter's shape."""
 
     beta2: float
     eps: float
@@ -41,12 +41,12 @@ class ElementwiseSecondMoment:
 
 @dataclass(frozen=True)
 class BlockSecondMoment:
-    """Adam-mini's: the mean of the squared gradient over a block (arXiv 2406.16793, Algorithm 1).
+    """Adam-mini's second moment: the mean of the squared gradient over a block (arXiv 2406.16793, Algorithm 1).
 
     Args:
-        blocks: blocks per matrix: a number of equal blocks of outputs (heads), or None for one block per output.
-            Tensors that are not matrices are one block.
-        outputs: the dimension that counts outputs: rows (-2), or columns (-1) of a transposed weight.
+        blocks: Number of equal blocks of outputs (heads) per matrix, or None for one block per output. Tensors that are
+            not matrices are one block.
+        outputs: Dimension of the outputs: rows (-2), or columns (-1) of a transposed weight.
     """
 
     beta2: float
@@ -90,8 +90,10 @@ class BlockSecondMoment:
 
 @dataclass(frozen=True)
 class FactoredSecondMoment:
-    """Adafactor's: row means ``exp_avg_sq_row`` ``(m, 1)`` and column means ``exp_avg_sq_col`` ``(1, n)`` of the
-    squared gradient, ``v = row col / mean(row)`` (arXiv 1804.04235, Algorithm 4, with AdamW's bias correction).
+    """Adafactor's second moment (arXiv 1804.04235, Algorithm 4, with AdamW's bias correction).
+
+    Row means ``exp_avg_sq_row`` ``(m, 1)`` and column means ``exp_avg_sq_col`` ``(1, n)`` of the squared gradient give
+    ``v = row col / mean(row)``.
     """
 
     beta2: float
@@ -123,7 +125,7 @@ def block_means(means: Tensor, blocks: int, dim: int) -> Tensor:
 def mean_squares(grads: list[Tensor], dim: int | None, reduction: Reduction) -> list[Tensor]:
     """Means of squares along ``dim``, kept as a dimension of one, or over everything.
 
-    Bounded by :func:`largest`: an infinite block could never be divided by another.
+    They are bounded by :func:`largest`, because an infinite mean would stay forever.
     """
     if dim is not None and isinstance(grads, Stack):
         sums = grads.squares(dim)
@@ -139,7 +141,7 @@ def mean_squares(grads: list[Tensor], dim: int | None, reduction: Reduction) -> 
 
 
 def largest(dtype: torch.dtype) -> float:
-    """Bound of mean squares: no average of them overflows, and none is infinite."""
+    """Bound of mean squares, so that no average overflows."""
     return torch.finfo(dtype).max * 2.0**-30
 
 
@@ -149,13 +151,13 @@ def _average(averages: list[Tensor], means: list[Tensor], beta2: float) -> None:
 
 
 def bias_correction(beta2: float, step: int) -> float:
-    """What the root of a second moment is divided by."""
+    """Divisor of the root of a second moment."""
     return float((1 - beta2**step) ** 0.5)
 
 
 @dataclass(frozen=True)
 class NoSecondMoment:
-    """The gradient is not divided by anything."""
+    """No second moment; gradients are not divided."""
 
     elementwise: ClassVar[bool] = False
 
@@ -170,8 +172,9 @@ class NoSecondMoment:
 
 @dataclass(frozen=True)
 class RelativeSecondMoment:
-    """AdaLomo's: row and column means of the squared gradient, decaying by ``1 - step**-0.8``; elementwise for what is
-    not a matrix.
+    """AdaLomo's second moment: row and column means of the squared gradient, with the decay ``1 - step**-0.8``.
+
+    It is elementwise for tensors that are not matrices.
     """
 
     elementwise: ClassVar[bool] = False

@@ -26,18 +26,18 @@ class AdamMini(RoleOptimizer):
         params: Named parameters or parameter groups, as for AdaPM.
         lr: Learning rate.
         betas: Decay of the first and the second moment.
-        eps: Added to the denominator, outside the root.
+        eps: Constant added to the denominator, outside the root.
         weight_decay: Decoupled weight decay.
         roles: Roles for names, ``{regular expression: role or policy}``, searched in order before any built-in rule.
         unmatched: ``"error"`` refuses matrices whose role is not found; any policy gives them one value per output row.
         no_decay: Roles exempt from weight decay.
         state_dtype: Dtype of the momentum. Default float32 (float64 for float64 parameters).
-        maximize: Maximize the objective.
-        update_in_backward: Move each parameter and free its gradient inside backward, as for AdaPM.
+        maximize: Whether the objective is maximized.
+        update_in_backward: Whether parameters move inside backward, as for AdaPM.
 
     Raises:
-        ValueError: An option out of range; a query or key whose heads are not known; a matrix without a role.
-        TypeError: Parameters without names or roles; complex parameters.
+        ValueError: An option is out of range, a matrix has no role, or the heads of a query or key are unknown.
+        TypeError: Parameters lack names and roles, or are complex.
 
     State of a parameter whose matrix is ``(m, n)``; a fused weight has the entries per piece, ``query.exp_avg``:
 

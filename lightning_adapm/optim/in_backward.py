@@ -1,7 +1,7 @@
-"""Updates while backward is still running: each parameter moves, and its gradient goes, as soon as it is there.
+"""Updates inside backward: each parameter moves, and its gradient is freed, once the gradient is complete.
 
-The method is LOMO's (arXiv 2306.09782). Hooks act only while :func:`armed`, inside ``step(closure)``: whoever calls
-backward outside of it (gradient accumulation, a gradient scaler, litgpt's loop) gets an ordinary, equal step.
+The method is LOMO's (arXiv 2306.09782). Hooks act only while :func:`armed`, inside ``step(closure)``. A backward pass
+outside of it (gradient accumulation, a gradient scaler, litgpt's loop) leads to an ordinary, equal step.
 """
 
 import warnings
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 Selection = Sequence[tuple[dict[str, Any], list[str], list[Tensor]]]
-"""Parameter groups, each with names and parameters of it."""
+"""Parameter groups, each with names and parameters."""
 
 
 @contextmanager
@@ -25,16 +25,16 @@ def armed(
     sharded: bool,
     take: Callable[[Selection], Any],
 ) -> Iterator[dict[Tensor, Tensor]]:
-    """While it is entered, ``take`` each parameter of ``groups`` once backward has completed its gradient, and free it.
+    """Within the context, ``take`` each parameter of ``groups`` once its gradient is complete, and free the gradient.
 
-    Where gradients must wait for the end of backward nothing happens but a warning, which Python shows once.
+    Where gradients must wait for the end of backward, a warning is given instead, which Python shows once.
 
     Yields:
-        The squared norm of the gradient of every parameter that was taken.
+        The squared gradient norm of every parameter that was taken.
 
     Raises:
-        ValueError: the Trainer behind ``closure`` clips gradients by norm, or its module in its own way.
-        RuntimeError: from a second backward in the same step.
+        ValueError: The Trainer behind ``closure`` clips gradients by norm, or its module clips them itself.
+        RuntimeError: Backward runs a second time in the same step.
     """
     taken: dict[Tensor, Tensor] = {}
     if closure is None or sharded or _in_process_group():
@@ -110,7 +110,7 @@ def check_clipping(value: float | None, algorithm: Any) -> None:
     """Refuse clipping by norm.
 
     Raises:
-        ValueError: naming what to use instead.
+        ValueError: Gradients would be clipped by norm.
     """
     if value and str(getattr(algorithm, "value", algorithm) or "norm") == "norm":
         raise ValueError(
@@ -137,6 +137,6 @@ def _check_hooks(module: type) -> None:
 
 
 def _overrides(module: type, method: str) -> bool:
-    """Whether a LightningModule has a method of its own, told without importing Lightning."""
+    """Whether a LightningModule overrides a method, without importing Lightning."""
     owner = next((each for each in module.__mro__ if method in vars(each)), object)
     return owner is not object and owner.__module__.partition(".")[0] not in ("lightning", "pytorch_lightning")

@@ -25,12 +25,12 @@ class Lomo(RoleOptimizer):
         roles: Roles for names. They decide nothing but ``no_decay``.
         unmatched: ``"error"`` refuses matrices whose role is not found; any policy takes them.
         no_decay: Roles exempt from weight decay.
-        maximize: Maximize the objective.
-        update_in_backward: Move each parameter and free its gradient inside backward, as for AdaPM.
+        maximize: Whether the objective is maximized.
+        update_in_backward: Whether parameters move inside backward, as for AdaPM.
 
     Raises:
-        ValueError: An option out of range.
-        TypeError: Parameters without names or roles; complex parameters.
+        ValueError: An option is out of range.
+        TypeError: Parameters lack names and roles, or are complex.
 
     State of a parameter:
 
@@ -96,12 +96,12 @@ class AdaLomo(RoleOptimizer):
         roles: Roles for names, which say how fused weights are cut.
         unmatched: ``"error"`` refuses matrices whose role is not found; any policy takes them as one piece.
         no_decay: Roles exempt from weight decay.
-        maximize: Maximize the objective.
-        update_in_backward: Move each parameter and free its gradient inside backward, as for AdaPM.
+        maximize: Whether the objective is maximized.
+        update_in_backward: Whether parameters move inside backward, as for AdaPM.
 
     Raises:
-        ValueError: An option out of range.
-        TypeError: Parameters without names or roles; complex parameters.
+        ValueError: An option is out of range.
+        TypeError: Parameters lack names and roles, or are complex.
 
     State of a parameter whose matrix is ``(m, n)``; a fused weight has the entries per piece,
     ``query.exp_avg_sq_row``:

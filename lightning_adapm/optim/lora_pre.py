@@ -29,7 +29,7 @@ class LoRAPre(RoleOptimizer):
         params: Named parameters or parameter groups, as for :class:`~lightning_adapm.AdaPM`.
         lr: Learning rate.
         betas: Decay of the first and the second moment; the first is that of Muon's momentum.
-        eps: Added to the denominator, outside the root.
+        eps: Constant added to the denominator, outside the root.
         weight_decay: Decoupled weight decay.
         rank: Rank of the factors: an int, or a float in (0, 1] for a share of the smaller dimension.
         variant: ``"adam"``, or ``"muon"``: momentum made orthogonal by Newton-Schulz, times
@@ -40,12 +40,12 @@ class LoRAPre(RoleOptimizer):
         unmatched: ``"error"`` refuses matrices whose role is not found; any policy gives them AdamW's moments.
         no_decay: Roles exempt from weight decay.
         state_dtype: Dtype of the first moment. Default float32 (float64 for float64 parameters).
-        maximize: Maximize the objective.
-        update_in_backward: Move each parameter and free its gradient inside backward, as for AdaPM.
+        maximize: Whether the objective is maximized.
+        update_in_backward: Whether parameters move inside backward, as for AdaPM.
 
     Raises:
-        ValueError: An option out of range; a matrix without a role.
-        TypeError: Parameters without names or roles; complex parameters.
+        ValueError: An option is out of range, or a matrix has no role.
+        TypeError: Parameters lack names and roles, or are complex.
 
     State of a parameter whose matrix is ``(m, n)``; a fused weight has the entries per piece, ``query.exp_avg_l``:
 

@@ -1,4 +1,4 @@
-"""What an optimizer holds, and what its low-rank momentum does not see: plain classes, no Trainer needed."""
+"""Bytes of an optimizer's state and residuals of its low-rank momentum, without a Trainer."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,31 +19,31 @@ from lightning_adapm.sharding.reduction import total
 from lightning_adapm.step.parts import Placement, Task, reduction_of
 
 OTHER = "other"
-"""The role shown for what no rule matches, and for what the user gave a policy instead of a role."""
+"""Role shown for parameters without a rule, and for those with a policy instead of a role."""
 
 _SKETCH = 16
-"""A residual's sketch has this many rows and columns."""
+"""Number of rows and columns of a residual's sketch."""
 
 
 def role_label(role: str) -> str:
-    """``role``, or :data:`OTHER` where it is none."""
+    """Return ``role``, or :data:`OTHER` if it is no role."""
     return role if role in ROLES else OTHER
 
 
 @dataclass(frozen=True)
 class StateReport:
-    """Bytes of optimizer state on this process, by role, beside what AdamW would hold in float32."""
+    """Bytes of optimizer state on this process by role, and of AdamW's state in float32."""
 
     by_role: Mapping[str, StateBytes]
     adamw: Mapping[str, StateBytes]
 
     @classmethod
     def measure(cls, optimizers: Iterable[Optimizer], module: nn.Module | None = None) -> "StateReport":
-        """What the optimizers hold now.
+        """Measure the state that optimizers hold now.
 
         Args:
             optimizers: Any torch optimizers.
-            module: Read for the roles of the parameters that AdaPM does not hold.
+            module: Module that provides the roles of parameters outside AdaPM.
         """
         held: dict[str, StateBytes] = {}
         adamw: dict[str, StateBytes] = {}
@@ -74,7 +74,7 @@ class StateReport:
         return sum(self.adamw.values(), StateBytes())
 
     def figures(self) -> dict[str, int]:
-        """All figures in bytes, under the names that are logged."""
+        """All figures in bytes, under their names in the logs."""
         total = self.total
         figures = {
             "momentum_bytes": total.momentum,
@@ -86,7 +86,7 @@ class StateReport:
 
 
 def _pieces_of(module: nn.Module) -> dict[Tensor, tuple[Piece, ...]]:
-    """Every parameter's pieces; a fused weight whose rows cannot be told apart is one piece without a role."""
+    """Find every parameter's pieces; a fused weight with unknown rows is one piece without a role."""
     pieces: dict[Tensor, tuple[Piece, ...]] = {}
     for item in describe(module.named_parameters(), module):
         try:
@@ -99,10 +99,10 @@ def _pieces_of(module: nn.Module) -> dict[Tensor, tuple[Piece, ...]]:
 def _split(
     param: Tensor, state: Mapping[str, Any], pieces: Sequence[Piece]
 ) -> Iterator[tuple[str, StateBytes, StateBytes]]:
-    """Role, bytes held and AdamW's bytes of every piece of one parameter.
+    """Role, bytes and AdamW's bytes of every piece of one parameter.
 
-    Entries with a piece's prefix are that piece's. The others belong to the whole parameter: moments are shared out by
-    the pieces' sizes, counters are the first piece's.
+    Entries with a piece's prefix are that piece's. The others belong to the whole parameter: moments are divided by the
+    pieces' sizes, and counters belong to the first piece.
     """
     own = [{k: v for k, v in state.items() if not p.whole and str(k).startswith(p.prefix)} for p in pieces]
     rest = state_bytes({k: v for k, v in state.items() if not any(k in entries for entries in own)})
@@ -125,10 +125,10 @@ def _split(
 
 
 class Reading(NamedTuple):
-    """What one step showed of one piece.
+    """Figures of one piece in one step.
 
-    ``figures`` are named as in :class:`ResidualProbe`: numbers, and on the way there 0-dimensional tensors. ``entries``
-    is how many entries the piece's share of clamped ones refers to.
+    ``figures`` have the names of :class:`ResidualProbe`. They are numbers once they have been read, and 0-dimensional
+    tensors before. ``entries`` is the number of entries that ``clamped`` refers to.
     """
 
     name: str
@@ -138,7 +138,7 @@ class Reading(NamedTuple):
 
 
 class ResidualProbe:
-    """An observer for ``AdaPM.observer``: what the low-rank momentum does not see, and how large the updates are.
+    """An observer for ``AdaPM.observer``, which measures residuals of the low-rank momentum and sizes of updates.
 
     Figures of a piece (a stack of experts is one piece), none of them with a unit:
 
@@ -148,7 +148,7 @@ class ResidualProbe:
     - ``stationarity``: cosine between the residual and the one observed before it, from sketches of them. The residual
       correction assumes that it is near 1.
 
-    Observing reads nothing back from the device; :meth:`read` does, once.
+    Observing reads nothing back from the device; :meth:`read` does so once.
     """
 
     def __init__(self) -> None:
@@ -156,7 +156,7 @@ class ResidualProbe:
         self._sketches: dict[str, Tensor] = {}
 
     def __call__(self, task: Task, direction: Tensor, update: Tensor, clip_threshold: float | None) -> None:
-        """Take in one piece of one step; see :class:`lightning_adapm.step.parts.Observer`."""
+        """Record one piece of one step; see :class:`lightning_adapm.step.parts.Observer`."""
         held = update.numel() if task.shard is None else task.shard.numel
         figures = {"update_max": update.abs().max() if update.numel() else update.new_zeros(())}
         if clip_threshold is not None:
@@ -182,7 +182,7 @@ class ResidualProbe:
         self._seen.append(Reading(task.name, role_label(task.piece.role), entries, figures))
 
     def read(self) -> list[Reading]:
-        """What was observed since the last call; waits for the device."""
+        """Return the readings since the last call; waits for the device."""
         seen, self._seen = self._seen, []
         tensors = [figure.float() for reading in seen for figure in reading.figures.values()]
         values = iter(torch.stack([t.to(tensors[0].device) for t in tensors]).tolist() if tensors else [])
@@ -190,15 +190,14 @@ class ResidualProbe:
 
 
 def sketch(residual: Tensor, first: int = 0, rows: int | None = None) -> Tensor:
-    """A stack of matrices ``(b, m, n)`` as 256 numbers, whose cosines approximate those of the residuals.
+    """Project a stack of matrices ``(b, m, n)`` to 256 numbers, whose cosines approximate those of the residuals.
 
-    A projection from both sides that depends on the shape alone and leaves torch's random state as it is.
+    The projection from both sides depends on the shape alone, and does not touch torch's random state.
 
     Args:
-        residual: all of them, or the rows of a taller stack that this process holds: the sum of the processes'
-            sketches is then the whole one's.
-        first: the first row held, counted in the whole stack.
-        rows: of the whole stack, if it is not all here.
+        residual: The whole stack, or this process's rows of it. The processes' sketches add up to the whole one.
+        first: Index in the whole stack of the first row held.
+        rows: Number of rows of the whole stack, if this process does not hold all.
     """
     tall = residual.flatten(0, 1)
     m, n = tall.shape
@@ -208,7 +207,7 @@ def sketch(residual: Tensor, first: int = 0, rows: int | None = None) -> Tensor:
 
 
 def _place(task: Task) -> tuple[int, int | None]:
-    """Where the rows of this process are: the first, and how many there are in all."""
+    """First row of this process, and the number of all rows."""
     if task.shard is not None:
         return task.shard.first, task.shard.size
     if task.layout is None:

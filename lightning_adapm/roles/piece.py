@@ -1,4 +1,4 @@
-"""Roles, and the pieces of a parameter that have one each."""
+"""Roles, and the pieces of a parameter, which have one role each."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 ROLES = ("embedding", "query", "key", "value", "attn_out", "mlp", "lm_head", "norm", "bias", "adapter")
-"""What a piece of a parameter can be."""
+"""Roles of pieces."""
 
 UNMATCHED = "unmatched"
 POLICIES = ("none", "low_rank", "full")
@@ -41,11 +41,11 @@ class Piece:
 
     @property
     def prefix(self) -> str:
-        """Of this piece's keys in the optimizer's state."""
+        """Prefix of this piece's keys in the optimizer's state."""
         return "" if self.whole else f"{self.part or self.role}."
 
     def view(self, tensor: Tensor) -> Tensor:
-        """This piece of a tensor of the parameter's shape; shares memory with it."""
+        """View of this piece in a tensor of the parameter's shape."""
         if self.stop is None:
             return tensor
         axis, length = int(self.transposed), self.stop - self.start
@@ -54,11 +54,11 @@ class Piece:
         return tensor.unflatten(axis, (self.groups, -1)).narrow(axis + 1, self.start, length)
 
     def shape(self, whole: torch.Size) -> torch.Size:
-        """Of the :meth:`matrix` of a parameter of shape ``whole``."""
+        """Shape of the :meth:`matrix` of a parameter of shape ``whole``."""
         return self.matrix(torch.empty(whole, device="meta")).shape
 
     def matrix(self, tensor: Tensor) -> Tensor:
-        """:meth:`view` as a matrix or a stack of matrices; as it is where it has fewer than two dimensions."""
+        """View of this piece as a matrix or a stack of matrices; unchanged if it has fewer than two dimensions."""
         if self.stop is None:
             return tensor.flatten(1) if self.flat else tensor
         view = self.view(tensor)

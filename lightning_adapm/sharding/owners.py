@@ -1,4 +1,4 @@
-"""Whole matrices from the rows that processes hold: each goes to one of them, which works on it alone."""
+"""Whole matrices from sharded rows: each matrix goes to one process, which works on it alone."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,13 +11,13 @@ from lightning_adapm.sharding.rows import RowShard
 
 
 class Owners:
-    """Deals the matrices of a batch out to the processes that hold rows of them, by one exchange there and one back.
+    """Assignment of a batch's matrices to the processes that hold their rows, with one exchange in each direction.
 
-    Each of ``N`` processes sends its rows of every matrix, and receives one matrix in ``N``: what it exchanges shrinks
-    with ``N`` as what it holds does, and no work is done twice.
+    Each of ``N`` processes sends its rows of every matrix and receives one matrix in ``N``. Its traffic shrinks with
+    ``N`` like its share of the rows, and no work is done twice.
 
     Args:
-        shards: Of the matrices of the batch, in order; all of one group and one shape.
+        shards: Shards of the batch's matrices, in order; all of one group and one shape.
     """
 
     def __init__(self, shards: Sequence[RowShard]) -> None:
@@ -25,14 +25,14 @@ class Owners:
         self._shards, self._group, self._rank = shards, layout.group, layout.rank
         count = len(layout.spans)
         self._dealt = [range(owner, len(shards), count) for owner in range(count)]
-        """The numbers of each process's matrices."""
+        """Indices of each process's matrices."""
 
     def apply(self, function: Callable[[Tensor], Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
-        """``function`` of the whole matrices: the rows that this process holds of each result.
+        """Apply a function to whole matrices, and return this process's rows of each result.
 
         Args:
-            function: From ``(b, m, n)`` to a tensor of this shape, of any dtype.
-            parts: The rows that this process holds of each matrix, zero where others hold them.
+            function: Function of a tensor ``(b, m, n)`` to one of the same shape, of any dtype.
+            parts: This process's rows of each matrix, zero where others hold them.
         """
         mine, shards = self._dealt[self._rank], self._shards
         given = [sum(shards[i].count for i in dealt) for dealt in self._dealt]
@@ -49,7 +49,7 @@ class Owners:
         return [result for _, result in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])]
 
     def _exchanged(self, rows: Tensor, given: list[int], taken: list[int]) -> Tensor:
-        """Rows from all processes, for as many rows ``given`` to each."""
+        """Exchange rows: send ``given`` to each process, and receive as many."""
         received = rows.new_empty(sum(taken), rows.shape[1])
         TRAFFIC.add(rows)
         # as bytes: not every backend knows every dtype
@@ -59,7 +59,7 @@ class Owners:
         return received
 
     def _whole(self, received: Tensor) -> Tensor:
-        """This process's matrices, of the rows of all."""
+        """Assemble this process's matrices from the rows of all processes."""
         mine, like = self._dealt[self._rank], self._shards[0]
         whole, place = received.new_zeros(len(mine), like.size, like.width), 0
         for rank in range(len(self._dealt)):

@@ -1,4 +1,4 @@
-"""Settings of parameter groups on loading: which ones win, and what is said where checkpoint and code differ."""
+"""Settings of parameter groups on loading: precedence, and the warning where checkpoint and code differ."""
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -7,17 +7,17 @@ from typing import Any
 from torch import Tensor
 
 AS_BUILT = "as_built"
-"""Entry of a parameter group: its hyperparameters as the code gave them, which schedules do not change."""
+"""Entry of a parameter group with the hyperparameters given in code, which schedules do not change."""
 
 _OWN = ("roles", "param_names", "no_decay", "format_version")
-"""Group entries that stay this optimizer's, as its ``structure`` does."""
+"""Group entries that stay this optimizer's own, like its ``structure``."""
 
 _FOREIGN = ("amsgrad", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
-"""Options of torch's optimizers that mean nothing here."""
+"""Options of torch's optimizers without a meaning here."""
 
 
 def as_built(group: Mapping[str, Any], options: Iterable[str], structure: Iterable[str]) -> dict[str, Any]:
-    """The hyperparameters of a group that is new: those ``options`` that a checkpoint overrides."""
+    """Hyperparameters of a new group: the ``options`` that a checkpoint overrides."""
     return {key: _plain(group[key]) for key in options if key in group and key not in (*_OWN, *structure)}
 
 
@@ -31,7 +31,7 @@ def kept_settings(
     """Merge saved groups with this optimizer's: hyperparameters of the former, and what shapes the state of the latter.
 
     Returns:
-        The groups to go on with, and the options whose values differ, in words.
+        The groups to continue with, and the options whose values differ, in words.
 
     Raises:
         ValueError: The groups do not correspond, or the state is from a newer format or an unsupported AdamW variant.
@@ -66,7 +66,7 @@ def _check(old: Mapping[str, Any], version: int) -> None:
 
 
 def _built(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Saved hyperparameters as their code gave them; of another optimizer, as they were when it was saved."""
+    """Saved hyperparameters as given in code; those of another optimizer as they were on saving."""
     given = old.get(AS_BUILT) or {**old, "lr": old.get("initial_lr", old.get("lr"))}
     return {key: _plain(given[key]) for key in new[AS_BUILT] if key in given}
 
@@ -81,7 +81,7 @@ def _differences(used: Mapping[str, Any], other: Mapping[str, Any], keys: Iterab
 
 
 def _plain(value: Any) -> Any:
-    """A value that compares and can be saved: numbers for tensors, lists for tuples."""
+    """Convert a value for comparing and saving: tensors to numbers, tuples to lists."""
     if isinstance(value, Tensor):
         return value.item() if value.numel() == 1 else value.tolist()
     if isinstance(value, Mapping):

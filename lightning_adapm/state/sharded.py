@@ -1,12 +1,12 @@
-"""State that moves between processes: saved as if one device had trained, loaded on as many processes as there are.
+"""Sharded state: saved as if one device had trained, and loaded on any number of processes.
 
-In memory a process holds plain tensors, the rows that are its own. A state dict holds what the engine of its parameters
-can save and shard again.
+In memory a process holds plain tensors with its own rows. A state dict holds tensors that the parameters' strategy can
+save and shard again.
 
-- FSDP2: DTensors of the shapes that one device would have, sharded along their first dimension; what every process
-  holds alike is a plain tensor.
-- FSDP1 knows only tensors that lie as its flat parameters do, with the same names for every parameter. All state of a
-  parameter becomes one vector, cut into ``packed_0``, ``packed_1``, ... of the parameter's shape, the rest zero.
+- FSDP2: DTensors of the shapes on one device, sharded along their first dimension. State that is equal on all processes
+  is a plain tensor.
+- FSDP1 supports only tensors like its flat parameters, with the same names for every parameter. All state of a
+  parameter becomes one vector, cut into ``packed_0``, ``packed_1``, ... of the parameter's shape and filled with zeros.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,7 +29,7 @@ _PACKED = "packed_"
 
 
 class Stateful(Protocol):
-    """What saving and loading ask of an optimizer."""
+    """Interface of an optimizer for saving and loading."""
 
     param_groups: list[dict[str, Any]]
     pieces: dict[Tensor, tuple[Piece, ...]]
@@ -48,7 +48,7 @@ class Stateful(Protocol):
 def export_state(
     optimizer: Stateful, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """The state of one parameter for a state dict; to be called on every process that holds a part of it."""
+    """State of one parameter for a state dict. Call it on every process that holds a part of the parameter."""
     layout = optimizer.placement(param).layout
     if layout is None:
         return state
@@ -81,10 +81,10 @@ def import_entry(
 ) -> dict[str, Any] | None:
     """A saved entry with a state dict's tensors for one device, sharded or not; None where nothing was saved.
 
-    To be called on every process that holds a part of the parameter: under FSDP1 they have a part of the entry each.
+    Call it on every process that holds a part of the parameter; under FSDP1 each has a part of the entry.
 
     Raises:
-        ValueError: FSDP1 has cut up a state that was saved with other settings.
+        ValueError: FSDP1 has cut a state that was saved with other settings.
     """
     layout = optimizer.placement(param).layout
     if layout is not None and not isinstance(param, DTensor):
@@ -96,7 +96,7 @@ def import_entry(
 
 
 def localise(optimizer: Stateful, param: Tensor, group: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:
-    """What this process holds of the state of a whole parameter; DTensors or whole tensors, the values are copied."""
+    """Copy this process's part of a whole parameter's state, from DTensors or whole tensors."""
     state = optimizer.make_state(param, group, param)
     rest, layout = dict(whole), optimizer.placement(param).layout
     for piece, shard, keys in _pieces(optimizer, param, group):
@@ -124,7 +124,7 @@ def localise(optimizer: Stateful, param: Tensor, group: Mapping[str, Any], whole
 
 
 def fits(optimizer: Stateful, param: Tensor, group: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
-    """Whether a saved entry has the keys and the shapes that the whole parameter's state has."""
+    """Whether a saved entry has the keys and shapes of the whole parameter's state."""
     whole = _whole_shapes(optimizer, param, group)
     return whole.keys() == entry.keys() and all(
         torch.as_tensor(entry[key]).shape == value.shape for key, value in whole.items() if isinstance(value, Tensor)
@@ -132,7 +132,7 @@ def fits(optimizer: Stateful, param: Tensor, group: Mapping[str, Any], entry: Ma
 
 
 def full_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved entry with whole tensors."""
+    """Gather the tensors of a saved entry."""
     return {key: _full(value) if isinstance(value, Tensor) else value for key, value in entry.items()}
 
 
@@ -147,7 +147,7 @@ def _whole_shapes(optimizer: Stateful, param: Tensor, group: Mapping[str, Any]) 
 def _pieces(
     optimizer: Stateful, param: Tensor, group: Mapping[str, Any]
 ) -> Iterator[tuple[Piece, RowShard | None, list[str]]]:
-    """Pieces with the keys of what has a row for each of theirs: that is sharded as they are."""
+    """Pieces with the keys of entries that have a row for each of theirs, and are sharded like them."""
     placement, meta = optimizer.placement(param), torch.empty((), device="meta")
     for piece, shape, shard in zip(optimizer.pieces[param], placement.shapes, placement.shards, strict=True):
         makers = (optimizer.momentum_for(piece, shape, group), optimizer.second_moment_for(piece, shape, group))
@@ -160,12 +160,12 @@ def _pieces(
 
 
 def _aligned(piece: Piece, shard: RowShard | None) -> bool:
-    """Whether the rows of a piece lie on the processes as a DTensor's would: those of a fused weight do not."""
+    """Whether the rows of a piece lie on the processes as a DTensor's would, unlike those of a fused weight."""
     return shard is None or piece.whole or piece.transposed
 
 
 def _gather(shard: RowShard, rows: Tensor) -> Tensor:
-    """All rows of a matrix's state: sums, for of what others hold there is zero here."""
+    """Gather all rows of a matrix's state, as a sum over processes."""
     if rows.shape[-1] != shard.width and not shard.owns_first:  # one value for a row that begins on another process
         rows = torch.cat([torch.zeros_like(rows[:1]), rows[1:]])
     full = rows.new_zeros(shard.size, *rows.shape[1:])
@@ -182,7 +182,7 @@ def _held(shard: RowShard, full: Tensor) -> Tensor:
 def _pack(
     optimizer: Stateful, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any], layout: Layout
 ) -> dict[str, Tensor]:
-    """This process's part of all state of a parameter."""
+    """This process's part of a parameter's whole state."""
     exact = torch.float64 if param.dtype == torch.float64 else torch.float32
     vectors: dict[str, Tensor] = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     for piece, shard, keys in _pieces(optimizer, param, group):
@@ -218,7 +218,7 @@ def _unpack(optimizer: Stateful, param: Tensor, group: Mapping[str, Any], packed
 
 
 def _count(optimizer: Stateful) -> int:
-    """Tensors of a parameter's shape that hold the state of any: the same number for all of them."""
+    """Number of tensors of a parameter's shape that hold its state, the same for all parameters."""
     count = 1
     for group in optimizer.param_groups:
         for param in group["params"]:
@@ -231,10 +231,10 @@ def _count(optimizer: Stateful) -> int:
 def _whole_entry(
     optimizer: Stateful, param: Tensor, group: Mapping[str, Any], entry: Mapping[str, Any] | None, layout: Layout
 ) -> dict[str, Any] | None:
-    """What FSDP1 has cut up, whole again.
+    """Gather a state that FSDP1 has cut.
 
-    Whatever shape a saved tensor had, FSDP1 gives each process those of its elements whose places in row-major order
-    are the process's places in the parameter. No state of AdaPM is larger than its parameter: nothing is lost.
+    Whatever a saved tensor's shape, FSDP1 gives each process the elements at the process's places in the parameter, in
+    row-major order. Nothing is lost, because no state of AdaPM is larger than its parameter.
     """
     first, _ = layout.held
     tensors = {

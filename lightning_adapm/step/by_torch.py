@@ -18,7 +18,7 @@ _TILE_NUMEL = 1 << 22
 
 
 class Tile(NamedTuple):
-    """Pieces of one shape, or some rows of a single one, with what moves them."""
+    """Pieces of one shape, or some rows of a single one, with their gradients, directions and denominators."""
 
     params: list[Tensor]
     direction: Direction
@@ -36,10 +36,7 @@ def update(
     group: Mapping[str, Any],
     observer: Observer | None,
 ) -> None:
-    """Take ``grads`` of ``tasks``, of one shape, into their second moments, and move their parameters.
-
-    ``direction`` is what their momentum made of the gradients.
-    """
+    """Update second moments with ``grads`` of ``tasks`` of one shape, and move their parameters along ``direction``."""
     if isinstance(second_moment, Orthogonal):
         direction = second_moment.applied(direction, reduction)
     lr, clip = float(group["lr"]), group.get("clip_threshold")
@@ -84,14 +81,14 @@ def _tiles(
 
 
 def _rows_of_a_tile(param: Tensor, grad: Tensor) -> int | None:
-    """How many of the gradient's first dimension; None for all, also of a scalar and of interleaved heads."""
+    """Size of a tile in the gradient's first dimension; None for all, as for a scalar and for interleaved heads."""
     if grad.numel() <= _TILE_NUMEL or len(param) != len(grad):
         return None
     return max(1, _TILE_NUMEL * len(grad) // grad.numel())
 
 
 class _Rows:
-    """Some rows of an elementwise state."""
+    """View of some rows of an elementwise state."""
 
     def __init__(self, state: State, first: int, last: int) -> None:
         self._state, self._rows = state, slice(first, last)
@@ -122,7 +119,7 @@ def _apply(
     clip: float | None,
     scratch: bool,
 ) -> None:
-    """``param -= lr * clamp(scale * used / divisor)``; overwrites ``used`` where it is scratch."""
+    """Compute ``param -= lr * clamp(scale * used / divisor)``; overwrites ``used`` where it is scratch."""
     same = all(update.shape == param.shape for update, param in zip(used, params, strict=True))
     if clip is None and same and used[0].dtype == params[0].dtype:
         torch._foreach_addcdiv_(params, used, divisors, value=-lr * scale)

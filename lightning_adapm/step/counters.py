@@ -1,4 +1,4 @@
-"""The steps that parameters have taken, as the state holds them: one tensor for each."""
+"""Counters of the steps that parameters have taken, one tensor for each."""
 
 from collections.abc import MutableMapping, Sequence
 from operator import is_
@@ -11,10 +11,10 @@ from lightning_adapm.sharding.find import has_values
 
 
 class StepCounters:
-    """Counts steps of states that are counted together time and again.
+    """Counter of the steps of states that are often counted together.
 
-    Their entries ``step`` become views of one tensor, because an operation on each of hundreds of numbers costs the
-    host more than what a GPU's step leaves it.
+    Their entries ``step`` become views of one tensor, because operations on hundreds of numbers would cost the host
+    more time than a GPU's step takes.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class StepCounters:
         self._views: tuple[Tensor, ...] = ()
 
     def count(self, states: Sequence[MutableMapping[str, Any]]) -> list[int]:
-        """One more step for each of ``states``; their numbers."""
+        """Count one more step for each of ``states``, and return the numbers."""
         held = [state["step"] for state in states]
         if len(held) == 1 or not has_values(held[0]):  # inside backward; under FakeTensorMode only scalars are known
             for number in held:

@@ -36,11 +36,11 @@ _ROWS_OF_A_SUM = 512
 """Sums of columns are taken of so many rows each: enough programs for a device, whatever the shape."""
 
 _MOST_COLUMNS = 1 << 21
-"""A grid has at most 65,535 tiles along columns."""
+"""Maximum number of tiles along columns in a grid."""
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether the kernels run there: on NVIDIA's GPUs from compute capability 8.0 on, which Triton asks for."""
+    """Whether the kernels run on a device; Triton requires NVIDIA GPUs of compute capability 8.0 or higher."""
     return device.type == "cuda" and _supported(device)
 
 
@@ -52,7 +52,7 @@ def _supported(device: torch.device) -> bool:
 
 
 def readable(matrices: Sequence[Tensor]) -> bool:
-    """Whether these are vectors, matrices or stacks of matrices of one layout that the kernels know."""
+    """Whether tensors are vectors, matrices or stacks of matrices of one layout that the kernels support."""
     first = matrices[0]
     if not has_values(first):
         return False
@@ -61,7 +61,7 @@ def readable(matrices: Sequence[Tensor]) -> bool:
 
 
 def movable(params: Sequence[Tensor], directions: Sequence[Tensor]) -> bool:
-    """Whether the layouts of parameters and of what moves them are known."""
+    """Whether the kernels support the layouts of parameters and of their directions."""
     param, matrix = params[0], directions[0]
     heads = param.dim() == 3 and matrix.dim() == 2 and (len(param) * param.shape[1], param.shape[2]) == matrix.shape
     fit = param.shape == matrix.shape or heads
@@ -69,7 +69,7 @@ def movable(params: Sequence[Tensor], directions: Sequence[Tensor]) -> bool:
 
 
 def _alike(tensors: Sequence[Tensor]) -> bool:
-    """Of one dtype that the kernels know and one layout, whose last dimension is without gaps."""
+    """Whether tensors have one supported dtype and one layout without gaps in the last dimension."""
     first = tensors[0]
     if first.dtype not in DTYPES or first.stride(-1) != 1:
         return False
@@ -78,12 +78,12 @@ def _alike(tensors: Sequence[Tensor]) -> bool:
 
 
 class Reading(NamedTuple):
-    """What one pass over ``b`` gradients finds."""
+    """Results of one pass over ``b`` gradients."""
 
     squares: Tensor
     """Sums of squares of rows, ``(b, m)``."""
     flaws: Tensor
-    """``(gradients,)``, int32: not 0 where an entry is not finite."""
+    """Flaws ``(gradients,)``, int32, not 0 where a gradient has an entry that is not finite."""
 
 
 def read(
@@ -127,7 +127,7 @@ def read(
 
 
 def columns(grads: Matrices) -> Tensor:
-    """Sums of squares of the columns, ``(b, n)``, whether they are finite or not."""
+    """Sums of squares of the columns, ``(b, n)``, finite or not."""
 
     like, b = grads.like, len(grads.addresses)
     m, n = grads.shape
@@ -151,7 +151,7 @@ def columns(grads: Matrices) -> Tensor:
 
 
 def combine(grads: Matrices, weights: Tensor, flaws: Tensor) -> Tensor:
-    """Transposed ``weights`` ``(b, m, r)`` times ``grads`` ``(m, n)``; those of gradients with a flaw count as zero."""
+    """Multiply transposed ``weights`` ``(b, m, r)`` by ``grads`` ``(m, n)``; gradients with a flaw count as zero."""
 
     b, m, r = weights.shape
     n = grads.shape[1]
@@ -176,14 +176,14 @@ def combine(grads: Matrices, weights: Tensor, flaws: Tensor) -> Tensor:
 
 
 class Refreshed(NamedTuple):
-    """What a new basis leaves of left factors, ``(b, m, r)`` in float32."""
+    """Left factors at a refresh, ``(b, m, r)`` in float32."""
 
     held: Tensor
-    """What they were."""
+    """Left factors in the old basis."""
     moved: Tensor
-    """What of it the new basis holds."""
+    """Left factors in the new basis."""
     flush: float
-    """How much of the difference is paid out at once."""
+    """Factor of the difference, which is applied at once."""
 
 
 def advance(
@@ -380,22 +380,22 @@ def move(
 
 
 def _narrowed(tile: tuple[int, int, int, int], n: int) -> tuple[int, int, int, int]:
-    """With more rows instead where there are less than its columns, ``n``."""
+    """Trade columns of a tile for rows where the matrix has fewer columns, ``n``."""
     rows, columns, warps, stages = tile
     width = min(columns, max(16, power_of_two(n)))
     return rows * columns // width, width, warps, stages
 
 
 def padded(r: int) -> int:
-    """Columns of a left factor of rank ``r``: rows that tensor cores can load."""
+    """Columns of a left factor of rank ``r``, padded so that tensor cores can load its rows."""
     return -(-r // 16) * 16
 
 
 def block(r: int) -> int:
-    """Of a rank: a power of two that a tile of a product can have."""
+    """Power of two for a rank that a tile of a product can have."""
     return min(128, max(16, power_of_two(r)))
 
 
 def power_of_two(number: int) -> int:
-    """The smallest that is not below."""
+    """Smallest power of two that is not below."""
     return 1 << max(0, number - 1).bit_length()

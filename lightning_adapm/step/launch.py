@@ -1,4 +1,4 @@
-"""Launching :mod:`lightning_adapm.step.triton_kernels`: where matrices lie, what is compiled, on which device."""
+"""Launches of :mod:`lightning_adapm.step.triton_kernels`: addresses, compiled kernels, devices."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-"""Those that the kernels know, with Triton's names."""
+"""Dtypes that the kernels support, with Triton's names."""
 
 
 class Matrices(NamedTuple):
-    """``b`` matrices of one shape and layout: those of a list of tensors, stacks taken apart, vectors as rows."""
+    """Table of ``b`` matrices of one shape and layout; stacks are taken apart, and vectors are rows."""
 
     like: Tensor
-    """One of the list."""
+    """First tensor of the list."""
     addresses: tuple[int, ...]
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], stacks: bool | None = None) -> "Matrices":
-        """``stacks`` says what three dimensions are, if not stacks: the heads of one matrix."""
+        """Collect the matrices. Three dimensions are stacks, or without ``stacks`` the heads of one matrix."""
         like = tensors[0]
         if not (like.dim() == 3 if stacks is None else stacks):
             return cls(like, tuple([tensor.data_ptr() for tensor in tensors]))
@@ -31,29 +31,29 @@ class Matrices(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of each of them."""
+        """Shape of each matrix."""
         return (self.like.shape[-2] if self.like.dim() > 1 else 1), self.like.shape[-1]
 
     @property
     def stride(self) -> int:
-        """From row to row."""
+        """Elements from one row to the next."""
         return self.like.stride(-2) if self.like.dim() > 1 else self.like.shape[-1]
 
     @property
     def table(self) -> Tensor:
-        """The addresses, on the device."""
+        """Addresses of the matrices, on the device."""
         return _table(self.addresses, self.like.device)[0]
 
     @property
     def aligned(self) -> bool:
-        """Every row of every matrix begins at a multiple of 16 bytes."""
+        """Whether every row of every matrix begins at a multiple of 16 bytes."""
         size = self.like.element_size()
         return not any(n * size % 16 for n in self.like.stride()[:-1]) and _table(self.addresses, self.like.device)[1]
 
 
 @lru_cache(maxsize=4096)  # from step to step, memory is mostly where it was
 def _table(addresses: tuple[int, ...], device: torch.device) -> tuple[Tensor, bool]:
-    """On the device, and whether all are multiples of 16."""
+    """Copy addresses to the device; also return whether all are multiples of 16."""
     table = torch.tensor(addresses, dtype=torch.int64, pin_memory=device.type == "cuda")
     return table.to(device, non_blocking=True), not any(address % 16 for address in addresses)
 
@@ -71,8 +71,8 @@ def launch(
 ) -> None:
     """Launch a kernel of :mod:`lightning_adapm.step.triton_kernels` with its arguments in this order.
 
-    What Triton compiled is kept by all that it may depend on, and launched as Triton's own tutorials launch what they
-    have compiled before: asking for it again takes the host longer than the launch.
+    Compiled kernels are kept by everything that they depend on, and launched as in Triton's own tutorials, because
+    asking Triton again takes the host longer than the launch.
     """
     device = tensors[0].device
     scalars = tuple(map(float, scalars))  # what is compiled for a float cannot be launched with an int
@@ -93,13 +93,13 @@ def launch(
 
 
 def _of(dtype: torch.dtype) -> Any:
-    """Triton's name of it."""
+    """Triton's name of a dtype."""
     import triton.language as tl
 
     return getattr(tl, DTYPES[dtype])
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device."""
+    """Make a device current, because Triton launches on the current one."""
     current = device.type != "cuda" or device.index == torch.cuda.current_device()
     return nullcontext() if current else torch.cuda.device(device)

@@ -1,4 +1,4 @@
-"""Gradients as steps use them: in float32 at least, and zero where they are not finite."""
+"""Gradients for steps: in float32 at least, and zero where they are not finite."""
 
 import warnings
 from collections import Counter, defaultdict
@@ -14,10 +14,10 @@ from lightning_adapm.sharding.reduction import all_reduce
 from lightning_adapm.step.parts import Task
 
 _WATCHED = 3
-"""Steps in a row whose gradients must all be broken for a warning."""
+"""Number of consecutive steps with only broken gradients before a warning."""
 
 _COPIED_TOGETHER = 8
-"""Steps whose flaws are copied from a device at once."""
+"""Number of steps whose flaws are copied from a device together."""
 
 _ALL_BROKEN = (
     "every gradient held an infinity or a NaN in {steps} steps in a row: they counted as zero, and nothing was trained."
@@ -26,24 +26,24 @@ _ALL_BROKEN = (
 )
 
 Key = tuple[Tensor, str]
-"""A parameter, and the prefix of one of its pieces."""
+"""Identity of a piece: its parameter and its prefix."""
 
 
 class NonFiniteGradients:
-    """Counts, per piece, the steps whose gradient held an infinity or a NaN; such a gradient is taken as zero.
+    """Counts per piece of the steps whose gradient held an infinity or a NaN; such a gradient counts as zero.
 
-    Counted on the device the gradient is on, so that a step waits for nothing.
+    The counts are on the gradient's device, so that no step waits for them.
     """
 
     def __init__(self) -> None:
         self._names: dict[Key, str] = {}
         self._counts: dict[Key, tuple[Tensor, int]] = {}
-        """The counts of all pieces of a batch, and the place of this one among them."""
+        """Counts of all pieces of a batch, and the place of this one among them."""
         self._agreed: dict[Key, Tensor] = {}
         self._watch = Watch()
 
     def steps(self) -> dict[str, int]:
-        """Names with their number of steps, where there were any; waits for the device."""
+        """Number of steps by name, for names with any; waits for the device."""
         whole = {id(counts): counts for counts, _ in self._counts.values()}
         numbers = {key: counts.tolist() for key, counts in whole.items()}
         steps: Counter[str] = Counter()
@@ -73,12 +73,12 @@ class NonFiniteGradients:
             self._agreed.update(zip([task.key for task in together], (flags != 0).unbind(), strict=True))
 
     def finish_step(self) -> None:
-        """To be called at the end of each step, of which :meth:`count` has seen every batch."""
+        """Finish a step, after :meth:`count` for every batch."""
         if self._watch.finish_step():
             warnings.warn(_ALL_BROKEN.format(steps=_WATCHED), stacklevel=5)  # of whoever calls step()
 
     def replace(self, tasks: list[Task], maximize: bool) -> list[Task]:
-        """The tasks with the gradients to descend along: tasks of one shape, dtype and device."""
+        """Replace gradients by those to descend along, with broken ones zeroed and counted."""
         exact = [task.grad if task.grad.dtype == torch.float64 else task.grad.float() for task in tasks]
         if maximize:
             exact = list(torch._foreach_neg(exact))
@@ -99,7 +99,7 @@ class NonFiniteGradients:
         return [task._replace(grad=grad) for task, grad in zip(tasks, exact, strict=True)]
 
     def _zeroed(self, tasks: list[Task], grads: Tensor) -> list[Tensor]:
-        """Gradients as one tensor, by a few kernels for all of them."""
+        """Zero broken gradients ``(tasks, ...)``, by a few kernels for all of them."""
         finite = self.agreed_on(tasks)
         if finite is None:
             finite = grads.sum(dim=-1).view(len(tasks), -1).isfinite().all(dim=-1)
@@ -107,13 +107,13 @@ class NonFiniteGradients:
         return list(grads.masked_fill_(~finite.view(-1, *(1,) * (grads.dim() - 1)), 0.0).unbind())
 
     def agreed_on(self, tasks: list[Task]) -> Tensor | None:
-        """Flags ``(tasks,)``: finite, as far as processes have agreed on it."""
+        """Flags ``(tasks,)`` of finite gradients, agreed between processes."""
         if not self._agreed or tasks[0].key not in self._agreed:
             return None
         return torch.stack([self._agreed[task.key] for task in tasks])
 
     def count(self, tasks: list[Task], flaws: Tensor) -> None:
-        """Add a step to those whose number in ``flaws`` ``(tasks,)`` is 1, not 0."""
+        """Count a step for tasks whose entry in ``flaws`` ``(tasks,)`` is 1, not 0."""
         counts = self._together([task.key for task in tasks])
         if counts is None:
             counts = self._gathered(tasks, flaws)
@@ -121,7 +121,7 @@ class NonFiniteGradients:
         self._watch.see(flaws)
 
     def _together(self, keys: list[Key]) -> Tensor | None:
-        """The counts of pieces that were counted together, in this order, the last time."""
+        """Counts of pieces that were counted together in this order last time; None for others."""
         found = [self._counts.get(key) for key in keys]
         if found[0] is None or len(found[0][0]) != len(keys):
             return None
@@ -130,7 +130,7 @@ class NonFiniteGradients:
         return counts if same else None
 
     def _gathered(self, tasks: list[Task], like: Tensor) -> Tensor:
-        """The counts of pieces that were not, as one tensor from now on."""
+        """Gather the counts of pieces into one tensor for the next time."""
         found = [self._counts.get(task.key) for task in tasks]
         counts = torch.stack([like.new_zeros(()) if each is None else each[0][each[1]].to(like) for each in found])
         for place, task in enumerate(tasks):
@@ -147,9 +147,9 @@ class Watch:
 
     def __init__(self) -> None:
         self._flaws: list[Tensor] = []
-        """Of the batches since the last copy, in order."""
+        """Flaws of the batches since the last copy, in order."""
         self._sizes: list[int] = [0]
-        """How many flaws each step since then has had."""
+        """Number of flaws in each step since then."""
         self._copied: tuple[Tensor, list[int], torch.cuda.Event | None] | None = None
         self._in_a_row = 0
         self._over = False
@@ -161,13 +161,13 @@ class Watch:
         self.__dict__ |= {"_flaws": [], "_sizes": [0], "_copied": None, **state}
 
     def see(self, flaws: Tensor) -> None:
-        """Take the flaws of a batch."""
+        """Add the flaws of a batch."""
         if not self._over:
             self._flaws.append(flaws)
             self._sizes[-1] += len(flaws)
 
     def finish_step(self) -> bool:
-        """Whether this is the time to warn, which it is once."""
+        """Whether to warn now; true once."""
         if self._over or not self._flaws:
             return False
         device = self._flaws[0].device
@@ -190,10 +190,9 @@ def _name(task: Task) -> str:
 
 
 def _finite(grads: list[Tensor]) -> Tensor:
-    """For each gradient, all of one shape, whether it is finite.
+    """Whether each gradient is finite, for gradients of one shape.
 
-    An infinity or a NaN reaches the sum of its row. Sums of rows, not of everything: those of large but finite
-    gradients overflow.
+    An infinity or a NaN reaches the sum of its row. Sums over whole gradients would overflow for large finite ones.
     """
     exact = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
     return torch.stack([grad.sum(dim=-1, dtype=exact).flatten() for grad in grads]).isfinite().all(dim=-1)

@@ -1,4 +1,4 @@
-"""AdaPM and its learning-rate schedule for a LightningModule that has no ``configure_optimizers`` of its own."""
+"""AdaPM and its learning-rate schedule for a LightningModule without its own ``configure_optimizers``."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 else:
     _Module = object
 
-# They replace parameters by others than the optimizer was given, or run the step themselves.
+# Strategies that replace the parameters given to the optimizer, or run the step themselves.
 _UNSUPPORTED_STRATEGIES = (
     strategies.DeepSpeedStrategy,
     strategies.XLAStrategy,
@@ -30,7 +30,7 @@ _UNSUPPORTED_STRATEGIES = (
 
 
 class AdaPMMixin(_Module):
-    """Gives a LightningModule ``configure_optimizers`` with AdaPM: ``class MyModule(AdaPMMixin, L.LightningModule)``.
+    """A ``configure_optimizers`` with AdaPM for a LightningModule: ``class MyModule(AdaPMMixin, L.LightningModule)``.
 
     The settings are the attribute ``adapm``, of the class or the instance: a dict, an :class:`AdaPMConfig`, or None for
     the defaults. ``{"optimizer": "partial_muon", ...}``, or a :class:`PartialMuonConfig`, gives
@@ -74,12 +74,12 @@ class AdaPMMixin(_Module):
 
     @property
     def adapm_options(self) -> dict[str, Any]:
-        """The keyword arguments of :attr:`adapm_class` that the settings mean."""
+        """Keyword arguments of :attr:`adapm_class` in the settings."""
         return OptimizerConfig.resolve(self.adapm).optimizer_options | {"lr": self.lr}
 
     @property
     def adapm_class(self) -> type[Any]:
-        """The optimizer that the settings mean."""
+        """Class of the optimizer in the settings."""
         return OptimizerConfig.resolve(self.adapm).make
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -87,7 +87,7 @@ class AdaPMMixin(_Module):
 
         Raises:
             MisconfigurationException: A strategy that AdaPM does not support, or a schedule over an endless run.
-            ValueError: Settings out of range, or matrices whose role is not known.
+            ValueError: A setting is out of range, or a matrix has no role.
         """
         config = dataclasses.replace(OptimizerConfig.resolve(self.adapm), lr=self.lr)
         self._say_which_lr()
@@ -124,7 +124,7 @@ class AdaPMMixin(_Module):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def lr_scheduler_step(self, scheduler: LRSchedulerTypeUnion, metric: Any | None) -> None:
-        """Step a scheduler as Lightning does, after a look at whether the run still has the steps it was built for."""
+        """Step a scheduler as Lightning does, after checking that the run still has the same number of steps."""
         if isinstance(scheduler, Schedule):
             scheduler.follow(self.trainer)
         super().lr_scheduler_step(scheduler, metric)
@@ -148,7 +148,7 @@ class AdaPMMixin(_Module):
             rank_zero_warn(f"lr={self.lr}, assigned to {type(self).__name__}.lr, is used instead of adapm's lr={given}")
 
     def _log_settings(self, config: AdaPMConfig | PartialMuonConfig, optimizer: Optimizer) -> None:
-        """What the optimizer resolved the settings to, beside the module's own hyperparameters."""
+        """Log the settings as the optimizer resolved them, with the module's own hyperparameters."""
         trainer = self._trainer
         if trainer is None or not trainer.enable_autolog_hparams:
             return
@@ -169,7 +169,7 @@ def check_strategy(strategy: strategies.Strategy) -> None:
     """Refuse strategies under which AdaPM would not be the optimizer that it is on one device.
 
     Raises:
-        MisconfigurationException: Naming the strategy and what works.
+        MisconfigurationException: The strategy is one of those.
     """
     if isinstance(strategy, _UNSUPPORTED_STRATEGIES):
         raise MisconfigurationException(

@@ -1,4 +1,4 @@
-"""The schedule of a LightningModule's ``adapm`` settings: warm-up, cosine, and the number of steps that they span."""
+"""The schedule in a LightningModule's ``adapm`` settings: warm-up, cosine, and their number of steps."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 class Pace(NamedTuple):
-    """What the number of steps depends on and callbacks change after the optimizers are built."""
+    """Settings that determine the number of steps, and that callbacks change after the optimizers are built."""
 
     batches: float
     accumulated: int
     max_steps: int
-    """Another one than before means that a finder tries something out."""
+    """Limit of the run; another one than before means that a finder is trying something."""
 
     @classmethod
     def of(cls, trainer: L.Trainer) -> Pace:
-        """Read it as it is in the present epoch, or as a ``GradientAccumulationScheduler`` is about to set it."""
+        """Read the present epoch's settings, with the accumulation that a scheduler is about to set."""
         scheduler = _accumulation(trainer)
         if scheduler is None:
             accumulated = trainer.accumulate_grad_batches
@@ -35,7 +35,7 @@ class Pace(NamedTuple):
 
 @dataclass
 class _Span:
-    """The form of a schedule and the steps that it spans; not part of a checkpoint."""
+    """Form and length of a schedule; not part of a checkpoint."""
 
     warmup: int | float
     cosine: bool
@@ -80,7 +80,7 @@ class Schedule(LambdaLR):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The keyword arguments of :func:`lr_factor`."""
+        """Keyword arguments of :func:`lr_factor`."""
         factor = self.lr_lambdas[0]
         assert isinstance(factor, partial)
         return factor.keywords
@@ -146,10 +146,10 @@ class Schedule(LambdaLR):
 
 
 def lr_factor(step: int, *, warmup: int, total: int | None, min_ratio: float) -> float:
-    """What the learning rate is multiplied by in a step, counted from 0.
+    """Factor of the learning rate in a step, counted from 0.
 
-    Rises linearly over ``warmup`` steps to 1, then falls as a cosine to ``min_ratio`` at ``total`` and stays there;
-    ``total=None`` stays at 1.
+    It rises linearly to 1 over ``warmup`` steps, falls as a cosine to ``min_ratio`` at ``total``, and stays there. With
+    ``total=None`` it stays at 1.
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -160,7 +160,7 @@ def lr_factor(step: int, *, warmup: int, total: int | None, min_ratio: float) ->
 
 
 def total_steps(trainer: L.Trainer) -> int | None:
-    """Optimizer steps of the whole run, with the epochs of a ``GradientAccumulationScheduler``; None if endless."""
+    """Number of optimizer steps of the whole run, with a ``GradientAccumulationScheduler``; None if endless."""
     if trainer.limit_train_batches == 0:
         return 0
     steps = trainer.estimated_stepping_batches  # reads the data, too
