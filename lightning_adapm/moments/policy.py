@@ -40,8 +40,10 @@ def momentum_table(overrides: Mapping[str, str] | str | None, unmatched: str) ->
     """
     if isinstance(overrides, str):
         table, overrides = _named_table(overrides), {}
-    else:
+    elif isinstance(overrides, Mapping | None):
         table = dict(DEFAULT_MOMENTUM)
+    else:
+        raise ValueError(f"momentum must be a policy or {{role: policy}}, but got {overrides!r}")
     if unmatched != "error":
         table.setdefault(UNMATCHED, unmatched)
     for role, policy in (overrides or {}).items():

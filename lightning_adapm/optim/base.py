@@ -90,9 +90,7 @@ class RoleOptimizer(Checkpointed):
     ) -> None:
         options.check_caller()
         options.check_roles(roles, unmatched)
-        no_decay = defaults["no_decay"]
-        defaults["no_decay"] = [no_decay] if isinstance(no_decay, str) else list(no_decay or ())
-        defaults["format_version"] = FORMAT_VERSION
+        defaults = options.plain(defaults, defaults, unmatched) | {"format_version": FORMAT_VERSION}
         self.check_options(defaults)
         self.name_rules = dict(roles or {})
         self.unmatched = unmatched
@@ -124,6 +122,7 @@ class RoleOptimizer(Checkpointed):
         """Refuse pieces of a parameter that this optimizer cannot treat, by raising a ValueError."""
 
     def _assign(self, groups: list[dict[str, Any]], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
+        groups = [options.plain(group, defaults, self.unmatched) for group in groups]
         for group in groups:
             self.check_options({**defaults, **group})
         assigned, pieces, reasons = assign_roles(
@@ -172,6 +171,7 @@ class RoleOptimizer(Checkpointed):
         for group in self.param_groups:
             options.check_held(group, self.pieces)
         loss, updated = None, {}
+        self._rates.clear()
         if self.update_in_backward:
             sharded = any(self.placement(param).layout is not None for param in self.pieces)
             with in_backward.armed(self.param_groups, closure, sharded, self._take) as updated, torch.enable_grad():
@@ -221,8 +221,14 @@ class RoleOptimizer(Checkpointed):
             tasks = (task for buckets in gathered for bucket in buckets for task in bucket.tasks)
             self._nonfinite.agree(tasks, chain.from_iterable(each[2] for each in selected))
             for (group, _, _), buckets in zip(selected, gathered, strict=True):
-                self._move_together(buckets, group)
+                self._move_together(buckets, self._with_number(group))
         return True
+
+    def _with_number(self, group: dict[str, Any]) -> Mapping[str, Any]:
+        """A group whose learning rate is a number: a tensor on a device, which a step waits for, is read once."""
+        if id(group) not in self._rates:
+            self._rates[id(group)] = float(group["lr"])
+        return {**group, "lr": self._rates[id(group)]}
 
     def _forget_places(self) -> None:
         self._placements: dict[Tensor, tuple[torch.Size, Placement]] = {}
@@ -230,6 +236,7 @@ class RoleOptimizer(Checkpointed):
         self._alike: weakref.WeakValueDictionary[Any, Alike] = weakref.WeakValueDictionary()
         self._settings: dict[int, dict[str, Any]] = {}
         self._counters: defaultdict[int, StepCounters] = defaultdict(StepCounters)
+        self._rates: dict[int, float] = {}  # of this step, by group
 
     def placement(self, param: Tensor) -> Placement:
         """Where a parameter's pieces are, and the shapes of their matrices over all processes."""
@@ -317,7 +324,7 @@ class RoleOptimizer(Checkpointed):
             task = Task(name, param, piece, view, view, PieceState(state, piece.prefix), placement.layout, shard)
             momentum = self._placed_momentum(param, index, group)
             second_moment = self.second_moment_for(piece, shape, group)
-            decay = 0.0 if piece.role in group["no_decay"] else group["weight_decay"]
+            decay = 0.0 if piece.role in group["no_decay"] else float(group["weight_decay"])
             processes = None if shard is None else shard.layout.group
             common = momentum, second_moment, decay, shape, param.dtype, param.device, processes
             alike = self._alike.setdefault(common, Alike())

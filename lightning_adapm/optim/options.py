@@ -3,12 +3,13 @@
 import difflib
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Number
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_adapm.moments.policy import SECOND_MOMENTS
+from lightning_adapm.moments.policy import SECOND_MOMENTS, momentum_table
 from lightning_adapm.roles.assign import check_layout
 from lightning_adapm.roles.context import normalize
 from lightning_adapm.roles.piece import POLICIES, ROLES, UNMATCHED, Piece
@@ -39,6 +40,39 @@ def check(group: Mapping[str, Any]) -> None:
             raise ValueError(f"no_decay: {role!r} is not a role; the roles are {', '.join(ROLES)}")
     if group.get("role") is not None and group["role"] not in (*ROLES, *FUSED, *POLICIES):
         raise ValueError(f"role: {group['role']!r} is neither a role ({', '.join((*ROLES, *FUSED))}) nor a policy")
+
+
+def plain(group: Mapping[str, Any], defaults: Mapping[str, Any], unmatched: str) -> dict[str, Any]:
+    """Bring options of a parameter group into the form that checkpoints hold, whatever the caller wrote.
+
+    Args:
+        group: The parameter group, or the defaults themselves. Keys that are not among ``defaults`` are the caller's.
+        defaults: The optimizer's options. A group's policies by role differ from theirs in what the group states.
+        unmatched: As for the optimizer.
+
+    Raises:
+        ValueError: A role, policy or dtype that does not exist.
+    """
+    found = dict(group)
+    for option in group.keys() & defaults.keys():
+        value = group[option]
+        if option == "momentum":
+            value = momentum_table({**defaults[option], **value} if isinstance(value, Mapping) else value, unmatched)
+        elif option == "state_dtype":
+            value = dtype_names(value)
+        elif option == "no_decay":
+            value = [value] if isinstance(value, str) else list(value or ())
+        elif option == "betas" and isinstance(value, Iterable):
+            value = tuple(map(_plain, value))
+        else:
+            value = _plain(value)
+        found[option] = value
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """Python's number for a number of numpy's, which ``torch.load`` refuses by default; anything else as it is."""
+    return value.item() if isinstance(value, Number) and hasattr(value, "item") else value
 
 
 def instead_of(name: str, known: Iterable[str], what: str = "options") -> str:

@@ -625,13 +625,50 @@ def test_a_rate_may_be_a_tensor(case):
         assert equal(values(model), before)
 
 
+class Counted(torch.Tensor):
+    """A rate that counts how often it is read: each time, a step waits for the device that it is on."""
+
+    reads = 0
+
+    def __float__(self):
+        Counted.reads += 1
+        return self.as_subclass(torch.Tensor).item()
+
+    item = __float__
+
+
+def test_a_rate_that_is_a_tensor_is_read_once_per_step_and_group(case):
+    if case is REFERENCE:
+        return
+    model = Net()
+    named, rate = list(model.named_parameters()), torch.tensor(1e-2).as_subclass(Counted)
+    optimizer = case([{"params": named[:2]}, {"params": named[2:]}], lr=rate)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        return loss
+
+    for given in ([], [closure]):
+        set_gradients(model)
+        Counted.reads = 0
+        optimizer.step(*given)
+        assert Counted.reads == 2
+
+
 @pytest.mark.parametrize("kind", [int, np.float32, np.float64, np.int64])
 def test_options_may_be_numbers_of_any_kind(case, kind):
-    names = [name for name in ("eps", "weight_decay") if name in inspect.signature(case.make).parameters]
+    numbers = {"lr": 1, "weight_decay": 0, "eps": 0, "rank": 1, "update_proj_gap": 3, "clip_threshold": 2}
+    numbers = {name: number for name, number in numbers.items() if case.takes(name)}
+    whole = {"rank", "update_proj_gap"} if issubclass(kind, np.floating) else set()
+    given = {name: number if name in whole else kind(number) for name, number in numbers.items()}
     model, other = Net(), Net()
-    train(model, case(model.named_parameters(), lr=kind(1), **{name: kind(0) for name in names}))
-    train(other, case(other.named_parameters(), lr=1.0, **dict.fromkeys(names, 0.0)))
+    optimizer = case(model.named_parameters(), **given)
+    train(model, optimizer)
+    train(other, case(other.named_parameters(), **numbers))
     assert equal(model, other)
+    through_a_file(optimizer.state_dict() if case is not REFERENCE else {})
 
 
 SCHEDULERS = {

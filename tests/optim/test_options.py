@@ -1,0 +1,67 @@
+"""Options of parameter groups, in every form that the constructor takes them in."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_adapm import AdamMini, AdaPM, LoRAPre, PartialMuon
+
+
+def optimizer_of(group, make=AdaPM, **options):
+    torch.manual_seed(0)
+    params = [("mlp.weight", nn.Parameter(torch.randn(6, 9))), ("norm.weight", nn.Parameter(torch.ones(9)))]
+    optimizer = make([{"params": params, **group}], **{"rank": 1, **options} if make is not AdamMini else options)
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        for _, param in params:
+            param.grad = torch.randn(param.shape, generator=generator)
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("state_dtype", torch.bfloat16),
+        ("state_dtype", "torch.bfloat16"),
+        ("state_dtype", {"low_rank": "float16"}),
+        ("no_decay", "norm"),
+        ("no_decay", ("norm", "mlp")),
+        ("no_decay", None),
+        ("momentum", "full"),
+        ("momentum", {"mlp": "none"}),
+        ("betas", [0.8, 0.9]),
+    ],
+)
+@pytest.mark.parametrize("make", [AdaPM, PartialMuon])
+def test_a_group_may_state_what_the_constructor_takes(make, option, value):
+    group, whole = optimizer_of({option: value}, make), optimizer_of({}, make, **{option: value})
+    assert group.param_groups[0][option] == whole.param_groups[0][option]
+    for one, other in zip(group.param_groups[0]["params"], whole.param_groups[0]["params"], strict=True):
+        assert torch.equal(one, other)
+    late = make([("mlp.1.weight", nn.Parameter(torch.ones(3, 4)))])
+    late.add_param_group({"params": [("norm.weight", nn.Parameter(torch.ones(9)))], option: value})
+    assert late.param_groups[1][option] == whole.param_groups[0][option]
+
+
+def test_policies_of_a_group_are_added_to_those_of_the_optimizer():
+    optimizer = optimizer_of({"momentum": {"mlp": "none"}}, momentum={"norm": "none"})
+    assert not any("exp_avg" in state for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("make", [AdaPM, AdamMini, LoRAPre, PartialMuon])
+@pytest.mark.parametrize(
+    "dtype", ["float8_e4m3fn", torch.float8_e5m2, "int8", torch.int64, "a word", torch.complex64, 3]
+)
+def test_state_dtypes_that_nothing_computes_with(make, dtype):
+    for given in ({"state_dtype": dtype}, {}):
+        options = {} if given else {"state_dtype": dtype}
+        with pytest.raises(ValueError, match="state_dtype must be one of bfloat16, float16, float32, float64, but got"):
+            optimizer_of(given, make, **options)
+
+
+def test_options_of_other_optimizers_stay_the_callers():
+    """Groups of torch.optim.SGD, for instance, have a number under momentum."""
+    assert optimizer_of({"momentum": 0.9, "mu": "any"}, AdamMini).param_groups[0]["momentum"] == 0.9
+    with pytest.raises(ValueError, match="momentum must be a policy or {role: policy}, but got 0.9"):
+        optimizer_of({"momentum": 0.9})
