@@ -20,7 +20,7 @@ from lightning_adapm.roles.assign import assign_roles
 from lightning_adapm.roles.context import Named
 from lightning_adapm.roles.inputs import name_tensors, read_groups, source_module
 from lightning_adapm.roles.piece import Piece
-from lightning_adapm.sharding.find import has_values, local
+from lightning_adapm.sharding.find import local
 from lightning_adapm.sharding.fsdp1 import gradients
 from lightning_adapm.sharding.rows import column_range
 from lightning_adapm.state.state_dict import FORMAT_VERSION, Checkpointed
@@ -32,7 +32,6 @@ from lightning_adapm.step.parts import (
     Alike,
     Bucket,
     Observer,
-    PieceState,
     Placement,
     Plan,
     Task,
@@ -170,6 +169,7 @@ class RoleOptimizer(Checkpointed):
         """Take one step; ``closure`` reevaluates the model and returns the loss."""
         for group in self.param_groups:
             options.check_held(group, self.pieces)
+        self._let_go()
         loss, updated = None, {}
         self._rates.clear()
         if self.update_in_backward:
@@ -187,6 +187,16 @@ class RoleOptimizer(Checkpointed):
         if not moved and not updated and not skipped and not self._has_moved():
             warnings.warn(_NO_GRADIENT.format(type(self).__name__), stacklevel=4)
         return loss
+
+    def _let_go(self) -> None:
+        """Forget parameters that callers have taken out of the groups, so that their memory is given back."""
+        if sum(len(group["params"]) for group in self.param_groups) == len(self.pieces):
+            return
+        held = {param for group in self.param_groups for param in group["params"]}
+        for known in (self.pieces, self.reasons, self._placements, self._plans):
+            for param in known.keys() - held:
+                del known[param]
+        self._nonfinite.let_go(held)
 
     def _has_moved(self) -> bool:
         """Whether any parameter ever took a step: gradients that are left out later are so on purpose."""
@@ -286,49 +296,43 @@ class RoleOptimizer(Checkpointed):
         if settings == self._settings.get(id(group)):
             settings = self._settings[id(group)]  # the same one is compared faster
         self._settings[id(group)] = settings
-        moving: list[tuple[Tensor, list[Plan]]] = []
+        moving: list[tuple[str, Tensor, Tensor, list[Plan]]] = []
         for name, param, grad in zip(names, params, grads, strict=True):
             if grad is not None:
                 options.check_gradient(name, grad)
-                plans = self._planned(name, param, group, settings)
+                plans = self._planned(param, group, settings)
                 if plans:
-                    moving.append((local(grad), plans))
+                    moving.append((name, param, local(grad), plans))
         if not moving:
             return ()
-        counts = self._counters[id(group)].count([plans[0].task.state.whole for _, plans in moving])
+        counts = self._counters[id(group)].count([self.state[param] for _, param, _, _ in moving])
         buckets: dict[Any, Bucket] = {}
-        for (grad, plans), step in zip(moving, counts, strict=True):
+        for (name, param, grad, plans), step in zip(moving, counts, strict=True):
+            part, state = local(param), self.state[param]
             for plan in plans:
-                task = plan.task
-                taken = grad if task.shard is not None else task.piece.matrix(grad)
+                task = plan.task(name, param, part, grad, state)
                 key = plan.alike, step, plan.momentum.due(step), task.state.get("seeded")
                 if key not in buckets:
                     buckets[key] = Bucket(plan, step, [])
-                buckets[key].tasks.append(task.with_gradient(taken))
+                buckets[key].tasks.append(task)
         return buckets.values()
 
-    def _planned(self, name: str, param: Tensor, group: Mapping[str, Any], settings: dict[str, Any]) -> list[Plan]:
+    def _planned(self, param: Tensor, group: Mapping[str, Any], settings: dict[str, Any]) -> list[Plan]:
         """What steps do with each piece of a parameter; made anew where anything that it depends on has changed."""
-        part, state = local(param), self.state[param]
-        depends = name, param.shape, part.data_ptr() if has_values(part) else 0, id(state), settings
+        depends = settings, param.shape, param.dtype, param.device
         known = self._plans.get(param)
         if known is not None and known[0] == depends:
             return known[1]
-        for key, value in state.items():  # a state that was loaded may be views, and kernels take none
-            if isinstance(value, Tensor) and not value.is_contiguous():
-                state[key] = value.contiguous()
         placement, plans = self.placement(param), []
         for index, piece in enumerate(self.pieces[param] if placement.layout is not None or param.numel() else ()):
             shape, shard = placement.shapes[index], placement.shards[index]
-            view = part if shard is not None else piece.view(part)
-            task = Task(name, param, piece, view, view, PieceState(state, piece.prefix), placement.layout, shard)
             momentum = self._placed_momentum(param, index, group)
             second_moment = self.second_moment_for(piece, shape, group)
             decay = 0.0 if piece.role in group["no_decay"] else float(group["weight_decay"])
             processes = None if shard is None else shard.layout.group
             common = momentum, second_moment, decay, shape, param.dtype, param.device, processes
             alike = self._alike.setdefault(common, Alike())
-            plans.append(Plan(task, momentum, second_moment, decay, alike))
+            plans.append(Plan(piece, placement.layout, shard, momentum, second_moment, decay, alike))
         self._plans[param] = depends, plans
         return plans
 

@@ -176,7 +176,8 @@ def _settle(found: Sequence[tuple[DeviceGradients, Iterated]]) -> None:
 
 def step(batch: Batch, group: Mapping[str, Any]) -> None:
     """Move the parameters of a batch ``by_kernels`` that :func:`refresh` has seen."""
-    tasks, (momentum, second_moment, decay), number = batch.tasks, batch.plan[1:4], batch.step
+    tasks, plan, number = batch.tasks, batch.plan, batch.step
+    momentum, second_moment, decay = plan.momentum, plan.second_moment, plan.decay
     grads, states = batch.grads, batch.states
     assert grads is not None
     assert isinstance(momentum, NoMomentum | FullMomentum | LowRankMomentum)

@@ -72,6 +72,13 @@ class NonFiniteGradients:
             all_reduce(flags, group, dist.ReduceOp.MIN)
             self._agreed.update(zip([task.key for task in together], (flags != 0).unbind(), strict=True))
 
+    def let_go(self, held: set[Tensor]) -> None:
+        """Forget all parameters but those ``held``."""
+        self._agreed = {}
+        for known in (self._counts, self._names):
+            for key in [key for key in known if key[0] not in held]:
+                del known[key]
+
     def finish_step(self) -> None:
         """Finish a step, after :meth:`count` for every batch."""
         if self._watch.finish_step():

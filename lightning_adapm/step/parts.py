@@ -96,10 +96,6 @@ class Task(NamedTuple):
         """What tells the piece from all others of the optimizer: names may be equal."""
         return self.owner, self.piece.prefix
 
-    def with_gradient(self, grad: Tensor) -> "Task":
-        """As ``_replace``, but faster: it is done for every piece in every step."""
-        return Task(self.name, self.owner, self.piece, self.param, grad, self.state, self.layout, self.shard)
-
     def taken(self) -> "Task":
         """With the rows of ``shard``."""
         if self.shard is None:
@@ -109,17 +105,26 @@ class Task(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a step does with one piece of a parameter, as far as it is the same in every step.
+    """What steps do with one piece of a parameter while the settings of its group stay as they are.
 
-    Pieces with the same ``alike`` can go through a step together.
+    It holds no tensors: what is kept for the next step would keep memory that callers have let go, and views of storage
+    that they have changed. Pieces with the same ``alike`` can go through a step together.
     """
 
-    task: Task
-    """Without the gradient, in whose place the parameter stands."""
+    piece: Piece
+    layout: Layout | None
+    shard: RowShard | None
     momentum: Momentum
     second_moment: SecondMoment
     decay: float
     alike: "Alike"
+
+    def task(self, name: str, owner: Tensor, part: Tensor, grad: Tensor, state: dict[str, Any]) -> Task:
+        """The piece of this step; ``part`` and ``grad`` are what this process holds of its parameter ``owner``."""
+        piece = self.piece
+        if self.shard is None:
+            part, grad = piece.view(part), piece.matrix(grad)
+        return Task(name, owner, piece, part, grad, PieceState(state, piece.prefix), self.layout, self.shard)
 
 
 class Alike:
@@ -160,11 +165,6 @@ class PieceState:
 
     def get(self, key: str) -> Any:
         return self._state.get(self._prefix + key)
-
-    @property
-    def whole(self) -> dict[str, Any]:
-        """The parameter's state."""
-        return self._state
 
 
 def batches(bucket: Bucket, copied: bool) -> Iterable[list[Task]]:
