@@ -17,7 +17,7 @@ from lightning_adapm.commands import plan as plan_command
 REPOSITORY = Path(__file__).parents[1]
 RECIPES = REPOSITORY / "recipes"
 PAGE = REPOSITORY / "docs" / "recipes.md"
-SHOWN = ("AdamW", "AdaPM", "AdaPM block")
+SHOWN = ("AdamW", "AdaPM", "AdaPM block", "PartialMuon")
 _MEMORY = re.compile(r"^# Memory: .*$", re.MULTILINE)
 _TABLE = re.compile(r"(?<=<!-- memory -->\n).*(?=<!-- end of memory -->)", re.DOTALL)
 
@@ -51,7 +51,7 @@ def complete_recipes() -> list[Path]:
 
 def table() -> str:
     """The table of docs/recipes.md."""
-    lines = ["| recipe | AdamW | AdaPM | AdaPM block |", "|---|---|---|---|"]
+    lines = [f"| recipe | {' | '.join(SHOWN)} |", "|---" * (len(SHOWN) + 1) + "|"]
     for path in complete_recipes():
         totals = planned(path)
         name, link = path.relative_to(RECIPES).with_suffix(""), path.relative_to(REPOSITORY)

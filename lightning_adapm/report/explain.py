@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_adapm.moments.policy import momentum_table
-from lightning_adapm.optim import AdaPM, RoleOptimizer
+from lightning_adapm.optim import AdaPM, PartialMuon, RoleOptimizer
 from lightning_adapm.report.plan import Row, StateBytes, plan
 from lightning_adapm.report.tables import as_text, pieces_table, show_count
 from lightning_adapm.roles.assign import check_heads, unmatched_message
@@ -21,6 +21,9 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "AdaPM block": {"second_moment": "block"},
 }
 """What :func:`compare` compares, as changes to AdaPM's parameter groups."""
+
+_SHARED = ("rank", "roles", "unmatched", "state_dtype")
+"""Options that mean the same to AdaPM and to PartialMuon."""
 
 
 @dataclass(frozen=True)
@@ -104,30 +107,33 @@ def explain(model: nn.Module | RoleOptimizer, **adapm_options: Any) -> Explanati
         return Explanation(tuple(plan(model)), _frozen(params))
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain needs a module or an AdaPM optimizer, but got {type(model).__name__}")
-    make: type[AdaPM] = getattr(model, "adapm_class", AdaPM)
+    make: type[Any] = getattr(model, "adapm_class", AdaPM)
     optimizer, refuses = _optimizer(make, model, {**getattr(model, "adapm_options", {}), **adapm_options})
     return Explanation(tuple(plan(optimizer)), _frozen(model.parameters()), refuses)
 
 
 def compare(model: nn.Module, **adapm_options: Any) -> dict[str, Explanation]:
-    """What each of :data:`VARIANTS` would hold, by name; the one with these very options is ``"AdaPM"``.
+    """What each of :data:`VARIANTS` and PartialMuon would hold, by name.
 
-    Takes and raises what :func:`explain` does. Variants with block second moments are left out where the number of
-    heads is not known.
+    The one with these very options is ``"AdaPM"``. PartialMuon has its own table of momenta. Takes and raises what
+    :func:`explain` does. Variants with block second moments are left out where the number of heads is not known.
     """
     options = getattr(model, "adapm_options", {})
     if getattr(model, "adapm_class", AdaPM) is not AdaPM:  # what shapes the state of that one is not AdaPM's
-        options = {key: value for key, value in options.items() if key in ("rank", "roles", "unmatched")}
+        options = {key: value for key, value in options.items() if key in _SHARED}
     optimizer, refuses = _optimizer(AdaPM, model, {**options, **adapm_options})
     frozen, heads_known = _frozen(model.parameters()), _heads_are_known(optimizer)
     explanations = {}
     for name, changes in VARIANTS.items():
         if heads_known or "second_moment" not in changes:
             explanations[name] = Explanation(tuple(plan(optimizer, changes)), frozen, refuses)
+    shared = {key: value for key, value in {**options, **adapm_options}.items() if key in _SHARED}
+    muon, _ = _optimizer(PartialMuon, model, shared)
+    explanations[PartialMuon.__name__] = Explanation(tuple(plan(muon)), frozen, refuses)
     return explanations
 
 
-def _optimizer(make: type[AdaPM], model: nn.Module, options: Mapping[str, Any]) -> tuple[AdaPM, bool]:
+def _optimizer(make: type[Any], model: nn.Module, options: Mapping[str, Any]) -> tuple[RoleOptimizer, bool]:
     """An optimizer over a model, and whether it took matrices without a role only because nothing is trained here."""
     refuses = options.get("unmatched", "error") == "error"
     with warnings.catch_warnings():

@@ -15,14 +15,15 @@ from lightning_adapm.litgpt.model import litgpt_config
 FILES = sorted((RECIPES / "trainer").rglob("*.yaml"))
 STATING_MEMORY = recipe_memory.complete_recipes()
 COMPLETE = [path for path in STATING_MEMORY if path in FILES]
-OVERLAYS = [path for path in FILES if path.stem == "adamw" or path.stem.endswith("-fsdp2")]
+FOR_ANY = {"adamw": "torch.optim.AdamW", "partial-muon": "lightning_adapm.PartialMuon"}
+OVERLAYS = [path for path in FILES if path.stem in FOR_ANY or path.stem.endswith("-fsdp2")]
 
 
 def configs(path):
     """The files to give: a recipe without a model is a change to the one whose name its own begins with, or to any."""
     if "model" in yaml.safe_load(path.read_text()):
         return [path]
-    if path.stem == "adamw":
+    if path.stem in FOR_ANY:
         return [next(other for other in COMPLETE if other.parent == path.parent), path]
     (base,) = [other for other in FILES if path.stem.startswith(f"{other.stem}-") and other.parent == path.parent]
     return [*configs(base), path]
@@ -78,8 +79,8 @@ def test_recipe_fits_the_signatures(path):
     arguments = parsed.model.init_args
     AdaPMConfig.resolve(arguments.adapm)
     litgpt_config(arguments.model_name, arguments.config)
-    if path.stem == "adamw":
-        assert parsed.optimizer.class_path == "torch.optim.AdamW"
+    if path.stem in FOR_ANY:
+        assert parsed.optimizer.class_path == FOR_ANY[path.stem]
 
 
 def parse_fit(words):
@@ -97,5 +98,5 @@ def parse_fit(words):
 def test_recipe_says_how_to_run_it(path):
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     assert "lightning-adapm fit" in header
-    for config in [path] if path.stem == "adamw" else configs(path):
+    for config in [path] if path.stem in FOR_ANY else configs(path):
         assert config.relative_to(RECIPES.parent).as_posix() in header

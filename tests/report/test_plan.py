@@ -9,7 +9,7 @@ from litgpt.lora import mark_only_lora_as_trainable
 from models import PlainLM, tiny_gpt, token_batches, train
 from torch import nn
 
-from lightning_adapm import AdaPM
+from lightning_adapm import AdaPM, PartialMuon
 from lightning_adapm.report.explain import compare, explain
 from lightning_adapm.report.plan import StateBytes, adamw_bytes, measure, plan
 
@@ -120,19 +120,20 @@ def test_every_column_is_what_training_allocates(make, dtype, state_dtype):
     options = {"rank": 0.1, "state_dtype": state_dtype}
     planned = compare(model, **options)
     optimizers = {
-        "AdaPM": {},
-        "AdaPM block": {"second_moment": "block"},
-        "Adam-mini": {"second_moment": "block", "momentum": "full"},
+        "AdaPM": (AdaPM, {}),
+        "AdaPM block": (AdaPM, {"second_moment": "block"}),
+        "Adam-mini": (AdaPM, {"second_moment": "block", "momentum": "full"}),
+        "PartialMuon": (PartialMuon, {}),
     }
     assert planned.keys() == optimizers.keys()
-    for name, settings in optimizers.items():
-        optimizer = AdaPM(model.named_parameters(), **options, **settings)
+    for name, (make_optimizer, settings) in optimizers.items():
+        optimizer = make_optimizer(model.named_parameters(), **options, **settings)
         # a gradient for every parameter, used in this batch or not
         for param in model.parameters():
             param.grad = torch.ones_like(param) if param.requires_grad else None
         optimizer.step()
         assert planned[name].total == measure(optimizer), name
-        assert list(planned[name]) == list(explain(model, **options, **settings)), name
+        assert list(planned[name]) == list(explain(optimizer)), name
     adamw = torch.optim.AdamW(param for param in model.parameters() if param.requires_grad)
     adamw.step()
     assert planned["AdaPM"].adamw_in_dtype == measure(adamw)

@@ -16,6 +16,7 @@ from lightning_adapm import (
     ClosingTable,
     OptimizerStateMonitor,
     OptimizerSummary,
+    PartialMuon,
     ResidualNormMonitor,
 )
 from lightning_adapm.report.plan import measure
@@ -97,6 +98,17 @@ def test_summary_and_closing_table(tmp_path, capsys):
     result = json.loads((Path(trainer.log_dir) / "result.json").read_text())
     assert result["state_bytes"] == measure(trainer.optimizers[0]).total
     assert result["val_loss"] == pytest.approx(trainer.callback_metrics["val_loss"].item())
+
+
+def test_closing_table_shows_runs_side_by_side(tmp_path, capsys):
+    for make in (torch.optim.AdamW, AdaPM, PartialMuon):
+        last = ClosingTable(compare_with=str(tmp_path))
+        trainer = fit(tmp_path / make.__name__, Foreign(make), [last])
+    header = next(line for line in capsys.readouterr().out.splitlines()[::-1] if "Saved" in line)
+    assert header.split() == ["PartialMuon", "AdaPM", "AdamW", "Saved"]
+    assert (Path(trainer.log_dir) / "losses.png").exists()
+    assert [step for step, _, _ in last.result.curve] == sorted({step for step, _, _ in last.result.curve})
+    assert last.result.curve[-1][2] == last.result.val_loss
 
 
 def test_closing_table_does_not_compare_what_does_not_compare(tmp_path, capsys):

@@ -1,11 +1,13 @@
-"""The table at the end of a run: the loss reached and the bytes of optimizer state, compared with AdamW's."""
+"""The table at the end of a run: the loss reached and the bytes of optimizer state, compared with other runs."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +15,10 @@ import lightning as L
 
 from lightning_adapm.report.diagnostics import StateReport
 from lightning_adapm.report.tables import new_table, show_bytes, show_saving
-from lightning_adapm.trainer.callbacks.run import optimizer_name, run_folder, write_file
+from lightning_adapm.trainer.callbacks.run import optimizer_name, publish_figure, run_folder, write_file
 
 if TYPE_CHECKING:  # rich is imported when a table is drawn
+    from matplotlib.figure import Figure
     from rich.table import Table
 
 RESULT_FILE = "result.json"
@@ -38,6 +41,7 @@ class RunResult:
         seconds: Wall-clock time of training and its validations.
         trainable_parameters: Number of trainable elements.
         data: The data module's ``fingerprint``; None if it has none.
+        curve: Step, seconds and validation loss of every validation.
     """
 
     optimizer: str
@@ -51,6 +55,7 @@ class RunResult:
     seconds: float
     trainable_parameters: int
     data: str | None = None
+    curve: Sequence[tuple[int, float, float]] = ()
 
     @property
     def ppl(self) -> float | None:
@@ -118,8 +123,23 @@ def find_adamw(result: RunResult, where: str | None) -> tuple[RunResult | None, 
     return None, reasons[0] if reasons else f"there is no {RESULT_FILE} in {where}"
 
 
-def closing_table(result: RunResult, adamw: RunResult | None) -> Table:
-    """Draw a run next to AdamW, with the figures of a real run or else with computed bytes and no loss.
+def find_others(result: RunResult, where: str | None) -> list[RunResult]:
+    """Find the newest comparable run of each optimizer but AdamW and the run's own, in a folder or in no folder."""
+    root = None if where is None else Path(where).expanduser()
+    files = [] if root is None or root.is_file() else root.rglob(RESULT_FILE)
+    newest: dict[str, RunResult] = {}
+    for file in sorted(files, key=lambda file: file.stat().st_mtime):
+        try:
+            other = RunResult.read(file)
+        except ValueError:
+            continue
+        if other.optimizer not in (ADAMW, result.optimizer) and not result.differences(other):
+            newest[other.optimizer] = other
+    return list(newest.values())
+
+
+def closing_table(result: RunResult, adamw: RunResult | None, others: Sequence[RunResult] = ()) -> Table:
+    """Draw a run next to others and to AdamW, with the figures of a real run or else with computed bytes and no loss.
 
     Bytes are those of one process. They are computed as well where the real run divided its state among another number
     of processes.
@@ -128,28 +148,36 @@ def closing_table(result: RunResult, adamw: RunResult | None) -> Table:
     momentum, state = result.adamw_momentum_bytes, result.adamw_state_bytes
     if adamw and adamw.adamw_state_bytes == state:  # otherwise each process held another share
         momentum, state = adamw.momentum_bytes, adamw.state_bytes
+    runs = [result, *others]
+    real = (_number(adamw.val_loss), _number(adamw.ppl), f"{adamw.seconds:.0f}") if adamw else ("not run",) * 3
     rows = [
-        ("", result.optimizer, ADAMW, "Saved"),
-        ("validation loss", _number(result.val_loss), _number(adamw.val_loss) if adamw else "not run", ""),
-        ("perplexity", _number(result.ppl), _number(adamw.ppl) if adamw else "not run", ""),
+        ("", [run.optimizer for run in runs], ADAMW, "Saved"),
+        ("validation loss", [_number(run.val_loss) for run in runs], real[0], ""),
+        ("perplexity", [_number(run.ppl) for run in runs], real[1], ""),
         (
             "momentum",
-            show_bytes(result.momentum_bytes),
+            [show_bytes(run.momentum_bytes) for run in runs],
             show_bytes(momentum),
             show_saving(result.momentum_bytes, momentum),
         ),
         (
             "all optimizer state",
-            show_bytes(result.state_bytes),
+            [show_bytes(run.state_bytes) for run in runs],
             show_bytes(state),
             show_saving(result.state_bytes, state),
         ),
     ]
-    columns = 2 if result.optimizer == ADAMW else 4  # nothing to compare with itself
-    for index, header in enumerate(rows[0][:columns]):
-        table.add_column(header, justify="right" if index else "left")
-    for row in rows[1:]:
-        table.add_row(*row[:columns])
+    if others:
+        rows.append(("seconds", [f"{run.seconds:.0f}" for run in runs], real[2], ""))
+    for number, (name, own, theirs, saved) in enumerate(rows):
+        cells = [name, *own]
+        if result.optimizer != ADAMW:  # nothing to compare with itself
+            cells += [theirs, saved]
+        if number:
+            table.add_row(*cells)
+            continue
+        for index, header in enumerate(cells):
+            table.add_column(header, justify="right" if index else "left")
     return table
 
 
@@ -161,11 +189,12 @@ class ClosingTable(L.Callback):
     """Print the outcome of a fit, and write it as ``result.json`` into the run's folder.
 
     The table shows validation loss, perplexity, and measured bytes of momentum and of all optimizer state. AdamW's
-    column has the figures of a real run; without one, its bytes are computed and its loss is left out.
+    column has the figures of a real run; without one, its bytes are computed and its loss is left out. Where there are
+    runs of other optimizers, each has a column, and ``losses.png`` shows the validation losses of all over time.
 
     Args:
-        compare_with: ``result.json`` of a run of AdamW, or a folder with several. The newest run with as many steps, as
-            many trainable parameters and the same data is shown.
+        compare_with: ``result.json`` of a run of AdamW, or a folder with runs of any optimizers. The newest run of each
+            with as many steps, as many trainable parameters and the same data is shown.
         compare_command: Command that makes such a run, shown while there is none.
         monitor: Name under which the validation loss is logged, in nats.
     """
@@ -177,11 +206,18 @@ class ClosingTable(L.Callback):
         self.result: RunResult | None = None
         """Outcome of the last fit; None until it has ended."""
         self._started = 0.0
+        self._curve: list[tuple[int, float, float]] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
-        self.result = None
+        self.result, self._curve = None, []
         self._started = time.monotonic()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note the loss and when it was reached."""
+        loss = trainer.callback_metrics.get(self.monitor)
+        if loss is not None and math.isfinite(loss) and not trainer.sanity_checking:
+            self._curve.append((trainer.global_step, round(time.monotonic() - self._started, 2), float(loss)))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the optimizers' state, and write the outcome."""
@@ -201,10 +237,15 @@ class ClosingTable(L.Callback):
             seconds=time.monotonic() - self._started,
             trainable_parameters=sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
             data=None if fingerprint is None else str(fingerprint),
+            curve=self._curve,
         )
         folder = run_folder(trainer)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             write_file(folder, RESULT_FILE, self.result.to_json().encode())
+        adamw, _ = find_adamw(self.result, self.compare_with)
+        runs = [run for run in (adamw, *find_others(self.result, self.compare_with), self.result) if run and run.curve]
+        if len(runs) > 1:
+            publish_figure(trainer, "losses", partial(_draw_losses, runs))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Print the table; it follows the progress bar where that callback comes first."""
@@ -214,9 +255,15 @@ class ClosingTable(L.Callback):
 
         adamw, where = (None, "") if self.result.optimizer == ADAMW else find_adamw(self.result, self.compare_with)
         console = get_console()
-        console.print(closing_table(self.result, adamw))
+        console.print(closing_table(self.result, adamw, find_others(self.result, self.compare_with)))
         if note := _note(self.result, adamw, where, self.compare_command):
             console.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
+def _draw_losses(runs: Sequence[RunResult]) -> Figure:
+    from lightning_adapm.trainer.callbacks.figures import losses_figure
+
+    return losses_figure({f"{run.optimizer}, lr {run.lr:g}": run.curve for run in runs})
 
 
 def _note(result: RunResult, adamw: RunResult | None, where: str, command: str | None) -> str:

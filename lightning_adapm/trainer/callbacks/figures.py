@@ -83,6 +83,23 @@ def residual_figure(history: Sequence[tuple[int, Mapping[str, float]]], prefix: 
     return figure
 
 
+def losses_figure(curves: Mapping[str, Sequence[tuple[int, float, float]]]) -> Figure:
+    """Draw validation losses of several runs over time.
+
+    Args:
+        curves: Step, seconds and loss of every validation, by the name of the run.
+    """
+    figure = _figure(width=6.5, height=4.2)
+    axes = figure.add_subplot()
+    for name, curve in curves.items():
+        axes.plot([seconds for _, seconds, _ in curve], [loss for *_, loss in curve], marker=".", label=name)
+    axes.set_xlabel("seconds of training and validation")
+    axes.set_ylabel("validation loss [nats per token]")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
 def _series(history: Sequence[tuple[int, Mapping[str, float]]], prefix: str) -> dict[str, list[float]]:
     """Select figures whose names start with ``prefix``, over time; NaN where a step has none."""
     names = dict.fromkeys(name for _, figures in history for name in figures if name.startswith(prefix))
