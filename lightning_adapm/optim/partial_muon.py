@@ -19,7 +19,7 @@ from lightning_adapm.roles.piece import Piece
 HIDDEN = ("query", "key", "value", "attn_out", "mlp")
 """Roles whose matrices are moved by orthogonal updates."""
 
-DEFAULT_MOMENTUM: Mapping[str, str] = {**policy.DEFAULT_MOMENTUM, "embedding": "low_rank"}
+DEFAULT_MOMENTUM: Mapping[str, str] = {**policy.PAPER_MOMENTUM, "embedding": "low_rank"}
 
 
 class PartialMuon(RoleOptimizer):
@@ -88,7 +88,7 @@ class PartialMuon(RoleOptimizer):
         update_in_backward: bool = False,
     ) -> None:
         options.check_roles(roles, unmatched)
-        if not isinstance(momentum, str):
+        if isinstance(momentum, Mapping | None):
             momentum = {**DEFAULT_MOMENTUM, **(momentum or {})}
         table = policy.momentum_table(momentum, unmatched)
         super().__init__(
