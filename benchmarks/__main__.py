@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.decoder import Shape
-from benchmarks.report import report
-from benchmarks.setting import Device
-from benchmarks.store import Store
+from benchmarks.pages.report import report
 from benchmarks.studies import GROUPS, SIZES, STUDIES, Study
-from benchmarks.sweep import sweep, visible_gpus
+from benchmarks.studies.decoder import Shape
+from benchmarks.studies.setting import Device
+from benchmarks.studies.store import Store
+from benchmarks.studies.sweep import sweep, visible_gpus
 
 
 def parse() -> argparse.Namespace:

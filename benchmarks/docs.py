@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from benchmarks.pages import RESULTS
+from benchmarks.pages.page import RESULTS
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 SECTIONS = ("step_time", "training_time", "peak_memory", "scaling")

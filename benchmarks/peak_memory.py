@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.command import LATE, add_windows, check_length, described, parser_of, skipped_cells
-from benchmarks.decoder import Shape
-from benchmarks.models import DTYPES, MODELS, free_bytes, numel
-from benchmarks.pages import provenance, session, stacked_bars, table, write
-from benchmarks.peers import OUT_OF_MEMORY, Peer, attempt, select
-from benchmarks.training_step import PARTS, Setting, free, measure
+from benchmarks.costs.command import LATE, add_windows, check_length, described, parser_of, skipped_cells
+from benchmarks.costs.models import DTYPES, MODELS, free_bytes, numel
+from benchmarks.costs.peers import OUT_OF_MEMORY, Peer, attempt, select
+from benchmarks.costs.training_step import PARTS, Setting, free, measure
+from benchmarks.pages.page import provenance, session, stacked_bars, table, write
+from benchmarks.studies.decoder import Shape
 from lightning_adapm.report.tables import show_bytes, show_count
 
 

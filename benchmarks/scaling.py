@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import multiprocessing
 from torch.distributed.fsdp import fully_shard
 
-from benchmarks.decoder import Decoder, Shape
-from benchmarks.models import MODELS
-from benchmarks.pages import RESULTS, provenance, session, stacked_bars, table, write
+from benchmarks.costs.models import MODELS
+from benchmarks.pages.page import RESULTS, provenance, session, stacked_bars, table, write
+from benchmarks.studies.decoder import Decoder, Shape
 from lightning_adapm import AdaPM
 from lightning_adapm.report.plan import measure
 from lightning_adapm.report.scaling import Scaling, scaling

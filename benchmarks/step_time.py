@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from benchmarks.command import LATE, begin, described, parser_of, skipped_cells
-from benchmarks.decoder import Decoder, Shape
-from benchmarks.memory import held_bytes, state_bytes, tensors_in
-from benchmarks.models import DTYPES, MODELS, free_bytes, materialise, numel, shorten
-from benchmarks.optimizers import Parameters
-from benchmarks.pages import provenance, session, stacked_bars, table, write
-from benchmarks.peers import BASES, Peer, Result, attempt, build, select
-from benchmarks.timing import bandwidth, launched, time_steps, transient_bytes
+from benchmarks.costs.command import LATE, begin, described, parser_of, skipped_cells
+from benchmarks.costs.memory import held_bytes, state_bytes, tensors_in
+from benchmarks.costs.models import DTYPES, MODELS, free_bytes, materialise, numel, shorten
+from benchmarks.costs.peers import BASES, Peer, Result, attempt, build, select
+from benchmarks.costs.timing import bandwidth, launched, time_steps, transient_bytes
+from benchmarks.pages.page import provenance, session, stacked_bars, table, write
+from benchmarks.studies.decoder import Decoder, Shape
+from benchmarks.studies.optimizers import Parameters
 from lightning_adapm.report.tables import show_bytes, show_count
 
 INTERVAL = 10

@@ -10,14 +10,14 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.command import add_windows, begin, check_length, described, parser_of, skipped_cells
-from benchmarks.decoder import Shape
-from benchmarks.models import DTYPES, MODELS
-from benchmarks.pages import provenance, session, stacked_bars, table, write
-from benchmarks.peers import BASES, Peer, select
+from benchmarks.costs.command import add_windows, begin, check_length, described, parser_of, skipped_cells
+from benchmarks.costs.models import DTYPES, MODELS
+from benchmarks.costs.peers import BASES, Peer, select
+from benchmarks.costs.timing import time_steps
+from benchmarks.costs.training_step import Setting, Training, free
+from benchmarks.pages.page import provenance, session, stacked_bars, table, write
 from benchmarks.step_time import INTERVAL, Measured, Plan, mean_and_turns
-from benchmarks.timing import time_steps
-from benchmarks.training_step import Setting, Training, free
+from benchmarks.studies.decoder import Shape
 from lightning_adapm.report.tables import show_count
 
 NOTHING = Peer("forward and backward", "AdamW")

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.decoder import Shape
 from benchmarks.studies.base import BESIDE, BEST, BETAS95, GPT2_124M, Study, adamw, adapm
+from benchmarks.studies.decoder import Shape
 from lightning_adapm.moments.policy import DEFAULT_MOMENTUM
 
 AT_SIZE = dataclasses.replace(GPT2_124M, steps=1600, val_windows=256)
@@ -27,7 +27,7 @@ def more(momentum: Mapping[str, str] | None = None, **options: Any) -> tuple[str
 
 
 def damped(momentum: Mapping[str, str] | None = None, **options: Any) -> tuple[str, Mapping[str, Any]]:
-    """With more momentum and what no momentum averages in the denominator (:mod:`benchmarks.damping`), in float32."""
+    """With more momentum, and a damped denominator (:mod:`benchmarks.studies.damping`), in float32."""
     return "trial", {"betas": BETAS95, "damping": 1.0, "momentum": {**MORE, **(momentum or {})}, **options}
 
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.decoder import Shape
-from benchmarks.setting import Setting
+from benchmarks.studies.decoder import Shape
+from benchmarks.studies.setting import Setting
 
 GPT2_SMALL = Setting(Shape(layers=4, width=192, n_head=6, context=128))
 LLAMA_SMALL = Setting(Shape(layers=4, width=192, n_head=6, context=128, llama=True, n_query_groups=2))

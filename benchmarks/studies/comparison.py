@@ -2,10 +2,10 @@
 
 import dataclasses
 
-from benchmarks.decoder import Shape
-from benchmarks.elsewhere import Images, Recurrent
-from benchmarks.setting import Setting
 from benchmarks.studies.base import ADAMW, BESIDE_ADAMW, BETAS95, GPT2_SMALL, Study, adapm
+from benchmarks.studies.decoder import Shape
+from benchmarks.studies.elsewhere import Images, Recurrent
+from benchmarks.studies.setting import Setting
 
 LOW_RANK = {"rank": 0.25, "update_proj_gap": 200, "proj_type": "std"}
 """As GaLore's and APOLLO's papers recommend: a quarter of the width, projected anew every 200 steps."""

@@ -6,17 +6,17 @@ import time
 import pytest
 import torch
 
-from benchmarks.decoder import Shape
-from benchmarks.elsewhere import Images, Recurrent
-from benchmarks.optimizers import Parameters, build, missing, resolve
-from benchmarks.report import report
-from benchmarks.setting import Device, Run, Setting
-from benchmarks.store import Store
+from benchmarks.pages.report import report
 from benchmarks.studies import STUDIES, Study, adamw, adapm
-from benchmarks.sweep import sweep
-from benchmarks.text import Text, read_text
-from benchmarks.training import schedule, train
-from benchmarks.trials import DivideAll, TwoTimeScales
+from benchmarks.studies.decoder import Shape
+from benchmarks.studies.elsewhere import Images, Recurrent
+from benchmarks.studies.optimizers import Parameters, build, missing, resolve
+from benchmarks.studies.setting import Device, Run, Setting
+from benchmarks.studies.store import Store
+from benchmarks.studies.sweep import sweep
+from benchmarks.studies.text import Text, read_text
+from benchmarks.studies.training import schedule, train
+from benchmarks.studies.trials import DivideAll, TwoTimeScales
 from lightning_adapm.moments.first import LowRankMomentum
 
 TINY = Setting(Shape(layers=1, width=16, n_head=2, context=8), steps=4, batch=2, val_windows=4)

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from benchmarks import peak_memory, scaling
-from benchmarks.decoder import Decoder, Shape
-from benchmarks.memory import Ledger, held_bytes
-from benchmarks.models import numel
+from benchmarks.costs.memory import Ledger, held_bytes
+from benchmarks.costs.models import numel
+from benchmarks.costs.peers import chosen
+from benchmarks.costs.training_step import PARTS, Setting, free, measure
 from benchmarks.peak_memory import byte_count, deepest
-from benchmarks.peers import chosen
-from benchmarks.training_step import PARTS, Setting, free, measure
+from benchmarks.studies.decoder import Decoder, Shape
 
 TINY = Shape(layers=2, width=32, n_head=4, n_query_groups=2, context=16, vocab=64, llama=True)
 SETTING = Setting("cpu", torch.float32, batch=2, length=16)

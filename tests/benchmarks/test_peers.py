@@ -10,13 +10,14 @@ import torch
 from litgpt import GPT, Config
 from torch import nn
 
-from benchmarks import docs, peers, step_time, training_time
-from benchmarks.decoder import Decoder, Shape
-from benchmarks.memory import state_bytes
-from benchmarks.models import MODELS, materialise, numel, shorten
-from benchmarks.optimizers import OURS, Parameters, UnavailableError
-from benchmarks.peers import PEERS, Peer, attempt, build, chosen, select
+from benchmarks import docs, step_time, training_time
+from benchmarks.costs import peers
+from benchmarks.costs.memory import state_bytes
+from benchmarks.costs.models import MODELS, materialise, numel, shorten
+from benchmarks.costs.peers import PEERS, Peer, attempt, build, chosen, select
 from benchmarks.step_time import INTERVAL, Measured, Plan, measure, summarize
+from benchmarks.studies.decoder import Decoder, Shape
+from benchmarks.studies.optimizers import OURS, Parameters, UnavailableError
 from lightning_adapm import AdaPM, explain
 from lightning_adapm.report.plan import measure as planner_measure
 

@@ -12,20 +12,19 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from benchmarks import optimizers, sweep
 from benchmarks.__main__ import chosen, parse
-from benchmarks.copies import Copies
-from benchmarks.curves import reached
-from benchmarks.decoder import Shape
-from benchmarks.elsewhere import Images, Recurrent, made_images
-from benchmarks.optimizers import Library, Parameters, UnavailableError, build, missing, resolve
-from benchmarks.report import report
-from benchmarks.setting import Device, Run, Setting
-from benchmarks.store import Store
-from benchmarks.studies import BESIDE, BEST, GROUPS, STUDIES, Study, adamw, adapm
-from benchmarks.text import NO_TARGET, Text, read_text
-from benchmarks.training import batch_starts, schedule, train, validate
-from benchmarks.trials import ExactSVD, GradientDescent, Reprojected, Scaled, Trial, average
+from benchmarks.pages.curves import reached
+from benchmarks.pages.report import report
+from benchmarks.studies import BESIDE, BEST, GROUPS, STUDIES, Study, adamw, adapm, optimizers, sweep
+from benchmarks.studies.copies import Copies
+from benchmarks.studies.decoder import Shape
+from benchmarks.studies.elsewhere import Images, Recurrent, made_images
+from benchmarks.studies.optimizers import Library, Parameters, UnavailableError, build, missing, resolve
+from benchmarks.studies.setting import Device, Run, Setting
+from benchmarks.studies.store import Store
+from benchmarks.studies.text import NO_TARGET, Text, read_text
+from benchmarks.studies.training import batch_starts, schedule, train, validate
+from benchmarks.studies.trials import ExactSVD, GradientDescent, Reprojected, Scaled, Trial, average
 from lightning_adapm.moments.first import LowRankMomentum
 
 CPU = Device()

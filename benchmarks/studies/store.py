@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 import lightning_adapm
-from benchmarks.setting import Run
+from benchmarks.studies.setting import Run
 
 
 class Entry(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks.trials import Trial
+from benchmarks.studies.trials import Trial
 from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre, PartialMuon
 from lightning_adapm.moments.policy import momentum_table
 from lightning_adapm.optim import partial_muon

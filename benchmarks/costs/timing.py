@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 
-from benchmarks.memory import Ledger
+from benchmarks.costs.memory import Ledger
 
 Step = Callable[[], object]
 

@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.elsewhere import Images, made_images
-from benchmarks.optimizers import missing, resolve
-from benchmarks.setting import Device, Run, Setting
-from benchmarks.store import Store, hardware, versions
 from benchmarks.studies import BEST, Study, adamw
-from benchmarks.text import Text, read_text
-from benchmarks.training import train
+from benchmarks.studies.elsewhere import Images, made_images
+from benchmarks.studies.optimizers import missing, resolve
+from benchmarks.studies.setting import Device, Run, Setting
+from benchmarks.studies.store import Store, hardware, versions
+from benchmarks.studies.text import Text, read_text
+from benchmarks.studies.training import train
 
 PRETRAINING_LR, PRETRAINING_STEPS = 2e-3, 600
 

@@ -5,11 +5,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.curves import observed_tables, plot_curves, plot_observed, steps_table
-from benchmarks.optimizers import missing
-from benchmarks.store import Store
+from benchmarks.pages.curves import observed_tables, plot_curves, plot_observed, steps_table
+from benchmarks.pages.table import Cell, Table, best, plotting, rivals, select, spread, style, tabulate
 from benchmarks.studies import Study
-from benchmarks.table import Cell, Table, best, plotting, rivals, select, spread, style, tabulate
+from benchmarks.studies.optimizers import missing
+from benchmarks.studies.store import Store
 
 STABLE = 0.1
 """A learning rate counts as stable where no seed diverged and the mean loss is this close (nats) to the best."""

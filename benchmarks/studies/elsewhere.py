@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.text import NO_TARGET, Text
+from benchmarks.studies.text import NO_TARGET, Text
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.decoder import Shape
-from benchmarks.elsewhere import Images, Recurrent
+from benchmarks.studies.decoder import Shape
+from benchmarks.studies.elsewhere import Images, Recurrent
 
 LATER = {"points": 10, "change": None, "observe": 0}
 """Fields of a setting that came later, with the values of the runs before them: those are left out of its identity, so

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from benchmarks import damping
+from benchmarks.studies import damping
 from lightning_adapm import AdaPM
 from lightning_adapm.moments import lowrank
 from lightning_adapm.moments.base import Direction, Momentum, Stack, State, join, split, store

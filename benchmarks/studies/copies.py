@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.compiled import compile_blocks, fastest_attention
-from benchmarks.setting import Device, Setting
-from benchmarks.text import NO_TARGET
+from benchmarks.studies.compiled import compile_blocks, fastest_attention
+from benchmarks.studies.setting import Device, Setting
+from benchmarks.studies.text import NO_TARGET
 
 
 class Copies:

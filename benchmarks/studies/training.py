@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.copies import Copies
-from benchmarks.observing import Log
-from benchmarks.optimizers import Parameters, build
-from benchmarks.setting import Device, Run, Setting
-from benchmarks.text import Text
+from benchmarks.studies.copies import Copies
+from benchmarks.studies.observing import Log
+from benchmarks.studies.optimizers import Parameters, build
+from benchmarks.studies.setting import Device, Run, Setting
+from benchmarks.studies.text import Text
 
 
 def train(

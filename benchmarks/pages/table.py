@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.optimizers import resolve
-from benchmarks.store import Entry, Store
 from benchmarks.studies import Study
+from benchmarks.studies.optimizers import resolve
+from benchmarks.studies.store import Entry, Store
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.decoder import Shape
-from benchmarks.memory import Ledger, state_bytes, tensors_in
-from benchmarks.models import materialise
-from benchmarks.optimizers import Parameters
-from benchmarks.peers import Peer, build
+from benchmarks.costs.memory import Ledger, state_bytes, tensors_in
+from benchmarks.costs.models import materialise
+from benchmarks.costs.peers import Peer, build
+from benchmarks.studies.decoder import Shape
+from benchmarks.studies.optimizers import Parameters
 
 PARTS = ("parameters", "gradients", "activations", "state", "transient")
 WARMUP = 2

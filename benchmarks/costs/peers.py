@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 import torch
 from torch.optim import Optimizer
 
-from benchmarks import optimizers
-from benchmarks.optimizers import OURS, Parameters, UnavailableError
-from benchmarks.timing import time_steps
+from benchmarks.costs.timing import time_steps
+from benchmarks.studies import optimizers
+from benchmarks.studies.optimizers import OURS, Parameters, UnavailableError
 
 Result = TypeVar("Result")
 

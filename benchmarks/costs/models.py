@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.decoder import Decoder, Shape
+from benchmarks.studies.decoder import Decoder, Shape
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.decoder import Shape
-from benchmarks.models import DTYPES, MODELS, numel
-from benchmarks.optimizers import UnavailableError
-from benchmarks.pages import RESULTS
-from benchmarks.peers import Peer, chosen
+from benchmarks.costs.models import DTYPES, MODELS, numel
+from benchmarks.costs.peers import Peer, chosen
+from benchmarks.pages.page import RESULTS
+from benchmarks.studies.decoder import Shape
+from benchmarks.studies.optimizers import UnavailableError
 
 LATE = "no time left (--time-limit)"
 """Why a peer is skipped once time has run out."""

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.observing import FIGURES
-from benchmarks.setting import Setting
+from benchmarks.pages.table import Table, best, plotting, rivals, spread, style
 from benchmarks.studies import Study
-from benchmarks.table import Table, best, plotting, rivals, spread, style
+from benchmarks.studies.observing import FIGURES
+from benchmarks.studies.setting import Setting
 
 Point = list[float]
 """Step, loss and, in later results, seconds of training."""

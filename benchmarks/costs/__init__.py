@@ -1,0 +1,1 @@
+"""Measurement of what an optimizer costs: time, memory, and the optimizers to compare."""
