@@ -1,4 +1,4 @@
-"""AdaPM's table: which momentum and which second moment a piece gets, from its role, shape and group options."""
+"""AdaPM's table of moments: those of a piece, by its role, shape and group options."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,18 +25,18 @@ PAPER_MOMENTUM: Mapping[str, str] = {
 }
 DEFAULT_MOMENTUM = PAPER_MOMENTUM
 PRESETS = {"paper": PAPER_MOMENTUM}
-"""Tables with names, which stay as they are where the default changes."""
+"""Named tables, which do not change with the default."""
 _PHASES = 2
-"""Of the refreshes, by the number of the transformer block: no step pays for all of them, and on a device that many
-share kernels."""
+"""Phases of the refreshes, by the number of the transformer block. Several phases spread the cost over steps; few
+phases share kernels."""
 SECOND_MOMENTS = ("elementwise", "block", "factored")
 
 
 def momentum_table(overrides: Mapping[str, str] | str | None, unmatched: str) -> dict[str, str]:
-    """Policy of every role: the default with ``overrides`` by role, one policy for all roles, or a preset.
+    """Make the table of policies: the default with ``overrides`` by role, one policy for all roles, or a preset.
 
     Raises:
-        ValueError: An unknown role, policy or preset.
+        ValueError: A role, policy or preset is unknown.
     """
     if isinstance(overrides, str):
         table, overrides = _named_table(overrides), {}
@@ -56,7 +56,7 @@ def momentum_table(overrides: Mapping[str, str] | str | None, unmatched: str) ->
 
 
 def _named_table(name: str) -> dict[str, str]:
-    """The preset ``name``, or that policy for every role."""
+    """Make the table of a preset ``name``, or of one policy for every role."""
     if name in PRESETS:
         return dict(PRESETS[name])
     if name not in POLICIES:
@@ -66,13 +66,13 @@ def _named_table(name: str) -> dict[str, str]:
 
 
 def rank_for(rank: int | float, shape: torch.Size) -> int:
-    """The rank of a piece: an int is that rank, a float in (0, 1] a share of its smaller dimension, at least 1."""
+    """Rank of a piece: an int itself, or a float in (0, 1] as a share of the smaller dimension, at least 1."""
     m, n = shape[-2:]
     return max(1, round(rank * min(m, n))) if isinstance(rank, float) else min(rank, n)
 
 
 def momentum_for(piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:
-    """The momentum of a piece whose matrix has ``shape``; full where factors would not save anything."""
+    """Momentum of a piece whose matrix has ``shape``; full where factors would not save anything."""
     # a frozen matrix may have no role; one that is trained is refused before it gets a state
     policy = piece.role if piece.role in POLICIES else group["momentum"].get(piece.role, "full")
     beta1 = float(group["betas"][0])
@@ -90,7 +90,7 @@ def momentum_for(piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> M
 
 
 def storage_dtype(momentum: Momentum, chosen: Mapping[str, str] | str | None, exact: torch.dtype) -> torch.dtype:
-    """Of a momentum's state: what the group's ``state_dtype`` says for its policy, else ``exact``."""
+    """Dtype of a momentum's state: the group's ``state_dtype`` for its policy, or else ``exact``."""
     name = chosen.get(momentum.name) if isinstance(chosen, Mapping) else chosen
     dtype = exact if name is None else getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
@@ -98,7 +98,7 @@ def storage_dtype(momentum: Momentum, chosen: Mapping[str, str] | str | None, ex
 
 
 def second_moment_for(piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
-    """The second moment of a piece whose matrix has ``shape``; the block rules are those of Adam-mini 1.1.1."""
+    """Second moment of a piece whose matrix has ``shape``; the block rules are those of Adam-mini 1.1.1."""
     kind, beta2, eps = group["second_moment"], float(group["betas"][1]), float(group["eps"])
     if kind == "block" and piece.role != "bias":
         heads = piece.heads if piece.role in ("query", "key") else None

@@ -1,4 +1,4 @@
-"""The table of roles of any model before training, and what other optimizers would hold beside AdaPM."""
+"""The roles of any model before training, and the bytes of AdaPM and other optimizers."""
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,18 +20,18 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "AdaPM": {},
     "AdaPM block": {"second_moment": "block"},
 }
-"""What :func:`compare` compares, as changes to AdaPM's parameter groups."""
+"""Variants of :func:`compare`, as changes to AdaPM's parameter groups."""
 
 _SHARED = ("rank", "roles", "unmatched", "state_dtype")
-"""Options that mean the same to AdaPM and to PartialMuon."""
+"""Options with the same meaning in AdaPM and PartialMuon."""
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What AdaPM takes every trained parameter of a model for: iterable over rows, printable as a table.
+    """Roles and bytes of every trainable parameter of a model, iterable over rows and printable as a table.
 
-    ``frozen`` is how many numbers are not trained and cost no state. Where ``refuses`` is true, matrices without a role
-    are refused in training; here they are rows of the role ``"unmatched"``, counted with full momentum.
+    ``frozen`` is the number of elements that are not trained. Where ``refuses`` is true, training would refuse matrices
+    without a role. Here they are rows with the role ``"unmatched"``, counted with full momentum.
     """
 
     rows: tuple[Row, ...]
@@ -59,17 +59,17 @@ class Explanation:
 
     @property
     def adamw_in_dtype(self) -> StateBytes:
-        """``torch.optim.AdamW``'s bytes over all rows, its moments in the parameters' dtype."""
+        """Bytes of ``torch.optim.AdamW`` over all rows, with moments in the parameters' dtype."""
         return sum((row.adamw_in_dtype for row in self.rows), StateBytes())
 
     @property
     def parameters(self) -> int:
-        """How many numbers are trained."""
+        """Number of trainable elements."""
         return sum(row.numel for row in self.rows)
 
     @property
     def unmatched(self) -> tuple[Row, ...]:
-        """The rows whose role nothing says."""
+        """Rows without a role."""
         return tuple(row for row in self.rows if row.role == UNMATCHED)
 
     def __str__(self) -> str:
@@ -82,12 +82,12 @@ class Explanation:
 
     @property
     def advice(self) -> str:
-        """What to write so that the unmatched rows get a role."""
+        """Text with the argument that gives the unmatched rows a role."""
         return unmatched_message((row.name, row.shape, row.why) for row in self.unmatched)
 
 
 def explain(model: nn.Module | RoleOptimizer, **adapm_options: Any) -> Explanation:
-    """Say what AdaPM would take every parameter of a model for, and what its state would cost. Allocates nothing.
+    """Explain the role that AdaPM gives every parameter of a model, and the bytes of its state; allocates nothing.
 
     Args:
         model: Any module, on any device, the meta device included, wrapped or not; or an optimizer of this package,
@@ -97,8 +97,8 @@ def explain(model: nn.Module | RoleOptimizer, **adapm_options: Any) -> Explanati
             settings name.
 
     Raises:
-        ValueError: An option out of range. Not for a role that is not found: such rows have the role ``"unmatched"``.
-        TypeError: An unknown option, or options beside an optimizer.
+        ValueError: An option is out of range. An unknown role is no error but the role ``"unmatched"``.
+        TypeError: An option is unknown, or there are options with an optimizer.
     """
     if isinstance(model, RoleOptimizer):
         if adapm_options:
@@ -113,10 +113,10 @@ def explain(model: nn.Module | RoleOptimizer, **adapm_options: Any) -> Explanati
 
 
 def compare(model: nn.Module, **adapm_options: Any) -> dict[str, Explanation]:
-    """What each of :data:`VARIANTS` and PartialMuon would hold, by name.
+    """Explain each of :data:`VARIANTS` and PartialMuon, by name.
 
-    The one with these very options is ``"AdaPM"``. PartialMuon has its own table of momenta. Takes and raises what
-    :func:`explain` does. Variants with block second moments are left out where the number of heads is not known.
+    ``"AdaPM"`` has exactly these options. PartialMuon has its own table of momenta. Arguments and errors are those of
+    :func:`explain`. Variants with block second moments are left out where the number of heads is unknown.
     """
     options = getattr(model, "adapm_options", {})
     if getattr(model, "adapm_class", AdaPM) is not AdaPM:  # what shapes the state of that one is not AdaPM's
@@ -134,7 +134,7 @@ def compare(model: nn.Module, **adapm_options: Any) -> dict[str, Explanation]:
 
 
 def _optimizer(make: type[Any], model: nn.Module, options: Mapping[str, Any]) -> tuple[RoleOptimizer, bool]:
-    """An optimizer over a model, and whether it took matrices without a role only because nothing is trained here."""
+    """Build an optimizer over a model; also return whether it would refuse to train for lack of roles."""
     refuses = options.get("unmatched", "error") == "error"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="AdaPM gives")  # the table shows them

@@ -1,4 +1,4 @@
-"""Loading: a saved state as this optimizer's state, converted where its settings differ and that has a meaning."""
+"""Conversion of a saved state to this optimizer's settings, where that has a meaning."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,10 +18,10 @@ _SECOND = ("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq_l", "ex
 
 
 def restored_state(optimizer: Stateful, saved: Mapping[str, Any]) -> dict[Tensor, dict[str, Any]]:
-    """New state for every parameter that the saved optimizer had state for. Nothing is changed here.
+    """Make new state for every parameter that has saved state, without changing anything.
 
     Raises:
-        ValueError: a state of another optimizer, of another shape, or for parameters in another order.
+        ValueError: The state is another optimizer's, has another shape, or has parameters in another order.
     """
     restored: dict[Tensor, dict[str, Any]] = {}
     for old, group in zip(saved["param_groups"], optimizer.param_groups, strict=True):
@@ -48,7 +48,7 @@ def restored_state(optimizer: Stateful, saved: Mapping[str, Any]) -> dict[Tensor
 def _whole_state(
     optimizer: Stateful, name: str, param: Tensor, group: Mapping[str, Any], entry: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The state of a whole parameter, whatever this process holds of it."""
+    """Convert the state of a whole parameter, however little of it this process holds."""
     layout = optimizer.placement(param).layout
     state = optimizer.make_state(param, group, param, whole=True)
     state["step"].fill_(float(entry["step"]))
@@ -71,10 +71,10 @@ def _check_order(saved: list[str] | None, current: list[str]) -> None:
 
 
 def _others(name: str, entry: Mapping[str, Any], pieces: tuple[Piece, ...], ours: bool) -> dict[str, Any]:
-    """Entries that wrappers keep in the state of a parameter, as Lookahead does; ``ours`` is all else around them.
+    """Find the entries that wrappers such as Lookahead keep in a parameter's state; ``ours`` are all others.
 
     Raises:
-        ValueError: a state of another optimizer, or of other roles.
+        ValueError: The state is another optimizer's, or that of other roles.
     """
     known = {"step", *_FIRST, *_SECOND} | {piece.prefix + key for piece in pieces for key in _FIRST + _SECOND}
     others = {key: value for key, value in entry.items() if key not in known}
@@ -115,7 +115,7 @@ def _fits(kind: str, found: torch.Size, matrix: torch.Size) -> bool:
 
 
 def _saved(entry: Mapping[str, Any], piece: Piece, key: str, param: Tensor) -> Any:
-    """The entry of a piece: its own, or its rows of an entry for the whole parameter; None where there is none."""
+    """Find the entry of a piece: its own, or its rows of the whole parameter's entry; None without one."""
     if piece.prefix + key in entry:
         return entry[piece.prefix + key]
     whole = entry.get(key)
@@ -153,7 +153,7 @@ def _restore_momentum(entry: Mapping[str, Any], state: dict[str, Any], piece: Pi
 
 
 def _factorise(full: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """A full average as factors of the shapes given: three subspace iterations on it."""
+    """Factor a full average by three subspace iterations."""
     dtype = torch.float64 if full.dtype == torch.float64 else torch.float32
     batch = full.to(dtype).reshape(-1, *full.shape[-2:])
     if right.shape[-2] == right.shape[-1]:
@@ -166,7 +166,7 @@ def _factorise(full: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tenso
 
 
 def _resize(left: Tensor, right: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors at another rank: the strongest directions when it is smaller, empty ones added when it is larger."""
+    """Change the rank of factors: keep the strongest directions, or add empty ones."""
     rank, n = like.shape[-2:]
     left, right = left.double(), right.double()
     if rank == n:
@@ -196,7 +196,7 @@ def _restore_second_moment(entry: Mapping[str, Any], state: dict[str, Any], piec
 
 
 def _expand(sources: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
-    """Any second moment as an elementwise one."""
+    """Expand any second moment to an elementwise one."""
     if "exp_avg_sq_row" in sources:
         row, column = sources["exp_avg_sq_row"], sources["exp_avg_sq_col"]
         return row * column / row.mean(dim=-2, keepdim=True).clamp_min(torch.finfo(row.dtype).tiny)
@@ -212,7 +212,7 @@ def _expand(sources: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
 
 
 def _reduce(dense: Tensor, target: Tensor) -> Tensor:
-    """An elementwise second moment as the block or factored one of ``target``'s shape."""
+    """Reduce an elementwise second moment to the block or factored one of ``target``'s shape."""
     if target.shape == dense.shape:
         return dense
     if target.dim() < 2:

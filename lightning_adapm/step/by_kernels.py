@@ -1,9 +1,9 @@
-"""Steps by :mod:`lightning_adapm.step.kernels`, which write nothing of a gradient's size but what they move.
+"""Steps by :mod:`lightning_adapm.step.kernels`, which write nothing of a gradient's size except parameters and state.
 
-A step reads gradients twice, once for what it has to know of them (are they finite, sums of squares of rows, products
-with a basis) and once for moving the parameters; twice more where it refreshes a basis. Where there is no basis
-yet or processes hold parts of matrices, momenta and second moments do what they do on every device with
-:class:`DeviceGradients`; else kernels do the same.
+A step reads gradients twice: once for flags of finite ones, sums of squares of rows and products with a basis, and once
+to move the parameters. A refresh of a basis reads them twice more. Without a basis yet, or where processes hold parts
+of matrices, momenta and second moments work on :class:`DeviceGradients` as on every device. Otherwise kernels do the
+same.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,14 +30,14 @@ from lightning_adapm.step.launch import DTYPES, Matrices
 from lightning_adapm.step.parts import PieceState, Plan, Task, reduction_of
 
 _TOGETHER_NUMEL = 1 << 24
-"""Elements of bases that are made orthonormal together: they are copied in float64."""
+"""Maximum number of elements of bases that are made orthonormal together, as copies in float64."""
 
 Iterated = tuple[Tensor, Tensor, Tensor]
-"""What :func:`lowrank.refreshed` takes."""
+"""Arguments of :func:`lowrank.refreshed`."""
 
 
 def takes(tasks: list[Task], momentum: Momentum, second_moment: SecondMoment) -> bool:
-    """Whether a step with these needs no more of gradients than kernels find."""
+    """Whether kernels find everything that a step with these moments needs of gradients."""
     multiplies = type(momentum) is NoMomentum or (type(momentum) is LowRankMomentum and momentum.debias)
     multiplies = multiplies or (type(momentum) is FullMomentum and tasks[0].shard is None)
     rows = type(second_moment) is BlockSecondMoment and second_moment.outputs == -2
@@ -51,19 +51,19 @@ def takes(tasks: list[Task], momentum: Momentum, second_moment: SecondMoment) ->
 
 
 def _averages(state: PieceState) -> list[Tensor]:
-    """A piece's first moment, whose dtype is an option."""
+    """Dtypes of a piece's first moment, which are an option."""
     found = (state.get(key) for key in ("exp_avg", "exp_avg_l", "exp_avg_r"))
     return [each for each in found if each is not None]
 
 
 class DeviceGradients(Stack):
-    """Gradients in float32 or less, as they are, that are multiplied without being copied.
+    """Gradients in float32 or a smaller dtype that are multiplied without being copied.
 
-    One with an infinity or a NaN is zero in every product and sum.
+    A gradient with an infinity or a NaN is zero in every product and sum.
 
     Args:
-        tasks: whose gradients.
-        finite: flags that processes which hold parts of them have agreed on.
+        tasks: Tasks with the gradients.
+        finite: Flags of finite gradients, agreed between the processes that hold parts of them.
     """
 
     def __init__(self, tasks: list[Task], finite: Tensor | None) -> None:
@@ -72,7 +72,7 @@ class DeviceGradients(Stack):
         self._agreed = None if finite is None else (~finite).to(torch.int32)
         self._reading: Reading | None = None
         self.basis: Tensor | None = None
-        """The next one ``(b, r, n)``, where this step refreshes it."""
+        """Next basis ``(b, r, n)``, if this step refreshes it."""
 
     @property
     def shape(self) -> torch.Size:
@@ -84,11 +84,11 @@ class DeviceGradients(Stack):
 
     @property
     def reading(self) -> Reading:
-        """Read them, if they are not read yet."""
+        """Read the gradients unless that has been done."""
         return self._reading or self._read(None, 0)[1]
 
     def read(self, bases: Matrices) -> Tensor:
-        """Their products with the transposed ``bases``, ``(b, m, width)``, whether they are finite or not."""
+        """Products of the gradients with the transposed ``bases``, ``(b, m, width)``, finite or not."""
         product, _ = self._read(bases, bases.like.shape[-2])
         assert product is not None
         return product
@@ -100,7 +100,7 @@ class DeviceGradients(Stack):
 
     @cached_property
     def _counting(self) -> Tensor:
-        """Flags of the matrices that count, ``(b, 1)``."""
+        """Flags ``(b, 1)`` of the matrices with finite gradients."""
         each = len(self.matrices.addresses) // len(self)
         return (self.reading.flaws == 0)[:, None].expand(-1, each).reshape(-1, 1)
 
@@ -123,7 +123,7 @@ class DeviceGradients(Stack):
 
 
 class Batch(NamedTuple):
-    """Pieces of one shape that a step takes together, and their gradients where these are taken as they are."""
+    """Pieces of one shape that step together, and their gradients where they are not copied."""
 
     tasks: list[Task]
     plan: Plan
@@ -135,22 +135,22 @@ class Batch(NamedTuple):
         return [task.state for task in self.tasks]
 
     def joined(self, key: str) -> Tensor:
-        """States as one ``(b, ...)`` batch in float32; a copy, but of a single one."""
+        """Join states to a batch ``(b, ...)`` in float32; a single one is not copied."""
         return join([state[key] for state in self.states]).float()
 
     @property
     def by_kernels(self) -> bool:
-        """Whether :func:`step` does all of it: where nothing is shared out and every basis is there."""
+        """Whether :func:`step` does the whole step: nothing is sharded, and every piece has a basis."""
         if self.grads is None or reduction_of(self.tasks) is not ONE_PROCESS:
             return False
         return not isinstance(self.plan.momentum, LowRankMomentum) or all(state["seeded"] for state in self.states)
 
 
 def refresh(batches: Sequence[Batch]) -> None:
-    """Leave the next bases with the gradients of batches that refresh them.
+    """Find the next bases of batches that refresh them.
 
-    What a basis is made of is found batch by batch. Making it orthonormal is many small kernels in a row, which take
-    as long for one batch as for all of them.
+    Products are computed batch by batch. All bases are made orthonormal together, because the many small kernels in a
+    row take as long for one batch as for all.
     """
     found: list[tuple[DeviceGradients, Iterated]] = []
     for batch in batches:
@@ -175,7 +175,7 @@ def _settle(found: Sequence[tuple[DeviceGradients, Iterated]]) -> None:
 
 
 def step(batch: Batch, group: Mapping[str, Any]) -> None:
-    """Move the parameters of a batch ``by_kernels`` that :func:`refresh` has seen."""
+    """Move the parameters of a batch ``by_kernels`` after :func:`refresh`."""
     tasks, plan, number = batch.tasks, batch.plan, batch.step
     momentum, second_moment, decay = plan.momentum, plan.second_moment, plan.decay
     grads, states = batch.grads, batch.states
@@ -228,7 +228,7 @@ def step(batch: Batch, group: Mapping[str, Any]) -> None:
 
 
 def _refreshed(batch: Batch, right: Tensor, basis: Tensor, momentum: LowRankMomentum) -> kernels.Refreshed:
-    """What a new ``basis`` in the place of ``right``, both ``(b, r, n)``, leaves of the left factors."""
+    """Left factors when a new ``basis`` replaces ``right``, both ``(b, r, n)``."""
     held = batch.joined("exp_avg_l")
     if len(batch.tasks) == 1:  # a view of the state, which is to change
         held = held.clone()
@@ -240,13 +240,13 @@ def _matrices(states: Sequence[State], key: str) -> Matrices:
 
 
 def _elementwise(second_moment: ElementwiseSecondMoment, states: Sequence[State], number: int) -> Divisors:
-    """The averages themselves, which take the directions."""
+    """The averages themselves, which the kernel updates with the directions."""
     correction = bias_correction(second_moment.beta2, number)
     return Divisors(_matrices(states, "exp_avg_sq"), correction, second_moment.eps, second_moment.beta2)
 
 
 def _factored(second_moment: FactoredSecondMoment, batch: Batch, grads: DeviceGradients) -> Divisors:
-    """With the gradients taken into the averages."""
+    """Denominators after updating the averages with the gradients."""
     averages = _matrices(batch.states, "exp_avg_sq_row"), _matrices(batch.states, "exp_avg_sq_col")
     sums = kernels.columns(grads.matrices)
     shares, roots = kernels.factor(grads.reading, sums, averages, grads.shape[1:], second_moment.beta2)
@@ -264,7 +264,7 @@ def move(
     decay: float,
     clip: float | None,
 ) -> None:
-    """What :func:`lightning_adapm.step.by_torch.update` does, for layouts that are :func:`kernels.movable`."""
+    """Equivalent of :func:`lightning_adapm.step.by_torch.update` for layouts that are :func:`kernels.movable`."""
     states, used = [task.state for task in tasks], direction.tensors
     if isinstance(second_moment, ElementwiseSecondMoment) and used is grads:
         divisors = _elementwise(second_moment, states, number)

@@ -1,4 +1,4 @@
-"""The pieces of one step: what is gathered of each, and which of them are processed together."""
+"""The pieces of one step, and the batches in which they are processed together."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -22,20 +22,20 @@ _UNCOPIED_NUMEL, _REFRESHED_NUMEL = 1 << 29, 1 << 28
 
 
 class Placement(NamedTuple):
-    """Where a parameter's pieces are: all here, or here as far as ``layout`` says."""
+    """Placement of a parameter's pieces: all on this process, or divided by ``layout``."""
 
     layout: Layout | None
     shapes: tuple[torch.Size, ...]
-    """Of the pieces' matrices, over all processes."""
+    """Shapes of the pieces' matrices over all processes."""
     shards: tuple[RowShard | None, ...]
-    """What of them this process holds; None for matrices that no other process holds a part of."""
+    """This process's rows of each matrix; None for matrices that this process holds alone."""
 
     @classmethod
     def of(cls, param: Tensor, pieces: Sequence[Piece]) -> "Placement":
-        """Found from what the tensor is.
+        """Find the placement of a parameter.
 
         Raises:
-            TypeError: it is sharded in a way that is not supported.
+            TypeError: The parameter is sharded in an unsupported way.
         """
         layout = layout_of(param)
         shapes = tuple(piece.shape(param.shape if layout is None else layout.shape) for piece in pieces)
@@ -51,7 +51,7 @@ class Placement(NamedTuple):
         )
 
     def local_shape(self, index: int) -> torch.Size:
-        """Of what this process holds of the matrix of a piece."""
+        """Shape of this process's part of a piece's matrix."""
         shape, shard = self.shapes[index], self.shards[index]
         if shard is not None:
             return torch.Size((shard.count, *shape[1:]))
@@ -61,16 +61,16 @@ class Placement(NamedTuple):
         return torch.Size(((last - first) // max(1, shape[1:].numel()), *shape[1:]))
 
     def local_numel(self, index: int) -> int:
-        """Elements of a piece that this process holds."""
+        """Number of a piece's elements that this process holds."""
         shard = self.shards[index]
         return self.local_shape(index).numel() if shard is None else shard.numel
 
 
 def shares_basis(layout: Layout, basis: str) -> bool:
-    """Whether each process keeps a part of the bases only: the option ``basis``, decided.
+    """Decide by the option ``basis`` whether each process keeps only a part of the bases.
 
-    A replicated basis costs every process as many bytes on any number of processes; the rest of the state shrinks. On
-    more than two, what is saved of AdamW's sharded momentum would fall below 90 %.
+    A replicated basis costs each process the same bytes on any number of processes, while all other state shrinks. On
+    more than two, less than 90 % of AdamW's sharded momentum would be saved.
     """
     return basis == "shard" or (basis == "auto" and len(layout.spans) > 2)
 
@@ -78,12 +78,12 @@ def shares_basis(layout: Layout, basis: str) -> bool:
 class Task(NamedTuple):
     """One piece in one step. ``param`` is a view to update, ``grad`` the gradient as a matrix.
 
-    Of a piece that other processes hold parts of, they are the local part of the whole parameter until :meth:`taken`.
+    For a piece that other processes hold parts of, both are the local part of the whole parameter until :meth:`taken`.
     """
 
     name: str
     owner: Tensor
-    """The parameter that the piece is of."""
+    """Parameter of the piece."""
     piece: Piece
     param: Tensor
     grad: Tensor
@@ -93,11 +93,11 @@ class Task(NamedTuple):
 
     @property
     def key(self) -> tuple[Tensor, str]:
-        """What tells the piece from all others of the optimizer: names may be equal."""
+        """Identity of the piece in the optimizer, because names may be equal."""
         return self.owner, self.piece.prefix
 
     def taken(self) -> "Task":
-        """With the rows of ``shard``."""
+        """Restrict the task to the rows of ``shard``."""
         if self.shard is None:
             return self
         grad = self.shard.take(self.grad)
@@ -105,10 +105,10 @@ class Task(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What steps do with one piece of a parameter while the settings of its group stay as they are.
+    """The part of a piece's step that is the same while the settings of its group stay the same.
 
-    It holds no tensors: what is kept for the next step would keep memory that callers have let go, and views of storage
-    that they have changed. Pieces with the same ``alike`` can go through a step together.
+    It holds no tensors, because they would keep memory alive that callers have freed, or be views of storage that they
+    have replaced. Pieces with the same ``alike`` can step together.
     """
 
     piece: Piece
@@ -120,7 +120,7 @@ class Plan(NamedTuple):
     alike: "Alike"
 
     def task(self, name: str, owner: Tensor, part: Tensor, grad: Tensor, state: dict[str, Any]) -> Task:
-        """The piece of this step; ``part`` and ``grad`` are what this process holds of its parameter ``owner``."""
+        """Make the task of this step; ``part`` and ``grad`` are this process's part of the parameter ``owner``."""
         piece = self.piece
         if self.shard is None:
             part, grad = piece.view(part), piece.matrix(grad)
@@ -128,13 +128,13 @@ class Plan(NamedTuple):
 
 
 class Alike:
-    """Stands for all that must be equal of pieces that go through a step together; compared by identity."""
+    """Token for everything that must be equal in pieces that step together; compared by identity."""
 
     __slots__ = ("__weakref__",)
 
 
 class Bucket(NamedTuple):
-    """Pieces that go through a step together, as the ``plan`` of the first of them says."""
+    """Pieces that step together, by the ``plan`` of the first of them."""
 
     plan: Plan
     step: int
@@ -142,15 +142,15 @@ class Bucket(NamedTuple):
 
 
 class Observer(Protocol):
-    """Sees every piece of a step from inside it; see :class:`lightning_adapm.report.diagnostics.ResidualProbe`."""
+    """Observer of every piece within a step; see :class:`lightning_adapm.report.diagnostics.ResidualProbe`."""
 
     def __call__(self, task: Task, direction: Tensor, update: Tensor, clip_threshold: float | None) -> None:
-        """``direction`` is the momentum used, ``update`` the normalised update before any clamp, in units of lr."""
+        """Record a piece: ``direction`` is the momentum used, ``update`` the update before a clamp, in units of lr."""
         ...
 
 
 class PieceState:
-    """The entries of a parameter's state that belong to one piece, without their prefix."""
+    """Entries of a parameter's state that belong to one piece, without their prefix."""
 
     __slots__ = ("_prefix", "_state")
 
@@ -168,9 +168,9 @@ class PieceState:
 
 
 def batches(bucket: Bucket, copied: bool) -> Iterable[list[Task]]:
-    """Pieces of one shape in batches of a bounded size, the same on every process that holds a part of them.
+    """Divide pieces of one shape into batches of a bounded size, the same on every process that holds a part of them.
 
-    ``copied`` says whether a step copies their gradients.
+    ``copied`` is whether a step copies their gradients.
     """
     plan, step, tasks = bucket
     grad, shard = tasks[0].grad, tasks[0].shard
@@ -186,6 +186,6 @@ def batches(bucket: Bucket, copied: bool) -> Iterable[list[Task]]:
 
 
 def reduction_of(tasks: list[Task]) -> Reduction:
-    """What completes the sums over rows of a batch."""
+    """Reduction that completes the sums over rows of a batch."""
     shards = [task.shard for task in tasks if task.shard is not None]
     return ProcessReduction(shards) if shards else ONE_PROCESS

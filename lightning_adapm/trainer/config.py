@@ -1,4 +1,4 @@
-"""Settings of an optimizer and its schedule: what a module's attribute ``adapm`` holds."""
+"""Settings of an optimizer and its schedule, for a module's attribute ``adapm``."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -16,18 +16,18 @@ _SCHEDULE_FIELDS = ("warmup_steps", "schedule", "min_lr_ratio")
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Settings that every optimizer has: the learning rate and its schedule.
+    """Settings of every optimizer: the learning rate and its schedule.
 
     Args:
         lr: Learning rate at its peak.
-        warmup_steps: Optimizer steps over which the learning rate rises linearly to ``lr``; a float in [0, 1) is a
-            share of all steps.
-        schedule: ``"cosine"`` falls from ``lr`` to ``min_lr_ratio * lr`` at the last step of the run, whose length the
-            Trainer knows; ``"constant"`` stays at ``lr``, and without a warm-up there is no scheduler at all.
-        min_lr_ratio: Where the cosine ends, as a share of ``lr``.
+        warmup_steps: Number of optimizer steps in which the learning rate rises linearly to ``lr``; a float in [0, 1)
+            is a share of all steps.
+        schedule: ``"cosine"`` falls from ``lr`` to ``min_lr_ratio * lr`` at the last step of the Trainer's run.
+            ``"constant"`` stays at ``lr``; without a warm-up there is no scheduler.
+        min_lr_ratio: End of the cosine, as a share of ``lr``.
 
     Raises:
-        ValueError: An option out of range, named with what was found and what to write instead.
+        ValueError: An option is out of range.
     """
 
     lr: float = 1e-3
@@ -35,7 +35,7 @@ class OptimizerConfig:
     schedule: str = field(default="cosine", kw_only=True)
     min_lr_ratio: float = field(default=0.1, kw_only=True)
     make: ClassVar[type[Any]]
-    """The optimizer."""
+    """Class of the optimizer."""
 
     def __post_init__(self) -> None:
         if not _is_number(self.lr):
@@ -54,18 +54,18 @@ class OptimizerConfig:
 
     @property
     def optimizer_options(self) -> dict[str, Any]:
-        """The keyword arguments of the optimizer."""
+        """Keyword arguments of the optimizer."""
         return {key: value for key, value in vars(self).items() if key not in _SCHEDULE_FIELDS}
 
     @staticmethod
     def resolve(settings: "OptimizerConfig | Mapping[str, Any] | None") -> "AdaPMConfig | PartialMuonConfig":
-        """The settings that a user's ``adapm`` attribute means; what it does not mention keeps its default.
+        """Make settings from a module's ``adapm`` attribute, with defaults for everything that it leaves out.
 
-        Of a mapping, ``optimizer`` is ``"adapm"``, the default, or ``"partial_muon"``.
+        In a mapping, ``optimizer`` is ``"adapm"``, the default, or ``"partial_muon"``.
 
         Raises:
-            TypeError: Neither a mapping nor settings of one of the two.
-            ValueError: A key that does not exist, with the nearest one that does, or a value out of range.
+            TypeError: The attribute is neither a mapping nor one of the settings' classes.
+            ValueError: A key does not exist, or a value is out of range.
         """
         if isinstance(settings, (AdaPMConfig, PartialMuonConfig)):
             return settings
@@ -85,7 +85,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class AdaPMConfig(OptimizerConfig):
-    """The keyword arguments of :class:`~lightning_adapm.AdaPM`, and those of its schedule."""
+    """Keyword arguments of :class:`~lightning_adapm.AdaPM` and of its schedule."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -108,7 +108,7 @@ class AdaPMConfig(OptimizerConfig):
 
 @dataclass(frozen=True)
 class PartialMuonConfig(OptimizerConfig):
-    """The keyword arguments of :class:`~lightning_adapm.PartialMuon`, and those of its schedule."""
+    """Keyword arguments of :class:`~lightning_adapm.PartialMuon` and of its schedule."""
 
     mu: float = 0.95
     nesterov: bool = True
@@ -138,7 +138,7 @@ _CONFIGS: dict[str, type[AdaPMConfig] | type[PartialMuonConfig]] = {
 
 
 def without_text_none(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with None for the text ``"None"``, which jsonargparse makes of ``--model.adapm.clip_threshold=null``."""
+    """Replace the text ``"None"``, which jsonargparse makes of ``--model.adapm.clip_threshold=null``, by None."""
     return {key: None if value == "None" else value for key, value in options.items()}
 
 
