@@ -348,6 +348,9 @@ JOBS |= {
     "gpt shard": Job("gpt", {"basis": "shard"}),
     "gpt replicate": Job("gpt", {"basis": "replicate"}),
     "gpt float32": Job("gpt", dtype=torch.float32),
+    "gpt state dtypes": Job(
+        "gpt", {"state_dtype": {"low_rank": "float16", "full": "float64"}}, dtype=torch.float32, tolerance=1e-3
+    ),
     "gpt long": Job("gpt", {"second_moment": "block"}, steps=40),
     "plain unfrozen": Job("plain", frozen="layers.0"),
     "gpt broken": Job("gpt", broken="qkv"),

@@ -35,6 +35,7 @@ QUICK = (
     "plain factored",
     "gpt broken",
     "gated broken",
+    "gpt state dtypes",
     "transposed elementwise",
     "gpt adalomo",
     "plain lora-pre",

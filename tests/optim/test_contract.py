@@ -561,8 +561,8 @@ def test_many_steps_keep_what_is_kept(case):
     try:
         model = Net()
         optimizer = case(model.named_parameters())
-        several(0, 12)
-        (objects, tensors), (later, later_tensors) = several(12, 16), several(16, 36)
+        several(0, 8)
+        (objects, tensors), (later, later_tensors) = several(8, 10), several(10, 26)
     finally:
         gc.unfreeze()
     assert later_tensors <= tensors
@@ -657,7 +657,7 @@ def test_a_rate_that_is_a_tensor_is_read_once_per_step_and_group(case):
         assert Counted.reads == 2
 
 
-@pytest.mark.parametrize("kind", [int, np.float32, np.float64, np.int64])
+@pytest.mark.parametrize("kind", [int, np.float32])
 def test_options_may_be_numbers_of_any_kind(case, kind):
     numbers = {"lr": 1, "weight_decay": 0, "eps": 0, "rank": 1, "update_proj_gap": 3, "clip_threshold": 2}
     numbers = {name: number for name, number in numbers.items() if case.takes(name)}
@@ -697,7 +697,7 @@ def test_schedulers(case, kind):
         warnings.simplefilter("error", UserWarning)  # torch's of an optimizer that did not step
         warnings.filterwarnings("ignore", "update_in_backward=True")
         warnings.filterwarnings("ignore", "The epoch parameter in")
-        for step in range(4):
+        for step in range(3):
             scheduled, by_hand = (optimizer.param_groups[0] for optimizer in optimizers[:2])
             assert scheduled["lr"] == optimizers[2].param_groups[0]["lr"]
             by_hand["lr"] = scheduled["lr"]
@@ -786,15 +786,18 @@ def resumed(case, model, saved, **options):
     return twin, optimizer
 
 
-@pytest.mark.parametrize("how", [lambda saved: saved, copy.deepcopy, through_a_file], ids=["as it is", "copy", "file"])
-@pytest.mark.parametrize("steps", [0, 4])
+@pytest.mark.parametrize(
+    ("steps", "how"),
+    [(4, lambda saved: saved), (4, through_a_file), (0, through_a_file)],
+    ids=["as it is", "file", "new"],
+)
 def test_a_resumed_run_is_the_same(case, how, steps):
     model, optimizer = trained(case, steps)
     saved = optimizer.state_dict()
     twin, other = resumed(case, model, copy.deepcopy(saved) if case is REFERENCE else how(saved), lr=0.7)
     assert other.param_groups[0]["lr"] == 1e-2
-    train(model, optimizer, 5, first=steps)
-    train(twin, other, 5, first=steps)
+    train(model, optimizer, 3, first=steps)
+    train(twin, other, 3, first=steps)
     assert equal(model, twin)
     assert equal(tensors_in(optimizer.state), tensors_in(other.state))
 
