@@ -1,4 +1,4 @@
-"""Puts results into docs/benchmarks.md, but those of studies: ``python -m benchmarks.docs``."""
+"""Put all results except studies into docs/benchmarks.md: ``python -m benchmarks.docs``."""
 
 import re
 from pathlib import Path

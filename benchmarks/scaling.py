@@ -32,11 +32,11 @@ SMALL = Shape(layers=2, width=64, n_head=4, n_query_groups=2, context=16, vocab=
 GAP = 3
 """Steps from one refresh to the next, in the small model."""
 WINDOWS = 4
-"""Of a step of the small model, shared out among the processes."""
+"""Windows per step of the small model, divided among the processes."""
 
 
 class Counted(NamedTuple):
-    """What processes were seen to keep and exchange: ``kept`` and ``state`` in bytes by process."""
+    """Measured bytes on all processes: ``kept`` and ``state`` by process."""
 
     kept: list[int]
     state: list[int]

@@ -37,7 +37,7 @@ ELEMENTS = 6
 
 @dataclass(frozen=True)
 class Plan:
-    """What is timed where, how often, and until when.
+    """Plan of a measurement: model, device, repetitions and time limit.
 
     ``together``: all optimizers are alive at once and take turns; otherwise each has the memory to itself.
     ``peer_limit``: seconds that the first step of one peer may take, where that can be known before.
@@ -54,7 +54,7 @@ class Plan:
 
 @dataclass
 class Measured:
-    """What is known of one optimizer: seconds of its steps by turn, or why there are none.
+    """Measurement of one optimizer: seconds of its steps by turn, or the reason why there are none.
 
     ``refresh``: seconds of a step that refreshes, where the interval is too long for a turn; ``pace``: of the last step
     before the first turn.
@@ -86,7 +86,7 @@ class Measured:
 
     @property
     def milliseconds(self) -> dict[str, Any]:
-        """What results say of the time of a step."""
+        """Summarize the times of a step for results."""
         return {"mean_ms": 1e3 * self.mean, "turns_ms": [1e3 * fmean(turn) for turn in self.turns]}
 
 
@@ -128,7 +128,7 @@ def _prepare(row: Measured, of: Parameters, plan: Plan) -> Optimizer:
 
 
 def _count(row: Measured, optimizer: Optimizer, of: Parameters, plan: Plan) -> None:
-    """What is not a time, and the step that refreshes."""
+    """Measure everything but times, and the step that refreshes."""
     if row.peer.restart is not None:
         row.peer.restart(optimizer)
         (row.refresh,) = time_steps(optimizer.step, 1, plan.device)

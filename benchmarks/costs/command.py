@@ -1,4 +1,4 @@
-"""What the command lines and results of step_time, training_time and peak_memory share."""
+"""Shared parts of the command lines and results of step_time, training_time and peak_memory."""
 
 import argparse
 import math
@@ -18,7 +18,7 @@ LATE = "no time left (--time-limit)"
 
 
 def parser_of(module: str, description: str | None) -> argparse.ArgumentParser:
-    """With the options that say what is measured where, for how long and where the results go."""
+    """Make a parser with the options for models, devices, time limits and outputs."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{module}", description=description)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--model", choices=MODELS, default="llama")
@@ -56,7 +56,7 @@ def begin(peer: Peer, deadline: float) -> None:
 
 
 def described(device: str, name: str, dtype: str, shape: Shape, all_layers: int) -> dict[str, Any]:
-    """What a result says of the model, whose name has ``all_layers`` and of which ``shape`` was taken."""
+    """Describe the model in a result: its ``shape``, out of ``all_layers`` layers."""
     return {
         "device": device,
         "model": name,

@@ -45,7 +45,7 @@ def held_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """Of all tensors in the state, also those that packages keep inside objects or quantise."""
+    """Bytes of all tensors in the state, including quantized ones and those inside objects of packages."""
     return held_bytes(tensors_in(list(optimizer.state.values())))
 
 
@@ -89,7 +89,7 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def counting(self, category: str) -> Iterator[None]:
-        """What is allocated meanwhile is of ``category``."""
+        """Within the context, count allocations under ``category``."""
         before, self.category = self.category, category
         try:
             yield

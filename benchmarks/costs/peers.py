@@ -59,7 +59,7 @@ _GAP: dict[str, Any] = {"update_proj_gap": 200, "proj_type": "std"}
 _RANDOM = _GAP | {"proj": "random"}
 _REFRESHED: dict[str, Any] = {"interval": 200, "restart": _from_step_zero}
 BASES = ("AdamW, fused", "AdamW, foreach", "AdamW")
-"""What times are compared with."""
+"""Baselines of the times."""
 PEERS: tuple[Peer, ...] = (
     Peer("AdamW", "AdamW"),
     Peer("AdamW, foreach", "AdamW", {"foreach": True}),
@@ -102,7 +102,7 @@ def build(peer: Peer, of: Parameters, limit: float, lr: float = LR, **options: A
 
 
 def _svd_seconds(of: Parameters) -> float:
-    """How long the singular values and vectors of all hidden matrices take, by one of each shape."""
+    """Time of an SVD of all hidden matrices, measured on one of each shape."""
     shapes = [param.shape for param in of.hidden]
     device, total = of.tensors[0].device, 0.0
     for shape in set(shapes):
@@ -112,7 +112,7 @@ def _svd_seconds(of: Parameters) -> float:
 
 
 def attempt(peer: Peer, work: Callable[[], Result]) -> tuple[Result | None, str | None]:
-    """What ``work`` returns and None, or None and why the peer cannot be measured.
+    """Run ``work``; return its result and None, or None and the reason why the peer cannot be measured.
 
     Only want of memory excuses ours.
     """

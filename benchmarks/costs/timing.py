@@ -1,4 +1,4 @@
-"""How a step is timed and counted on a CPU and on a GPU."""
+"""Timing and counting of a step, on a CPU and on a GPU."""
 
 import time
 from collections.abc import Callable, Sequence

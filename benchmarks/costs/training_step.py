@@ -26,7 +26,7 @@ WARMUP = 2
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained where: ``batch`` windows of ``length`` tokens. ``autocast``: products are in bfloat16."""
+    """Setting of a step: ``batch`` windows of ``length`` tokens on a device; ``autocast`` has products in bfloat16."""
 
     device: str
     dtype: torch.dtype

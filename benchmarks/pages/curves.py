@@ -1,4 +1,4 @@
-"""What runs show on their way: curves by steps, bytes and seconds, steps to a baseline's loss, what was observed."""
+"""Curves of runs by steps, bytes and seconds, steps to a baseline's loss, and observed figures."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ Point = list[float]
 """Step, loss and, in later results, seconds of training."""
 
 PARTS = (0.0, 0.1, 0.5, 0.6, 1.0)
-"""Of a run, over which the figures are averaged."""
+"""Parts of a run, over which figures are averaged."""
 
 
 def reached(curve: list[Point], loss: float) -> float | None:
@@ -92,7 +92,7 @@ def plot_curves(study: Study, table: Table, path: Path) -> bool:
 
 
 def observed(table: Table) -> dict[str, list[dict[str, Any]]]:
-    """What each row showed at its best learning rate, seed by seed; nothing for a study that did not look."""
+    """Observations of each row at its best learning rate, seed by seed; empty without any."""
     kept = {label: cells[best(cells)].results.values() for label, cells in table.items()}
     runs = {
         label: [result["observed"] for result in results if "observed" in result] for label, results in kept.items()
@@ -101,7 +101,7 @@ def observed(table: Table) -> dict[str, list[dict[str, Any]]]:
 
 
 def plot_observed(table: Table, path: Path, role: str = "mlp") -> bool:
-    """Of one role a panel for each figure as an SVG; False where there is nothing to see or no matplotlib."""
+    """Draw a panel for each figure of one role as an SVG; False without observations or matplotlib."""
     runs, plt = observed(table), plotting()
     if plt is None or not runs:
         return False
@@ -122,7 +122,7 @@ def plot_observed(table: Table, path: Path, role: str = "mlp") -> bool:
 
 
 def observed_tables(table: Table) -> list[str]:
-    """What was observed, by role; nothing for a study that did not look."""
+    """Tables of observations by role; empty without any."""
     runs = observed(table)
     roles = list(dict.fromkeys(role for found in runs.values() for one in found for role in one["roles"]))
     page: list[str] = []
@@ -141,7 +141,7 @@ def observed_tables(table: Table) -> list[str]:
 
 
 def averages(runs: list[dict[str, Any]], role: str, figure: str) -> list[str]:
-    """Of a figure over the parts of a run, and over the seeds; nothing where it was not seen."""
+    """Mean of a figure over parts of runs and over seeds; empty where it was not observed."""
     found: list[list[float]] = [[] for _ in PARTS[1:]]
     for one in runs:
         values = one["roles"].get(role, {}).get(figure, [])

@@ -1,4 +1,4 @@
-"""What every benchmark's result is written as: JSON, and from it a dated page with a plot."""
+"""Output of a benchmark: JSON, and from it a dated page with a plot."""
 
 import datetime
 import json
@@ -14,7 +14,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 def session(module: str, device: str) -> dict[str, Any]:
-    """With what, when and how something is measured."""
+    """Hardware, versions, date and command of a measurement."""
     return {
         "command": f"python -m benchmarks.{module} {shlex.join(sys.argv[1:])}".strip(),
         "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}",

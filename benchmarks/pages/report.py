@@ -56,7 +56,7 @@ def paired(cell: Cell, rival: Cell) -> str:
 
 
 def crossings(study: Study, table: Table) -> dict[Any, dict[Any, Cell]]:
-    """Of two crossed options: the second's value to the first's to the best learning rate's runs, both ascending."""
+    """Runs at the best learning rate, by the second crossed option and then by the first, both ascending."""
     assert study.crossed is not None
     columns, rows = study.crossed
     found: dict[Any, dict[Any, Cell]] = {}

@@ -54,7 +54,7 @@ def select(study: Study, store: Store) -> dict[str, list[Entry]]:
 
 
 def setting_of(entry: Entry) -> dict[str, Any]:
-    """Of a result, without the name of the weights that it started from."""
+    """Setting of a result, without the name of its initial weights."""
     return {**entry.run["setting"], "start": None}
 
 
@@ -79,7 +79,7 @@ def best(cells: Mapping[float, Cell]) -> float:
 
 
 def rivals(study: Study, table: Table) -> dict[str, str]:
-    """Of each baseline the label with the lowest loss."""
+    """Label with the lowest loss for each baseline."""
     found = {}
     for name, labels in study.baselines.items():
         there = [label for label in labels if label in table]
@@ -102,6 +102,6 @@ def plotting() -> Any:
 
 
 def style(index: int, label: str) -> dict[str, Any]:
-    """Of the line of a row: what is not AdaPM is dashed."""
+    """Style of a row's line; other optimizers than AdaPM are dashed."""
     colours = plotting().get_cmap("tab20")
     return {"color": colours(index % 20), "lw": 1.2, "ls": "-" if label.startswith("AdaPM") else "--"}

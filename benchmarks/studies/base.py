@@ -1,4 +1,4 @@
-"""What a study is, and the names for what many of them compare."""
+"""Definition of a study, and names for common variants."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -60,7 +60,7 @@ class Study:
     finding: str = "Not yet drawn."
 
     def setting_of(self, label: str) -> Setting:
-        """Of a variant's runs."""
+        """Setting of a variant's runs."""
         changed = dict(self.changes.get(label, {}))
         steps = round(self.setting.steps * changed.pop("length", 1))
         return dataclasses.replace(self.setting, steps=steps, **changed)

@@ -8,7 +8,7 @@ from benchmarks.studies.elsewhere import Images, Recurrent
 from benchmarks.studies.setting import Setting
 
 LOW_RANK = {"rank": 0.25, "update_proj_gap": 200, "proj_type": "std"}
-"""As GaLore's and APOLLO's papers recommend: a quarter of the width, projected anew every 200 steps."""
+"""Options recommended by GaLore's and APOLLO's papers: a quarter of the width, projected anew every 200 steps."""
 PEERS = {
     **ADAMW,
     "AdaPM": adapm(betas=BETAS95),
@@ -35,7 +35,7 @@ RATES = {
     "LoRA-Pre, Muon": (1e-3, 2e-3, 5e-3, 1e-2),
     "AdaLomo": (5e-3, 1e-2, 2e-2, 4e-2),
 }
-"""Of those whose learning rate means something else than AdamW's."""
+"""Learning rates of optimizers for which they mean something else than for AdamW."""
 
 
 def convergence() -> Study:
@@ -87,7 +87,7 @@ def instructions() -> Study:
 
 
 def recurrent() -> Study:
-    """What no rule matches has to be taught."""
+    """Study of recurrent weights, which need explicit roles."""
     taught = {policy: {"roles": {r"weight_(ih|hh)": policy}} for policy in ("full", "low_rank", "none")}
     rows = {f"AdaPM, recurrent weights {policy}": adapm(betas=BETAS95, **options) for policy, options in taught.items()}
     return Study(

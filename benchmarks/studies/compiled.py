@@ -1,4 +1,4 @@
-"""What makes a large model train faster than as written: compiled blocks and the fastest attention."""
+"""Faster training of large models by compiled blocks and the fastest attention."""
 
 from contextlib import AbstractContextManager
 

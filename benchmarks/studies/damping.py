@@ -36,7 +36,7 @@ def move(
 
 
 def outside(grads: list[Tensor], states: Sequence[State], plan: Plan) -> list[Tensor]:
-    """What of each gradient its momentum does not average; the momentum has taken the gradients in."""
+    """Part of each gradient that its momentum does not average, after the momentum's update."""
     if plan.momentum.name == "none":
         return grads
     grad = join(grads)

@@ -1,4 +1,4 @@
-"""What the optimizer does inside a step, by role: how large its updates are and what the low-rank momentum misses."""
+"""Observation of steps by role: the size of updates and the residual of the low-rank momentum."""
 
 import re
 import statistics

@@ -90,7 +90,7 @@ def _of_all(make: Callable[..., Any], of: Parameters, **options: Any) -> Optimiz
 
 
 def _muon(make: Callable[..., Any], of: Parameters, lr: float, weight_decay: float, **options: Any) -> Optimizer:
-    """Of the hidden matrices; AdamW's the rest, at the same learning rate."""
+    """Muon for hidden matrices, and AdamW for the rest at the same learning rate."""
     rest = torch.optim.AdamW(of.other, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
     return Several(make(of.hidden, lr=lr, weight_decay=weight_decay, **options), rest)
 
@@ -123,7 +123,7 @@ def _projected(
 
 
 class Library(NamedTuple):
-    """Where a class is, what to install for it, and how it is used."""
+    """Class of another library: its module, its package on PyPI, and its use."""
 
     module: str
     name: str

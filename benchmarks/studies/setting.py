@@ -1,4 +1,4 @@
-"""What identifies a training run, and where it runs."""
+"""Settings that identify a training run, and its device."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -15,7 +15,7 @@ that the results there were are still found.
 
 @dataclass(frozen=True)
 class Setting:
-    """What all runs of a variant have in common.
+    """Setting that all runs of a variant have in common.
 
     ``start`` names the weights that they go on from. ``points`` are of the validation curve. ``change``: from this
     share of the steps on, the learning rate is multiplied by this factor at once. ``observe``: after how many steps the
@@ -34,7 +34,7 @@ class Setting:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Convert to the form in JSON."""
         fields = {key: value for key, value in asdict(self).items() if key not in LATER or value != LATER[key]}
         return json.loads(json.dumps(fields))
 
@@ -56,7 +56,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Device:
-    """Where and how to train: nothing that a result should depend on."""
+    """Settings of a device, which should not affect results."""
 
     type: str = "cpu"
     compile: bool = False

@@ -85,7 +85,7 @@ def hardware(device: str) -> str:
 
 
 def versions() -> str:
-    """Of what the results depend on; of this package also a digest of its sources, which change between versions."""
+    """Versions of the packages that results depend on, with a digest of this package's sources."""
     folder = Path(lightning_adapm.__file__).parent
     sources = b"".join(file.read_bytes() for file in sorted(folder.rglob("*.py")))
     digest = hashlib.sha256(sources).hexdigest()[:8]

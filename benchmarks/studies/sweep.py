@@ -29,7 +29,7 @@ from benchmarks.studies.training import train
 PRETRAINING_LR, PRETRAINING_STEPS = 2e-3, 600
 
 Source = Path | Images | None
-"""What is trained on: a text file, images of these sizes, Python's sources."""
+"""Source of the data: a text file, images of these sizes, or Python's sources."""
 
 _text: dict[Source, Text] = {}
 
@@ -64,7 +64,7 @@ class Sweep:
         return Run(resolve(kind, options), lr, seed, self.study.setting_of(label), self.text)
 
     def missing(self) -> Iterator[Group]:
-        """What is not in the store."""
+        """Runs that the store lacks."""
         for label, rate, seed in self.study.first:
             lr = self._rate(label, rate) if label in self.labels else None
             if lr is not None:
@@ -86,7 +86,7 @@ class Sweep:
                 yield from self._group(label, following[0], range(self.study.seeds))
 
     def _rate(self, label: str, rate: float | str) -> float | None:
-        """What a rate of ``Study.first`` is by the results so far."""
+        """Resolve a rate of ``Study.first`` by the results so far."""
         if not isinstance(rate, str):
             return rate
         known = sorted({*self.study.lrs_of(label), *self.study.edge_of(label)})
@@ -101,7 +101,7 @@ class Sweep:
         return next(iter(following + below), None)
 
     def mean(self, label: str, lr: float) -> float:
-        """Of the validation loss over the seeds there are; infinite where one diverged."""
+        """Mean validation loss over the existing seeds; infinite where one diverged."""
         runs = [self.run(label, lr, seed) for seed in range(self.study.seeds)]
         losses = [self.store[run]["val_loss"] for run in runs if run in self.store]
         return statistics.fmean(float("inf") if loss is None else loss for loss in losses)
@@ -184,7 +184,7 @@ def distinct(groups: Iterable[Group]) -> Iterator[Group]:
 
 
 def source_of(study: Study, data: Path | None) -> Source:
-    """What a study trains on; ``data`` is the command line's."""
+    """Load a study's data; ``data`` is the option of the command line."""
     if not study.images:
         return data
     assert isinstance(study.setting.shape, Images)
@@ -211,7 +211,7 @@ def weights_file(folder: Path, start: str, seed: int) -> Path:
 
 @dataclass(frozen=True)
 class Place:
-    """What a worker must know beside its runs."""
+    """Settings of a worker, apart from its runs."""
 
     device: Device
     weights: Path

@@ -152,7 +152,7 @@ def schedule(step: int, steps: int, change: tuple[float, float] | None = None) -
 
 
 def batch_starts(text: Text, setting: Setting, seed: int) -> Tensor:
-    """Where each window begins: ``(steps, batch)``, a function of the seed and the text alone."""
+    """Starts of the windows, ``(steps, batch)``, which depend on the seed and the text alone."""
     order = torch.Generator().manual_seed(1000 + seed)
     size, last = (setting.steps, setting.batch), len(text.train) - setting.shape.context
     if text.starts is None:

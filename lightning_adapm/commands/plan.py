@@ -33,8 +33,8 @@ NEIGHBORS: tuple[type[Any], ...] = (AdamMini, PartialMuon, LoRAPre, AdaLomo, Lom
 
 _SHAPE_THE_STATE = ("rank", "second_moment", "momentum", "roles", "unmatched", "state_dtype")
 _DESCRIPTION = """\
-Compare the optimizer state of a model before training: AdamW, Adam-mini, AdaPM, and AdaPM with block second moments.
-The model is built on the meta device, so no weight takes memory.
+Compare the optimizer state of a model before training: AdamW, Adam-mini, AdaPM, AdaPM with block second moments, and
+PartialMuon. The model is built on the meta device, so no weight takes memory.
 
   lightning-adapm plan --model_name Llama-3-8B --dtype bfloat16
   lightning-adapm plan --config recipes/trainer/pretrain/quickstart.yaml --rank 4 --explain

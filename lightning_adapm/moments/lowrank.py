@@ -122,7 +122,7 @@ def refreshed(iterated: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]
 def iterated_rows(
     grad: Multiplied, left: Tensor, right: Tensor, beta1: float, reduction: Reduction = ONE_PROCESS
 ) -> tuple[Tensor, Tensor]:
-    """What :func:`refresh_basis` makes orthonormal, ``(M~ᵀ M~ rightᵀ)ᵀ``, and where the gradient shows something,
+    """Rows that :func:`refresh_basis` makes orthonormal, ``(M~ᵀ M~ rightᵀ)ᵀ``, and whether the gradient is not zero,
     ``(b, 1, 1)``. Of a direction that is sketched, ``M~ rightᵀ`` is taken of the gradient alone.
     """
     rank, n = right.shape[-2:]

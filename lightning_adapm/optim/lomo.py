@@ -175,7 +175,7 @@ class AdaLomo(RoleOptimizer):
 
 
 def _root_mean_squares(values: list[Tensor], reduction: Reduction) -> list[Tensor]:
-    """Of each tensor, over all processes; of each matrix in a stack by itself."""
+    """Root mean square of each tensor over all processes; for stacks, of each matrix."""
     dims = [(-2, -1) if value.dim() > 1 else None for value in values]
     sums = [value.square().sum(dim, keepdim=dim is not None) for value, dim in zip(values, dims, strict=True)]
     counts = [

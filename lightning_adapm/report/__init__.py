@@ -1,1 +1,1 @@
-"""What optimizers hold and what they lose: plans, explanations, tables and measurements."""
+"""Plans, explanations, tables and measurements of optimizer state."""

@@ -1,1 +1,1 @@
-"""How parameters are divided among processes, and sums over all processes."""
+"""Division of parameters among processes, and sums over all processes."""

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 @dataclass(frozen=True)
 class Layout:
-    """Which elements of a parameter each process of a group holds.
+    """Spans of a parameter's elements held by each process of a group.
 
     Args:
         shape: Shape of the whole parameter.

@@ -1,1 +1,1 @@
-"""How the pieces of parameters are moved: by torch's operations or by Triton kernels."""
+"""Steps of pieces of parameters, by torch's operations or by Triton kernels."""

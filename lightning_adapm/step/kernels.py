@@ -274,7 +274,7 @@ def factor(
 
 
 class Divisors(NamedTuple):
-    """What a step divides by, ``roots / correction + eps``: roots are ``(b, m)``, or matrices that broadcast.
+    """Denominators of a step, ``roots / correction + eps``, with roots ``(b, m)`` or matrices that broadcast.
 
     With ``beta2``, they are elementwise averages of the squared direction, which they take before anything else. With
     ``columns`` ``(b, n)``, they are their products with these.
