@@ -21,6 +21,9 @@ HIDDEN = ("query", "key", "value", "attn_out", "mlp")
 
 DEFAULT_MOMENTUM: Mapping[str, str] = {**policy.PAPER_MOMENTUM, "embedding": "low_rank"}
 
+_SETTLED = 1000.0
+"""Steps of a loaded Muon, which counts none: so many that its average has no bias left."""
+
 
 class PartialMuon(RoleOptimizer):
     """Muon whose momentum depends on the role: low-rank factors, all of it, or none, as in AdaPM.
@@ -135,10 +138,33 @@ class PartialMuon(RoleOptimizer):
             return NesterovLowRankMomentum(**{field.name: getattr(found, field.name) for field in fields(found)})
         return NesterovMomentum(mu)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state as AdaPM does, or one of ``torch.optim.Muon``, whose buffers become the momentum.
+
+        The learning rate of a Muon without ``adjust_lr_fn="match_rms_adamw"`` has another meaning: this one's stays.
+        """
+        super().load_state_dict(from_muon(state_dict))
+
     def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
         if is_orthogonal(piece, shape, group):
             return Orthogonal(group["ns_steps"])
         return policy.second_moment_for(piece, shape, group)
+
+
+def from_muon(saved: dict[str, Any]) -> dict[str, Any]:
+    """A state dict with the groups of ``torch.optim.Muon`` as PartialMuon would have saved them."""
+    state, groups = dict(saved["state"]), []
+    for group in saved["param_groups"]:
+        if "ns_coefficients" in group:
+            adamws_size = group["adjust_lr_fn"] == "match_rms_adamw"
+            dropped = {"momentum", "eps", "ns_coefficients", "adjust_lr_fn"}
+            dropped |= set() if adamws_size else {"lr", "initial_lr"}
+            for key in group["params"]:
+                if key in state:
+                    state[key] = {"step": torch.tensor(_SETTLED), "exp_avg": state[key]["momentum_buffer"]}
+            group = {"mu": group["momentum"], **{key: value for key, value in group.items() if key not in dropped}}
+        groups.append(group)
+    return {**saved, "state": state, "param_groups": groups}
 
 
 def is_orthogonal(piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> bool:

@@ -37,7 +37,10 @@ def update(
     observer: Observer | None,
 ) -> None:
     """Update second moments with ``grads`` of ``tasks`` of one shape, and move their parameters along ``direction``."""
+    remembered = None
     if isinstance(second_moment, Orthogonal):
+        direction = direction.multiplied()
+        remembered = None if observer is None else direction
         direction = second_moment.applied(direction, reduction)
     lr, clip = float(group["lr"]), group.get("clip_threshold")
     clip = None if clip is None or direction.clamp is None else clip * direction.clamp
@@ -50,7 +53,7 @@ def update(
             torch._foreach_mul_(tile.params, 1 - lr * decay)
         divisors, scale = tile.denominators.settle(as_adamw=direction.clamp is None)
         if observer is not None:
-            _observe(observer, tasks, used, divisors, scale, clip)
+            _observe(observer, tasks, remembered or used, used, divisors, scale, clip)
         _apply(tile.params, used.tensors, divisors, used.scale * scale, lr, clip, used.scratch)
 
 
@@ -101,10 +104,16 @@ class _Rows:
 
 
 def _observe(
-    observer: Observer, tasks: list[Task], used: Direction, divisors: list[Tensor], scale: float, clip: float | None
+    observer: Observer,
+    tasks: list[Task],
+    momentum: Direction,
+    used: Direction,
+    divisors: list[Tensor],
+    scale: float,
+    clip: float | None,
 ) -> None:
-    for task, tensor, divisor in zip(tasks, used.tensors, divisors, strict=True):
-        direction, update = tensor * used.scale, tensor * (used.scale * scale) / divisor
+    for task, tensor, moved, divisor in zip(tasks, momentum.tensors, used.tensors, divisors, strict=True):
+        direction, update = tensor * momentum.scale, moved * (used.scale * scale) / divisor
         if task.shard is not None:
             direction, update = task.shard.held_only(direction), task.shard.held_only(update)
         observer(task, direction, update, clip)

@@ -88,6 +88,32 @@ def test_full_momentum_is_torch_muon_beside_adamw(iteration, nesterov, monkeypat
         assert (p - q).norm() <= tolerance * (q - r).norm(), name
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon since 2.9")
+@pytest.mark.parametrize("adjusted", [True, False])
+def test_goes_on_from_torch_muon(adjusted):
+    weight, other = (nn.Parameter(torch.randn(24, 16, generator=torch.Generator().manual_seed(3))) for _ in range(2))
+    muon = torch.optim.Muon([weight], lr=2e-3, momentum=0.9, adjust_lr_fn="match_rms_adamw" if adjusted else None)
+    for _ in steps(weight, muon, 5):
+        pass
+    ours = PartialMuon([(WEIGHT, other)], lr=5e-3, momentum="full")
+    low_rank = PartialMuon([(WEIGHT, other)], lr=5e-3, rank=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they say that mu and the learning rate are the checkpoint's
+        ours.load_state_dict(muon.state_dict())
+        low_rank.load_state_dict(muon.state_dict())
+    (group,) = ours.param_groups
+    assert (group["mu"], group["eps"], group["lr"]) == (0.9, 1e-8, 2e-3 if adjusted else 5e-3)
+    buffer = muon.state[weight]["momentum_buffer"]
+    assert torch.equal(ours.state[other]["exp_avg"], buffer)
+    left, right = (low_rank.state[other][key] for key in ("exp_avg_l", "exp_avg_r"))
+    best = torch.linalg.svdvals(buffer)[4:].norm()
+    assert (buffer - left @ right).norm() < 1.1 * best
+    for optimizer, param in ((ours, other), (low_rank, other)):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        assert param.isfinite().all()
+
+
 @pytest.mark.parametrize("options", [{"rank": 2, "update_proj_gap": 3}, {"momentum": "full"}, {"momentum": "none"}])
 def test_a_fused_weight_is_its_parts(options):
     torch.manual_seed(0)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from models import PlainLM, tiny_gpt, token_batches, train
 
-from lightning_adapm import AdaPM
+from lightning_adapm import AdaPM, PartialMuon
+from lightning_adapm.moments.orthogonal import newton_schulz
 from lightning_adapm.report.diagnostics import ResidualProbe, StateReport, sketch
 from lightning_adapm.report.plan import measure
 
@@ -54,6 +55,26 @@ def test_probe_is_a_direct_computation():
         assert reading.figures["clamped"] == pytest.approx((update.abs() > 0.5).float().mean().item(), abs=1e-6)
         torch.testing.assert_close(weight.detach(), before * (1 - 1e-5) - 1e-3 * update.clamp(-0.5, 0.5))
     assert ("stationarity" in reading.figures) and abs(reading.figures["stationarity"]) < 0.6
+
+
+def test_probe_sees_the_direction_that_is_made_orthogonal():
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(12, 10, dtype=torch.float64))
+    optimizer = PartialMuon([("layers.0.mlp.weight", weight)], rank=2, update_proj_gap=50)
+    probe = optimizer.observer = ResidualProbe()
+    for step in range(3):
+        weight.grad = torch.randn_like(weight)
+        optimizer.step()
+        (reading,) = probe.read()
+        left, basis = (optimizer.state[weight][key] for key in ("exp_avg_l", "exp_avg_r"))
+        seen = weight.grad @ basis.T
+        inside = 0.05 * seen + 0.95 * left / (1 - 0.95 ** (step + 1))
+        unseen = weight.grad - seen @ basis
+        used = inside @ basis + unseen
+        assert reading.figures["norm"] == pytest.approx((unseen.norm() / used.norm()).item(), rel=1e-6)
+        update = 0.2 * 12**0.5 * newton_schulz(used[None])
+        assert reading.figures["update_max"] == pytest.approx(update.abs().max().item(), rel=1e-6)
+        assert "clamped" not in reading.figures
 
 
 def test_stationarity_of_a_constant_residual_is_one():
