@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from benchmarks.costs.command import LATE, begin, described, parser_of, skipped_cells
 from benchmarks.costs.memory import held_bytes, state_bytes, tensors_in
-from benchmarks.costs.models import DTYPES, MODELS, free_bytes, materialise, numel, shorten
+from benchmarks.costs.models import DTYPES, MODELS, free_bytes, materialize, numel, shorten
 from benchmarks.costs.peers import BASES, Peer, Result, attempt, build, select
 from benchmarks.costs.timing import bandwidth, launched, time_steps, transient_bytes
 from benchmarks.pages.page import provenance, session, stacked_bars, table, write
@@ -221,7 +221,7 @@ def _cells(row: dict[str, Any], base: Sequence[float], count: int) -> list[str]:
 def run(name: str, dtype: str, shape: Shape, peers: Sequence[Peer], plan: Plan, output: Path) -> None:
     """Measure one model in one dtype, and write the JSON, the page and the plot."""
     torch.manual_seed(0)
-    model = materialise(shape, plan.device, DTYPES[dtype])
+    model = materialize(shape, plan.device, DTYPES[dtype])
     before = bandwidth(plan.device)
     measured = measure(model, peers, plan)
     best = max(before, bandwidth(plan.device))  # other work on a shared machine must not lower it

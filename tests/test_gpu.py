@@ -77,7 +77,7 @@ def test_low_precision_parameters_keep_a_float32_state(dtype):
     assert {value.dtype for value in held} == {torch.float32}
 
 
-def test_tf32_does_not_reach_the_orthonormalisation():
+def test_tf32_does_not_reach_the_orthonormalization():
     """litgpt and Lightning switch TF32 on; the bases stay orthonormal to float32's precision."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Plain tensors in a state, however deep: in containers, in objects of a package, in quantised tensors."""
+    """Plain tensors in a state, however deep: in containers, in objects of a package, in quantized tensors."""
     if isinstance(value, Tensor):
         if hasattr(value, "__tensor_flatten__"):
             for name in value.__tensor_flatten__()[0]:

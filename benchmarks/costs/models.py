@@ -69,7 +69,7 @@ def shorten(shape: Shape, bytes_per_parameter: float, budget: int) -> Shape | No
     return replace(shape, layers=min(layers, shape.layers)) if layers > 0 else None
 
 
-def materialise(shape: Shape, device: str, dtype: torch.dtype) -> Decoder:
+def materialize(shape: Shape, device: str, dtype: torch.dtype) -> Decoder:
     """A decoder with random weights, made where and as it stays: no copy in float32, none on the host."""
     with torch.device("meta"):
         model = Decoder(shape).to(dtype)

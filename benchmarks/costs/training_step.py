@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.costs.memory import Ledger, state_bytes, tensors_in
-from benchmarks.costs.models import materialise
+from benchmarks.costs.models import materialize
 from benchmarks.costs.peers import Peer, build
 from benchmarks.studies.decoder import Shape
 from benchmarks.studies.optimizers import Parameters
@@ -48,7 +48,7 @@ class Training:
     def __init__(self, shape: Shape, peer: Peer, setting: Setting) -> None:
         torch.manual_seed(0)
         self.setting = setting
-        self.model = materialise(shape, setting.device, setting.dtype)
+        self.model = materialize(shape, setting.device, setting.dtype)
         self.optimizer: Optimizer = build(peer, Parameters.of(self.model), setting.svd_limit)
         self.in_backward = peer.in_backward
         self.tokens = torch.randint(shape.vocab, (setting.batch, setting.length + 1), device=setting.device)

@@ -103,5 +103,5 @@ def plotting() -> Any:
 
 def style(index: int, label: str) -> dict[str, Any]:
     """Style of a row's line; other optimizers than AdaPM are dashed."""
-    colours = plotting().get_cmap("tab20")
-    return {"color": colours(index % 20), "lw": 1.2, "ls": "-" if label.startswith("AdaPM") else "--"}
+    colors = plotting().get_cmap("tab20")
+    return {"color": colors(index % 20), "lw": 1.2, "ls": "-" if label.startswith("AdaPM") else "--"}

@@ -157,7 +157,7 @@ class ExactSVD(LowRankMomentum):
 class GradientDescent(LowRankMomentum):
     """The basis follows from a few steps of gradient descent on ``|M~ - L R|**2``, warm-started, as in the paper.
 
-    The steps have the length 1 / (largest eigenvalue of the other factor's Gram matrix); then R is orthonormalised.
+    The steps have the length 1 / (largest eigenvalue of the other factor's Gram matrix); then R is orthonormalized.
     """
 
     iterations: ClassVar[int] = 5

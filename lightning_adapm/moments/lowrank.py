@@ -43,16 +43,16 @@ def _kept_starting_rows(rank: int, n: int, dtype: torch.dtype, device: torch.dev
 
 def orthonormal_rows(rows: Tensor) -> Tensor:
     """Make the rows of ``rows`` ``(b, r, n)`` orthonormal; a row that depends on earlier ones becomes zero."""
-    return orthonormalise([rows])[0][0]
+    return orthonormalize([rows])[0][0]
 
 
-def orthonormalise(stacks: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """:func:`orthonormal_rows` of each of some ``stacks`` of any shapes, whose small matrices are factorised together.
+def orthonormalize(stacks: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """:func:`orthonormal_rows` of each of some ``stacks`` of any shapes, whose small matrices are factorized together.
 
     And for each matrix of all stacks whether it is finite, ``(sum of b, 1, 1)``; what comes of others means nothing.
 
     Cholesky-QR, twice, in float64 (never TF32): the first pass is shifted so that it cannot fail and shows which rows
-    are dependent, the second makes the others orthonormal to working precision. Only ``r x r`` matrices are factorised,
+    are dependent, the second makes the others orthonormal to working precision. Only ``r x r`` matrices are factorized,
     and a column in which every row is zero stays exactly zero, which a Householder QR does not give.
     """
     rows = [stack.to(torch.float64) for stack in stacks]
@@ -113,7 +113,7 @@ def refresh_basis(
 
 def refreshed(iterated: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
     """Find the next bases from the results of :func:`iterated_rows` and the old bases."""
-    bases, finite = orthonormalise([rows for rows, _, _ in iterated])
+    bases, finite = orthonormalize([rows for rows, _, _ in iterated])
     flags = finite.split([len(rows) for rows, _, _ in iterated])
     found = zip(iterated, bases, flags, strict=True)
     return [torch.where(shown & flag, basis, right) for (_, shown, right), basis, flag in found]

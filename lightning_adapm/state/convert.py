@@ -145,14 +145,14 @@ def _restore_momentum(entry: Mapping[str, Any], state: dict[str, Any], piece: Pi
             if seeded is not None:
                 state[piece.prefix + "seeded"] = int(seeded)
         elif left is not None or full is not None:
-            factors = _factorise(full, new_left, new_right) if left is None else _resize(left, right, new_right)
+            factors = _factorize(full, new_left, new_right) if left is None else _resize(left, right, new_right)
             new_left.copy_(factors[0])
             new_right.copy_(factors[1])
             if piece.prefix + "seeded" in state:
                 state[piece.prefix + "seeded"] = int(not has_values(new_right) or new_right.any())
 
 
-def _factorise(full: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+def _factorize(full: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Factor a full average by three subspace iterations."""
     dtype = torch.float64 if full.dtype == torch.float64 else torch.float32
     batch = full.to(dtype).reshape(-1, *full.shape[-2:])

@@ -13,7 +13,7 @@ from torch import nn
 from benchmarks import docs, step_time, training_time
 from benchmarks.costs import peers
 from benchmarks.costs.memory import state_bytes
-from benchmarks.costs.models import MODELS, materialise, numel, shorten
+from benchmarks.costs.models import MODELS, materialize, numel, shorten
 from benchmarks.costs.peers import PEERS, Peer, attempt, build, chosen, select
 from benchmarks.step_time import INTERVAL, Measured, Plan, measure, summarize
 from benchmarks.studies.decoder import Decoder, Shape
@@ -87,7 +87,7 @@ def built(peer, model, **options):
 @pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
 def test_every_peer_trains_all_parameters(peer, dtype):
     torch.manual_seed(0)
-    model = materialise(TINY, "cpu", dtype)
+    model = materialize(TINY, "cpu", dtype)
     optimizer = built(peer, model, lr=0.1)
     before = [param.detach().clone() for param in model.parameters()]
 

@@ -243,7 +243,7 @@ def test_as_a_user_starts_it(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "make"), [("lora-pre", LoRAPre), ("adalomo", AdaLomo), ("adam-mini", AdamMini)])
-def test_a_recipe_with_a_neighbour_as_its_optimizer(plan, name, make):
+def test_a_recipe_with_a_neighbor_as_its_optimizer(plan, name, make):
     status, out, *_ = plan("--config", QUICKSTART, "--config", QUICKSTART.with_stem(f"quickstart-{name}"))
     assert status == 0
     total = next(line for line in out.splitlines() if line.startswith("  total"))

@@ -81,7 +81,7 @@ class PlainTraining:
 
 
 def tiny_gpt(**fields: object) -> GPT:
-    """A litgpt GPT with grouped queries and a Llama MLP, initialised as litgpt initialises."""
+    """A litgpt GPT with grouped queries and a Llama MLP, initialized as litgpt initializes."""
     config = {
         "n_layer": 2,
         "n_head": 4,

@@ -12,7 +12,7 @@ REPORT = "OPTIMIZER_REPORT"
 
 
 def describe(optimizer):
-    """What an AdaPM does with every parameter that trains: its pieces with their moments, by normalised name."""
+    """What an AdaPM does with every parameter that trains: its pieces with their moments, by normalized name."""
     found = {}
     for group in optimizer.param_groups:
         for name, param in zip(group["param_names"], group["params"], strict=True):

@@ -1,4 +1,4 @@
-"""LitGPTModule: which model it builds, what it optimises and logs, and what it refuses."""
+"""LitGPTModule: which model it builds, what it optimizes and logs, and what it refuses."""
 
 import math
 import sys
@@ -43,7 +43,7 @@ def test_config_describes_the_whole_model():
     module = LitGPTModule(config=CONFIG)
     assert module.model.config.padded_vocab_size == 320
     assert module.model.transformer.h[0].attn.qkv.weight.shape == (32 + 2 * 16, 32)
-    # litgpt's initialisation, not torch's (whose embeddings have a standard deviation of 1).
+    # litgpt's initialization, not torch's (whose embeddings have a standard deviation of 1).
     assert module.model.transformer.wte.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert module(torch.zeros(2, 16, dtype=torch.int64)).shape == (2, 16, 320)
 

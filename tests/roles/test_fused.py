@@ -170,7 +170,7 @@ def made(layout):
     make, child, *heads = LAYOUTS[layout]
     torch.manual_seed(0)
     model = make().double().eval()
-    for module in model.modules():  # whatever initialises to zeros would show no derivative
+    for module in model.modules():  # whatever initializes to zeros would show no derivative
         for param in module._parameters.values():
             if param is not None and param.dim() >= 2:
                 nn.init.normal_(param, std=0.1)

@@ -137,7 +137,7 @@ def test_tensors_without_names_are_refused(params):
         AdaPM(params(PlainLM()))
 
 
-def test_an_exhausted_or_started_generator_is_not_recognised():
+def test_an_exhausted_or_started_generator_is_not_recognized():
     model = PlainLM()
     started = model.parameters()
     next(started)

@@ -66,7 +66,7 @@ def test_loading_does_not_share_memory():
 
 
 def test_every_key_exists_after_the_first_step_with_zero_gradients():
-    """As torch.distributed.checkpoint initialises a state that it is about to load."""
+    """As torch.distributed.checkpoint initializes a state that it is about to load."""
     model = tiny_gpt()
     reference = trained()[1]
     optimizer = AdaPM(model.parameters(), **OPTIONS)

@@ -57,7 +57,7 @@ def test_adamw_twin_differs_in_the_optimizer_only(runs):
     assert logged(ours, rate) == rates
     assert len(rates) == 6
     assert float(rates[0]) < float(rates[2]) > float(rates[5])
-    # ...and so are initialisation and batches: the first loss comes before any update.
+    # ...and so are initialization and batches: the first loss comes before any update.
     assert logged(ours, "train_loss")[0] == logged(theirs, "train_loss")[0]
     states = [
         torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True, map_location="cpu")
