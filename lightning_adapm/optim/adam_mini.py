@@ -70,12 +70,13 @@ class AdamMini(RoleOptimizer):
         state_dtype: torch.dtype | str | None = None,
         maximize: bool = False,
         update_in_backward: bool = False,
+        **left_over: Any,
     ) -> None:
         super().__init__(
             params,
             {
                 "lr": lr,
-                "betas": tuple(betas),
+                "betas": betas,
                 "eps": eps,
                 "weight_decay": weight_decay,
                 "no_decay": no_decay,
@@ -85,6 +86,7 @@ class AdamMini(RoleOptimizer):
             roles=roles,
             unmatched=unmatched,
             update_in_backward=update_in_backward,
+            left_over=left_over,
             roles_matter=False,
         )
 

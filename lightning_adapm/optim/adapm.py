@@ -110,6 +110,7 @@ class AdaPM(RoleOptimizer):
         clip_threshold: float | None = 1.0,
         maximize: bool = False,
         update_in_backward: bool = False,
+        **left_over: Any,
     ) -> None:
         options.check_roles(roles, unmatched)
         table = policy.momentum_table(momentum, unmatched)
@@ -117,7 +118,7 @@ class AdaPM(RoleOptimizer):
             params,
             {
                 "lr": lr,
-                "betas": tuple(betas),
+                "betas": betas,
                 "eps": eps,
                 "weight_decay": weight_decay,
                 "rank": rank,
@@ -134,6 +135,7 @@ class AdaPM(RoleOptimizer):
             roles=roles,
             unmatched=unmatched,
             update_in_backward=update_in_backward,
+            left_over=left_over,
             roles_matter=len(set(table.values())) > 1,
         )
 

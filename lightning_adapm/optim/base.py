@@ -15,10 +15,10 @@ from torch import Tensor
 from lightning_adapm.moments import policy
 from lightning_adapm.moments.base import Momentum, SecondMoment
 from lightning_adapm.moments.first import LowRankMomentum
-from lightning_adapm.optim import in_backward, options
+from lightning_adapm.optim import groups, in_backward, options
 from lightning_adapm.roles.assign import assign_roles
 from lightning_adapm.roles.context import Named
-from lightning_adapm.roles.inputs import name_tensors, read_groups, source_module
+from lightning_adapm.roles.inputs import read_groups, source_module
 from lightning_adapm.roles.piece import Piece
 from lightning_adapm.sharding.find import local
 from lightning_adapm.sharding.fsdp1 import gradients
@@ -42,9 +42,6 @@ from lightning_adapm.step.parts import (
 
 _NO_GRADIENT = "{}.step() found no gradient on any of its parameters, so nothing is trained"
 
-_PER_STEP = ("params", "param_names", "roles", "lr", "as_built")
-"""Of a group: what a plan does not depend on."""
-
 
 class RoleOptimizer(Checkpointed):
     """An optimizer that treats every parameter by its role in the transformer.
@@ -58,15 +55,16 @@ class RoleOptimizer(Checkpointed):
     - its ``__init__`` has its own options, and passes those that a parameter group may override as ``defaults``.
 
     Args:
-        params: ``model.named_parameters()``, or ``model.parameters()`` itself (names and heads are then read from the
-            module), an iterable of ``(name, tensor)``, or parameter groups whose ``params`` are one of these or
-            which state a ``role``. A group may also state ``n_head``, ``n_query_groups`` and ``head_size`` where only
-            names are given.
+        params: ``model.named_parameters()``, ``model.parameters()``, any iterable of ``(name, tensor)`` or of tensors,
+            or parameter groups whose ``params`` are one of these. Names, modules and head counts are those of the
+            live module that holds the tensors. Where none does, names are needed, or a group's ``role``; a group
+            may also state ``n_head``, ``n_query_groups`` and ``head_size``.
         defaults: Options of the parameter groups: at least ``lr``, ``weight_decay``, ``no_decay`` and ``maximize``.
         roles: Roles for names, ``{regular expression: role or policy}``, searched in order before any built-in rule.
         unmatched: Policy of matrices whose role is not found. ``"error"`` refuses them and lists them.
         update_in_backward: In ``step(closure)``, move each parameter and free its gradient inside backward.
         roles_matter: Whether a matrix is treated by its role, so that a role that is not found is worth a warning.
+        left_over: Keywords that the subclass has no parameters for: those of ``torch.optim.AdamW`` get a warning.
 
     Raises:
         ValueError: An option out of range; a matrix without a role.
@@ -86,8 +84,10 @@ class RoleOptimizer(Checkpointed):
         unmatched: str = "error",
         update_in_backward: bool = False,
         roles_matter: bool = True,
+        left_over: Mapping[str, Any] | None = None,
     ) -> None:
         options.check_caller()
+        groups.check_left_over(type(self), left_over or {})
         options.check_roles(roles, unmatched)
         defaults = options.plain(defaults, defaults, unmatched) | {"format_version": FORMAT_VERSION}
         self.check_options(defaults)
@@ -97,13 +97,18 @@ class RoleOptimizer(Checkpointed):
         self.update_in_backward = update_in_backward
         self.gradient_norm: Tensor | None = None
         """Norm of the last step's gradients, where it updated in backward and left none to measure."""
+        # what every parameter is, by identity; not part of a checkpoint
+        self.names: dict[Tensor, str] = {}
+        self.roles: dict[Tensor, str] = {}
         self.pieces: dict[Tensor, tuple[Piece, ...]] = {}
-        self.reasons: dict[Tensor, str] = {}  # why a parameter has its role; like pieces, not part of a checkpoint
+        self.reasons: dict[Tensor, str] = {}
         self._forget_places()
         self._nonfinite = NonFiniteGradients()
         module = source_module(params)
         self._module = None if module is None else weakref.ref(module)
-        super().__init__(self._assign(read_groups(params), defaults), defaults)
+        super().__init__([{"params": []}], defaults)  # torch adds groups one by one, and roles are found over all
+        self.param_groups.clear()
+        self._add(read_groups(params))
 
     def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:
         """Choose the momentum of a piece whose matrix has ``shape`` over all processes."""
@@ -120,35 +125,36 @@ class RoleOptimizer(Checkpointed):
     def check_pieces(self, item: Named, pieces: tuple[Piece, ...], group: Mapping[str, Any]) -> None:
         """Refuse pieces of a parameter that this optimizer cannot treat, by raising a ValueError."""
 
-    def _assign(self, groups: list[dict[str, Any]], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
-        groups = [options.plain(group, defaults, self.unmatched) for group in groups]
-        for group in groups:
-            self.check_options({**defaults, **group})
-        assigned, pieces, reasons = assign_roles(
-            groups,
-            self.name_rules,
-            self.unmatched,
-            self.roles_matter,
-            lambda item, pieces, group: self.check_pieces(item, pieces, {**defaults, **group}),
-        )
-        self.pieces.update(pieces)
-        self.reasons.update(reasons)
-        return assigned
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as ``torch.optim`` does. Bare tensors are named as the module names them that this optimizer's
-        parameters are of; others need names or a ``role`` as in the constructor.
+        """Add a group as ``torch.optim`` does, of anything that the constructor takes. Roles are those that the
+        parameters have in the whole model. A group that is refused changes nothing.
         """
-        if "roles" not in param_group:
-            if "role" not in param_group:
-                known = {
-                    name: param
-                    for group in self.param_groups
-                    for name, param in zip(group["param_names"], group["params"], strict=True)
-                }
-                param_group = param_group | {"params": name_tensors(param_group["params"], known)}
-            (param_group,) = self._assign([param_group], self.defaults)
-        super().add_param_group(param_group)
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        self._add([param_group])
+
+    def _add(self, added: list[dict[str, Any]]) -> None:
+        """Add groups together: all of them, or none where one is refused."""
+        filled = [groups.fill(group, self.defaults, self.unmatched) for group in added]
+        for group in filled:
+            self.check_options(group)
+        before = len(self.param_groups)
+        assigned = assign_roles(
+            filled, self.names, before, self.name_rules, self.unmatched, self.roles_matter, self.check_pieces
+        )
+        try:
+            for group in assigned.groups:
+                super().add_param_group(group)
+        except Exception:
+            del self.param_groups[before:]
+            raise
+        for group, own in zip(added, assigned.groups, strict=True):
+            group.update(own)  # as with torch, the caller's group is the optimizer's: wrappers change rates in it
+        self.param_groups[before:] = added
+        self.names.update(assigned.names)
+        self.roles.update(assigned.roles)
+        self.pieces.update(assigned.pieces)
+        self.reasons.update(assigned.reasons)
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps only defaults, state and groups through pickling and deepcopy
@@ -167,8 +173,7 @@ class RoleOptimizer(Checkpointed):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; ``closure`` reevaluates the model and returns the loss."""
-        for group in self.param_groups:
-            options.check_held(group, self.pieces)
+        self.follow_groups()
         self._let_go()
         loss, updated = None, {}
         self._rates.clear()
@@ -193,7 +198,7 @@ class RoleOptimizer(Checkpointed):
         if sum(len(group["params"]) for group in self.param_groups) == len(self.pieces):
             return
         held = {param for group in self.param_groups for param in group["params"]}
-        for known in (self.pieces, self.reasons, self._placements, self._plans):
+        for known in (self.names, self.roles, self.pieces, self.reasons, self._placements, self._plans):
             for param in known.keys() - held:
                 del known[param]
         self._nonfinite.let_go(held)
@@ -215,24 +220,51 @@ class RoleOptimizer(Checkpointed):
             names = (zip(group["param_names"], group["params"], strict=True) for group in self.param_groups)
             options.check_not_replaced(module, self.pieces, dict(chain.from_iterable(names)))
 
+    def follow_groups(self) -> None:
+        """Let names and roles follow the lists of parameters, which callers may change in place.
+
+        Raises:
+            TypeError: A parameter was not added with :meth:`add_param_group`.
+        """
+        for group in self.param_groups:
+            options.check_held(group, self.pieces)
+            params = group["params"]
+            if len(set(params)) != len(params):
+                params = group["params"] = list(dict.fromkeys(params))
+            if [self.names[param] for param in params] != group["param_names"]:
+                group["param_names"] = [self.names[param] for param in params]
+                group["roles"] = [self.roles[param] for param in params]
+
     def _take(self, selected: Sequence[tuple[dict[str, Any], list[str], list[Tensor]]]) -> bool:
         """Take the gradients of parameters, group by group, and move them; whether there were any."""
         for group, names, params in selected:
             for name, param in zip(names, params, strict=True):
-                if (param.requires_grad or param.grad is not None) and not self.state.get(param):
+                if (param.requires_grad or param.grad is not None) and "step" not in self.state.get(param, ()):
                     for piece in self.pieces[param]:
                         options.check_trainable(name, piece, param, self.unmatched)
-                    self.state[param] = self.make_state(param, group, param)
+                    self.state[param].update(self.make_state(param, group, param))  # wrappers keep theirs in it too
+        selected = self._joined(selected)
         grads = [gradients(params, [self.placement(param).layout for param in params]) for _, _, params in selected]
         if not any(grad is not None for found in grads for grad in found):
             return False
-        with _without_autocast(selected[0][2][0].device.type):
+        with _without_autocast(next(param for _, _, params in selected for param in params).device.type):
             gathered = [self._gather(*each, found) for each, found in zip(selected, grads, strict=True)]
             tasks = (task for buckets in gathered for bucket in buckets for task in bucket.tasks)
             self._nonfinite.agree(tasks, chain.from_iterable(each[2] for each in selected))
             for (group, _, _), buckets in zip(selected, gathered, strict=True):
                 self._move_together(buckets, self._with_number(group))
         return True
+
+    def _joined(
+        self, selected: Sequence[tuple[dict[str, Any], list[str], list[Tensor]]]
+    ) -> list[tuple[dict[str, Any], list[str], list[Tensor]]]:
+        """Groups of equal options as one, so that their parameters step together."""
+        joined: dict[Any, tuple[dict[str, Any], list[str], list[Tensor]]] = {}
+        for group, names, params in selected:
+            _, all_names, all_params = joined.setdefault(groups.settings_of(group, self.defaults), (group, [], []))
+            all_names += names
+            all_params += params
+        return list(joined.values())
 
     def _with_number(self, group: dict[str, Any]) -> Mapping[str, Any]:
         """A group whose learning rate is a number: a tensor on a device, which a step waits for, is read once."""
@@ -244,7 +276,7 @@ class RoleOptimizer(Checkpointed):
         self._placements: dict[Tensor, tuple[torch.Size, Placement]] = {}
         self._plans: dict[Tensor, tuple[tuple[Any, ...], list[Plan]]] = {}
         self._alike: weakref.WeakValueDictionary[Any, Alike] = weakref.WeakValueDictionary()
-        self._settings: dict[int, dict[str, Any]] = {}
+        self._settings: dict[int, tuple[Any, ...]] = {}
         self._counters: defaultdict[int, StepCounters] = defaultdict(StepCounters)
         self._rates: dict[int, float] = {}  # of this step, by group
 
@@ -292,7 +324,7 @@ class RoleOptimizer(Checkpointed):
         self, group: dict[str, Any], names: list[str], params: list[Tensor], grads: list[Tensor | None]
     ) -> Iterable[Bucket]:
         """Count the step of every parameter with a gradient, and sort its pieces into buckets that step together."""
-        settings = {key: value for key, value in group.items() if key not in _PER_STEP}
+        settings = groups.settings_of(group, (key for key in self.defaults if key != "lr"))
         if settings == self._settings.get(id(group)):
             settings = self._settings[id(group)]  # the same one is compared faster
         self._settings[id(group)] = settings
@@ -317,7 +349,7 @@ class RoleOptimizer(Checkpointed):
                 buckets[key].tasks.append(task)
         return buckets.values()
 
-    def _planned(self, param: Tensor, group: Mapping[str, Any], settings: dict[str, Any]) -> list[Plan]:
+    def _planned(self, param: Tensor, group: Mapping[str, Any], settings: tuple[Any, ...]) -> list[Plan]:
         """What steps do with each piece of a parameter; made anew where anything that it depends on has changed."""
         depends = settings, param.shape, param.dtype, param.device
         known = self._plans.get(param)

@@ -62,6 +62,7 @@ class Lomo(RoleOptimizer):
         no_decay: Iterable[str] = (),
         maximize: bool = False,
         update_in_backward: bool = True,
+        **left_over: Any,
     ) -> None:
         super().__init__(
             params,
@@ -69,6 +70,7 @@ class Lomo(RoleOptimizer):
             roles=roles,
             unmatched=unmatched,
             update_in_backward=update_in_backward,
+            left_over=left_over,
             roles_matter=False,
         )
 
@@ -131,6 +133,7 @@ class AdaLomo(RoleOptimizer):
         no_decay: Iterable[str] = (),
         maximize: bool = False,
         update_in_backward: bool = True,
+        **left_over: Any,
     ) -> None:
         if clip_threshold is None:
             raise ValueError("clip_threshold must be a number > 0, but got None; a large one is no bound")
@@ -146,6 +149,7 @@ class AdaLomo(RoleOptimizer):
             roles=roles,
             unmatched=unmatched,
             update_in_backward=update_in_backward,
+            left_over=left_over,
             roles_matter=False,
         )
 

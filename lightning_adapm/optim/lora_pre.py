@@ -82,6 +82,7 @@ class LoRAPre(RoleOptimizer):
         state_dtype: torch.dtype | str | None = None,
         maximize: bool = False,
         update_in_backward: bool = False,
+        **left_over: Any,
     ) -> None:
         if variant not in VARIANTS:
             raise ValueError(f"variant must be 'adam' or 'muon', but got {variant!r}")
@@ -92,7 +93,7 @@ class LoRAPre(RoleOptimizer):
             params,
             {
                 "lr": lr,
-                "betas": tuple(betas),
+                "betas": betas,
                 "eps": eps,
                 "weight_decay": weight_decay,
                 "rank": rank,
@@ -103,6 +104,7 @@ class LoRAPre(RoleOptimizer):
             roles=roles,
             unmatched=unmatched,
             update_in_backward=update_in_backward,
+            left_over=left_over,
         )
 
     def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:

@@ -63,7 +63,7 @@ def plain(group: Mapping[str, Any], defaults: Mapping[str, Any], unmatched: str)
         elif option == "no_decay":
             value = [value] if isinstance(value, str) else list(value or ())
         elif option == "betas" and isinstance(value, Iterable):
-            value = tuple(map(_plain, value))
+            value = (list if isinstance(value, list) else tuple)(map(_plain, value))
         else:
             value = _plain(value)
         found[option] = value

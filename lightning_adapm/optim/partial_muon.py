@@ -89,6 +89,7 @@ class PartialMuon(RoleOptimizer):
         ns_steps: int = STEPS,
         maximize: bool = False,
         update_in_backward: bool = False,
+        **left_over: Any,
     ) -> None:
         options.check_roles(roles, unmatched)
         if isinstance(momentum, Mapping | None):
@@ -100,7 +101,7 @@ class PartialMuon(RoleOptimizer):
                 "lr": lr,
                 "mu": mu,
                 "nesterov": nesterov,
-                "betas": tuple(betas),
+                "betas": betas,
                 "eps": eps,
                 "weight_decay": weight_decay,
                 "rank": rank,
@@ -118,6 +119,7 @@ class PartialMuon(RoleOptimizer):
             roles=roles,
             unmatched=unmatched,
             update_in_backward=update_in_backward,
+            left_over=left_over,
             roles_matter=len(set(table.values())) > 1,
         )
 

@@ -118,9 +118,10 @@ def plan(optimizer: RoleOptimizer, changes: Mapping[str, Any] | None = None) -> 
     rows: list[Row] = []
     for group in (own | dict(changes or {}) for own in optimizer.param_groups):
         known: dict[Any, list[Row]] = {}  # parameters that are alike have the same rows: experts come in thousands
-        for name, param in zip(group["param_names"], group["params"], strict=True):
+        for param in group["params"]:
             if not param.requires_grad:
                 continue
+            name = optimizer.names[param]
             placement = optimizer.placement(param)
             held = tuple(placement.local_numel(index) for index in range(len(placement.shapes)))
             alike = (placement.shapes, held, param.dtype, optimizer.pieces[param])

@@ -4,123 +4,133 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from lightning_adapm.roles.context import Named, describe, link, plain
-from lightning_adapm.roles.find import find_role, fits
+from lightning_adapm.roles.context import Named, describe, plain
+from lightning_adapm.roles.find import find_role, fits, is_taught
 from lightning_adapm.roles.fused import Heads, cut
-from lightning_adapm.roles.inputs import read_params
+from lightning_adapm.roles.identify import identify
+from lightning_adapm.roles.inputs import Handed, read_group
+from lightning_adapm.roles.live import is_lightning, unwrapped
 from lightning_adapm.roles.piece import ROLES, UNMATCHED, Piece
 from lightning_adapm.roles.rules import FUSED, guess
 from lightning_adapm.sharding.find import layout_of
 
-_HOW_TO_NAME = (
-    "AdaPM needs to know what each parameter is. Pass model.named_parameters(), or model.parameters() itself and not a"
-    ' list made from it; in a parameter group {"params": [(name, parameter), ...]}, or a role:'
-    ' {"params": [...], "role": "mlp"}'
-)
-
 _HEADS = ("n_head", "n_query_groups", "head_size")
+
+
+@dataclass
+class Assigned:
+    """What an optimizer keeps of parameters: the group they are in, and by parameter what each of them is."""
+
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    """With ``params`` and its parallel lists ``param_names`` and ``roles``."""
+    names: dict[Tensor, str] = field(default_factory=dict)
+    roles: dict[Tensor, str] = field(default_factory=dict)
+    pieces: dict[Tensor, tuple[Piece, ...]] = field(default_factory=dict)
+    reasons: dict[Tensor, str] = field(default_factory=dict)
+    """The rules that decided."""
 
 
 def assign_roles(
     groups: list[dict[str, Any]],
+    known: Mapping[Tensor, str],
+    first: int,
     rules: Mapping[str, str],
     unmatched: str,
     roles_matter: bool,
     check: Callable[[Named, tuple[Piece, ...], Mapping[str, Any]], None],
-) -> tuple[list[dict[str, Any]], dict[Tensor, tuple[Piece, ...]], dict[Tensor, str]]:
-    """Give every parameter a role and its pieces.
+) -> Assigned:
+    """Give every parameter a name, a role and its pieces. Nothing that is handed over is changed.
 
     Args:
-        groups: Parameter groups as the caller passed them.
-        defaults: Options of groups that do not have their own.
+        groups: As the caller has them, with every option.
+        known: Names of the parameters that the optimizer has already.
+        first: Number of the first group.
         rules: The option ``roles``.
         unmatched: The option of that name.
         roles_matter: Matrices are treated by their role, so that one that is not found is worth a warning.
         check: Refuses pieces of a parameter that the optimizer cannot treat, from the entries of its group.
 
-    Returns:
-        The groups, each with ``params`` as ``(name, parameter)`` and a parallel list ``roles``; the pieces; and of each
-        parameter the rule that decided.
-
     Raises:
-        TypeError: parameters without names or role, or complex ones.
-        ValueError: no parameters; matrices that nothing matches, all of them; a fused weight or heads that cannot be
-            told apart.
+        TypeError: Parameters without names or role, or complex ones.
+        ValueError: Matrices that nothing matches, all of them; a fused weight or heads that cannot be told apart.
     """
-    assigned: list[dict[str, Any]] = []
-    pieces: dict[Tensor, tuple[Piece, ...]] = {}
-    reasons: dict[Tensor, str] = {}
+    assigned = Assigned()
     missing: list[Named] = []
-    described = [_describe(group, index) for index, group in enumerate(groups)]
-    if not any(described):
-        raise ValueError("optimizer got an empty parameter list")  # torch's words
-    if len(described) > 1:  # a fused weight and the output projection beside it may be in different groups
-        link(item for items in described for item in items)
-    for group, items in zip(groups, described, strict=True):
-        options = {key: value for key, value in group.items() if key not in ("role", *_HEADS)}
-        roles = []
+    handed = [read_group(group) for group in groups]
+    policy = None if unmatched == "error" else unmatched
+    for group, given, items in zip(groups, handed, _describe(handed, known, first, rules, policy), strict=True):
         stated = Heads(*(group.get(key) for key in _HEADS))
         for item in items:
             if item.param.is_complex() and item.param.requires_grad:
-                raise TypeError(f"{item.name} is complex; AdaPM supports real parameters only")
-            role, reasons[item.param] = _role(item, group.get("role"), rules)
+                raise TypeError(f"{item.label} is complex; AdaPM supports real parameters only")
+            role, why = _role(item, given, rules)
             try:
                 cuts = cut(item, role or UNMATCHED, stated)
             except ValueError:
                 if item.param.requires_grad and (unmatched == "error" or stated != Heads()):
                     raise
-                role, reasons[item.param] = None, "query, key and value rows that cannot be told apart"
+                role, why = None, "query, key and value rows that cannot be told apart"
                 cuts = cut(item, UNMATCHED)
             if role is None and item.param.requires_grad:
                 missing.append(item)
-            roles.append(role or UNMATCHED)
-            pieces[item.param] = tuple(replace(piece, block=item.block) for piece in cuts)
-            check_layout(item.name, cuts[0], item.param)
+            check_layout(item.label, cuts[0], item.param)
+            assigned.names[item.param], assigned.reasons[item.param] = item.label, why
+            assigned.roles[item.param] = role or UNMATCHED
+            assigned.pieces[item.param] = tuple(replace(piece, block=item.block) for piece in cuts)
             if not item.packed:
-                check(item, pieces[item.param], group)
-        options["params"] = [(item.name, item.param) for item in items]
-        options["roles"] = roles
-        assigned.append(options)
+                check(item, assigned.pieces[item.param], group)
+        lists = {
+            "params": given.params,
+            "param_names": [item.label for item in items],
+            "roles": [assigned.roles[param] for param in given.params],
+        }
+        assigned.groups.append({**group, **lists})
     if missing and unmatched == "error":
-        raise ValueError(unmatched_message((item.name, item.shape, reasons[item.param]) for item in missing))
+        raise ValueError(unmatched_message((item.label, item.shape, assigned.reasons[item.param]) for item in missing))
     if missing and roles_matter:
-        names = ", ".join(f"{item.name} {tuple(item.shape)}" for item in missing)
+        names = ", ".join(f"{item.label} {tuple(item.shape)}" for item in missing)
         warnings.warn(
             f"AdaPM gives {unmatched} momentum to matrices whose role it does not know: {names}", stacklevel=5
         )
-    return assigned, pieces, reasons
+    return assigned
 
 
-def _describe(group: Mapping[str, Any], index: int) -> list[Named]:
-    items, module = read_params(group["params"])
-    role = group.get("role")
-    named: list[Any] = []
-    for position, item in enumerate(items):
-        if not isinstance(item, Tensor):
-            named.append(item)
-        elif role is None:
-            raise TypeError(f"params holds a tensor of shape {tuple(item.shape)} without a name. {_HOW_TO_NAME}")
-        else:
-            named.append((f"group{index}.{role}.{position}", item))
-    for item in named:
-        if not (
-            isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], Tensor)
-        ):
-            raise TypeError(f"params holds {item!r}. {_HOW_TO_NAME}")
-    return describe(named, module)
+def _describe(
+    handed: Sequence[Handed], known: Mapping[Tensor, str], first: int, rules: Mapping[str, str], policy: str | None
+) -> list[list[Named]]:
+    """Parameters as their model tells of them. A module that is handed over alone is its model where it looks like one:
+    going through all live modules costs some 0.1 s."""
+    if len(handed) == 1 and handed[0].module is not None and not known:
+        (only,), module = handed, handed[0].module
+        items = describe(((str(name), param) for name, param in zip(only.names, only.params, strict=True)), module)
+        trained = [item for item in items if item.param.requires_grad]
+        has_blocks = any(item.block_path is not None for item in items)
+        if is_lightning(unwrapped(module)) or (has_blocks and all(_found(item, rules)[0] for item in trained)):
+            return [items]
+    return identify(handed, known, first, lambda item: _found(item, rules)[0] is not None, policy)
 
 
-def _role(item: Named, stated: str | None, rules: Mapping[str, str]) -> tuple[str | None, str]:
+def _found(item: Named, rules: Mapping[str, str]) -> tuple[str | None, str]:
+    if item.found is None:
+        item.found = find_role(item, rules)
+    return item.found
+
+
+def _role(item: Named, given: Handed, rules: Mapping[str, str]) -> tuple[str | None, str]:
     """The role that the group states, where it can be this parameter's; else the one that is found. And why."""
-    if stated is None:
-        return find_role(item, rules)
-    if fits(stated, item.shape):
-        return stated, "said by its parameter group"
+    carried = given.carried.get(id(item.param))
+    if given.role is None and carried is not None:
+        role, why = _found(item, rules)
+        return (role, why) if is_taught(why) else (carried, "said by its parameter group")
+    if given.role is None:
+        return _found(item, rules)
+    if fits(given.role, item.shape):
+        return given.role, "said by its parameter group"
     # most likely the bias of these matrices, and the elementwise rules of a bias are safe for any
     return "bias", "a vector in a group of matrices"
 
@@ -137,7 +147,7 @@ def check_heads(item: Named, pieces: tuple[Piece, ...]) -> None:
         rows = piece.shape(item.shape)[int(piece.transposed)]
         if not piece.heads or rows % piece.heads:
             raise ValueError(
-                f"second_moment='block' keeps one value per head of {item.name} {tuple(item.shape)}, but its"
+                f"second_moment='block' keeps one value per head of {item.label} {tuple(item.shape)}, but its"
                 f" {rows} {piece.role} rows have {piece.heads or 'an unknown number of'} heads. Pass"
                 " model.named_parameters() itself, of a model whose attention modules or config say their number of"
                 " heads, or give the parameter group n_head= and n_query_groups="

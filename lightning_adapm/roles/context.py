@@ -1,7 +1,7 @@
 """Parameters with what is known about them: their names without wrappers, their modules, and what lies beside them."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_adapm.roles import rules
+from lightning_adapm.roles.live import parameters_of, walk
 from lightning_adapm.sharding.find import shape_of
 
 _WRAPPERS = re.compile(
@@ -28,7 +29,10 @@ class Named:
     """One parameter with what is known about it."""
 
     name: str
+    """In the model; what the parameter is follows from it."""
     param: Tensor
+    label: str = ""
+    """What the optimizer calls it, where that is not its name: unique there, and as the caller named it."""
     shape: torch.Size = field(init=False)
     """Of the whole parameter, whatever this process holds of it."""
     users: list[nn.Module] = field(default_factory=list)
@@ -48,6 +52,8 @@ class Named:
     """In a module that holds transformer blocks, beside them."""
     is_head: bool = False
     """Outside every block, and of the shape of the largest embedding of its width."""
+    found: tuple[str | None, str] | None = None
+    """Its role and why, once that was looked for."""
 
     def __post_init__(self) -> None:
         if is_lazy(self.param):
@@ -56,6 +62,7 @@ class Named:
                 " batch before AdaPM is built, model(batch), in Lightning in configure_model()"
             )
         self.shape = shape_of(self.param)
+        self.label = self.label or self.name
 
     @cached_property
     def path(self) -> str:
@@ -130,20 +137,52 @@ def plain(name: str) -> str:
 
 def describe(named: Iterable[tuple[str, Tensor]], module: nn.Module | None) -> list[Named]:
     """Join names with what the module tree says: which modules use a parameter, and what lies around them."""
-    users: dict[int, list[nn.Module]] = {}
-    around: dict[int, list[nn.Module]] = {}
-    modules = dict(module.named_modules(remove_duplicate=False)) if module is not None else {}
-    for path, holder in modules.items():
-        if not holder._parameters:
-            continue
-        path = _parametrized(path, holder)
-        for param in holder._parameters.values():
-            if param is not None:
-                users.setdefault(id(param), []).append(modules[path])
-                around.setdefault(id(param), []).extend(_ancestors(path, modules))
-    items = [Named(name, param, users.get(id(param), []), around.get(id(param), [])) for name, param in named]
+    places = {} if module is None else _places(module)
+    items = []
+    for name, param in named:
+        place = places.get(id(param), _Place(param))
+        items.append(Named(name, param, users=place.users, around=place.around))
     link(items)
     return items
+
+
+def describe_whole(module: nn.Module, wanted: Container[int]) -> dict[int, tuple[Named, list[str]]]:
+    """Every parameter of a module by its identity, each with all names that it has there.
+
+    What has no shape yet, or none that is supported, is left out unless its identity is ``wanted``.
+    """
+    found: dict[int, tuple[Named, list[str]]] = {}
+    for key, place in _places(module).items():
+        try:
+            item = Named(place.names[0], place.param, users=place.users, around=place.around)
+        except (TypeError, ValueError, RuntimeError):
+            if key in wanted:
+                raise
+        else:
+            found[key] = item, place.names
+    link(item for item, _ in found.values())
+    return found
+
+
+@dataclass
+class _Place:
+    """Where modules hold a parameter."""
+
+    param: Tensor
+    names: list[str] = field(default_factory=list)
+    users: list[nn.Module] = field(default_factory=list)
+    around: list[nn.Module] = field(default_factory=list)
+
+
+def _places(module: nn.Module) -> dict[int, _Place]:
+    places: dict[int, _Place] = {}
+    for path, around in walk(module):
+        for name, param in parameters_of(around[0]).items():
+            place = places.setdefault(id(param), _Place(param))
+            place.names.append(f"{path}.{name}" if path else name)
+            place.users.append(_user(around)[0])
+            place.around.extend(_user(around))
+    return places
 
 
 def link(items: Iterable[Named]) -> None:
@@ -198,12 +237,6 @@ def _is_linear(user: nn.Module) -> bool:
     return isinstance(user, nn.Linear) or type(user).__name__.endswith(("Linear", "Conv1D"))
 
 
-def _parametrized(path: str, holder: nn.Module) -> str:
-    """The path of the module that uses what ``holder`` holds: around a list of parametrizations, the layer."""
-    return re.sub(r"(^|\.)parametrizations\.\w+$", "", path) if isinstance(holder, ParametrizationList) else path
-
-
-def _ancestors(path: str, modules: Mapping[str, nn.Module]) -> list[nn.Module]:
-    """The module at ``path`` and those around it up to the root, nearest first."""
-    parts = path.split(".") if path else []
-    return [modules[prefix] for end in range(len(parts), -1, -1) if (prefix := ".".join(parts[:end])) in modules]
+def _user(around: tuple[nn.Module, ...]) -> tuple[nn.Module, ...]:
+    """The module that uses what the innermost one holds, with those around it: of parametrizations, the layer."""
+    return around[2:] if isinstance(around[0], ParametrizationList) and len(around) > 2 else around

@@ -17,6 +17,8 @@ from lightning_adapm.roles import rules
 from lightning_adapm.roles.context import Named, normalize, plain
 from lightning_adapm.roles.piece import POLICIES
 
+_TAUGHT = "roles["
+
 
 def find_role(item: Named, taught: Mapping[str, str] | None = None) -> tuple[str | None, str]:
     """The role of one parameter (one of :data:`ROLES` or :data:`FUSED`; None where nothing matches), and why.
@@ -24,11 +26,16 @@ def find_role(item: Named, taught: Mapping[str, str] | None = None) -> tuple[str
     ``taught`` (regular expressions on the normalised name, searched in order) come before everything else; their values
     are roles, which apply to matrices, or policies.
     """
-    names = normalize(item.name), plain(item.name)
+    names = {spelled(name) for name in (item.name, item.label) for spelled in (normalize, plain)}
     for pattern, role in (taught or {}).items():
         if any(re.search(pattern, name) for name in names) and fits(role, item.shape):
-            return role, f"roles[{pattern!r}]"
+            return role, f"{_TAUGHT}{pattern!r}]"
     return _by_type(item) or _by_structure(item) or _by_name(item) or (None, _unknown(item))
+
+
+def is_taught(why: str) -> bool:
+    """Whether a role comes from the caller's own rules, by the reason given for it."""
+    return why.startswith(_TAUGHT)
 
 
 def _by_type(item: Named) -> tuple[str | None, str] | None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lightning_adapm.roles.context import Named
+from lightning_adapm.roles.live import attribute
 from lightning_adapm.roles.piece import Piece
 from lightning_adapm.roles.rules import FUSED, child_role
 
@@ -80,7 +81,7 @@ class Heads:
 def find_heads(around: Iterable[nn.Module]) -> Heads:
     """The head counts that the nearest module, or its configuration, states."""
     for module in around:
-        holders = [module, *(getattr(module, name, None) for name in CONFIGS)]
+        holders = [module, *(attribute(module, name) for name in CONFIGS)]
         n_head = _first(holders, N_HEAD)
         if n_head:
             return Heads(n_head, _first(holders, N_QUERY_GROUPS))
@@ -94,7 +95,7 @@ def _first(holders: Iterable[Any], names: Iterable[str]) -> int | None:
 
 
 def _stated(holder: Any, name: str) -> Any:
-    return holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
+    return holder.get(name) if issubclass(type(holder), Mapping) else attribute(holder, name)
 
 
 def cut(item: Named, role: str, stated: Heads = Heads()) -> tuple[Piece, ...]:
@@ -213,7 +214,7 @@ def _cut_kv(item: Named, heads: Heads) -> tuple[Piece, ...]:
     transposed = is_transposed(item, "kv")
     total, groups = item.shape[int(transposed)], heads.n_query_groups or heads.n_head
     module = item.around[1] if len(item.around) > 1 else None
-    holders = (module, getattr(module, "config", None))
+    holders = (module, attribute(module, "config"))
     nope, head = _first(holders, ("qk_nope_head_dim",)), _first(holders, ("v_head_dim",))
     rope = _first(holders, ("qk_rope_head_dim",))
     if "kv_a" in item.child:

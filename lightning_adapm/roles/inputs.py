@@ -1,12 +1,16 @@
-"""What a caller may hand to an optimizer as ``params``, turned into named parameters with the module they came from."""
+"""What a caller may hand to an optimizer as ``params``, read into names and tensors as far as it has them."""
 
-import gc
 import inspect
+import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+
+from lightning_adapm.roles.piece import POLICIES, ROLES
+from lightning_adapm.roles.rules import FUSED
 
 # FSDP1 has a named_parameters of its own
 _GENERATORS = {
@@ -14,6 +18,28 @@ _GENERATORS = {
     nn.Module.named_parameters.__code__: True,
     FullyShardedDataParallel.named_parameters.__code__: True,
 }
+
+HOW_TO_NAME = (
+    "AdaPM needs to know what each parameter is. Pass model.named_parameters(), model.parameters(), or tensors of a"
+    ' model that exists while AdaPM is built; in a parameter group {"params": [(name, parameter), ...]}, or a role:'
+    ' {"params": [...], "role": "mlp"}; or unmatched="full", which gives what has no name AdamW\'s full momentum'
+)
+
+
+@dataclass
+class Handed:
+    """The parameters of one group as they were handed over."""
+
+    params: list[Tensor]
+    names: list[str | None]
+    module: nn.Module | None = None
+    """Whose ``parameters()`` or ``named_parameters()`` they are, where that is known."""
+    implied: bool = False
+    """The names are the module's, and the caller has given none."""
+    role: str | None = None
+    """What the group says that all of them are."""
+    carried: dict[int, str] = field(default_factory=dict)
+    """Roles that an AdaPM optimizer has put into the group, by the parameter's identity."""
 
 
 def source_module(params: Any) -> nn.Module | None:
@@ -34,61 +60,78 @@ def _arguments(generator: Any) -> dict[str, Any]:
     return dict(generator.gi_frame.f_locals)
 
 
-def read_params(params: Any) -> tuple[list[Any], nn.Module | None]:
-    """Named parameters and their module, or, where there are no names, the bare tensors and None.
-
-    Args:
-        params: ``module.parameters()``, ``module.named_parameters()``, an iterable of ``(name, tensor)``, of
-            tensors, or one tensor.
-    """
-    if isinstance(params, nn.Module):
-        raise TypeError("params is a module: pass its named_parameters() instead, AdaPM(model.named_parameters(), ...)")
-    if isinstance(params, Found):
-        return list(params), params.module
-    module = source_module(params)
-    if module is not None and not _GENERATORS[params.gi_code]:
-        return list(module.named_parameters(recurse=_arguments(params)["recurse"])), module
-    items: list[Any] = [params] if isinstance(params, Tensor) else list(params)
-    return items, module
-
-
-class Found(list[tuple[str, Tensor]]):
-    """Named parameters of a known module."""
-
-    def __init__(self, items: Iterable[tuple[str, Tensor]], module: nn.Module) -> None:
-        super().__init__(items)
-        self.module = module
-
-
-def name_tensors(params: Any, known: Mapping[str, Tensor]) -> Any:
-    """Bare tensors with their names in the module that has the parameters ``known`` under theirs; else ``params``.
-
-    Callbacks that unfreeze (Lightning's ``BaseFinetuning``, ``finetuning-scheduler``) add groups of bare tensors. The
-    module is looked for among all there are, which is exact: it has to hold the very same tensors under the same names.
-    """
-    if isinstance(params, Tensor) or not isinstance(params, (list, tuple)):
-        return params
-    if not params or not all(isinstance(param, Tensor) for param in params):
-        return params
-    for module in gc.get_objects():
-        if not issubclass(type(module), nn.Module):
-            continue
-        named = dict(module.named_parameters(remove_duplicate=False))
-        names = {id(param): name for name, param in named.items()}
-        if all(named.get(name) is param for name, param in known.items()) and all(id(p) in names for p in params):
-            return Found([(names[id(param)], param) for param in params], module)
-    return params
-
-
 def read_groups(params: Any) -> list[dict[str, Any]]:
-    """Parameter groups as ``torch.optim`` takes them, one if ``params`` is not already a list of groups."""
-    if isinstance(params, (nn.Module, Tensor)) or source_module(params) is not None:
-        return [{"params": params}]
-    if not isinstance(params, Iterable):
-        raise TypeError(
-            f"params must be an iterable of named parameters or of parameter groups, but got {type(params)}"
-        )
-    items = list(params)
+    """Parameter groups as ``torch.optim`` takes them, one if ``params`` is not already a list of groups.
+
+    Raises:
+        TypeError: ``params`` is none of what ``torch.optim`` takes.
+        ValueError: There is nothing in it.
+    """
+    _check_kind(params)
+    if isinstance(params, Tensor):
+        raise TypeError("params is one tensor, but must be an iterable of tensors or parameter groups: pass [tensor]")
+    module = source_module(params)
+    items = list(params if module is None else module.parameters(_arguments(params)["recurse"]))
     if not items:
         raise ValueError("optimizer got an empty parameter list")
-    return items if isinstance(items[0], dict) else [{"params": items}]
+    if not isinstance(items[0], dict):
+        return [{"params": items if module is None else params}]
+    for item in items:
+        if not isinstance(item, dict):
+            raise TypeError(f"params mixes parameter groups with {type(item).__name__}: put that into a group too")
+    return items
+
+
+def read_group(group: Mapping[str, Any]) -> Handed:
+    """The parameters of one group, each once.
+
+    Raises:
+        TypeError: A set, a module, or something that is neither a tensor nor a name with a tensor.
+    """
+    params, module, implied = group["params"], None, False
+    if isinstance(params, Tensor):
+        params = [params]
+    else:
+        _check_kind(params)
+        module = source_module(params)
+        if module is not None and not _GENERATORS[params.gi_code]:
+            params, implied = module.named_parameters(recurse=_arguments(params)["recurse"]), True
+    items = list(params)
+    names, roles = (_parallel(group.get(key), items) for key in ("param_names", "roles"))
+    named: dict[int, tuple[str | None, Tensor]] = {}
+    carried: dict[int, str] = {}
+    for item, name, role in zip(items, names, roles, strict=True):
+        name, param = (name, item) if isinstance(item, Tensor) else _named(item)
+        named.setdefault(id(param), (name, param))
+        if role in (*ROLES, *FUSED, *POLICIES):
+            carried[id(param)] = role
+    if len(named) < len(items):
+        warnings.warn(
+            f"a parameter group has duplicate parameters, {len(items) - len(named)} of them; each is trained once",
+            stacklevel=5,
+        )
+    handed = [param for _, param in named.values()], [name for name, _ in named.values()]
+    return Handed(*handed, module, implied, group.get("role"), carried)
+
+
+def _check_kind(params: Any) -> None:
+    if isinstance(params, nn.Module):
+        raise TypeError("params is a module: pass its named_parameters() instead, AdaPM(model.named_parameters(), ...)")
+    if isinstance(params, (set, frozenset)):
+        raise TypeError("params is a set, whose order changes from run to run: pass a list")
+    if isinstance(params, Mapping):
+        raise TypeError("params is a dict: pass its items(), or a list of parameter groups [{'params': ...}]")
+    if not isinstance(params, Iterable):
+        raise TypeError(f"params must be an iterable of parameters or of parameter groups, but got {type(params)}")
+
+
+def _named(item: Any) -> tuple[str, Tensor]:
+    if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], Tensor)):
+        raise TypeError(f"params holds {item!r}. {HOW_TO_NAME}")
+    return item
+
+
+def _parallel(entry: Any, items: list[Any]) -> list[Any]:
+    """An entry of a group with one value per parameter; None for each where it is not that."""
+    fits = isinstance(entry, (list, tuple)) and len(entry) == len(items)
+    return list(entry) if fits else [None] * len(items)

@@ -34,6 +34,8 @@ class Stateful(Protocol):
     param_groups: list[dict[str, Any]]
     pieces: dict[Tensor, tuple[Piece, ...]]
 
+    def follow_groups(self) -> None: ...
+
     def placement(self, param: Tensor) -> Placement: ...
 
     def make_state(

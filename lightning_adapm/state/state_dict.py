@@ -36,6 +36,7 @@ class Checkpointed(Optimizer):
 
         To be called on all processes that hold a part of a parameter.
         """
+        cast(Stateful, self).follow_groups()
 
         def export(_: Optimizer, packed: dict[str, Any]) -> None:
             for saved, group in zip(packed["param_groups"], self.param_groups, strict=True):
@@ -59,6 +60,7 @@ class Checkpointed(Optimizer):
         Raises:
             ValueError: the state has no meaning here; nothing has been changed then.
         """
+        cast(Stateful, self).follow_groups()
         loaded: dict[Any, Any] = {}
         differing: list[str] = []
 

@@ -80,6 +80,11 @@ class PlainTraining:
         return DataLoader(token_batches(30), batch_size=1)
 
 
+def names_alone(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Names with parameters that no module holds, as what remains of a model."""
+    return [(name, nn.Parameter(param.detach().clone())) for name, param in model.named_parameters()]
+
+
 def tiny_gpt(**fields: object) -> GPT:
     """A litgpt GPT with grouped queries and a Llama MLP, initialized as litgpt initializes."""
     config = {

@@ -105,10 +105,11 @@ def test_bare_tensors_of_a_fused_weight_have_its_rows():
     assert [piece.role for piece in optimizer.pieces[qkv]] == ["query", "key", "value"]
 
 
-def test_bare_tensors_of_another_model_are_refused():
+def test_bare_tensors_of_another_model_have_its_roles_and_those_of_none_are_refused():
     one, other = PlainLM(), PlainLM()
     optimizer = AdaPM([("norm.weight", one.norm.weight)])
-    with pytest.raises(TypeError, match="without a name"):
-        optimizer.add_param_group({"params": [other.lm_head.weight]})
+    optimizer.add_param_group({"params": [other.lm_head.weight, other.norm.weight]})
+    assert optimizer.param_groups[1]["roles"] == ["lm_head", "norm"]
+    assert optimizer.param_groups[1]["param_names"] == ["PlainLM.lm_head.weight", "PlainLM.norm.weight"]
     with pytest.raises(TypeError, match="without a name"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3, 3))]})

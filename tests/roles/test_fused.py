@@ -12,7 +12,7 @@ import litgpt
 import pytest
 import torch
 import torch.nn.functional as F
-from models import relative_difference
+from models import names_alone, relative_difference
 from observed import Keep, observed_rows
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -313,4 +313,6 @@ def train_both(model, names, rows, taught, second_moment, axis=0):
 def test_a_list_of_names_does_not_tell_every_layout():
     model, _, _ = made("DeBERTa")
     with pytest.raises(ValueError, match=r"attention.self.in_proj.weight .*Pass model.named_parameters\(\) itself"):
-        AdaPM(list(model.named_parameters()))
+        AdaPM(names_alone(model))
+    optimizer, whole = AdaPM(list(model.named_parameters())), AdaPM(model.parameters())
+    assert optimizer.pieces == whole.pieces  # the live model tells

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import PlainLM, tiny_gpt, token_batches, train
+from models import PlainLM, names_alone, tiny_gpt, token_batches, train
 from torch import nn
 
 from lightning_adapm import AdaPM
@@ -84,8 +84,9 @@ def test_fused_pieces_and_heads_of_litgpt():
 
 def test_fused_pieces_from_names_alone_use_the_output_projection():
     model = tiny_gpt(n_head=6, n_query_groups=2, head_size=8)
-    optimizer = AdaPM(list(model.named_parameters()))
-    assert [(p.role, p.start, p.stop) for p in optimizer.pieces[model.transformer.h[1].attn.qkv.weight]] == [
+    named = names_alone(model)
+    optimizer = AdaPM(named)
+    assert [(p.role, p.start, p.stop) for p in optimizer.pieces[dict(named)["transformer.h.1.attn.qkv.weight"]]] == [
         ("query", 0, 48),
         ("key", 48, 64),
         ("value", 64, 80),
@@ -95,14 +96,15 @@ def test_fused_pieces_from_names_alone_use_the_output_projection():
 def test_block_needs_heads_and_takes_them_from_the_group():
     model = tiny_gpt(n_head=6, n_query_groups=2, head_size=8)
     with pytest.raises(ValueError, match="h.0.attn.qkv.weight.* n_head= and n_query_groups="):
-        AdaPM(list(model.named_parameters()), second_moment="block")
-    group = {"params": list(model.named_parameters()), "n_head": 6, "n_query_groups": 2, "head_size": 8}
+        AdaPM(names_alone(model), second_moment="block")
+    named = names_alone(model)
+    group = {"params": named, "n_head": 6, "n_query_groups": 2, "head_size": 8}
     optimizer = AdaPM([group], second_moment="block")
-    assert [p.heads for p in optimizer.pieces[model.transformer.h[0].attn.qkv.weight]] == [6, 2, None]
+    assert [p.heads for p in optimizer.pieces[dict(named)["transformer.h.0.attn.qkv.weight"]]] == [6, 2, None]
 
 
 def test_stated_heads_that_do_not_fit_the_rows_are_refused():
-    named = list(tiny_gpt(n_head=6, n_query_groups=2, head_size=8).named_parameters())
+    named = names_alone(tiny_gpt(n_head=6, n_query_groups=2, head_size=8))
     for wrong in ({"head_size": 9}, {"n_query_groups": 3}):
         with pytest.raises(ValueError, match="which rows are whose"):
             AdaPM([{"params": named, "n_head": 6, "n_query_groups": 2, "head_size": 8} | wrong])
@@ -128,21 +130,27 @@ def test_tied_embedding_is_an_embedding_whatever_its_name():
         lambda m: (p for p in m.parameters()),
         lambda m: filter(lambda p: p.requires_grad, m.parameters()),
         lambda m: [{"params": list(m.parameters()), "weight_decay": 0.1}],
-        lambda m: next(m.parameters()),
     ],
-    ids=["list", "generator expression", "filter", "group", "tensor"],
+    ids=["list", "generator expression", "filter", "group"],
 )
-def test_tensors_without_names_are_refused(params):
-    with pytest.raises(TypeError, match=r"without a name.*Pass model.named_parameters\(\)"):
-        AdaPM(params(PlainLM()))
+def test_tensors_that_no_module_holds_are_refused(params):
+    detached = nn.ParameterList(param for _, param in names_alone(PlainLM()))
+    tensors = list(params(detached))  # of a model that is gone when the optimizer is built
+    del detached
+    with pytest.raises(TypeError, match=r"group 0 .* \(61, 32\) without a name.*Pass model.named_parameters\(\)"):
+        AdaPM(tensors)
 
 
-def test_an_exhausted_or_started_generator_is_not_recognized():
+def test_one_tensor_is_refused_as_by_torch():
+    with pytest.raises(TypeError, match="params is one tensor"):
+        AdaPM(next(PlainLM().parameters()))
+
+
+def test_a_started_generator_hands_over_what_is_left_and_an_exhausted_one_nothing():
     model = PlainLM()
     started = model.parameters()
-    next(started)
-    with pytest.raises(TypeError, match="without a name"):
-        AdaPM(started)
+    first = next(started)
+    assert set(AdaPM(started).pieces) == set(model.parameters()) - {first}
     exhausted = model.parameters()
     list(exhausted)
     with pytest.raises(ValueError, match="empty parameter list"):

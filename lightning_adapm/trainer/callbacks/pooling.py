@@ -70,7 +70,8 @@ class ResidualFigures:
         low_rank: list[tuple[str, str]] = []
         all_roles: list[str] = []
         for group in optimizer.param_groups:
-            for name, param in zip(group["param_names"], group["params"], strict=True):
+            for param in group["params"]:
+                name = optimizer.names[param]
                 for piece, shape in zip(optimizer.pieces[param], optimizer.placement(param).shapes, strict=True):
                     all_roles.append(role_label(piece.role))
                     if optimizer.momentum_for(piece, shape, group).name == "low_rank":

@@ -1,0 +1,64 @@
+"""Parameter groups as an optimizer keeps them: with every option, and nothing that they share."""
+
+import inspect
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightning_adapm.optim import options
+
+_LEFT_OVER = ("amsgrad", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay")
+"""Keywords of ``torch.optim.AdamW`` that have no meaning here."""
+_CHANGE_RESULTS = ("amsgrad", "differentiable")
+"""Those that change what a step computes."""
+
+
+def fill(group: Mapping[str, Any], defaults: Mapping[str, Any], unmatched: str) -> dict[str, Any]:
+    """A copy of a parameter group with every option; its lists may be changed in place without changing another's.
+
+    Raises:
+        ValueError: An option of another optimizer that would change the result, or has another meaning here.
+    """
+    _refuse_counterparts("AdaPM", group)
+    if "momentum" in group and "momentum" in defaults and not isinstance(group["momentum"], (str, Mapping)):
+        raise ValueError(f"momentum must be a policy, or policies by role, but got {group['momentum']!r}")
+    filled = {key: list(value) if isinstance(value, list) else value for key, value in defaults.items()}
+    return filled | options.plain(group, defaults, unmatched)
+
+
+def settings_of(group: Mapping[str, Any], keys: Iterable[str]) -> tuple[Any, ...]:
+    """Options of a group as they are now: comparable, and not changed when the group is."""
+    return tuple(_frozen(group.get(key)) for key in keys)
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, dict):
+        return tuple(value.items())
+    return (id(value), value) if isinstance(value, Tensor) else value
+
+
+def check_left_over(optimizer: type, given: Mapping[str, Any]) -> None:
+    """Warn of keywords of ``torch.optim.AdamW`` that change no result, and refuse all others.
+
+    Raises:
+        ValueError: A keyword that would change the result.
+        TypeError: A keyword that there is not, with the nearest one of ``optimizer``.
+    """
+    name = optimizer.__name__
+    for key in given:
+        if key not in _LEFT_OVER and key != "format_version":  # in the defaults that an optimizer is rebuilt from
+            known = [option for option in inspect.signature(optimizer).parameters if option != "left_over"]
+            raise TypeError(f"{name} has no option {key!r}; {options.instead_of(key, known)}")
+    _refuse_counterparts(name, given)
+    if ignored := [f"{key}={value!r}" for key, value in given.items() if key in _LEFT_OVER]:
+        warnings.warn(f"{name} ignores {', '.join(ignored)}: torch.optim's, without a meaning here", stacklevel=4)
+
+
+def _refuse_counterparts(optimizer: str, given: Mapping[str, Any]) -> None:
+    for key in _CHANGE_RESULTS:
+        if given.get(key):
+            raise ValueError(f"{optimizer} has no counterpart of {key}={given[key]!r}; leave it out")
