@@ -28,19 +28,19 @@ class AdaPM(RoleOptimizer):
             names are given.
         lr: Learning rate.
         betas: Decay of the first and the second moment.
-        eps: Added to the denominator, outside the root.
+        eps: Constant added to the denominator, outside the root.
         weight_decay: Decoupled weight decay, as in AdamW.
         rank: Rank of the low-rank momentum: an int, or a float in (0, 1] for a share of the smaller dimension of the
             unfused matrix. A piece that factors would not make smaller keeps full momentum.
         update_proj_gap: Steps between two refreshes of a subspace. Every other transformer block refreshes half an
             interval later.
-        debias: Add the residual correction to the low-rank momentum.
+        debias: Whether the residual correction is added to the low-rank momentum.
         second_moment: ``"elementwise"`` (AdamW), ``"block"`` (Adam-mini) or ``"factored"`` (Adafactor).
         momentum: Policies by role that differ from the default, ``{"mlp": "full", "lm_head": "none"}``, or one policy
             for every role. The policies are ``"none"``, ``"low_rank"`` and ``"full"``. ``"paper"`` is the published
             table, which is also the default.
         roles: Roles for names, ``{regular expression: role or policy}``, searched in order before any built-in rule.
-        unmatched: Policy of matrices whose role is not found. ``"error"`` refuses them and lists them.
+        unmatched: Policy of matrices without a known role. ``"error"`` refuses and lists them.
         no_decay: Roles exempt from weight decay, for instance ``("norm", "bias")``.
         state_dtype: Dtype of the momentum, or of a policy's, ``{"low_rank": "bfloat16"}``. Default float32 (float64
             for float64 parameters). The second moment is never kept below float32.
@@ -51,14 +51,14 @@ class AdaPM(RoleOptimizer):
             average mixes columns, so that entries can exceed AdamW's by orders of magnitude. Embeddings without
             momentum have ``1 / (1 - beta1)`` times that bound: the one step of a rare token is all of its update,
             which AdamW spreads over as many. None: no bound.
-        maximize: Maximize the objective.
+        maximize: Whether the objective is maximized.
         update_in_backward: In ``step(closure)``, move each parameter and free its gradient as soon as backward has
             produced it, so that gradients of the whole model never exist together. Several processes, and backward
             passes outside of ``step`` (accumulation, a gradient scaler), get an ordinary step, with a warning.
 
     Raises:
-        ValueError: An option out of range; a matrix without a role.
-        TypeError: Parameters without names or roles; complex parameters.
+        ValueError: An option is out of range, or a matrix has no role.
+        TypeError: Parameters lack names and roles, or are complex.
 
     State of a parameter whose matrix is ``(m, n)``, made in the first step for every parameter that requires a
     gradient; "float32" is float64 for float64 parameters. A fused weight has the entries per piece, for instance

@@ -1,4 +1,4 @@
-"""Parameter groups as an optimizer keeps them: with every option, and nothing that they share."""
+"""Parameter groups of an optimizer: with every option, and without shared values."""
 
 import inspect
 import warnings
@@ -10,13 +10,13 @@ from torch import Tensor
 from lightning_adapm.optim import options
 
 _LEFT_OVER = ("amsgrad", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay")
-"""Keywords of ``torch.optim.AdamW`` that have no meaning here."""
+"""Keywords of ``torch.optim.AdamW`` without a meaning here."""
 _CHANGE_RESULTS = ("amsgrad", "differentiable")
-"""Those that change what a step computes."""
+"""Those that change the result of a step."""
 
 
 def fill(group: Mapping[str, Any], defaults: Mapping[str, Any], unmatched: str) -> dict[str, Any]:
-    """A copy of a parameter group with every option; its lists may be changed in place without changing another's.
+    """Copy a parameter group with every option. Its lists are its own, and may be changed in place.
 
     Raises:
         ValueError: An option of another optimizer that would change the result, or has another meaning here.
@@ -29,7 +29,7 @@ def fill(group: Mapping[str, Any], defaults: Mapping[str, Any], unmatched: str) 
 
 
 def settings_of(group: Mapping[str, Any], keys: Iterable[str]) -> tuple[Any, ...]:
-    """Options of a group as they are now: comparable, and not changed when the group is."""
+    """Copy of a group's options, for comparisons after the group has changed."""
     return tuple(_frozen(group.get(key)) for key in keys)
 
 

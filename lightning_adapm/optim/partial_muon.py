@@ -33,33 +33,33 @@ class PartialMuon(RoleOptimizer):
     Everything else takes Adam's update at the same learning rate. ``momentum="full"`` is Muon.
 
     Args:
-        params: As for :class:`~lightning_adapm.AdaPM`.
-        lr: Learning rate, of all parameters. An orthogonal update is multiplied by ``0.2 * sqrt(max(m, n))``, which
+        params: Named parameters or parameter groups, as for :class:`~lightning_adapm.AdaPM`.
+        lr: Learning rate of all parameters. An orthogonal update is multiplied by ``0.2 * sqrt(max(m, n))``, which
             gives it the size of Adam's.
         mu: Decay of the momentum of hidden matrices.
-        nesterov: Look one step ahead with it, as Muon does.
+        nesterov: Whether the momentum looks one step ahead, as Muon's does.
         betas: Decay of the first and the second moment of everything else.
-        eps: Added to the denominator of everything else, outside the root.
+        eps: Constant added to the denominator of everything else, outside the root.
         weight_decay: Decoupled weight decay, as in AdamW.
         rank: Rank of low-rank momentum; see AdaPM.
         update_proj_gap: Steps between two refreshes of a subspace.
         momentum: Policies by role that differ from the default, or one policy for every role; see AdaPM. By default
             queries, keys, MLPs, embeddings and an untied head keep low-rank momentum, attention outputs none,
             everything else all of it.
-        second_moment: Of what takes Adam's update: ``"block"``, ``"elementwise"`` or ``"factored"``.
-        roles: As for AdaPM. A matrix with a policy in the place of a role takes Adam's update.
-        unmatched: Policy of matrices whose role is not found, which take Adam's update; ``"error"`` refuses them.
+        second_moment: Second moment for Adam's update: ``"block"``, ``"elementwise"`` or ``"factored"``.
+        roles: Roles for names, as for AdaPM. A matrix with a policy instead of a role has Adam's update.
+        unmatched: Policy of matrices without a known role, which have Adam's update; ``"error"`` refuses them.
         no_decay: Roles exempt from weight decay.
-        state_dtype: As for AdaPM.
-        basis: As for AdaPM.
-        convolutions: Give orthogonal updates to weights of convolutions as well, as matrices of outputs by the rest.
+        state_dtype: Dtype of the momentum, as for AdaPM.
+        basis: Placement of bases, as for AdaPM.
+        convolutions: Whether weights of convolutions have orthogonal updates, too, as matrices of outputs by the rest.
         ns_steps: Steps of the Newton-Schulz iteration that finds the orthogonal matrix.
-        maximize: Maximize the objective.
-        update_in_backward: As for AdaPM.
+        maximize: Whether the objective is maximized.
+        update_in_backward: Whether parameters move inside backward, as for AdaPM.
 
     Raises:
-        ValueError: An option out of range; a matrix without a role.
-        TypeError: Parameters without names or roles; complex parameters.
+        ValueError: An option is out of range, or a matrix has no role.
+        TypeError: Parameters lack names and roles, or are complex.
 
     State of a parameter has AdaPM's names: ``exp_avg`` is Muon's momentum buffer.
     """

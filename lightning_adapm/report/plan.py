@@ -30,7 +30,7 @@ _SECOND_MOMENT = (
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes of optimizer state, by what they are for. ``other`` holds step counters and the like."""
+    """Bytes of optimizer state by kind; ``other`` is for step counters and the like."""
 
     momentum: int = 0
     second_moment: int = 0
@@ -50,9 +50,9 @@ class StateBytes:
 class Row:
     """One piece of one parameter in a plan.
 
-    ``shape`` is the piece's, as the matrix that the optimizer works on; ``rows`` says which part of a fused weight it
-    is, empty for a whole parameter; ``why`` names the rule that found the role; ``dtype`` is the parameter's; ``bytes``
-    of state stand beside AdamW's in float32.
+    ``shape`` is that of the piece's matrix. ``rows`` describes its part of a fused weight, and is empty for a whole
+    parameter. ``why`` names the rule that found the role. ``dtype`` is the parameter's. ``bytes`` are those of the
+    state, ``adamw`` those of AdamW's in float32.
     """
 
     name: str
@@ -72,13 +72,13 @@ class Row:
 
     @property
     def adamw_in_dtype(self) -> StateBytes:
-        """AdamW's bytes as ``torch.optim.AdamW`` keeps them, its moments in the parameter's dtype."""
+        """Bytes of ``torch.optim.AdamW``'s state in the parameter's dtype."""
         moment = self.adamw.momentum // 4 * self.dtype.itemsize
         return StateBytes(moment, moment, self.adamw.other)
 
 
 def state_bytes(state: Mapping[str, Any]) -> StateBytes:
-    """Bytes on this process of the tensors in a parameter's state, nested ones too; keys may carry a piece's prefix."""
+    """Count bytes on this process in a parameter's state, nested tensors included; keys may have a piece's prefix."""
     total = StateBytes()
     for key, value in state.items():
         if isinstance(value, Mapping):
@@ -97,23 +97,23 @@ def state_bytes(state: Mapping[str, Any]) -> StateBytes:
 
 
 def measure(optimizer: Optimizer) -> StateBytes:
-    """Bytes that any torch optimizer's state holds now."""
+    """Count the bytes that any torch optimizer's state holds now."""
     return sum((state_bytes(state) for state in optimizer.state.values()), StateBytes())
 
 
 def adamw_bytes(shapes: Iterable[torch.Size], element_size: int = 4) -> StateBytes:
-    """Bytes of ``torch.optim.AdamW``'s state for parameters of these shapes; float32 unless said otherwise."""
+    """Bytes of ``torch.optim.AdamW``'s state for parameters of these shapes, by default in float32."""
     numels = [shape.numel() for shape in shapes]
     moment = element_size * sum(numels)
     return StateBytes(moment, moment, 4 * len(numels))
 
 
 def plan(optimizer: RoleOptimizer, changes: Mapping[str, Any] | None = None) -> list[Row]:
-    """What the state of every trained parameter is or will be: one row per piece, none for frozen parameters.
+    """Plan the state of every trainable parameter, with one row per piece.
 
-    Bytes are this process's, AdamW's too, where parameters are sharded. The state is made on the meta device by the
-    function that makes it in training, so the sum of the rows is what training allocates. ``changes`` are entries of a
-    parameter group to plan with instead of the optimizer's own.
+    Where parameters are sharded, all bytes are those of this process, including AdamW's. The state is made on the meta
+    device by the function that makes it in training, so the rows add up to the bytes that training allocates.
+    ``changes`` replace entries of the optimizer's parameter groups.
     """
     rows: list[Row] = []
     for group in (own | dict(changes or {}) for own in optimizer.param_groups):
@@ -132,7 +132,7 @@ def plan(optimizer: RoleOptimizer, changes: Mapping[str, Any] | None = None) -> 
 
 
 def _plan_one(optimizer: RoleOptimizer, group: Mapping[str, Any], name: str, param: Tensor) -> list[Row]:
-    """The rows of one parameter."""
+    """Plan one parameter."""
     rows = []
     state = optimizer.make_state(param, group, torch.empty(0, device="meta"))
     counters = StateBytes(other=state_bytes({"step": state["step"]}).other)  # in the first row
@@ -160,7 +160,7 @@ def _plan_one(optimizer: RoleOptimizer, group: Mapping[str, Any], name: str, par
 
 
 def _rows(piece: Piece, shape: torch.Size) -> str:
-    """Which rows of a parameter of ``shape`` a piece is, for people; columns where the weight is transposed."""
+    """Describe a piece's rows in a parameter of ``shape`` for people, or its columns if the weight is transposed."""
     if piece.whole:
         return ""
     kind = "columns" if piece.transposed else "rows"

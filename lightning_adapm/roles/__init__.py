@@ -1,1 +1,1 @@
-"""What a parameter is in a transformer, found from its module, its neighbors and its name."""
+"""Roles of parameters in a transformer, found from modules, neighbors and names."""

@@ -1,4 +1,4 @@
-"""From what the caller passed to parameter groups with names, roles and pieces."""
+"""Parameter groups with names, roles and pieces, from the caller's arguments."""
 
 import math
 import re
@@ -24,15 +24,15 @@ _HEADS = ("n_head", "n_query_groups", "head_size")
 
 @dataclass
 class Assigned:
-    """What an optimizer keeps of parameters: the group they are in, and by parameter what each of them is."""
+    """Parameter groups, with the name, role and pieces of each parameter."""
 
     groups: list[dict[str, Any]] = field(default_factory=list)
-    """With ``params`` and its parallel lists ``param_names`` and ``roles``."""
+    """Groups with ``params`` and the parallel lists ``param_names`` and ``roles``."""
     names: dict[Tensor, str] = field(default_factory=dict)
     roles: dict[Tensor, str] = field(default_factory=dict)
     pieces: dict[Tensor, tuple[Piece, ...]] = field(default_factory=dict)
     reasons: dict[Tensor, str] = field(default_factory=dict)
-    """The rules that decided."""
+    """Rules that decided the roles."""
 
 
 def assign_roles(
@@ -44,20 +44,20 @@ def assign_roles(
     roles_matter: bool,
     check: Callable[[Named, tuple[Piece, ...], Mapping[str, Any]], None],
 ) -> Assigned:
-    """Give every parameter a name, a role and its pieces. Nothing that is handed over is changed.
+    """Give every parameter a name, a role and its pieces, without changing the arguments.
 
     Args:
-        groups: As the caller has them, with every option.
-        known: Names of the parameters that the optimizer has already.
+        groups: Parameter groups of the caller, with every option.
+        known: Names of the parameters that the optimizer already has.
         first: Number of the first group.
         rules: The option ``roles``.
-        unmatched: The option of that name.
-        roles_matter: Matrices are treated by their role, so that one that is not found is worth a warning.
-        check: Refuses pieces of a parameter that the optimizer cannot treat, from the entries of its group.
+        unmatched: The option ``unmatched``.
+        roles_matter: Whether matrices are treated by role, so that an unknown one is worth a warning.
+        check: Function that refuses pieces which the optimizer cannot treat, by the entries of their group.
 
     Raises:
-        TypeError: Parameters without names or role, or complex ones.
-        ValueError: Matrices that nothing matches, all of them; a fused weight or heads that cannot be told apart.
+        TypeError: Parameters lack names and roles, or are complex.
+        ValueError: Matrices have no role (all of them are listed), or the rows of a fused weight or a head are unknown.
     """
     assigned = Assigned()
     missing: list[Named] = []
@@ -122,7 +122,7 @@ def _found(item: Named, rules: Mapping[str, str]) -> tuple[str | None, str]:
 
 
 def _role(item: Named, given: Handed, rules: Mapping[str, str]) -> tuple[str | None, str]:
-    """The role that the group states, where it can be this parameter's; else the one that is found. And why."""
+    """Role of a parameter and the reason: the group's role where it can be this parameter's, else the one found."""
     carried = given.carried.get(id(item.param))
     if given.role is None and carried is not None:
         role, why = _found(item, rules)
@@ -136,10 +136,10 @@ def _role(item: Named, given: Handed, rules: Mapping[str, str]) -> tuple[str | N
 
 
 def check_heads(item: Named, pieces: tuple[Piece, ...]) -> None:
-    """Refuse block second moments where it is not known which rows are a head's.
+    """Check that the heads of a query or key are known, for block second moments.
 
     Raises:
-        ValueError: naming the parameter, and how to say its heads.
+        ValueError: The heads are unknown.
     """
     for piece in pieces:
         if piece.role not in ("query", "key") or len(item.shape) != 2:
@@ -155,7 +155,7 @@ def check_heads(item: Named, pieces: tuple[Piece, ...]) -> None:
 
 
 def unmatched_message(missing: Iterable[tuple[str, Sequence[int], str]]) -> str:
-    """What to write for matrices, given by name, shape and reason, whose role is not found."""
+    """Text that lists matrices without a role, given by name, shape and reason, and the argument to pass."""
     missing = list(missing)
     lines = "\n".join(f"  {name}  {tuple(shape)}" for name, shape, _ in missing)
     guessed = suggested_roles((name, why) for name, _, why in missing)
@@ -182,10 +182,10 @@ def suggested_roles(missing: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def check_layout(name: str, piece: Piece, param: Tensor) -> None:
-    """Refuse what FSDP1 makes of a stack of matrices.
+    """Check that FSDP1 does not cut a stack of matrices inside its matrices.
 
     Raises:
-        TypeError: it is cut inside its matrices.
+        TypeError: FSDP1 does.
     """
     layout = layout_of(param)
     if layout is not None and layout.mesh is None and len(piece.shape(layout.shape)) == 3:

@@ -1,4 +1,4 @@
-"""Parameters with what is known about them: their names without wrappers, their modules, and what lies beside them."""
+"""Context of parameters: names without wrappers, modules, and matrices in the same module."""
 
 import re
 from collections.abc import Container, Iterable, Mapping
@@ -26,34 +26,34 @@ _REPARAMETRIZED = re.compile(
 
 @dataclass
 class Named:
-    """One parameter with what is known about it."""
+    """A parameter and its context."""
 
     name: str
-    """In the model; what the parameter is follows from it."""
+    """Name in the model, from which the role follows."""
     param: Tensor
     label: str = ""
-    """What the optimizer calls it, where that is not its name: unique there, and as the caller named it."""
+    """Name in the optimizer, which is unique there and as the caller chose it."""
     shape: torch.Size = field(init=False)
-    """Of the whole parameter, whatever this process holds of it."""
+    """Shape of the whole parameter, however little of it this process holds."""
     users: list[nn.Module] = field(default_factory=list)
-    """Modules that hold it, and those around them, from the inside out."""
+    """Modules that hold the parameter, and those around them, from the inside out."""
     around: list[nn.Module] = field(default_factory=list)
     beside: dict[str, "Named"] = field(default_factory=dict)
-    """Matrices in the same module, by their own names: of a query projection the key's, the value's, the output's."""
+    """Matrices in the same module by their own names, such as key, value and output next to a query."""
     in_transformer: bool = False
-    """Some attention module was found."""
+    """Whether the model has an attention module."""
     block_path: str | None = None
-    """Of the transformer block that it is in."""
+    """Name of the transformer block around the parameter."""
     output_found: bool = False
-    """The attention of its block has its output projection beside it."""
+    """Whether the attention of the block has its output projection in the same module."""
     holds_attention: bool = False
-    """An attention module lies inside the module that it is in."""
+    """Whether the parameter's module contains an attention module."""
     in_stem: bool = False
-    """In a module that holds transformer blocks, beside them."""
+    """Whether the parameter is next to transformer blocks, in the module that holds them."""
     is_head: bool = False
-    """Outside every block, and of the shape of the largest embedding of its width."""
+    """Whether the parameter is outside every block and has the shape of the largest embedding of its width."""
     found: tuple[str | None, str] | None = None
-    """Its role and why, once that was looked for."""
+    """Role and reason, once they have been looked for."""
 
     def __post_init__(self) -> None:
         if is_lazy(self.param):
@@ -66,12 +66,12 @@ class Named:
 
     @cached_property
     def path(self) -> str:
-        """The normalised name without ``.weight``."""
+        """Normalized name without ``.weight``."""
         return re.sub(r"(\.(linear|inner_linear)|(?<=to_out)\.0)?\.weight$", "", plain(self.name))
 
     @property
     def block(self) -> int:
-        """The first number in the path that does not number experts; 0 where there is none."""
+        """First number in the path that does not number experts; 0 without one."""
         number = re.search(r"(?:^|(?<!experts)\.)(\d+)(?=\.|$)", self.path)
         return int(number[1]) if number else 0
 
@@ -85,36 +85,36 @@ class Named:
 
     @property
     def is_linear(self) -> bool:
-        """Used by a linear layer, or by a convolution that is one: pointwise, or on patches that do not overlap."""
+        """Whether a linear layer uses the parameter, or such a convolution: pointwise, or on separate patches."""
         return any(_is_linear(user) for user in self.users)
 
     @property
     def is_own(self) -> bool:
-        """No layer's weight, but a parameter that a module made for itself."""
+        """Whether the parameter is no layer's weight but a module's own."""
         layers = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
         return not self.name.endswith("weight") and not any(isinstance(user, layers) for user in self.users)
 
     @property
     def packed(self) -> bool:
-        """Holds several quantized numbers in each of its own, so that its shape says nothing."""
+        """Whether each element holds several quantized numbers, so that the shape means nothing."""
         return not (self.param.is_floating_point() or self.param.is_complex())
 
     @property
     def in_attention(self) -> bool:
-        """In something that calls itself attention and is not the whole block."""
+        """Whether the parameter is in a module that is called attention and is not the whole block."""
         inner = self.path.removeprefix(f"{self.block_path}.").lower()
         held = self.parent != self.block_path and self._held_by(rules.ATTENTION_CLASSES)
         return held or bool(re.search(rules.ATTENTION, inner))
 
     @property
     def in_adapter(self) -> bool:
-        """What peft adds to a layer; not the layer itself."""
+        """Whether peft has added the parameter to a layer."""
         bases = {base.__name__ for module in self.around[:3] for base in type(module).__mro__}
         return "BaseTunerLayer" in bases and ".base_layer." not in self.name
 
     @property
     def in_mixer(self) -> bool:
-        """In a recurrent or state-space mixer."""
+        """Whether the parameter is in a recurrent or state-space mixer."""
         if any(isinstance(user, nn.RNNBase) for user in self.users):
             return True
         if any(name in module._parameters for module in self.around[:2] for name in rules.MIXER_PARAMETERS):
@@ -126,7 +126,7 @@ class Named:
 
 
 def normalize(name: str) -> str:
-    """A parameter's name without what wrappers (FSDP, ``torch.compile``, Fabric, peft and others) put into it."""
+    """Remove the prefixes of wrappers (FSDP, ``torch.compile``, Fabric, peft and others) from a name."""
     return _WRAPPERS.sub("", name)
 
 
@@ -136,7 +136,7 @@ def plain(name: str) -> str:
 
 
 def describe(named: Iterable[tuple[str, Tensor]], module: nn.Module | None) -> list[Named]:
-    """Join names with what the module tree says: which modules use a parameter, and what lies around them."""
+    """Join names with the modules that use a parameter and those around them."""
     places = {} if module is None else _places(module)
     items = []
     for name, param in named:
@@ -166,7 +166,7 @@ def describe_whole(module: nn.Module, wanted: Container[int]) -> dict[int, tuple
 
 @dataclass
 class _Place:
-    """Where modules hold a parameter."""
+    """Places at which modules hold a parameter."""
 
     param: Tensor
     names: list[str] = field(default_factory=list)
@@ -186,7 +186,7 @@ def _places(module: nn.Module) -> dict[int, _Place]:
 
 
 def link(items: Iterable[Named]) -> None:
-    """Tell each parameter what lies beside it, and whether it is inside a transformer block."""
+    """Find the matrices next to each parameter, and the transformer block around it."""
     items = list(items)
     modules: dict[str, dict[str, Named]] = {}
     embeddings: dict[int, int] = {}  # rows by width, of the largest: positions and token types tell no head
@@ -221,7 +221,7 @@ def _is_head(shape: torch.Size, embeddings: Mapping[int, int]) -> bool:
 
 
 def _block_around(path: str) -> str | None:
-    """Of an attention: up to the last number in its path."""
+    """Path of an attention's block, up to the last number."""
     match = re.match(r"(.*\.)?\d+(?=\.|$)", path)
     return match.group() if match else None
 
@@ -238,5 +238,5 @@ def _is_linear(user: nn.Module) -> bool:
 
 
 def _user(around: tuple[nn.Module, ...]) -> tuple[nn.Module, ...]:
-    """The module that uses what the innermost one holds, with those around it: of parametrizations, the layer."""
+    """Modules from the one that uses a parameter outwards; under parametrizations that is the layer."""
     return around[2:] if isinstance(around[0], ParametrizationList) and len(around) > 2 else around

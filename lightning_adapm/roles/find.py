@@ -1,10 +1,10 @@
-"""Roles: what a parameter is in the transformer.
+"""Roles of parameters in a transformer.
 
-Found by module type first (an ``nn.Embedding``'s weight is an embedding, whatever its name), then by attention
-structure (projections that lie beside each other), then by name; the tables are in
-:mod:`lightning_adapm.roles.rules`. A linear layer of a transformer that is neither in an attention module nor in a
-recurrent mixer is an MLP's: projections between widths, poolers, connectors. A matrix that nothing matches is reported,
-never guessed. Which rows of a fused weight are whose is decided in :mod:`lightning_adapm.roles.fused`.
+Roles are found by module type, then by attention structure (projections in one module), then by name, with the tables
+of :mod:`lightning_adapm.roles.rules`. The weight of an ``nn.Embedding`` is an embedding, whatever its name. A linear
+layer of a transformer outside attention modules and recurrent mixers is an MLP: projections between widths, poolers,
+connectors. A matrix without a match is reported, never guessed. :mod:`lightning_adapm.roles.fused` finds the rows of
+fused weights.
 """
 
 import re
@@ -21,10 +21,15 @@ _TAUGHT = "roles["
 
 
 def find_role(item: Named, taught: Mapping[str, str] | None = None) -> tuple[str | None, str]:
-    """The role of one parameter (one of :data:`ROLES` or :data:`FUSED`; None where nothing matches), and why.
+    """Find the role of a parameter, and the reason.
 
-    ``taught`` (regular expressions on the normalised name, searched in order) come before everything else; their values
-    are roles, which apply to matrices, or policies.
+    Args:
+        item: The parameter with its context.
+        taught: Regular expressions on the normalized name, searched in order before everything else. Their values are
+            roles, which apply to matrices, or policies.
+
+    Returns:
+        One of :data:`ROLES` or :data:`FUSED`, or None without a match; and the reason.
     """
     names = {spelled(name) for name in (item.name, item.label) for spelled in (normalize, plain)}
     for pattern, role in (taught or {}).items():
@@ -34,7 +39,7 @@ def find_role(item: Named, taught: Mapping[str, str] | None = None) -> tuple[str
 
 
 def is_taught(why: str) -> bool:
-    """Whether a role comes from the caller's own rules, by the reason given for it."""
+    """Whether a role is from the caller's own rules, by its reason."""
     return why.startswith(_TAUGHT)
 
 
@@ -89,7 +94,7 @@ def _by_name(item: Named) -> tuple[str | None, str] | None:
 
 
 def _holds_more(item: Named) -> bool:
-    """Whether the first layer of two gives other than the second takes: Flux fuses attention into both of them."""
+    """Whether the first of two layers has other outputs than the second has inputs; Flux fuses attention into both."""
     first, second = item.beside.get("linear1"), item.beside.get("linear2")
     if first is None or second is None or len(first.shape) != 2 or len(second.shape) != 2:
         return False
@@ -123,12 +128,12 @@ def _unknown(item: Named) -> str:
 
 
 def fits(role: str, shape: torch.Size) -> bool:
-    """Whether a parameter can have this role or policy: a bias is no MLP, though an MLP's rule may match its name."""
+    """Whether a parameter can have this role or policy; a bias is no MLP, although an MLP's rule may match its name."""
     return len(shape) >= 2 or role in POLICIES or role in ("norm", "bias", "adapter")
 
 
 def _is_table(item: Named) -> bool:
-    """Rows that are looked up or learned, as far as the modules that use them, or the shape alone, say."""
+    """Role of a table of rows, by the modules that use it or by its shape."""
     if item.users:
         return not (item.is_linear or _is_convolution(item))
     return len(item.shape) == 2 or item.shape[0] == 1

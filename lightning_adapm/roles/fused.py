@@ -1,4 +1,4 @@
-"""Attention structure: head counts, and which rows of a fused weight are query, key and value."""
+"""Attention structure: head counts, and the rows of queries, keys and values in a fused weight."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,7 @@ from lightning_adapm.roles.live import attribute
 from lightning_adapm.roles.piece import Piece
 from lightning_adapm.roles.rules import FUSED, child_role
 
-# How attention modules and their configurations call the same numbers.
+# Names of head counts in attention modules and their configurations.
 N_HEAD = (
     "n_head",
     "n_heads",
@@ -71,7 +71,7 @@ TRANSPOSED = ("Conv1D", "AriaGroupedExpertsGemm")
 
 @dataclass(frozen=True)
 class Heads:
-    """Attention heads, in litgpt's words; None is not known. ``head_size`` is only ever the caller's: rows show it."""
+    """Head counts under litgpt's names; None where unknown. Only callers give ``head_size``, because rows show it."""
 
     n_head: int | None = None
     n_query_groups: int | None = None
@@ -79,7 +79,7 @@ class Heads:
 
 
 def find_heads(around: Iterable[nn.Module]) -> Heads:
-    """The head counts that the nearest module, or its configuration, states."""
+    """Read head counts from the nearest module or its configuration."""
     for module in around:
         holders = [module, *(attribute(module, name) for name in CONFIGS)]
         n_head = _first(holders, N_HEAD)
@@ -99,10 +99,10 @@ def _stated(holder: Any, name: str) -> Any:
 
 
 def cut(item: Named, role: str, stated: Heads = Heads()) -> tuple[Piece, ...]:
-    """The pieces of one parameter. ``stated`` are head counts that the caller gave; they go before what modules say.
+    """Cut one parameter into pieces. Head counts that the caller ``stated`` take precedence over those of modules.
 
     Raises:
-        ValueError: the rows of a fused weight cannot be told apart.
+        ValueError: The rows of a fused weight are unknown.
     """
     heads = stated if stated.n_head else find_heads(item.around)
     if role == "kv":
@@ -122,7 +122,7 @@ def cut(item: Named, role: str, stated: Heads = Heads()) -> tuple[Piece, ...]:
 
 
 def is_transposed(item: Named, role: str) -> bool:
-    """Whether outputs are columns: Hugging Face's ``Conv1D``, stacks of experts and XLNet's projections."""
+    """Whether outputs are columns, as in Hugging Face's ``Conv1D``, stacks of experts and XLNet's projections."""
     kinds, shape = [type(user).__name__ for user in item.users], item.shape
     if any(kind.endswith(TRANSPOSED) for kind in kinds):
         return True
@@ -141,7 +141,7 @@ def is_transposed(item: Named, role: str) -> bool:
 
 
 def _is_flat(item: Named, role: str) -> bool:
-    """Whether all dimensions but the first are one: a convolution, or an attention's heads and head size."""
+    """Whether all dimensions but the first count as one, as in a convolution, or an attention's heads and head size."""
     if len(item.shape) != 3 or any(isinstance(user, nn.modules.conv._ConvNd) for user in item.users):
         return len(item.shape) > 2
     in_attention = role in ("query", "key", "value", "attn_out")
@@ -153,7 +153,7 @@ def _roles_beside(item: Named) -> dict[str | None, Named]:
 
 
 def _key_heads(item: Named, query: Named, n_head: int) -> int | None:
-    """Heads of a key whose module states only the query's: as many as fit rows of the query's head size."""
+    """Number of heads of a key without its own count: as many as its rows fit at the query's head size."""
     return None if query.packed else max(1, item.shape[0] * n_head // query.shape[0])
 
 
@@ -190,9 +190,9 @@ def _matches(item: Named, kind: str, rules: Iterable[tuple[str, str]]) -> bool:
 
 
 def _query_rows(item: Named, heads: Heads, total: int, inner: int) -> int:
-    """How many of the ``total`` rows are the query's; 0 where nothing says it.
+    """Number of the query's rows among ``total``; 0 where unknown.
 
-    What the output projection takes in is what the query's heads give, whatever a configuration says.
+    The inputs of the output projection are the outputs of the query's heads, whatever a configuration has.
     """
     if heads.n_head and heads.head_size:
         return heads.n_head * heads.head_size
@@ -210,7 +210,7 @@ def _query_rows(item: Named, heads: Heads, total: int, inner: int) -> int:
 
 
 def _cut_kv(item: Named, heads: Heads) -> tuple[Piece, ...]:
-    """Keys and values in one weight: halves, or multi-head latent attention (DeepSeek-V2, arXiv 2405.04434)."""
+    """Split keys and values in one weight: halves, or multi-head latent attention (DeepSeek-V2, arXiv 2405.04434)."""
     transposed = is_transposed(item, "kv")
     total, groups = item.shape[int(transposed)], heads.n_query_groups or heads.n_head
     module = item.around[1] if len(item.around) > 1 else None
@@ -234,7 +234,7 @@ def _cut_kv(item: Named, heads: Heads) -> tuple[Piece, ...]:
 
 
 def _in_groups(groups: int, rows: dict[str, tuple[int, int | None]], item: Named) -> tuple[Piece, ...]:
-    """Pieces of a weight of ``groups`` equal groups, each with its share of every role's rows, in order."""
+    """Make the pieces of a weight with ``groups`` equal groups, each with its share of every role's rows in order."""
     pieces, start, dim = [], 0, len(item.shape)
     transposed = is_transposed(item, "qkv")
     for role, (count, heads) in rows.items():

@@ -1,4 +1,4 @@
-"""What every parameter is in its model, whatever the caller handed over: found by the tensor, not by its name."""
+"""Identification of every parameter in its model by the tensor itself, whatever names the caller gave."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -13,11 +13,11 @@ from lightning_adapm.roles.live import children_of, find_roots, unwrapped
 
 
 class Placed(NamedTuple):
-    """A parameter in a live module."""
+    """A parameter in a live module, by its names and the modules around it."""
 
     item: Named
     names: list[str]
-    """All that it has there: a tied weight has several."""
+    """All names in the module; a tied weight has several."""
     root: nn.Module
 
     def is_called(self, name: str) -> bool:
@@ -26,7 +26,7 @@ class Placed(NamedTuple):
         return any(f".{normalize(own)}".endswith(f".{wanted}") for own in self.names)
 
     def is_inside(self, name: str) -> bool:
-        """Whether a name is the parameter's own with something before it, as for one of two models."""
+        """Whether a name is the parameter's own with a prefix, as for one of two models."""
         given = normalize(name)
         return bool(children_of(self.root)) and any(given.endswith(f".{normalize(own)}") for own in self.names)
 
@@ -38,19 +38,18 @@ def identify(
     has_role: Callable[[Named], bool],
     policy: str | None,
 ) -> list[list[Named]]:
-    """Describe parameters from the outermost modules that hold them, as far as there are any; else by their names.
+    """Describe parameters by the outermost modules that hold them, or else by their names.
 
     Args:
-        handed: Group by group.
-        known: What the optimizer has already, with its names. It belongs to the same model.
+        handed: Parameters of each group.
+        known: Names of the parameters that the optimizer already has, which belong to the same model.
         first: Number of the first group.
-        has_role: Whether what a parameter is in its model says what role it has. A name that the caller gave decides
-            only where it does not.
-        policy: What becomes of parameters that have neither a name nor a role; None refuses them.
+        has_role: Whether a parameter's place in its model determines its role. The caller's name decides otherwise.
+        policy: Policy of parameters without a name or role; None refuses them.
 
     Raises:
-        TypeError: Neither a live module nor the caller says what a parameter is.
-        ValueError: Parameters that only their names could tell apart have the same one.
+        TypeError: Neither a live module nor the caller identifies a parameter.
+        ValueError: Parameters that differ only in their names have the same name.
     """
     tensors = [*known, *(param for group in handed for param in group.params)]
     placed = _place(tensors)
@@ -106,7 +105,7 @@ def _made_up(group: Handed, index: int, position: int, policy: str | None) -> st
 
 
 def _make_labels_unique(items: Iterable[Named], placed: Mapping[int, Placed], known: Mapping[Tensor, str]) -> None:
-    """Tell parameters of equal names apart: by their names in the whole model, then by the models' class names."""
+    """Make equal names unique, by the names in the whole model, then by the models' class names."""
     new = {id(item.param): item for item in items if item.param not in known}
     taken = set(known.values())
     if not _shared(new.values(), taken):
@@ -132,7 +131,7 @@ def _shared(items: Iterable[Named], taken: Collection[str]) -> list[str]:
 
 
 def _names_of(roots: Mapping[int, nn.Module], taken: Collection[str]) -> dict[int, str]:
-    """A name for each of several models: its class, with a number where that is not enough."""
+    """Name each of several models by its class, with a number where necessary."""
     names: dict[int, str] = {}
     kinds = Counter(type(root).__name__ for root in roots.values())
     for key, root in roots.items():

@@ -1,4 +1,4 @@
-"""What a caller may hand to an optimizer as ``params``, read into names and tensors as far as it has them."""
+"""Names and tensors from the argument ``params`` of an optimizer."""
 
 import inspect
 import warnings
@@ -28,25 +28,25 @@ HOW_TO_NAME = (
 
 @dataclass
 class Handed:
-    """The parameters of one group as they were handed over."""
+    """Parameters of one group, as the caller gave them."""
 
     params: list[Tensor]
     names: list[str | None]
     module: nn.Module | None = None
-    """Whose ``parameters()`` or ``named_parameters()`` they are, where that is known."""
+    """Module whose ``parameters()`` or ``named_parameters()`` they are; None where unknown."""
     implied: bool = False
-    """The names are the module's, and the caller has given none."""
+    """Whether the names are the module's, not the caller's."""
     role: str | None = None
-    """What the group says that all of them are."""
+    """Role that the group states for all of them."""
     carried: dict[int, str] = field(default_factory=dict)
-    """Roles that an AdaPM optimizer has put into the group, by the parameter's identity."""
+    """Roles in a group of an AdaPM optimizer, by the parameter's identity."""
 
 
 def source_module(params: Any) -> nn.Module | None:
-    """The module whose ``parameters()`` or ``named_parameters()`` is this generator, not yet started; None otherwise.
+    """Find the module whose ``parameters()`` or ``named_parameters()`` is this unstarted generator; None otherwise.
 
-    LightningCLI and litgpt hand an optimizer nothing but ``model.parameters()``. A generator that has not run still
-    holds the arguments it was called with, so its module, and with it every name and head count, can be read exactly.
+    LightningCLI and litgpt pass nothing but ``model.parameters()`` to an optimizer. A generator that has not run still
+    has its arguments. Its module, and with it every name and head count, can therefore be read exactly.
     """
     if not inspect.isgenerator(params) or params.gi_code not in _GENERATORS:
         return None
@@ -61,11 +61,11 @@ def _arguments(generator: Any) -> dict[str, Any]:
 
 
 def read_groups(params: Any) -> list[dict[str, Any]]:
-    """Parameter groups as ``torch.optim`` takes them, one if ``params`` is not already a list of groups.
+    """Make parameter groups as ``torch.optim`` does, one if ``params`` is not a list of groups.
 
     Raises:
-        TypeError: ``params`` is none of what ``torch.optim`` takes.
-        ValueError: There is nothing in it.
+        TypeError: ``params`` has a type that ``torch.optim`` does not accept, either.
+        ValueError: ``params`` is empty.
     """
     _check_kind(params)
     if isinstance(params, Tensor):
@@ -83,10 +83,10 @@ def read_groups(params: Any) -> list[dict[str, Any]]:
 
 
 def read_group(group: Mapping[str, Any]) -> Handed:
-    """The parameters of one group, each once.
+    """Read the parameters of one group, each once.
 
     Raises:
-        TypeError: A set, a module, or something that is neither a tensor nor a name with a tensor.
+        TypeError: The group has a set, a module, or something that is neither a tensor nor a name with a tensor.
     """
     params, module, implied = group["params"], None, False
     if isinstance(params, Tensor):
@@ -132,6 +132,6 @@ def _named(item: Any) -> tuple[str, Tensor]:
 
 
 def _parallel(entry: Any, items: list[Any]) -> list[Any]:
-    """An entry of a group with one value per parameter; None for each where it is not that."""
+    """Read an entry of a group with one value per parameter; None for each parameter otherwise."""
     fits = isinstance(entry, (list, tuple)) and len(entry) == len(items)
     return list(entry) if fits else [None] * len(items)

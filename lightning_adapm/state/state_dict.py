@@ -1,4 +1,4 @@
-"""Saving and loading: state that keeps its precision, in the form that its strategy saves, from whatever saved it."""
+"""Saving and loading of state, in its own precision and in the form that the strategy saves."""
 
 import warnings
 from collections.abc import Iterator
@@ -14,16 +14,16 @@ from lightning_adapm.state.settings import AS_BUILT, as_built, kept_settings
 from lightning_adapm.state.sharded import Stateful, export_state
 
 FORMAT_VERSION = 1
-"""Of the optimizer's state, kept in every parameter group."""
+"""Version of the format of the state, kept in every parameter group."""
 
 
 class Checkpointed(Optimizer):
-    """Saving and loading of optimizers whose state is kept by pieces, as far as ``torch.optim`` does it otherwise."""
+    """Saving and loading for optimizers with state by pieces, where ``torch.optim`` differs."""
 
     structure: ClassVar[tuple[str, ...]] = ()
-    """Options of a parameter group that shape the state: on loading, this optimizer's own stay."""
+    """Options of a parameter group that shape the state. On loading, this optimizer's own stay."""
     foreign: ClassVar[frozenset[str]] = frozenset()
-    """Options of other optimizers, which are dropped where they come with a checkpoint and mean nothing here."""
+    """Options of other optimizers without a meaning here, which are dropped from checkpoints."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as ``torch.optim`` does."""
@@ -32,9 +32,9 @@ class Checkpointed(Optimizer):
         group[AS_BUILT] = as_built(group, self.defaults, self.structure)
 
     def state_dict(self) -> dict[str, Any]:
-        """As ``torch.optim`` has it; of sharded parameters in the form that their strategy saves.
+        """State dict as in ``torch.optim``; for sharded parameters in the form that their strategy saves.
 
-        To be called on all processes that hold a part of a parameter.
+        Call it on all processes that hold a part of a parameter.
         """
         cast(Stateful, self).follow_groups()
 
@@ -58,7 +58,7 @@ class Checkpointed(Optimizer):
         saved with other settings is converted. One warning names the options that differ, and the values used.
 
         Raises:
-            ValueError: the state has no meaning here; nothing has been changed then.
+            ValueError: The state has no meaning here. Nothing has been changed then.
         """
         cast(Stateful, self).follow_groups()
         loaded: dict[Any, Any] = {}
