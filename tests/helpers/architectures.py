@@ -18,8 +18,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 HEAD = """\
 # Architectures
 
-What AdaPM makes of every configuration of litgpt {litgpt}, and of every model class that transformers {transformers}
-lists for its Auto classes, in its default configuration with fewer layers, on the meta device (torch {torch}).
+Roles that AdaPM finds in every configuration of litgpt {litgpt}, and in every model class of the Auto classes in
+transformers {transformers}, with default configurations of fewer layers on the meta device (torch {torch}).
 `PYTHONPATH=tests/helpers python tests/helpers/architectures.py` writes this page; `make test-slow` checks it.
 
 | result | classes of transformers |
@@ -27,13 +27,13 @@ lists for its Auto classes, in its default configuration with fewer layers, on t
 {counts}
 
 - **Right by rule**: `AdaPM(model.parameters())` works, with elementwise and block second moments. Embeddings and norms
-  are compared with the modules' types. Of the model types marked * a forward was run as well, as far as it runs without
-  data, and every query, key, value and attention output in it was what the rules say: what goes into the softmax, what
-  it weighs, and what comes next.
-- **Taught**: some matrices have no role in AdaPM's table (state-space and recurrent mixers, convolutions that are not
-  patches) or a name that says too little. They are refused until `roles=` says what they are; the page shows what is
-  enough. Where it says `"full"`, those matrices are trained as AdamW trains them, which is always right.
-- **Refused**: convolutional networks for the most part. `unmatched="full"` or `unmatched="low_rank"` trains them too.
+  are compared with the modules' types. For model types marked *, a forward was run as far as it runs without data. Its
+  queries, keys, values and attention outputs agree with the rules: the inputs of the softmax, the values that it
+  weighs, and the next matrix.
+- **Taught**: some matrices have no role in AdaPM's table (state-space and recurrent mixers, convolutions other than
+  patches) or an ambiguous name. They are refused until `roles=` gives their role; the page shows a sufficient one.
+  `"full"` trains those matrices as AdamW does, which is always right.
+- **Refused**: mostly convolutional networks. `unmatched="full"` or `unmatched="low_rank"` trains them, too.
 
 All {litgpt_count} configurations of litgpt are right by rule ({litgpt_shapes} different architectures).
 """
