@@ -12,7 +12,7 @@ from lightning_adapm.optim import options
 _LEFT_OVER = ("amsgrad", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay")
 """Keywords of ``torch.optim.AdamW`` without a meaning here."""
 _CHANGE_RESULTS = ("amsgrad", "differentiable")
-"""Those that change the result of a step."""
+"""Keywords of ``torch.optim.AdamW`` that change the result of a step."""
 
 
 def fill(group: Mapping[str, Any], defaults: Mapping[str, Any], unmatched: str) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def clip_value_of(closure: Any) -> float | None:
     Warns of hooks of the module that find none either.
 
     Raises:
-        ValueError: the Trainer clips by norm, or the module in its own way.
+        ValueError: The Trainer clips by norm, or the module clips gradients itself.
     """
     while isinstance(closure, partial):
         for argument in closure.args:

@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 
 
 def _sharding_note(optimizer: RoleOptimizer) -> str:
-    """Where parameters are sharded, say which process the bytes belong to and where the bases are."""
+    """Note on the process of the bytes and the placement of bases; empty without sharded parameters."""
     for group in optimizer.param_groups:
         layouts = (optimizer.placement(param).layout for param in group["params"])
         sharded = next((layout for layout in layouts if layout is not None and len(layout.spans) > 1), None)
