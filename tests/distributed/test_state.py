@@ -11,6 +11,7 @@ from test_equality import one_device
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 NAMES = ("gpt elementwise", "transposed block", "plain factored", "odd elementwise", "plain lora-pre")
+NAMES += ("gqa partial muon",)
 
 
 def names(*strategies):

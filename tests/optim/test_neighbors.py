@@ -7,7 +7,7 @@ import torch
 from models import PlainLM, token_batches
 from torch import nn
 
-from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre
+from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre, PartialMuon
 from lightning_adapm.moments.orthogonal import newton_schulz
 from lightning_adapm.moments.regression import LowRankRegression
 
@@ -154,8 +154,9 @@ def test_adam_mini_is_adapm_with_full_momentum_and_blocks():
         lambda params, now: AdaLomo(params, lr=1e-2, update_in_backward=now),
         lambda params, now: Lomo(params, lr=1e-1, update_in_backward=now),
         lambda params, now: LoRAPre(params, lr=1e-2, rank=2, update_in_backward=now),
+        lambda params, now: PartialMuon(params, lr=1e-2, rank=2, update_in_backward=now),
     ],
-    ids=["adapm", "block", "adalomo", "lomo", "lora_pre"],
+    ids=["adapm", "block", "adalomo", "lomo", "lora_pre", "partial_muon"],
 )
 def test_updates_in_backward_are_those_after_it(make):
     model, other = twins()
