@@ -13,8 +13,8 @@ from lightning_adapm.sharding.find import has_values
 from lightning_adapm.step.launch import DTYPES, Matrices, launch
 
 FACTOR = torch.bfloat16
-"""Dtype of a basis's factors on their way to the parameters. Tensor cores multiply it twice as fast as TF32. The average
-itself keeps its own precision, and the gradient is added in float32.
+"""Dtype of the factors of a basis on their way to the parameters. Tensor cores multiply it twice as fast as TF32. The
+average itself keeps its own precision, and the gradient is added in float32.
 """
 
 READ, COLUMNS, PROJECT, COMBINE = (16, 512, 4, 3), (16, 256, 4, 3), (64, 64, 4, 3), (64, 128, 4, 3)
