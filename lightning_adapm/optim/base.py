@@ -224,16 +224,32 @@ class RoleOptimizer(Checkpointed):
         """Let names and roles follow the lists of parameters, which callers may change in place.
 
         Raises:
-            TypeError: A parameter was not added with :meth:`add_param_group`.
+            TypeError: A parameter was not added with :meth:`add_param_group`, and no live module holds it.
         """
+        self._take_in([group for group in self.param_groups if not self.pieces.keys() >= set(group["params"])])
         for group in self.param_groups:
-            options.check_held(group, self.pieces)
             params = group["params"]
             if len(set(params)) != len(params):
                 params = group["params"] = list(dict.fromkeys(params))
             if [self.names[param] for param in params] != group["param_names"]:
                 group["param_names"] = [self.names[param] for param in params]
                 group["roles"] = [self.roles[param] for param in params]
+
+    def _take_in(self, groups: list[dict[str, Any]]) -> None:
+        """Add groups that callers have put into ``param_groups`` themselves, as callbacks do in a run that resumes."""
+        held = self.param_groups
+        self.param_groups = [each for each in held if all(each is not group for group in groups)]
+        try:
+            for group in groups:
+                bare = {key: value for key, value in group.items() if key not in ("param_names", "roles")}
+                self._add([bare])
+                group.update(bare)
+        except TypeError:
+            for group in groups:
+                options.check_held(group, self.pieces)
+            raise
+        finally:
+            self.param_groups = held
 
     def _take(self, selected: Sequence[tuple[dict[str, Any], list[str], list[Tensor]]]) -> bool:
         """Take the gradients of parameters, group by group, and move them; whether there were any."""

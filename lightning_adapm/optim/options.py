@@ -182,7 +182,7 @@ def check_caller() -> None:
     zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     frame = sys._getframe(1) if zero is not None else None
     while frame is not None:
-        if isinstance(frame.f_locals.get("self"), zero.ZeroRedundancyOptimizer):  # type: ignore[union-attr]
+        if frame.f_globals is vars(zero):  # locals, once asked for, would stay alive as long as their frame
             raise TypeError(
                 "ZeroRedundancyOptimizer does not work with AdaPM: it hands over parameters without the names that tell"
                 " their roles. Build AdaPM itself under DDP; its state is small enough to be kept on every process"
