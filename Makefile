@@ -13,7 +13,7 @@ SHORT  := --trainer.limit_train_batches=400
 # Every test keeps to one thread, so that each core takes tests of its own.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help pretrain test test-slow lint types clean
+.PHONY: help pretrain test test-slow lint types package clean
 
 help:
 	@echo "make pretrain   train the quick start with AdamW, AdaPM and PartialMuon (under 5 minutes on two CPU cores)"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make lint       ruff"
 	@echo "make types      mypy"
+	@echo "make package    the wheel and the source archive in dist/, checked and tried"
 	@echo "make clean      remove the environment, caches and runs"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -55,6 +56,16 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
+# The wheel is tried outside the clone, whose recipes it must not need.
+package: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[package]'
+	rm -rf dist build/wheel
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m pip install --quiet --no-deps --target build/wheel dist/*.whl
+	cd build/wheel && $(abspath $(BIN))/python -m lightning_adapm plan --config recipe:finetune/pythia-1b-full
+	diff -r recipes build/wheel/lightning_adapm/recipes
+
 clean:
-	rm -rf $(VENV) build runs lightning_logs *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist runs lightning_logs *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

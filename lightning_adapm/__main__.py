@@ -16,18 +16,19 @@ TRACEBACK = "LIGHTNING_ADAPM_TRACEBACK"
 """Environment variable that shows the traceback of every error when it is 1."""
 
 USAGE = """\
-usage: lightning-adapm {plan,prepare,fit,validate,test,predict,litgpt} [--config FILE ...] [--OPTION VALUE ...]
+usage: lightning-adapm {recipes,plan,prepare,fit,validate,test,predict,litgpt} [--config FILE ...] [--OPTION VALUE ...]
 
+  recipes    names of the complete configurations that come with this package
   plan       bytes of optimizer state before training:  lightning-adapm plan --model_name Llama-3-8B
   prepare    a tokenizer, tokens and instructions for litgpt's commands, from text on this machine
-  fit        train a model:  lightning-adapm fit --config recipes/trainer/pretrain/quickstart.yaml
+  fit        train a model:  lightning-adapm fit --config recipe:pretrain/quickstart
   validate   one pass over the validation data
   test       one pass over the test data
   predict    predictions for every batch
   litgpt     litgpt's pretrain and finetune_*, with AdaPM's figures in its logs:  lightning-adapm litgpt pretrain -h
 
-Several --config files apply in order, and options after them override. LIGHTNING_ADAPM_TRACEBACK=1 shows the traceback
-of every error. All options of one command:
+FILE is a path or recipe:NAME. Several --config files apply in order, and options after them override.
+LIGHTNING_ADAPM_TRACEBACK=1 shows the traceback of every error. All options of one command:
   lightning-adapm fit -h
   lightning-adapm fit --model.help lightning_adapm.litgpt.LitGPTModule
 """
@@ -48,6 +49,11 @@ def main(args: list[str] | None = None) -> None:
         return
     try:
         # after the help, which need not wait for Lightning
+        if words[0] == "recipes":
+            from lightning_adapm.commands import recipes as recipes_command
+
+            recipes_command.run(words[1:])
+            return
         if words[0] == "plan":
             from lightning_adapm.commands import plan as plan_command
 

@@ -21,6 +21,7 @@ from lightning_adapm.trainer.callbacks.monitors import Monitored, pooled_residua
 from lightning_adapm.trainer.callbacks.pooling import ResidualFigures
 from lightning_adapm.trainer.callbacks.run import StepClock
 from lightning_adapm.trainer.callbacks.summary import print_summary
+from lightning_adapm.trainer.recipes import with_files
 
 EVERY_N_STEPS = 50
 """Optimizer steps between two measurements, as the callbacks' default."""
@@ -39,6 +40,7 @@ def run(words: list[str]) -> None:
     if not words or words[0] not in LITGPT_COMMANDS:
         found = f"but got {words[0]!r}" if words else "but got none"
         raise ValueError(f"lightning-adapm litgpt runs one of litgpt's commands {', '.join(LITGPT_COMMANDS)}, {found}")
+    words = with_files(words, "litgpt")
     try:
         litgpt = importlib.import_module("litgpt.__main__")
         importlib.import_module("requests")  # which its parser imports late, and does not require

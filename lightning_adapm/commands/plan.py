@@ -20,6 +20,7 @@ from lightning_adapm.optim import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre, Parti
 from lightning_adapm.report.explain import VARIANTS, Explanation, compare, explain
 from lightning_adapm.report.tables import as_text, comparison_table, pieces_table, show_count, summarize, summary_table
 from lightning_adapm.roles.assign import suggested_roles
+from lightning_adapm.trainer.recipes import with_files
 
 _LITGPT = "lightning_adapm.litgpt.LitGPTModule"
 _DTYPES = {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64", "64": "float64"}
@@ -37,7 +38,7 @@ Compare the optimizer state of a model before training: AdamW, Adam-mini, AdaPM,
 PartialMuon. The model is built on the meta device, so no weight takes memory.
 
   lightning-adapm plan --model_name Llama-3-8B --dtype bfloat16
-  lightning-adapm plan --config recipes/trainer/pretrain/quickstart.yaml --rank 4 --explain
+  lightning-adapm plan --config recipe:pretrain/quickstart --rank 4 --explain
 """
 
 
@@ -47,7 +48,7 @@ def run(words: list[str]) -> int:
     Returns:
         The exit status, which is 1 where a matrix has no role and AdaPM would refuse to train.
     """
-    parser = _parser()
+    parser, words = _parser(), with_files(words)
     peek = argparse.ArgumentParser(prog=parser.prog, usage=parser.usage, add_help=False, allow_abbrev=False)
     peek.add_argument("--model_name")
     peek.add_argument("--config", action="append")
@@ -84,7 +85,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--config",
         action="append",
-        help="a recipe of `lightning-adapm fit` or `litgpt pretrain`; several apply in order",
+        help="a recipe of `lightning-adapm fit` or `litgpt pretrain`, a file or recipe:NAME; several apply in order",
     )
     # a function, because add_argument refuses a class that has an argument without a type
     parser.add_function_arguments(_describe_model, fail_untyped=False)

@@ -165,10 +165,10 @@ def comparison_table(totals: Mapping[str, StateBytes], references: Mapping[str, 
     return table
 
 
-def as_text(table: Table) -> str:
-    """Render a table as plain text of its own width, whatever the terminal's width."""
+def as_text(table: Table, width: int | None = None) -> str:
+    """Render a table as plain text, of its own width or at most ``width`` characters wide."""
     from rich.console import Console
 
     file = io.StringIO()
-    Console(file=file, width=10_000).print(table)
+    Console(file=file, width=width or 10_000).print(table)
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines())

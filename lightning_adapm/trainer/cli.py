@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeUnion, instantiate_class
+from lightning.pytorch.cli import (
+    ArgsType,
+    LightningArgumentParser,
+    LightningCLI,
+    LRSchedulerTypeUnion,
+    instantiate_class,
+)
 from torch.optim import Optimizer
 
 from lightning_adapm.trainer.mixin import AdaPMMixin
+from lightning_adapm.trainer.recipes import with_files
 
 
 class RichProgress(RichProgressBar):
@@ -31,13 +39,14 @@ class RichProgress(RichProgressBar):
 class AdaPMCLI(LightningCLI):
     """LightningCLI for any LightningModule and data module, named in the configuration by their class paths.
 
-    It differs from LightningCLI in four points:
+    It differs from LightningCLI in five points:
 
     - An optimizer chosen by ``--optimizer`` without ``--lr_scheduler`` follows the schedule in the model's settings, so
       that AdamW and AdaPM compare on equal terms.
     - Such an optimizer also trains the model under ``ModelParallelStrategy``.
     - The default precision is ``bf16-mixed`` on a CUDA device with bfloat16.
     - A run overwrites the configuration that an earlier run saved in the same folder.
+    - ``--config recipe:NAME`` reads a recipe that comes with this package.
 
     Args:
         args: Command-line words; ``None`` for those of this process.
@@ -57,6 +66,13 @@ class AdaPMCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Let the parser raise its errors, which the command line prints in one line."""
         return super().init_parser(**kwargs, exit_on_error=False)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse the words of the command line, with the files of recipes in the place of their names."""
+        if args is None:
+            self.config = parser.parse_args(with_files(sys.argv[1:], "trainer"))
+        else:
+            super().parse_arguments(parser, with_files(args, "trainer") if isinstance(args, list) else args)
 
     def before_instantiate_classes(self) -> None:
         """Choose a precision if the user has not."""

@@ -16,7 +16,8 @@ def runs(corpus, tmp_path_factory):
     """The quick start with AdamW and then with AdaPM, as ``make pretrain`` does; what the second prints is a file."""
     folder = tmp_path_factory.mktemp("runs")
     small = ["--model.init_args.adapm.warmup_steps=2", *shrunk(corpus, folder, steps=6)]
-    run(folder, "fit", "--config", QUICKSTART, "--config", QUICKSTART_ADAMW, *small)
+    adamw = ["--config=recipe:pretrain/quickstart", "--config", "recipe:pretrain/quickstart-adamw"]
+    run(folder, "fit", *adamw, *small)
     printed = run(folder, "fit", "--config", QUICKSTART, *small).stdout
     (folder / "runs" / "quickstart" / "printed").write_text(printed)
     return folder / "runs" / "quickstart"
