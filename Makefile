@@ -13,7 +13,7 @@ SHORT  := --trainer.limit_train_batches=400
 # Every test keeps to one thread, so that each core takes tests of its own.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help pretrain test test-slow lint types package clean
+.PHONY: help pretrain test test-slow lint types package docs clean
 
 help:
 	@echo "make pretrain   train the quick start with AdamW, AdaPM and PartialMuon (under 5 minutes on two CPU cores)"
@@ -22,6 +22,7 @@ help:
 	@echo "make lint       ruff"
 	@echo "make types      mypy"
 	@echo "make package    the wheel and the source archive in dist/, checked and tried"
+	@echo "make docs       the site of the documentation, in site/"
 	@echo "make clean      remove the environment, caches and runs"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -66,6 +67,11 @@ package: $(STAMP)
 	cd build/wheel && $(abspath $(BIN))/python -m lightning_adapm plan --config recipe:finetune/pythia-1b-full
 	diff -r recipes build/wheel/lightning_adapm/recipes
 
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m mkdocs build --strict --config-file docs/site/mkdocs.yml
+
 clean:
-	rm -rf $(VENV) build dist runs lightning_logs *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site runs lightning_logs *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
