@@ -71,7 +71,7 @@ def read_groups(params: Any) -> list[dict[str, Any]]:
     if isinstance(params, Tensor):
         raise TypeError("params is one tensor, but must be an iterable of tensors or parameter groups: pass [tensor]")
     module = source_module(params)
-    items = list(params if module is None else module.parameters(_arguments(params)["recurse"]))
+    items = list(params if module is None else module.parameters(_arguments(params).get("recurse", True)))
     if not items:
         raise ValueError("optimizer got an empty parameter list")
     if not isinstance(items[0], dict):
