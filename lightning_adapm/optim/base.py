@@ -5,6 +5,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -16,11 +17,13 @@ from lightning_adapm.moments import policy
 from lightning_adapm.moments.base import Momentum, SecondMoment
 from lightning_adapm.moments.first import LowRankMomentum
 from lightning_adapm.optim import groups, in_backward, options
+from lightning_adapm.optim.replaced import Built, Places
 from lightning_adapm.roles.assign import assign_roles
 from lightning_adapm.roles.context import Named
-from lightning_adapm.roles.inputs import read_groups, source_module
+from lightning_adapm.roles.inputs import read_groups
+from lightning_adapm.roles.live import find_roots
 from lightning_adapm.roles.piece import Piece
-from lightning_adapm.sharding.find import local
+from lightning_adapm.sharding.find import local, shape_of
 from lightning_adapm.sharding.fsdp1 import gradients
 from lightning_adapm.sharding.rows import column_range
 from lightning_adapm.state.state_dict import FORMAT_VERSION, Checkpointed
@@ -104,8 +107,9 @@ class RoleOptimizer(Checkpointed):
         self.reasons: dict[Tensor, str] = {}
         self._forget_places()
         self._nonfinite = NonFiniteGradients()
-        module = source_module(params)
-        self._module = None if module is None else weakref.ref(module)
+        self.built: dict[Tensor, Built] = {}
+        """What the pieces and the state of every parameter are made for."""
+        self._places: list[Places] | None = []
         super().__init__([{"params": []}], defaults)  # torch adds groups one by one, and roles are found over all
         self.param_groups.clear()
         self._add(read_groups(params))
@@ -155,6 +159,12 @@ class RoleOptimizer(Checkpointed):
         self.roles.update(assigned.roles)
         self.pieces.update(assigned.pieces)
         self.reasons.update(assigned.reasons)
+        for group in added:
+            structure = {option: copy(group[option]) for option in self.structure}
+            for param in group["params"]:
+                self.built[param] = Built(self.names[param], shape_of(param), structure)
+        if self._places is not None:
+            self._places.append(Places(assigned.roots.values(), assigned.names))
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps only defaults, state and groups through pickling and deepcopy
@@ -168,7 +178,8 @@ class RoleOptimizer(Checkpointed):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget_places()  # found again: process groups are not copied
-        self._module = None
+        if "pieces" in state:  # not on loading
+            self._places = None  # other modules hold the parameters of a copy
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -208,17 +219,15 @@ class RoleOptimizer(Checkpointed):
         return any(self.state[param].get("step") for param in self.pieces if param in self.state)
 
     def check_not_replaced(self) -> None:
-        """Once, in the first step at the latest: refuse a model whose parameters are no longer those given.
-
-        FSDP2 itself puts others in their place from forward to backward: not to be called in between.
+        """Refuse a model whose parameters are no longer those given.
 
         Raises:
-            RuntimeError: naming the first of them, and where to build the optimizer instead.
+            RuntimeError: Naming the first of them, and where to build the optimizer instead.
         """
-        module, self._module = None if self._module is None else self._module(), None
-        if module is not None:
-            names = (zip(group["param_names"], group["params"], strict=True) for group in self.param_groups)
-            options.check_not_replaced(module, self.pieces, dict(chain.from_iterable(names)))
+        held = {param: self.names[param] for group in self.param_groups for param in group["params"]}
+        if self._places is None:
+            self._places = [Places(find_roots(held), held, complete=False)]
+        self._places = [places.check(held, self) for places in self._places]
 
     def follow_groups(self) -> None:
         """Let names and roles follow the lists of parameters, which callers may change in place.
@@ -258,6 +267,7 @@ class RoleOptimizer(Checkpointed):
                 if (param.requires_grad or param.grad is not None) and "step" not in self.state.get(param, ()):
                     for piece in self.pieces[param]:
                         options.check_trainable(name, piece, param, self.unmatched)
+                    self.built[param].check(param, group, {})
                     self.state[param].update(self.make_state(param, group, param))  # wrappers keep theirs in it too
         selected = self._joined(selected)
         grads = [gradients(params, [self.placement(param).layout for param in params]) for _, _, params in selected]
@@ -301,6 +311,7 @@ class RoleOptimizer(Checkpointed):
         # kept for the shape it was found with: FSDP1 makes parameters one-dimensional after the optimizer is built
         shape, found = self._placements.get(param, (None, None))
         if found is None or shape != param.shape:
+            self.built[param].check_shape(param)
             found = Placement.of(param, self.pieces[param])
             self._placements[param] = (param.shape, found)
         return found
@@ -371,6 +382,7 @@ class RoleOptimizer(Checkpointed):
         known = self._plans.get(param)
         if known is not None and known[0] == depends:
             return known[1]
+        self.built[param].check(param, group, self.state[param])
         placement, plans = self.placement(param), []
         for index, piece in enumerate(self.pieces[param] if placement.layout is not None or param.numel() else ()):
             shape, shard = placement.shapes[index], placement.shards[index]

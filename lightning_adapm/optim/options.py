@@ -7,11 +7,10 @@ from numbers import Number
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_adapm.moments.policy import SECOND_MOMENTS, momentum_table
 from lightning_adapm.roles.assign import check_layout
-from lightning_adapm.roles.context import normalize
 from lightning_adapm.roles.piece import POLICIES, ROLES, UNMATCHED, Piece
 from lightning_adapm.roles.rules import FUSED
 from lightning_adapm.sharding.find import shape_of
@@ -203,31 +202,6 @@ def check_held(group: Mapping[str, Any], pieces: Mapping[Tensor, Any]) -> None:
                 " built, so that its role is unknown. DeepSpeed replaces parameters like this and is not supported; add"
                 " parameters with add_param_group"
             )
-
-
-def check_not_replaced(module: nn.Module, pieces: Mapping[Tensor, Any], names: Mapping[str, Tensor]) -> None:
-    """Refuse to train parameters that the module no longer has, while those in their place stay as they are.
-
-    Args:
-        module: AdaPM was given its parameters.
-        pieces: What AdaPM trains.
-        names: Likewise, by the names that the parameters had then.
-
-    Raises:
-        RuntimeError: naming the first parameter of the module that took the place of AdaPM's.
-    """
-    wanted = {normalize(name) for name, param in names.items() if param.requires_grad and param.grad is None}
-    found = list(module.named_parameters(remove_duplicate=False))
-    replaced = [name for name, param in found if param not in pieces and normalize(name) in wanted]
-    if not any(param in pieces for _, param in found):  # FSDP1's flat parameters have names of their own
-        replaced = [name for name, _ in found]
-    if replaced:
-        more = f" and {len(replaced) - 1} more" if len(replaced) > 1 else ""
-        raise RuntimeError(
-            f"{replaced[0]}{more} of {type(module).__name__} would not be trained: put in the place of AdaPM's"
-            " parameters after it was built, as fully_shard and ModelParallelStrategy do. Build AdaPM after that, in"
-            " configure_optimizers (AdaPMMixin does) and not by LightningCLI's optimizer option"
-        )
 
 
 def check_trainable(name: str, piece: Piece, param: Tensor, unmatched: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_adapm.roles.context import Named, describe, plain
 from lightning_adapm.roles.find import find_role, fits, is_taught
@@ -31,6 +31,8 @@ class Assigned:
     names: dict[Tensor, str] = field(default_factory=dict)
     roles: dict[Tensor, str] = field(default_factory=dict)
     pieces: dict[Tensor, tuple[Piece, ...]] = field(default_factory=dict)
+    roots: dict[int, nn.Module] = field(default_factory=dict)
+    """The outermost modules that were looked into, by their ids."""
     reasons: dict[Tensor, str] = field(default_factory=dict)
     """Rules that decided the roles."""
 
@@ -79,6 +81,7 @@ def assign_roles(
             if role is None and item.param.requires_grad:
                 missing.append(item)
             check_layout(item.label, cuts[0], item.param)
+            assigned.roots.update((id(root), root) for root in item.around[-1:])
             assigned.names[item.param], assigned.reasons[item.param] = item.label, why
             assigned.roles[item.param] = role or UNMATCHED
             assigned.pieces[item.param] = tuple(replace(piece, block=item.block) for piece in cuts)

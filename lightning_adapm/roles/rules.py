@@ -110,8 +110,8 @@ TABLES: tuple[tuple[str, str], ...] = (
     ("bias", r"(^|[._])(\w*scale_shift_table|\w*modulation)$"),
     (
         "embedding",
-        r"(^|[._])(w_pos|pe|pos(ition(al)?|itions)?(_?(enc|emb|code|table|param|token|query)\w*)?|\w*_pos_?(enc|emb)\w*"
-        r"|\w*(tokens?|prompts?|codebooks?|slots|(embedding|position|pos)_table))$",
+        r"(^|[._])(pe|(\w*_)?pos(ition(al)?|itions)?(_?(enc|emb|code|table|param|token|query)\w*)?"
+        r"|\w*(tokens?|prompts?|codebooks?|slots|embs?|encodings?|embedding_table))$",
     ),
 )
 # Outside transformer blocks.

@@ -177,8 +177,9 @@ def test_positions_of_patchtst(type_):
 
 @pytest.mark.parametrize(
     ("name", "role"),
-    [("W_pos", "embedding"), ("pe", "embedding"), ("pos_enc", "embedding"), ("memory_tokens", "embedding"),
-     ("soft_prompt", "embedding"), ("scale_shift_table", "bias"), ("modulation", "bias")],
+    [("W_pos", "embedding"), ("pe", "embedding"), ("pos_enc", "embedding"), ("time_pos", "embedding"),
+     ("memory_tokens", "embedding"), ("soft_prompt", "embedding"), ("scale_shift_table", "bias"),
+     ("modulation", "bias")],
 )  # fmt: skip
 @pytest.mark.parametrize("place", ["block", "model"])
 def test_tables_that_are_no_layers_weight(name, role, place):
