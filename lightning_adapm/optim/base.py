@@ -64,14 +64,14 @@ class RoleOptimizer(Checkpointed):
             may also state ``n_head``, ``n_query_groups`` and ``head_size``.
         defaults: Options of the parameter groups: at least ``lr``, ``weight_decay``, ``no_decay`` and ``maximize``.
         roles: Roles for names, ``{regular expression: role or policy}``, searched in order before any built-in rule.
-        unmatched: Policy of matrices whose role is not found. ``"error"`` refuses them and lists them.
-        update_in_backward: In ``step(closure)``, move each parameter and free its gradient inside backward.
+        unmatched: Policy of matrices without a known role. ``"error"`` refuses and lists them.
+        update_in_backward: Whether ``step(closure)`` moves each parameter and frees its gradient inside backward.
         roles_matter: Whether a matrix is treated by its role, so that a role that is not found is worth a warning.
         left_over: Keywords that the subclass has no parameters for: those of ``torch.optim.AdamW`` get a warning.
 
     Raises:
-        ValueError: An option out of range; a matrix without a role.
-        TypeError: Parameters without names or roles; complex parameters.
+        ValueError: An option is out of range, or a matrix has no role.
+        TypeError: Parameters lack names and roles, or are complex.
     """
 
     observer: Observer | None = None
@@ -172,7 +172,7 @@ class RoleOptimizer(Checkpointed):
         return {**super().__getstate__(), **kept, "_nonfinite": self._nonfinite}
 
     def _is_own(self, attribute: str) -> bool:
-        """Whether a public attribute is this optimizer's, not a method that a scheduler has wrapped or a monitor's."""
+        """Whether a public attribute is the optimizer's own, not a wrapped method or a monitor."""
         return attribute != "observer" and not callable(getattr(type(self), attribute, None))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -261,7 +261,7 @@ class RoleOptimizer(Checkpointed):
             self.param_groups = held
 
     def _take(self, selected: Sequence[tuple[dict[str, Any], list[str], list[Tensor]]]) -> bool:
-        """Take the gradients of parameters, group by group, and move them; whether there were any."""
+        """Move parameters by their gradients, group by group; return whether there were any gradients."""
         for group, names, params in selected:
             for name, param in zip(names, params, strict=True):
                 if (param.requires_grad or param.grad is not None) and "step" not in self.state.get(param, ()):
@@ -307,7 +307,7 @@ class RoleOptimizer(Checkpointed):
         self._rates: dict[int, float] = {}  # of this step, by group
 
     def placement(self, param: Tensor) -> Placement:
-        """Where a parameter's pieces are, and the shapes of their matrices over all processes."""
+        """Placement of a parameter's pieces, with the shapes of their matrices over all processes."""
         # kept for the shape it was found with: FSDP1 makes parameters one-dimensional after the optimizer is built
         shape, found = self._placements.get(param, (None, None))
         if found is None or shape != param.shape:
@@ -317,7 +317,7 @@ class RoleOptimizer(Checkpointed):
         return found
 
     def _placed_momentum(self, param: Tensor, index: int, group: Mapping[str, Any]) -> Momentum:
-        """The momentum of a piece, as far as this process keeps it."""
+        """Momentum of a piece, limited to the part that this process keeps."""
         placement = self.placement(param)
         shape, shard = placement.shapes[index], placement.shards[index]
         momentum = self.momentum_for(self.pieces[param][index], shape, group)
@@ -377,7 +377,7 @@ class RoleOptimizer(Checkpointed):
         return buckets.values()
 
     def _planned(self, param: Tensor, group: Mapping[str, Any], settings: tuple[Any, ...]) -> list[Plan]:
-        """What steps do with each piece of a parameter; made anew where anything that it depends on has changed."""
+        """Plan of the steps for each piece of a parameter, renewed when anything that it depends on has changed."""
         depends = settings, param.shape, param.dtype, param.device
         known = self._plans.get(param)
         if known is not None and known[0] == depends:
@@ -411,7 +411,7 @@ class RoleOptimizer(Checkpointed):
             self._update(each, group)
 
     def _move_shards(self, bucket: Bucket, group: Mapping[str, Any]) -> None:
-        """Pieces that are taken out of what this process holds, which may copy them: one batch after another."""
+        """Take pieces out of the local parts, which may copy them, one batch after another."""
         plan, step, _ = bucket
         for batch in batches(bucket, copied=True):
             taken = [task.taken() for task in batch]
@@ -421,7 +421,7 @@ class RoleOptimizer(Checkpointed):
                 task.shard.put(task.param, moved.param)
 
     def _as_they_are(self, tasks: list[Task], plan: Plan, group: Mapping[str, Any]) -> bool:
-        """Whether a step takes the gradients of ``tasks`` without copying them."""
+        """Whether a step uses the gradients of ``tasks`` without copying them."""
         if self.observer is not None or group["maximize"]:
             return False
         return by_kernels.takes(tasks, plan.momentum, plan.second_moment)
@@ -444,7 +444,7 @@ class RoleOptimizer(Checkpointed):
             self._nonfinite.count(tasks, grads.reading.flaws)
 
     def _move(self, tasks: list[Task], grads: list[Tensor], plan: Plan, step: int, group: Mapping[str, Any]) -> None:
-        """The step itself, of pieces of one shape with ``grads`` that are finite, or count as zero."""
+        """Move pieces of one shape by ``grads``, which are finite or zero."""
         states, reduction = [task.state for task in tasks], reduction_of(tasks)
         direction = plan.momentum.direction(grads, states, step, reduction)
         update(tasks, grads, direction, plan.second_moment, step, reduction, plan.decay, group, self.observer)
@@ -452,7 +452,8 @@ class RoleOptimizer(Checkpointed):
     def nonfinite_gradients(self) -> dict[str, int]:
         """Parameters whose gradient was not finite since this optimizer was built, with the number of steps.
 
-        A fused weight has its pieces, ``"attn.qkv.weight (query)"``. Waits for the device.
+        The pieces of a fused weight are counted by themselves, as ``"attn.qkv.weight (query)"``. The call waits for the
+        device.
         """
         return self._nonfinite.steps()
 

@@ -1,4 +1,4 @@
-"""What AdaPM refuses, and the words it refuses it with."""
+"""Validation of options and parameters, with errors that say what to write instead."""
 
 import difflib
 import sys
@@ -16,20 +16,20 @@ from lightning_adapm.roles.rules import FUSED
 from lightning_adapm.sharding.find import shape_of
 
 StateDtype = Mapping[str, str] | torch.dtype | str | None
-"""A dtype, by itself or by its name, or names of dtypes by policy."""
+"""A dtype, its name, or names of dtypes by policy."""
 
 STATE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-"""Dtypes that momentum may be kept in: those that torch computes with."""
+"""Dtypes of the momentum, which torch must be able to compute with."""
 
 BASES = ("auto", "replicate", "shard")
-"""Where processes keep the bases of matrices whose rows they share."""
+"""Placements of the bases of sharded matrices."""
 
 
 def check(group: Mapping[str, Any]) -> None:
     """Check the options of one parameter group, defaults filled in.
 
     Raises:
-        ValueError: An option out of range, named with what was found and what to write instead.
+        ValueError: An option is out of range.
     """
     for option, (wanted, holds) in _RANGES.items():
         if option in group:
@@ -75,7 +75,7 @@ def _plain(value: Any) -> Any:
 
 
 def instead_of(name: str, known: Iterable[str], what: str = "options") -> str:
-    """What to write instead of a name that there is not: the nearest that there is, or all of them."""
+    """Suggest a name instead of one that does not exist: the nearest one, or all of them."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"the {what} are {', '.join(known)}"
@@ -98,12 +98,12 @@ _RANGES: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "basis": (f"one of {', '.join(BASES)}", lambda basis: basis in BASES),
     "clip_threshold": ("a number > 0, or None for no bound", lambda clip: clip is None or clip > 0),
 }
-"""Options with what they must be, in words and as a test."""
+"""Options with their condition, in words and as a test."""
 
 FOREIGN = frozenset(
     {*_RANGES, "debias", "momentum", "state_dtype", "maximize", "mu", "nesterov", "ns_steps", "convolutions"}
 )
-"""Options that some optimizers of the package have and others have not."""
+"""Options of some optimizers of the package."""
 
 
 def check_option(group: Mapping[str, Any], option: str, wanted: str, holds: Callable[[Any], Any]) -> None:
@@ -112,8 +112,8 @@ def check_option(group: Mapping[str, Any], option: str, wanted: str, holds: Call
     Args:
         group: The parameter group.
         option: Name of the option.
-        wanted: What it must be, in words.
-        holds: The same as a test of its value.
+        wanted: Condition on the value, in words.
+        holds: The same condition as a test.
 
     Raises:
         ValueError: The test fails.
@@ -131,7 +131,7 @@ def check_roles(roles: Mapping[str, str] | None, unmatched: str) -> None:
     """Check the two options that are resolved at construction.
 
     Raises:
-        ValueError: an unknown role or policy.
+        ValueError: A role or policy is unknown.
     """
     for pattern, role in (roles or {}).items():
         if role not in (*ROLES, *FUSED, *POLICIES):
@@ -144,10 +144,10 @@ def check_roles(roles: Mapping[str, str] | None, unmatched: str) -> None:
 
 
 def dtype_names(dtype: StateDtype) -> str | dict[str, str] | None:
-    """``state_dtype`` in the plain strings that checkpoints hold.
+    """Convert ``state_dtype`` to plain strings, as in checkpoints.
 
     Raises:
-        ValueError: not a floating-point dtype, or one for something that is not a policy.
+        ValueError: A dtype is not a floating-point one, or a key is no policy.
     """
     if not isinstance(dtype, Mapping):
         return dtype_name(dtype)
@@ -158,10 +158,10 @@ def dtype_names(dtype: StateDtype) -> str | dict[str, str] | None:
 
 
 def dtype_name(dtype: torch.dtype | str | None) -> str | None:
-    """One dtype of ``state_dtype`` in the plain string that checkpoints hold.
+    """Convert one dtype to a plain string, as in checkpoints.
 
     Raises:
-        ValueError: Not a floating-point dtype.
+        ValueError: The dtype is not a floating-point one.
     """
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if dtype is None:
@@ -176,7 +176,7 @@ def check_caller() -> None:
     """Refuse torch's ZeroRedundancyOptimizer, which builds its optimizer from tensors without their names.
 
     Raises:
-        TypeError: naming it and what to use instead.
+        TypeError: It is that class.
     """
     zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     frame = sys._getframe(1) if zero is not None else None
@@ -193,7 +193,7 @@ def check_held(group: Mapping[str, Any], pieces: Mapping[Tensor, Any]) -> None:
     """Refuse a group whose parameters were replaced after AdaPM was built, as DeepSpeed's ZeRO does.
 
     Raises:
-        TypeError: naming the first of them.
+        TypeError: A parameter was replaced.
     """
     for index, param in enumerate(group["params"]):
         if param not in pieces:
@@ -231,10 +231,10 @@ def check_trainable(name: str, piece: Piece, param: Tensor, unmatched: str) -> N
 
 
 def check_gradient(name: str, grad: Tensor) -> None:
-    """Refuse gradients that the mathematics does not cover.
+    """Refuse unsupported gradients.
 
     Raises:
-        RuntimeError: a sparse gradient, as ``torch.optim.AdamW`` raises.
+        RuntimeError: The gradient is sparse; ``torch.optim.AdamW`` raises the same.
     """
     if grad.layout != torch.strided:
         raise RuntimeError(

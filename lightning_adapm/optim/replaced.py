@@ -106,7 +106,7 @@ class Places:
         return True
 
     def _found(self, index: int, root: nn.Module) -> Iterable[tuple[str, Tensor]]:
-        """Every parameter of a module that it did not have before, or that is the optimizer's."""
+        """Parameters of a module that are new to it or belong to the optimizer."""
         for path, around in walk(root):
             for name, param in parameters_of(around[0]).items():
                 full = f"{path}.{name}" if path else name
@@ -135,13 +135,13 @@ def _refusal(optimizer: str, model: nn.Module, names: list[str]) -> str:
 
 
 class Built(NamedTuple):
-    """What a parameter's pieces and state were made for."""
+    """Shape and options for which a parameter's pieces and state were made."""
 
     name: str
     shape: torch.Size
-    """Of the whole parameter, over all processes."""
+    """Shape of the whole parameter, over all processes."""
     options: dict[str, Any]
-    """Those of its group that shape the state."""
+    """Options of the group that shape the state."""
 
     def check_shape(self, param: Tensor) -> None:
         """Refuse a parameter that has another shape now.

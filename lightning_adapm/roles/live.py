@@ -19,7 +19,7 @@ _WRAPPED = {
     "_fsdp_wrapped_module",
     "_checkpoint_wrapped_module",
 }
-"""What Fabric, ``torch.compile``, DDP, FSDP1 and activation checkpointing call the module inside them."""
+"""Names under which Fabric, ``torch.compile``, DDP, FSDP1 and activation checkpointing hold their module."""
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module]:
@@ -38,7 +38,7 @@ def is_module(thing: object) -> bool:
 
 
 def attribute(thing: object, name: str) -> Any:
-    """An attribute of a module or its configuration; None where there is none, or asking for it fails."""
+    """Read an attribute of a module or its configuration; None where it is missing or fails."""
     try:
         return getattr(thing, name, None)
     except Exception:  # a property of the user's, which nobody asked for
@@ -46,12 +46,12 @@ def attribute(thing: object, name: str) -> Any:
 
 
 def is_lightning(module: nn.Module) -> bool:
-    """Whether a module is a LightningModule of either package, told without importing them."""
+    """Whether a module is a LightningModule of either package, without importing them."""
     return any(base.__name__ == "LightningModule" for base in type(module).__mro__)
 
 
 def walk(root: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, ...]]]:
-    """Every module inside ``root`` by its path, with those around it from the inside out; once per path."""
+    """Yield every module inside ``root`` by its path, with those around it from the inside out."""
     stack: list[tuple[str, tuple[nn.Module, ...]]] = [("", (root,))]
     while stack:
         path, around = stack.pop()
@@ -82,7 +82,7 @@ def find_roots(tensors: Iterable[Tensor]) -> list[nn.Module]:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The user's own module inside wrappers that hold nothing else."""
+    """Remove wrappers that hold nothing else around the user's module."""
     while (children := children_of(module)) and children.keys() <= _WRAPPED and not parameters_of(module):
         module = next(iter(children.values()))
     return module

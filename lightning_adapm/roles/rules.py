@@ -1,4 +1,4 @@
-"""The tables by which :mod:`lightning_adapm.roles.find` finds roles. Architectures change: what is new belongs here.
+"""The tables by which :mod:`lightning_adapm.roles.find` finds roles. New architectures belong here.
 
 All patterns are regular expressions on lower-case names without ``.weight``; roles are those of
 :data:`lightning_adapm.roles.find.ROLES` and :data:`FUSED`.
@@ -8,12 +8,12 @@ import re
 from collections.abc import Iterable
 
 FUSED = ("qkv", "kv")
-"""Roles of weights that hold the rows of several; their pieces have other roles."""
+"""Roles of fused weights, whose pieces have other roles."""
 
 _BEFORE = r"(?:(?:to|add|w|lin|linear|proj|project|projection|fc|pos|layout|w2e|e2w|e2e)_?)*"
 _AFTER = r"(?:_?(?:proj|project|projection|lin|linear|layer|head|net|global|attn|up|down|weight|[ab]))*"
 
-# Full matches of a projection's own name, for weights that lie beside each other in one attention module.
+# Full matches of a projection's own name, for weights in one attention module.
 CHILD_RULES: tuple[tuple[str, str], ...] = (
     (
         "qkv",
@@ -32,7 +32,7 @@ CHILD_RULES: tuple[tuple[str, str], ...] = (
     ),
 )
 
-# Of those, names that a layer outside any attention is hardly given.
+# Those names that a layer outside attention rarely has.
 OUTPUT_ONLY = r"(w|fc)?_?o|o_?(proj|lin|net)|out_?(proj|lin)|to_out|attn_out|attention_out"
 
 # What holds an attention's inputs, and in parallel blocks an MLP's too; the name alone says neither.
@@ -57,12 +57,12 @@ MIXER_CLASSES = (
 # Parameters that only a state-space module has: Mamba, Mamba-2, S4, Gated DeltaNet.
 MIXER_PARAMETERS = ("A_log", "A_logs", "dt_bias")
 
-# Anything else that calls itself attention: what is not known in there is refused.
+# Anything else that is called attention; unknown matrices in it are refused.
 _ATTENTION = r"(attn|attention|mha|_att(?=\.))\w*\."
 ATTENTION = rf"(^|\.)\w*{_ATTENTION}"
 ATTENTION_CLASSES = r"Attention|Attn|MultiHead"
 
-# Searched in this order, where no module type and no neighbour decides; the role None refuses.
+# Searched in this order where neither module type nor neighbors decide; the role None refuses.
 NAME_RULES: tuple[tuple[str | None, str], ...] = (
     ("mlp", r"(^|\.|_)router(\.|$)"),
     ("query", r"attention\.experts\.input_linear$"),  # JetMoE's mixture of attention heads
@@ -135,7 +135,7 @@ GUESSES = {BESIDE_ATTENTION: "mlp", CONVOLUTION: "low_rank", NOTHING: "mlp"}
 
 
 def guess(name: str, why: str) -> str:
-    """The role, or policy, to suggest for a matrix that ``why`` says has none."""
+    """Role or policy to suggest for a matrix that has none, by the reason ``why``."""
     if why == LIKE_ATTENTION:
         role = child_role(name.removesuffix(".weight").rpartition(".")[2].lower())
         return "full" if role is None or role in FUSED else role
@@ -143,12 +143,12 @@ def guess(name: str, why: str) -> str:
 
 
 def child_role(child: str) -> str | None:
-    """What a projection would be if it lay in an attention module, by its own name."""
+    """Role of a projection in an attention module, by its own name."""
     return next((role for role, pattern in CHILD_RULES if re.fullmatch(pattern, child)), None)
 
 
 def is_attention(children: Iterable[str]) -> bool:
-    """Whether matrices of these names, lying beside each other, are those of an attention module."""
+    """Whether matrices of these names in one module are those of an attention module."""
     roles = {child_role(child) for child in children}
     if "query" in roles:
         return bool(roles & {"key", "value", "kv", "qkv"})
@@ -156,11 +156,11 @@ def is_attention(children: Iterable[str]) -> bool:
 
 
 def first_match(table: Iterable[tuple[str | None, str]], stem: str) -> tuple[str | None, str] | None:
-    """The first rule of a table that a name matches; one whose role is None refuses it."""
+    """Find the first rule of a table that matches a name; a rule with the role None refuses it."""
     matches = ((role, re.search(pattern, stem)) for role, pattern in table)
     return next(((role, reason(found)) for role, found in matches if found), None)
 
 
 def reason(found: re.Match[str]) -> str:
-    """What a match is told as."""
+    """Reason that a match is reported as."""
     return f"name {found.group().strip('._')!r}"
