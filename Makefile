@@ -59,7 +59,7 @@ types: $(STAMP)
 
 # The wheel is tried outside the clone, whose recipes it must not need.
 package: $(STAMP)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[package]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt build twine
 	rm -rf dist build/wheel
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/python -m twine check --strict dist/*

@@ -68,6 +68,7 @@ MEMBERS = {"AdaPMMixin": ("schedule",), "RoleOptimizer": ("roles",)}
 """Methods that a user calls or overrides."""
 
 _LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(?=\))")
+_ROLE = re.compile(r":(?:class|meth|func|attr|mod|data):(<code>)~?(?:[\w.]+\.)?(\w+</code>)")
 _FENCE = re.compile(r"^(```|~~~).*?^\1", re.DOTALL | re.MULTILINE)
 
 
@@ -123,6 +124,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return f"{start}{link.rstrip('/')}{shown.removeprefix(target)}{anchor or ''}"
 
     return _LINK.sub(pointed, markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Show the roles of docstrings, such as ``:class:`AdaPM```, as plain code."""
+    return _ROLE.sub(r"\1\2", html)
 
 
 def _linked(path: str) -> Iterator[str]:
