@@ -10,34 +10,33 @@ import torch
 from torch import Tensor
 
 from lightning_adapm.moments import lowrank
-from lightning_adapm.moments.base import State, join, split
-from lightning_adapm.step.parts import Plan, Task
+from lightning_adapm.moments.base import Momentum, State, join, split
+from lightning_adapm.step.batching import Batch
 
 
-def move(
-    tasks: list[Task], grads: list[Tensor], plan: Plan, step: int, group: Mapping[str, Any], damping: float
-) -> None:
+def move(batch: Batch, group: Mapping[str, Any], damping: float) -> None:
     """Move parameters by ``direction / (sqrt(v + damping * outside**2) + eps)``.
 
     ``v`` is bias-corrected, and ``outside`` is what the momentum passes on of the gradient as it is: the part that its
     subspace does not see, or all of it where there is no momentum. Its own update is at most ``damping**-0.5``.
     """
-    states, lr, clip = [task.state for task in tasks], float(group["lr"]), group["clip_threshold"]
-    direction = plan.momentum.direction(grads, states, step).multiplied()
-    roots, correction, eps = plan.second_moment.denominators(grads, states, step)
-    parts = zip(tasks, direction.tensors, outside(grads, states, plan), roots, strict=True)
-    for task, used, rest, root in parts:
+    parts, params, grads, step, *_ = batch
+    first, second, decay = parts[0].first, parts[0].second, parts[0].decay
+    lr, clip = float(group["lr"]), group["clip_threshold"]
+    direction = first.direction(grads, parts, step).multiplied()
+    roots, correction, eps = second.denominators(grads, parts, step)
+    for param, used, rest, root in zip(params, direction.tensors, outside(grads, parts, first), roots, strict=True):
         divisor = torch.addcmul((root / correction).square(), rest, rest, value=damping).sqrt_().add_(eps)
         update = used / divisor
         if clip is not None and direction.clamp is not None:
             bound = clip * direction.clamp / direction.scale
             update.clamp_(-bound, bound)
-        task.param.mul_(1 - lr * plan.decay).add_(update.view(task.param.shape), alpha=-lr * direction.scale)
+        param.mul_(1 - lr * decay).add_(update.view(param.shape), alpha=-lr * direction.scale)
 
 
-def outside(grads: list[Tensor], states: Sequence[State], plan: Plan) -> list[Tensor]:
-    """Part of each gradient that its momentum does not average, after the momentum's update."""
-    if plan.momentum.name == "none":
+def outside(grads: list[Tensor], states: Sequence[State], momentum: Momentum) -> list[Tensor]:
+    """What of each gradient its momentum does not average; the momentum has taken the gradients in."""
+    if momentum.name == "none":
         return grads
     grad = join(grads)
     return split(lowrank.residual(grad, join([state["exp_avg_r"] for state in states]).to(grad.dtype)), grads)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_adapm.report.diagnostics import ResidualProbe
-from lightning_adapm.step.parts import Task
+from lightning_adapm.step.parts import Part
 
 FIGURES = {
     "update_rms": "Root mean square of the update / lr",
@@ -35,11 +35,13 @@ class Log:
         self.steps: list[int] = []
         self.copies: list[dict[str, dict[str, list[float | None]]]] = [{} for _ in range(copies)]
 
-    def __call__(self, task: Task, direction: Tensor, update: Tensor, clip_threshold: float | None) -> None:
-        """Take in one piece of one step; see :class:`lightning_adapm.step.parts.Observer`."""
-        self.probe(task, direction, update, clip_threshold)
+    def __call__(
+        self, part: Part, grad: Tensor, direction: Tensor, update: Tensor, clip_threshold: float | None
+    ) -> None:
+        """Take in one piece of one step; see :class:`lightning_adapm.step.by_torch.Observer`."""
+        self.probe(part, grad, direction, update, clip_threshold)
         applied = update if clip_threshold is None else update.clamp(-clip_threshold, clip_threshold)
-        size = task.grad.norm().clamp_min(torch.finfo(task.grad.dtype).tiny)
+        size = grad.norm().clamp_min(torch.finfo(grad.dtype).tiny)
         self.seen.append(torch.stack([applied.square().mean().sqrt(), direction.norm() / size]))
 
     def take(self, step: int) -> None:

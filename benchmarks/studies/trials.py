@@ -11,11 +11,14 @@ from torch import Tensor
 from benchmarks.studies import damping
 from lightning_adapm import AdaPM
 from lightning_adapm.moments import lowrank
-from lightning_adapm.moments.base import Direction, Momentum, Stack, State, join, split, store
+from lightning_adapm.moments.base import Direction, Momentum, Stack, State, join, split
 from lightning_adapm.moments.first import LowRankMomentum
+from lightning_adapm.moments.storage import Entry
 from lightning_adapm.roles.piece import Piece
 from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
-from lightning_adapm.step.parts import PieceState, Plan, Task
+from lightning_adapm.step.batching import Batch
+from lightning_adapm.step.parts import Part
+from lightning_adapm.step.paths import Path
 
 KEYS = "exp_avg_l", "exp_avg_r"
 
@@ -61,17 +64,17 @@ class Trial(AdaPM):
                 return scaled(momentum, scale, self.residual)
         return momentum if scale == 1 else scaled(momentum, scale)
 
-    def _damps(self, plan: Plan) -> bool:
-        return self.damping > 0 and plan.momentum.name != "full"
+    def _damps(self, part: Part) -> bool:
+        return self.damping > 0 and part.first.name != "full"
 
-    def _as_they_are(self, tasks: list[Task], plan: Plan, group: Mapping[str, Any]) -> bool:
-        return not self._damps(plan) and super()._as_they_are(tasks, plan, group)
+    def _path(self, parts: Sequence[Part], grads: Sequence[Tensor], group: Mapping[str, Any]) -> Path:
+        return Path("torch", "damped") if self._damps(parts[0]) else super()._path(parts, grads, group)
 
-    def _move(self, tasks: list[Task], grads: list[Tensor], plan: Plan, step: int, group: Mapping[str, Any]) -> None:
-        if self._damps(plan):
-            damping.move(tasks, grads, plan, step, group, self.damping)
+    def _move(self, batch: Batch, group: Mapping[str, Any]) -> None:
+        if self._damps(batch.parts[0]):
+            damping.move(batch, group, self.damping)
         else:
-            super()._move(tasks, grads, plan, step, group)
+            super()._move(batch, group)
 
     def _tried(self, momentum: LowRankMomentum) -> Momentum:
         fields = {field.name: getattr(momentum, field.name) for field in dataclasses.fields(momentum)}
@@ -85,7 +88,7 @@ class Trial(AdaPM):
 
 
 @dataclass(frozen=True)
-class Scaled:
+class Scaled(Momentum):
     """A momentum whose direction is multiplied by ``scale``, and by ``residual`` what its subspace does not see.
 
     ``"matched"``: by how much averaging makes the part that it does see smaller, as if the rest were as noisy.
@@ -96,14 +99,17 @@ class Scaled:
     residual: float | str = 1.0
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]
         return self.inner.name
 
     def due(self, step: int) -> bool:
         return self.inner.due(step)
 
-    def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
-        return self.inner.make(shape, like)
+    def entries(self, shape: torch.Size) -> dict[str, Entry]:
+        return self.inner.entries(shape)
+
+    def make(self, shape: torch.Size, like: Tensor, kept: tuple[int, int] | None = None) -> dict[str, Any]:
+        return self.inner.make(shape, like, kept)
 
     def direction(
         self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
@@ -225,8 +231,8 @@ class Reprojected(LowRankMomentum):
         corrected = lowrank.debiased_direction(
             grad, projected, torch.lerp(left, projected, 1 - self.beta1), right, correction
         )
-        store(correction * corrected @ new_right.mT, [state["exp_avg_l"] for state in states])
-        store(new_right, [state["exp_avg_r"] for state in states])
+        self._store(states, "exp_avg_l", correction * corrected @ new_right.mT)
+        self._store(states, "exp_avg_r", new_right)
         return Direction(split(corrected, grads), 1.0, scratch=True, clamp=1.0)
 
 
@@ -244,7 +250,21 @@ class DivideAll(LowRankMomentum):
 
 
 @dataclass(frozen=True)
-class TwoTimeScales:
+class Prefixed:
+    """The entries of a state that begin with a prefix."""
+
+    state: State
+    prefix: str
+
+    def __getitem__(self, key: str) -> Any:
+        return self.state[self.prefix + key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.state[self.prefix + key] = value
+
+
+@dataclass(frozen=True)
+class TwoTimeScales(Momentum):
     """The mean of two low-rank momenta, each with factors of its own."""
 
     fast: LowRankMomentum
@@ -254,9 +274,9 @@ class TwoTimeScales:
     def due(self, step: int) -> bool:
         return self.fast.due(step)
 
-    def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
-        made = {"fast.": self.fast.make(shape, like), "slow.": self.slow.make(shape, like)}
-        return {prefix + key: value for prefix, state in made.items() for key, value in state.items()}
+    def entries(self, shape: torch.Size) -> dict[str, Entry]:
+        found = {"fast.": self.fast.entries(shape), "slow.": self.slow.entries(shape)}
+        return {prefix + key: entry for prefix, entries in found.items() for key, entry in entries.items()}
 
     def direction(
         self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
@@ -264,7 +284,7 @@ class TwoTimeScales:
         fast, slow = (
             momentum.direction(
                 grads,
-                [PieceState(state, prefix) for state in states],  # type: ignore[arg-type]
+                [Prefixed(state, prefix) for state in states],
                 step,
                 reduction,
             )

@@ -1,22 +1,17 @@
 """Interfaces of first and second moments, and the batches of matrices that they work on."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lightning_adapm.moments.storage import Entry, State
 from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
 
-
-class State(Protocol):
-    """State of one piece: tensors, and numbers that the host must have without asking the device."""
-
-    def __getitem__(self, key: str, /) -> Any: ...
-
-    def __setitem__(self, key: str, value: Any, /) -> None: ...
+_Kind = TypeVar("_Kind", bound="Moment")
 
 
 class Stack(list[Tensor]):
@@ -79,29 +74,99 @@ class Direction(NamedTuple):
         return self._replace(tensors=used, scratch=True, factors=None)
 
 
-class Momentum(Protocol):
-    """Interface of first moments."""
+class Moment:
+    """What is remembered of the gradients of one matrix, declared once.
+
+    Allocation, byte counts, sharding, saving and loading follow from :meth:`entries`. Loading a state that another
+    moment saved goes through a dense tensor of the matrix's shape: :meth:`dense` of the one, :meth:`from_dense` of the
+    other. A moment without them is saved and loaded, but not converted.
+    """
+
+    keys: ClassVar[frozenset[str]] = frozenset()
+    """Keys by which a saved state is recognized as this moment's. Of several with the same keys, the one that was
+    defined first is taken."""
+
+    def entries(self, shape: torch.Size) -> dict[str, Entry]:
+        """What is kept for a matrix of ``shape``, a stack of matrices, or a tensor that is neither."""
+        return {}
+
+    def make(self, shape: torch.Size, like: Tensor, kept: tuple[int, int] | None = None) -> dict[str, Any]:
+        """Zero state for a matrix of ``shape``, on ``like``'s device, for arithmetic in ``like``'s dtype.
+
+        ``kept`` are the columns that this process keeps of entries whose columns processes share.
+        """
+        made: dict[str, Any] = {}
+        for key, entry in self.entries(shape).items():
+            made |= entry.make(key, like, kept)
+        return made
+
+    def numbers(self, state: Mapping[str, Any]) -> dict[str, int]:
+        """The numbers that go with the tensors of a state: processes that hold some matrices have numbers of their own.
+
+        Raises:
+            NotImplementedError: There are numbers, and this moment does not say.
+        """
+        raise NotImplementedError(f"{type(self).__name__} keeps numbers; sharding it needs a method numbers(state)")
+
+    @classmethod
+    def fits(cls, saved: Mapping[str, Any], shape: torch.Size) -> bool:
+        """Whether the values that were saved under :attr:`keys` can be of a matrix of ``shape``."""
+        return True
+
+    @classmethod
+    def dense(cls, saved: Mapping[str, Any], shape: torch.Size) -> Tensor:
+        """What saved values of this moment stand for, as a tensor of ``shape``.
+
+        Raises:
+            ValueError: They cannot be converted.
+        """
+        raise ValueError(f"the state of a {cls.__name__} cannot become that of another moment")
+
+    def from_dense(self, dense: Tensor, state: dict[str, Any]) -> None:
+        """Fill a new ``state`` from what another moment remembered.
+
+        Raises:
+            ValueError: It has no meaning here.
+        """
+        raise ValueError(f"a {type(self).__name__} cannot be made from the state of another moment")
+
+    def resized(self, saved: Mapping[str, Any], state: dict[str, Any]) -> bool:
+        """Fill a new ``state`` from one of this moment in other shapes, if that needs no dense tensor."""
+        return False
+
+    @classmethod
+    def kinds(cls: type[_Kind]) -> Iterator[type[_Kind]]:
+        """All moments that derive from this one, in the order of their definition."""
+        for kind in cls.__subclasses__():
+            yield kind
+            yield from kind.kinds()
+
+
+class Momentum(Moment):
+    """A first moment: turns gradients into a direction."""
 
     name: ClassVar[str]
-    """Name of the policy."""
+    """Name of its policy."""
+    has_basis: ClassVar[bool] = False
+    """What it averages is what an orthonormal basis sees of gradients."""
+
+    def basis(self, state: State) -> Tensor | None:
+        """The basis ``(r, n)``, or those of a stack, where there is one."""
+        return None
 
     def due(self, step: int) -> bool:
-        """Whether this step does the work of only some steps; all pieces of one call must agree."""
-        ...
-
-    def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
-        """Make zero state for a matrix of ``shape``, on ``like``'s device and in ``like``'s dtype."""
-        ...
+        """Whether this step does what only some steps do; the pieces of one call agree in it."""
+        return False
 
     def direction(
         self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
     ) -> Direction:
-        """Update the states with one gradient per matrix, and return the bias-corrected direction.
+        """Take one gradient per matrix into the states and return the bias-corrected direction.
 
-        Where processes hold some rows each, ``grads`` and ``states`` are those of this process, ``make`` had their
-        shape, and ``reduction`` sums over all rows.
+        Where processes hold some rows each, ``grads`` and ``states`` are of this one's, and ``reduction`` sums over all
+        rows.
         """
-        ...
+        raise NotImplementedError
 
 
 class Denominators(NamedTuple):
@@ -125,24 +190,26 @@ class Denominators(NamedTuple):
         return self.roots, 1.0
 
 
-class SecondMoment(Protocol):
-    """Interface of second moments."""
+class SecondMoment(Moment):
+    """A second moment: turns gradients into denominators."""
 
-    elementwise: ClassVar[bool]
-    """Whether state and denominators are elementwise, so that a step may work on parts of them."""
-
-    def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
-        """Make zero state for a piece of ``shape``, on ``like``'s device and in ``like``'s dtype."""
-        ...
+    whole_matrices: ClassVar[bool] = False
+    """Each matrix is worked on as a whole, by one of the processes that hold its rows."""
+    elementwise: ClassVar[bool] = False
+    """State and denominators have the gradients' shapes and need no other entry: they may be worked on in parts."""
 
     def denominators(
         self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
     ) -> Denominators:
-        """Update the states with one gradient per piece, and return new denominators.
+        """Take one gradient per piece into the states; the tensors returned are new.
 
-        Shards are treated as in :meth:`Momentum.direction`.
+        Shards are as for :meth:`Momentum.direction`.
         """
-        ...
+        raise NotImplementedError
+
+    def applied(self, direction: Direction, reduction: Reduction = ONE_PROCESS) -> Direction:
+        """What to move along instead of ``direction``, for a moment that changes more than the size of its entries."""
+        return direction
 
 
 def join(tensors: list[Tensor]) -> Tensor:
@@ -168,16 +235,3 @@ def split(batch: Tensor, like: list[Tensor]) -> list[Tensor]:
     sizes = [tensor.shape[0] if tensor.dim() == 3 else 1 for tensor in like]
     parts = zip(batch.split(sizes), like, strict=True)
     return [part[:, : tensor.shape[-2]].view(tensor.shape) for part, tensor in parts]
-
-
-def store(batch: Tensor, states: list[Tensor]) -> None:
-    """Write a batch back into the tensors that were joined."""
-    write(split(batch, states), states)
-
-
-def write(values: list[Tensor], states: list[Tensor]) -> None:
-    """Store values in the states' dtype, clamped to its range, because an infinity would stay forever."""
-    top = torch.finfo(states[0].dtype).max
-    if 2 * top < torch.finfo(values[0].dtype).max:
-        values = [value.clamp(-top, top) for value in values]
-    torch._foreach_copy_(states, values)

@@ -4,7 +4,7 @@ A momentum works on a list of matrices of one shape, ``(m, n)``, or of stacks ``
 :class:`NoMomentum` or :class:`FullMomentum`, which accept any shape. ``step`` counts from 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, ClassVar
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from lightning_adapm.moments import lowrank
-from lightning_adapm.moments.base import Direction, Stack, State, join, split, store, write
+from lightning_adapm.moments.base import Direction, Momentum, Stack, State, join, split
+from lightning_adapm.moments.storage import EXACT, Entry, Storage
 from lightning_adapm.sharding.find import has_values
 from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
 
 
 @dataclass(frozen=True)
-class NoMomentum:
+class NoMomentum(Momentum):
     """No first moment: the direction is the gradient.
 
     Args:
@@ -29,12 +30,6 @@ class NoMomentum:
     clamp: float = 1.0
     name: ClassVar[str] = "none"
 
-    def due(self, step: int) -> bool:
-        return False
-
-    def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
-        return {}
-
     def direction(
         self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
     ) -> Direction:
@@ -42,22 +37,33 @@ class NoMomentum:
 
 
 @dataclass(frozen=True)
-class FullMomentum:
+class FullMomentum(Momentum):
     """AdamW's first moment: ``exp_avg``, of the parameter's shape."""
 
     beta1: float
+    storage: Storage = EXACT
     name: ClassVar[str] = "full"
+    keys: ClassVar[frozenset[str]] = frozenset({"exp_avg"})
 
-    def due(self, step: int) -> bool:
-        return False
+    def entries(self, shape: torch.Size) -> dict[str, Entry]:
+        return {"exp_avg": Entry(shape, rows=True, storage=self.storage)}
 
-    def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
-        return {"exp_avg": like.new_zeros(shape)}
+    @classmethod
+    def fits(cls, saved: Mapping[str, Any], shape: torch.Size) -> bool:
+        return bool(saved["exp_avg"].shape == shape)
+
+    @classmethod
+    def dense(cls, saved: Mapping[str, Any], shape: torch.Size) -> Tensor:
+        average: Tensor = saved["exp_avg"]
+        return average
+
+    def from_dense(self, dense: Tensor, state: dict[str, Any]) -> None:
+        self.storage.write([state], "exp_avg", [dense])
 
     def direction(
         self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
     ) -> Direction:
-        averages = [state["exp_avg"] for state in states]
+        averages = self.storage.read(states, "exp_avg")
         if averages[0].dtype == grads[0].dtype:
             torch._foreach_lerp_(averages, grads, 1 - self.beta1)
             used = averages
@@ -66,26 +72,25 @@ class FullMomentum:
                 torch.lerp(average.to(grad.dtype), grad, 1 - self.beta1)
                 for average, grad in zip(averages, grads, strict=True)
             ]
-            write(used, averages)
+        self.storage.write(states, "exp_avg", used)
         return Direction(used, 1 / (1 - self.beta1**step), scratch=used is not averages, clamp=None)
 
 
 @dataclass(frozen=True)
-class LowRankMomentum:
+class LowRankMomentum(Momentum):
     """AdaPM's low-rank first moment: factors ``exp_avg_l`` ``(m, r)`` and ``exp_avg_r`` ``(r, n)``.
 
     Args:
-        rank: Rank ``r``. With ``r >= n`` the basis is the identity and is never refreshed; the result is AdamW's.
-        beta1: Decay of the moving average.
-        update_proj_gap: Steps between two refreshes of the basis. The first comes with the first non-zero gradient, the
-            others at the steps ``1 + offset + k * update_proj_gap`` of the parameter's own count.
-        debias: Whether the gradient's part outside the subspace is added (the paper's residual correction). Without it,
-            the direction is the plain low-rank moving average.
-        flush: Whether a refresh applies at once the momentum that the new subspace does not hold. It is multiplied by
-            ``beta1 / (1 - beta1)``, the sum of its future contributions to a full average. Otherwise it is dropped.
-        columns: First column of the basis that this process keeps, and the one after the last, where processes shard
-            the basis. Each step then gathers it.
-        offset: Offset of the refreshes, so that similar pieces do not all refresh in one step.
+        rank: ``r``. With ``r >= n`` the basis is the identity, is never refreshed, and the result is AdamW's.
+        beta1: decay of the moving average.
+        update_proj_gap: steps from one refresh of the basis to the next. The first comes with the first non-zero
+            gradient, the others at the steps ``1 + offset + k * update_proj_gap`` of the parameter's own count.
+        debias: add what the subspace does not see (the paper's residual correction). Without it the direction is the
+            plain low-rank moving average.
+        flush: at a refresh, pay out at once what the old subspace held and the new one does not:
+            ``beta1 / (1 - beta1)`` times it, the sum of its future contributions to a full average. Without it that
+            part is dropped.
+        offset: staggers the refreshes of pieces that are otherwise alike, so that no step pays for all of them.
 
     The state also holds the number ``seeded``, which is 1 once every matrix of the piece has a basis. Until then, each
     step looks for the first non-zero gradient, which reads one value back from the device.
@@ -96,10 +101,16 @@ class LowRankMomentum:
     update_proj_gap: int
     debias: bool = True
     flush: bool = True
-    columns: tuple[int, int] | None = None
     offset: int = field(default=0, compare=False)
+    storage: Storage = EXACT
     name: ClassVar[str] = "low_rank"
+    keys: ClassVar[frozenset[str]] = frozenset({"exp_avg_l", "exp_avg_r", "seeded"})
+    has_basis: ClassVar[bool] = True
     clamp: ClassVar[float] = 1.0
+
+    def basis(self, state: State) -> Tensor | None:
+        (right,) = self.storage.read([state], "exp_avg_r")
+        return right
 
     @property
     def payout(self) -> float:
@@ -109,22 +120,56 @@ class LowRankMomentum:
     def due(self, step: int) -> bool:
         return (step - 1 - self.offset) % self.update_proj_gap == 0
 
-    def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
+    def entries(self, shape: torch.Size) -> dict[str, Entry]:
         *batch, m, n = shape
         rank = min(self.rank, n)
-        first, last = self.columns or (0, n)
-        right = like.new_zeros(*batch, rank, last - first)
-        if rank == n:
-            right.diagonal(dim1=-2, dim2=-1).fill_(1.0)
-        return {"exp_avg_l": like.new_zeros(*batch, m, rank), "exp_avg_r": right, "seeded": int(rank == n)}
+        return {
+            "exp_avg_l": Entry(torch.Size((*batch, m, rank)), rows=True, storage=self.storage),
+            "exp_avg_r": Entry(torch.Size((*batch, rank, n)), columns=True, storage=self.storage),
+            "seeded": Entry(None),
+        }
+
+    def make(self, shape: torch.Size, like: Tensor, kept: tuple[int, int] | None = None) -> dict[str, Any]:
+        made = super().make(shape, like, kept)
+        n = shape[-1]
+        if self.rank >= n:
+            identity = torch.eye(n, dtype=like.dtype, device=like.device)[:, slice(*(kept or (0, n)))]
+            self.storage.write([made], "exp_avg_r", [identity.expand(*shape[:-2], *identity.shape)])
+            made["seeded"] = 1
+        return made
+
+    def numbers(self, state: Mapping[str, Any]) -> dict[str, int]:
+        (right,) = self.storage.read([state], "exp_avg_r")  # type: ignore[list-item]
+        return {"seeded": int(not has_values(right) or right.any(dim=-1).any(dim=-1).all())}
+
+    @classmethod
+    def fits(cls, saved: Mapping[str, Any], shape: torch.Size) -> bool:
+        return lowrank.are_factors(saved["exp_avg_l"], saved["exp_avg_r"], shape)
+
+    @classmethod
+    def dense(cls, saved: Mapping[str, Any], shape: torch.Size) -> Tensor:
+        return saved["exp_avg_l"].float() @ saved["exp_avg_r"].float()
+
+    def from_dense(self, dense: Tensor, state: dict[str, Any]) -> None:
+        shape = self.storage.read([state], "exp_avg_r")[0].shape
+        self._fill(state, *lowrank.factorized(dense, shape[-2]))
+
+    def resized(self, saved: Mapping[str, Any], state: dict[str, Any]) -> bool:
+        shape = self.storage.read([state], "exp_avg_r")[0].shape
+        self._fill(state, *lowrank.resized(saved["exp_avg_l"], saved["exp_avg_r"], shape[-2]))
+        return True
+
+    def _fill(self, state: dict[str, Any], left: Tensor, right: Tensor) -> None:
+        self.storage.write([state], "exp_avg_l", [left])
+        self.storage.write([state], "exp_avg_r", [right])
+        state["seeded"] = int(not has_values(right) or right.any())
 
     def direction(
         self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
     ) -> Direction:
         grad = grads if isinstance(grads, Stack) else join(grads)
-        left, right = (join([state[key] for state in states]) for key in ("exp_avg_l", "exp_avg_r"))
-        if self.columns is not None:
-            right = reduction.columns(right, grad.shape[-1])
+        left, right = (join(self.storage.read(states, key)) for key in ("exp_avg_l", "exp_avg_r"))
+        right = reduction.columns(right, grad.shape[-1])
         left, right = left.to(grad.dtype), right.to(grad.dtype)
         new_right = self._next_basis(grad, left, right, states, step, reduction)
         moved = left if new_right is right else lowrank.move_left(left, right, new_right)
@@ -139,13 +184,15 @@ class LowRankMomentum:
                 torch.cat([inside - projected - self.payout * moved, self.payout * left], dim=-1),
                 torch.cat([new_right, right], dim=-2),
             )
-        store(new_left, [state["exp_avg_l"] for state in states])  # only now: left and right may be views of it
+        self._store(states, "exp_avg_l", new_left)  # only now: left and right may be views of it
         if new_right is not right:
-            kept = new_right if self.columns is None else new_right[..., slice(*self.columns)]
-            store(kept, [state["exp_avg_r"] for state in states])
+            self._store(states, "exp_avg_r", reduction.kept_columns(new_right))
         if not self.debias:
             return Direction(split(inside @ new_right, grads), 1.0, scratch=True, clamp=self.clamp)
         return Direction(grads, 1.0, scratch=False, clamp=self.clamp, factors=factors)
+
+    def _store(self, states: Sequence[State], key: str, batch: Tensor) -> None:
+        self.storage.write(states, key, split(batch, self.storage.read(states, key)))
 
     def _next_basis(
         self,
@@ -176,6 +223,7 @@ class LowRankMomentum:
             new_right = torch.where(without, new_right, right)
         seeded = iter(new_right.any(dim=-1).any(dim=-1).tolist())
         for state in states:
-            matrices = state["exp_avg_r"].shape[0] if state["exp_avg_r"].dim() == 3 else 1
+            (basis,) = self.storage.read([state], "exp_avg_r")
+            matrices = basis.shape[0] if basis.dim() == 3 else 1
             state["seeded"] = int(sum(islice(seeded, matrices)) == matrices)
         return new_right

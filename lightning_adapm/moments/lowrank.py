@@ -146,6 +146,39 @@ def move_left(left: Tensor, right: Tensor, new_right: Tensor) -> Tensor:
     return left @ (right @ new_right.mT)
 
 
+def are_factors(left: Tensor, right: Tensor, shape: torch.Size) -> bool:
+    """Whether the shapes of two tensors are those of factors, of any rank, of a matrix or stack of ``shape``."""
+    *batch, m, n = shape if len(shape) >= 2 else (-1, -1)
+    rank = right.shape[-2] if right.dim() >= 2 else -1
+    return left.shape == (*batch, m, rank) and right.shape == (*batch, rank, n)
+
+
+def factorized(dense: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A matrix or a stack of them as factors ``(..., m, rank)`` and ``(..., rank, n)``: three subspace iterations."""
+    dtype = torch.float64 if dense.dtype == torch.float64 else torch.float32
+    batch = dense.to(dtype).reshape(-1, *dense.shape[-2:])
+    m, n = dense.shape[-2:]
+    if rank == n:
+        return dense, torch.eye(n, dtype=dtype, device=dense.device).expand(*dense.shape[:-2], n, n)
+    basis, nothing = batch.new_zeros(len(batch), rank, n), batch.new_zeros(len(batch), m, rank)
+    for _ in range(3):
+        basis = refresh_basis(batch, nothing, basis, beta1=0.0)
+    return (batch @ basis.mT).view(*dense.shape[:-2], m, rank), basis.view(*dense.shape[:-2], rank, n)
+
+
+def resized(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors at another rank: the strongest directions when it is smaller, empty ones added when it is larger."""
+    n = right.shape[-1]
+    left, right = left.double(), right.double()
+    if rank == n:
+        return left @ right, torch.eye(n, dtype=right.dtype, device=right.device).expand(*right.shape[:-2], n, n)
+    missing = rank - right.shape[-2]
+    if missing >= 0:
+        return pad(left, (0, missing)), pad(right, (0, 0, 0, missing))
+    strongest = torch.linalg.eigh(left.mT @ left).eigenvectors.flip(-1)[..., :rank]
+    return left @ strongest, strongest.mT @ right
+
+
 def debiased_direction(grad: Tensor, projected: Tensor, left: Tensor, right: Tensor, correction: float) -> Tensor:
     """``grad + (left / correction - projected) right``: the published correction in closed form.
 

@@ -13,6 +13,7 @@ it by matrix products alone. Of two forms of the same iteration, the one with le
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class Orthogonal(NoSecondMoment):
     """
 
     steps: int = STEPS
+    whole_matrices: ClassVar[bool] = True
 
     def applied(self, direction: Direction, reduction: Reduction = ONE_PROCESS) -> Direction:
         """Orthogonalize ``direction``, whose tensors are matrices of one shape or stacks of them."""

@@ -8,6 +8,7 @@ import torch
 from lightning_adapm.moments.base import Momentum, SecondMoment
 from lightning_adapm.moments.first import FullMomentum, LowRankMomentum, NoMomentum
 from lightning_adapm.moments.second import BlockSecondMoment, ElementwiseSecondMoment, FactoredSecondMoment
+from lightning_adapm.moments.storage import EXACT, Storage
 from lightning_adapm.roles.piece import POLICIES, ROLES, UNMATCHED, Piece
 
 # arXiv 2510.09103, Section 3; the paper says nothing of an untied head, norms, biases and adapters.
@@ -84,17 +85,20 @@ def momentum_for(piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> M
         if rank * (m + n) < m * n:
             gap = group["update_proj_gap"]
             return LowRankMomentum(
-                rank, beta1, gap, group.get("debias", True), offset=piece.block % _PHASES * (gap // _PHASES)
+                rank,
+                beta1,
+                gap,
+                group.get("debias", True),
+                offset=piece.block % _PHASES * (gap // _PHASES),
+                storage=storage_for(LowRankMomentum.name, group["state_dtype"]),
             )
-    return FullMomentum(beta1)
+    return FullMomentum(beta1, storage_for(FullMomentum.name, group["state_dtype"]))
 
 
-def storage_dtype(momentum: Momentum, chosen: Mapping[str, str] | str | None, exact: torch.dtype) -> torch.dtype:
-    """Dtype of a momentum's state: the group's ``state_dtype`` for its policy, or else ``exact``."""
-    name = chosen.get(momentum.name) if isinstance(chosen, Mapping) else chosen
-    dtype = exact if name is None else getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
+def storage_for(name: str, chosen: Mapping[str, str] | str | None) -> Storage:
+    """How a momentum of a policy is stored: as the group's ``state_dtype`` says for it, else in full precision."""
+    dtype = chosen.get(name) if isinstance(chosen, Mapping) else chosen
+    return EXACT if dtype is None else Storage(getattr(torch, dtype))
 
 
 def second_moment_for(piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:

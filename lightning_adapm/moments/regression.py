@@ -1,6 +1,6 @@
 """Moments as low-rank regressors of the gradient, refreshed in every step (LoRA-Pre, arXiv 2602.24283)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_adapm.moments import lowrank
-from lightning_adapm.moments.base import Denominators, Direction, State, join, split, store
+from lightning_adapm.moments.base import Denominators, Direction, Momentum, SecondMoment, State, join, split
+from lightning_adapm.moments.storage import EXACT, Entry, Storage
 from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
 
 _SPREAD = 0.02
@@ -28,17 +29,18 @@ class Regressor:
     decay: float
     order: str
     prefix: str
+    storage: Storage = EXACT
 
-    def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
+    def entries(self, shape: torch.Size) -> dict[str, Entry]:
         *batch, m, n = shape
         return {
-            f"{self.prefix}_l": like.new_zeros(*batch, m, self.rank),
-            f"{self.prefix}_r": like.new_zeros(*batch, self.rank, n),
+            f"{self.prefix}_l": Entry(torch.Size((*batch, m, self.rank)), rows=True, storage=self.storage),
+            f"{self.prefix}_r": Entry(torch.Size((*batch, self.rank, n)), storage=self.storage),
         }
 
     def fit(self, targets: Tensor, states: Sequence[State], reduction: Reduction) -> Tensor:
-        """Refresh the factors with ``targets`` ``(b, m, n)``, and return their prediction from before."""
-        lefts, rights = ([state[f"{self.prefix}_{side}"] for state in states] for side in "lr")
+        """What the factors predicted before they saw ``targets`` ``(b, m, n)``; they are refreshed."""
+        lefts, rights = (self.storage.read(states, f"{self.prefix}_{side}") for side in "lr")
         left, right = join(lefts).to(targets.dtype), join(rights).to(targets.dtype)
         start = lowrank.starting_rows(self.rank, targets.shape[-1], right) * (_SPREAD * 3**0.5)
         right = torch.where(right.any(-1, keepdim=True).any(-2, keepdim=True), right, start)
@@ -55,8 +57,8 @@ class Regressor:
         new_right = torch.lerp(_over_gram(fresh.mT, gram).mT / size, right, self.decay)
         finite = new_right.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)  # 1e-30 may come before 1e30
         new_right = torch.where(finite, new_right, right)
-        store(new_left, lefts)
-        store(new_right, rights)
+        self.storage.write(states, f"{self.prefix}_l", split(new_left, lefts))
+        self.storage.write(states, f"{self.prefix}_r", split(new_right, rights))
         return predicted
 
 
@@ -71,7 +73,7 @@ def _over_gram(rows: Tensor, gram: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class LowRankRegression:
+class LowRankRegression(Momentum):
     """LoRA-Pre's momentum: ``beta1 left right + (1 - beta1) grad``, with the factors of the step before.
 
     With ``summed`` it is that of the Muon variant: ``beta1 left right + grad``, with factors of the size of
@@ -82,17 +84,35 @@ class LowRankRegression:
     beta1: float
     order: str
     summed: bool = False
+    storage: Storage = EXACT
     name: ClassVar[str] = "regression"
+    keys: ClassVar[frozenset[str]] = frozenset({"exp_avg_l", "exp_avg_r"})
 
     @property
     def _regressor(self) -> Regressor:
-        return Regressor(self.rank, self.beta1**0.5, self.order, "exp_avg")
+        return Regressor(self.rank, self.beta1**0.5, self.order, "exp_avg", self.storage)
 
-    def due(self, step: int) -> bool:
-        return False
+    def entries(self, shape: torch.Size) -> dict[str, Entry]:
+        return self._regressor.entries(shape)
 
-    def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
-        return self._regressor.make(shape, like)
+    @classmethod
+    def fits(cls, saved: Mapping[str, Any], shape: torch.Size) -> bool:
+        return lowrank.are_factors(saved["exp_avg_l"], saved["exp_avg_r"], shape)
+
+    @classmethod
+    def dense(cls, saved: Mapping[str, Any], shape: torch.Size) -> Tensor:
+        return saved["exp_avg_l"].float() @ saved["exp_avg_r"].float()
+
+    def from_dense(self, dense: Tensor, state: dict[str, Any]) -> None:
+        self._fill(state, *lowrank.factorized(dense, self.rank))
+
+    def resized(self, saved: Mapping[str, Any], state: dict[str, Any]) -> bool:
+        self._fill(state, *lowrank.resized(saved["exp_avg_l"], saved["exp_avg_r"], self.rank))
+        return True
+
+    def _fill(self, state: dict[str, Any], left: Tensor, right: Tensor) -> None:
+        self.storage.write([state], "exp_avg_l", [left])
+        self.storage.write([state], "exp_avg_r", [right])
 
     def direction(
         self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
@@ -108,21 +128,31 @@ class LowRankRegression:
 
 
 @dataclass(frozen=True)
-class LowRankSecondMoment:
+class LowRankSecondMoment(SecondMoment):
     """LoRA-Pre's: ``beta2 (left right)**2 + (1 - beta2) grad**2``, factors fitted to the gradient's absolute values."""
 
     rank: int
     beta2: float
     eps: float
     order: str
-    elementwise: ClassVar[bool] = False
+    storage: Storage = EXACT
+    keys: ClassVar[frozenset[str]] = frozenset({"exp_avg_sq_l", "exp_avg_sq_r"})
 
     @property
     def _regressor(self) -> Regressor:
-        return Regressor(self.rank, self.beta2**0.25, self.order, "exp_avg_sq")
+        return Regressor(self.rank, self.beta2**0.25, self.order, "exp_avg_sq", self.storage)
 
-    def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
-        return self._regressor.make(shape, like)
+    def entries(self, shape: torch.Size) -> dict[str, Entry]:
+        return self._regressor.entries(shape)
+
+    @classmethod
+    def fits(cls, saved: Mapping[str, Any], shape: torch.Size) -> bool:
+        return lowrank.are_factors(saved["exp_avg_sq_l"], saved["exp_avg_sq_r"], shape)
+
+    @classmethod
+    def dense(cls, saved: Mapping[str, Any], shape: torch.Size) -> Tensor:
+        root: Tensor = saved["exp_avg_sq_l"] @ saved["exp_avg_sq_r"]
+        return root.square()
 
     def denominators(
         self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS

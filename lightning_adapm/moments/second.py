@@ -5,14 +5,15 @@ Each makes its state for a piece of a given shape and turns gradients into denom
 ``beta2 = 0.999`` a bfloat16 average stops decaying. ``step`` counts from 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_adapm.moments.base import Denominators, Stack, State
+from lightning_adapm.moments.base import Denominators, SecondMoment, Stack, State
+from lightning_adapm.moments.storage import EXACT, Entry, Storage
 from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
 
 _ADDED = 1e-30
@@ -20,28 +21,43 @@ _ADDED = 1e-30
 
 
 @dataclass(frozen=True)
-class ElementwiseSecondMoment:
-    """AdamW's second moment, ``exp_avg_sq`` of the parameter's shape."""
+class ElementwiseSecondMoment(SecondMoment):
+    """AdamW's: ``exp_avg_sq`` of the parameter's shape."""
 
     beta2: float
     eps: float
+    storage: Storage = EXACT
     elementwise: ClassVar[bool] = True
+    keys: ClassVar[frozenset[str]] = frozenset({"exp_avg_sq"})
 
-    def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
-        return {"exp_avg_sq": like.new_zeros(shape)}
+    def entries(self, shape: torch.Size) -> dict[str, Entry]:
+        return {"exp_avg_sq": Entry(shape, rows=True, storage=self.storage)}
+
+    @classmethod
+    def fits(cls, saved: Mapping[str, Any], shape: torch.Size) -> bool:
+        return bool(saved["exp_avg_sq"].shape == shape)
+
+    @classmethod
+    def dense(cls, saved: Mapping[str, Any], shape: torch.Size) -> Tensor:
+        average: Tensor = saved["exp_avg_sq"]
+        return average
+
+    def from_dense(self, dense: Tensor, state: dict[str, Any]) -> None:
+        self.storage.write([state], "exp_avg_sq", [dense])
 
     def denominators(
         self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
     ) -> Denominators:
-        averages = [state["exp_avg_sq"] for state in states]
+        averages = self.storage.read(states, "exp_avg_sq")
         torch._foreach_mul_(averages, self.beta2)
         torch._foreach_addcmul_(averages, grads, grads, 1 - self.beta2)
+        self.storage.write(states, "exp_avg_sq", averages)
         return Denominators(list(torch._foreach_sqrt(averages)), bias_correction(self.beta2, step), self.eps)
 
 
 @dataclass(frozen=True)
-class BlockSecondMoment:
-    """Adam-mini's second moment: the mean of the squared gradient over a block (arXiv 2406.16793, Algorithm 1).
+class BlockSecondMoment(SecondMoment):
+    """Adam-mini's: the mean of the squared gradient over a block (arXiv 2406.16793, Algorithm 1).
 
     Args:
         blocks: Number of equal blocks of outputs (heads) per matrix, or None for one block per output. Tensors that are
@@ -53,10 +69,29 @@ class BlockSecondMoment:
     eps: float
     blocks: int | None = None
     outputs: int = -2
-    elementwise: ClassVar[bool] = False
+    storage: Storage = EXACT
+    keys: ClassVar[frozenset[str]] = frozenset({"exp_avg_sq"})
 
-    def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
-        return {"exp_avg_sq": like.new_zeros(self._shape(shape))}
+    def entries(self, shape: torch.Size) -> dict[str, Entry]:
+        rows = len(shape) >= 2 and self.outputs == -2 and self.blocks is None
+        return {"exp_avg_sq": Entry(torch.Size(self._shape(shape)), rows=rows, storage=self.storage)}
+
+    @classmethod
+    def fits(cls, saved: Mapping[str, Any], shape: torch.Size) -> bool:
+        found = saved["exp_avg_sq"].shape
+        equal = len(found) == len(shape) and all(n % max(1, k) == 0 for n, k in zip(shape, found, strict=True))
+        return equal or bool(found.numel() == 1)
+
+    @classmethod
+    def dense(cls, saved: Mapping[str, Any], shape: torch.Size) -> Tensor:
+        average: Tensor = saved["exp_avg_sq"]
+        for dim in (-2, -1) if average.dim() >= 2 else ():
+            if average.shape[dim] not in (1, shape[dim]):
+                average = average.repeat_interleave(shape[dim] // average.shape[dim], dim=dim)
+        return average.reshape(()).expand(shape) if average.numel() == 1 else average.expand(shape)
+
+    def from_dense(self, dense: Tensor, state: dict[str, Any]) -> None:
+        self.storage.write([state], "exp_avg_sq", [_reduced(dense, self._shape(dense.shape))])
 
     def _shape(self, shape: torch.Size) -> tuple[int, ...]:
         if len(shape) < 2:
@@ -67,8 +102,9 @@ class BlockSecondMoment:
     def denominators(
         self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
     ) -> Denominators:
-        averages = [state["exp_avg_sq"] for state in states]
+        averages = self.storage.read(states, "exp_avg_sq")
         _average(averages, self._means(grads, reduction), self.beta2)
+        self.storage.write(states, "exp_avg_sq", averages)
         roots: Sequence[Tensor] = torch._foreach_sqrt(averages)
         if grads[0].dim() >= 2 and self.blocks is not None:
             if self.outputs == -2:
@@ -89,32 +125,65 @@ class BlockSecondMoment:
 
 
 @dataclass(frozen=True)
-class FactoredSecondMoment:
-    """Adafactor's second moment (arXiv 1804.04235, Algorithm 4, with AdamW's bias correction).
-
-    Row means ``exp_avg_sq_row`` ``(m, 1)`` and column means ``exp_avg_sq_col`` ``(1, n)`` of the squared gradient give
-    ``v = row col / mean(row)``.
+class FactoredSecondMoment(SecondMoment):
+    """Adafactor's: row means ``exp_avg_sq_row`` ``(m, 1)`` and column means ``exp_avg_sq_col`` ``(1, n)`` of the
+    squared gradient, ``v = row col / mean(row)`` (arXiv 1804.04235, Algorithm 4, with AdamW's bias correction).
     """
 
     beta2: float
     eps: float
-    elementwise: ClassVar[bool] = False
+    storage: Storage = EXACT
+    keys: ClassVar[frozenset[str]] = frozenset({"exp_avg_sq_row", "exp_avg_sq_col"})
 
-    def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
-        *batch, m, n = shape
-        return {"exp_avg_sq_row": like.new_zeros(*batch, m, 1), "exp_avg_sq_col": like.new_zeros(*batch, 1, n)}
+    def entries(self, shape: torch.Size) -> dict[str, Entry]:
+        return _rows_and_columns(shape, self.storage)
+
+    @classmethod
+    def fits(cls, saved: Mapping[str, Any], shape: torch.Size) -> bool:
+        *batch, m, n = shape if len(shape) >= 2 else (-1, -1)
+        return saved["exp_avg_sq_row"].shape == (*batch, m, 1) and saved["exp_avg_sq_col"].shape == (*batch, 1, n)
+
+    @classmethod
+    def dense(cls, saved: Mapping[str, Any], shape: torch.Size) -> Tensor:
+        row, column = saved["exp_avg_sq_row"], saved["exp_avg_sq_col"]
+        dense: Tensor = row * column / row.mean(dim=-2, keepdim=True).clamp_min(torch.finfo(row.dtype).tiny)
+        return dense
+
+    def from_dense(self, dense: Tensor, state: dict[str, Any]) -> None:
+        self.storage.write([state], "exp_avg_sq_row", [dense.mean(dim=-1, keepdim=True)])
+        self.storage.write([state], "exp_avg_sq_col", [dense.mean(dim=-2, keepdim=True)])
 
     def denominators(
         self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
     ) -> Denominators:
-        rows, columns = ([state[key] for state in states] for key in ("exp_avg_sq_row", "exp_avg_sq_col"))
+        rows, columns = (self.storage.read(states, key) for key in ("exp_avg_sq_row", "exp_avg_sq_col"))
         _average(rows, mean_squares(grads, -1, reduction), self.beta2)
         _average(columns, mean_squares(grads, -2, reduction), self.beta2)
+        self.storage.write(states, "exp_avg_sq_row", rows)
+        self.storage.write(states, "exp_avg_sq_col", columns)
         tiny = torch.finfo(rows[0].dtype).tiny
         means = [mean.clamp_min(tiny) for mean in reduction.means(rows)]
         shares = [(row / mean).sqrt_() for row, mean in zip(rows, means, strict=True)]
         roots = [share * column.sqrt() for share, column in zip(shares, columns, strict=True)]
         return Denominators(roots, bias_correction(self.beta2, step), self.eps)
+
+
+def _rows_and_columns(shape: torch.Size, storage: Storage) -> dict[str, Entry]:
+    *batch, m, n = shape
+    return {
+        "exp_avg_sq_row": Entry(torch.Size((*batch, m, 1)), rows=True, storage=storage),
+        "exp_avg_sq_col": Entry(torch.Size((*batch, 1, n)), storage=storage),
+    }
+
+
+def _reduced(dense: Tensor, shape: Sequence[int]) -> Tensor:
+    """An elementwise second moment as means of equal blocks, in an array of ``shape``."""
+    if len(shape) < 2 and dense.shape != torch.Size(shape):
+        return dense.mean()
+    for dim in (-2, -1) if len(shape) >= 2 else ():
+        if shape[dim] != dense.shape[dim]:
+            dense = block_means(dense, shape[dim], dim)
+    return dense
 
 
 def block_means(means: Tensor, blocks: int, dim: int) -> Tensor:
@@ -156,13 +225,8 @@ def bias_correction(beta2: float, step: int) -> float:
 
 
 @dataclass(frozen=True)
-class NoSecondMoment:
-    """No second moment; gradients are not divided."""
-
-    elementwise: ClassVar[bool] = False
-
-    def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
-        return {}
+class NoSecondMoment(SecondMoment):
+    """The gradient is not divided by anything."""
 
     def denominators(
         self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
@@ -171,32 +235,36 @@ class NoSecondMoment:
 
 
 @dataclass(frozen=True)
-class RelativeSecondMoment:
-    """AdaLomo's second moment: row and column means of the squared gradient, with the decay ``1 - step**-0.8``.
-
-    It is elementwise for tensors that are not matrices.
+class RelativeSecondMoment(SecondMoment):
+    """AdaLomo's: row and column means of the squared gradient, decaying by ``1 - step**-0.8``; elementwise for what is
+    not a matrix.
     """
 
-    elementwise: ClassVar[bool] = False
+    storage: Storage = EXACT
 
-    def make(self, shape: torch.Size, like: Tensor) -> dict[str, Any]:
+    def entries(self, shape: torch.Size) -> dict[str, Entry]:
         if len(shape) < 2:
-            return {"exp_avg_sq": like.new_zeros(shape)}
-        *batch, m, n = shape
-        return {"exp_avg_sq_row": like.new_zeros(*batch, m, 1), "exp_avg_sq_col": like.new_zeros(*batch, 1, n)}
+            return {"exp_avg_sq": Entry(shape, rows=True, storage=self.storage)}
+        return _rows_and_columns(shape, self.storage)
+
+    def from_dense(self, dense: Tensor, state: dict[str, Any]) -> None:
+        for key, stored in state.items():
+            self.storage.write([state], key, [_reduced(dense, stored.shape)])
 
     def denominators(
         self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
     ) -> Denominators:
         weight = step**-0.8
         if grads[0].dim() < 2:
-            averages = [state["exp_avg_sq"] for state in states]
+            averages = self.storage.read(states, "exp_avg_sq")
             torch._foreach_lerp_(averages, [_squares(grad) for grad in grads], weight)
+            self.storage.write(states, "exp_avg_sq", averages)
             return Denominators(list(torch._foreach_sqrt(averages)), 1.0, 0.0)
-        rows, columns = ([state[key] for state in states] for key in ("exp_avg_sq_row", "exp_avg_sq_col"))
-        for averages, dim in ((rows, -1), (columns, -2)):
+        rows, columns = (self.storage.read(states, key) for key in ("exp_avg_sq_row", "exp_avg_sq_col"))
+        for key, averages, dim in (("exp_avg_sq_row", rows, -1), ("exp_avg_sq_col", columns, -2)):
             means = [mean + _ADDED for mean in mean_squares(grads, dim, reduction)]
             torch._foreach_lerp_(averages, means, weight)
+            self.storage.write(states, key, averages)
         shares = [(row / mean).sqrt_() for row, mean in zip(rows, reduction.means(rows), strict=True)]
         roots = [share * column.sqrt() for share, column in zip(shares, columns, strict=True)]
         return Denominators(roots, 1.0, 0.0)

@@ -92,7 +92,7 @@ class AdamMini(RoleOptimizer):
 
     def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:
         """Choose full momentum."""
-        return FullMomentum(group["betas"][0])
+        return FullMomentum(group["betas"][0], policy.storage_for(FullMomentum.name, group["state_dtype"]))
 
     def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
         """Choose one value per block; elementwise for a bias."""

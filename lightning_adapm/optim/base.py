@@ -6,17 +6,16 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
-from dataclasses import replace
 from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_adapm.moments import policy
 from lightning_adapm.moments.base import Momentum, SecondMoment
-from lightning_adapm.moments.first import LowRankMomentum
 from lightning_adapm.optim import groups, in_backward, options
+from lightning_adapm.optim.in_backward import Selection
 from lightning_adapm.optim.replaced import Built, Places
 from lightning_adapm.roles.assign import assign_roles
 from lightning_adapm.roles.context import Named
@@ -25,23 +24,14 @@ from lightning_adapm.roles.live import find_roots
 from lightning_adapm.roles.piece import Piece
 from lightning_adapm.sharding.find import local, shape_of
 from lightning_adapm.sharding.fsdp1 import gradients
-from lightning_adapm.sharding.rows import column_range
 from lightning_adapm.state.state_dict import FORMAT_VERSION, Checkpointed
-from lightning_adapm.step import by_kernels
-from lightning_adapm.step.by_torch import update
+from lightning_adapm.step import by_kernels, by_torch
+from lightning_adapm.step.batching import Batch, Bucket, batches, bucketed, put_back
+from lightning_adapm.step.by_torch import Observer
 from lightning_adapm.step.counters import StepCounters
 from lightning_adapm.step.nonfinite import NonFiniteGradients
-from lightning_adapm.step.parts import (
-    Alike,
-    Bucket,
-    Observer,
-    Placement,
-    Plan,
-    Task,
-    batches,
-    reduction_of,
-    shares_basis,
-)
+from lightning_adapm.step.parts import Alike, Part, new_state, parts_of
+from lightning_adapm.step.paths import Path, StepPath, path_of
 
 _NO_GRADIENT = "{}.step() found no gradient on any of its parameters, so nothing is trained"
 
@@ -105,7 +95,8 @@ class RoleOptimizer(Checkpointed):
         self.roles: dict[Tensor, str] = {}
         self.pieces: dict[Tensor, tuple[Piece, ...]] = {}
         self.reasons: dict[Tensor, str] = {}
-        self._forget_places()
+        self._numbers: dict[Tensor, int] = {}  # the same for a parameter on every process
+        self._forget([])
         self._nonfinite = NonFiniteGradients()
         self.built: dict[Tensor, Built] = {}
         """What the pieces and the state of every parameter are made for."""
@@ -165,11 +156,13 @@ class RoleOptimizer(Checkpointed):
                 self.built[param] = Built(self.names[param], shape_of(param), structure)
         if self._places is not None:
             self._places.append(Places(assigned.roots.values(), assigned.names))
+        first = 1 + max(self._numbers.values(), default=-1)
+        self._numbers.update((param, first + place) for place, param in enumerate(assigned.pieces))
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps only defaults, state and groups through pickling and deepcopy
         kept = {key: value for key, value in vars(self).items() if not key.startswith("_") and self._is_own(key)}
-        return {**super().__getstate__(), **kept, "_nonfinite": self._nonfinite}
+        return {**super().__getstate__(), **kept, "_nonfinite": self._nonfinite, "_numbers": self._numbers}
 
     def _is_own(self, attribute: str) -> bool:
         """Whether a public attribute is the optimizer's own, not a wrapped method or a monitor."""
@@ -177,7 +170,7 @@ class RoleOptimizer(Checkpointed):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._forget_places()  # found again: process groups are not copied
+        self._forget([])  # found again: process groups are not copied
         if "pieces" in state:  # not on loading
             self._places = None  # other modules hold the parameters of a copy
 
@@ -189,7 +182,7 @@ class RoleOptimizer(Checkpointed):
         loss, updated = None, {}
         self._rates.clear()
         if self.update_in_backward:
-            sharded = any(self.placement(param).layout is not None for param in self.pieces)
+            sharded = any(self.parts(param)[0].layout is not None for param in self.pieces)
             with in_backward.armed(self.param_groups, closure, sharded, self._take) as updated, torch.enable_grad():
                 loss = None if closure is None else closure()
         elif closure is not None:
@@ -197,7 +190,7 @@ class RoleOptimizer(Checkpointed):
                 loss = closure()
         self.check_not_replaced()
         self.gradient_norm = torch.stack(list(updated.values())).sum().sqrt() if updated else None
-        moved = self._take([(group, group["param_names"], group["params"]) for group in self.param_groups])
+        moved = self._take([(index, group["params"]) for index, group in enumerate(self.param_groups)])
         self._nonfinite.finish_step()
         skipped = closure is not None and loss is None  # as Lightning skips a batch
         if not moved and not updated and not skipped and not self._has_moved():
@@ -206,13 +199,13 @@ class RoleOptimizer(Checkpointed):
 
     def _let_go(self) -> None:
         """Forget parameters that callers have taken out of the groups, so that their memory is given back."""
-        if sum(len(group["params"]) for group in self.param_groups) == len(self.pieces):
+        if len(self._held) == len(self.pieces):
             return
-        held = {param for group in self.param_groups for param in group["params"]}
-        for known in (self.names, self.roles, self.pieces, self.reasons, self._placements, self._plans):
+        held = set(self._held)
+        for known in (self.names, self.roles, self.pieces, self.reasons, self._numbers):
             for param in known.keys() - held:
                 del known[param]
-        self._nonfinite.let_go(held)
+        self._nonfinite.let_go(set(self._numbers.values()))
 
     def _has_moved(self) -> bool:
         """Whether any parameter ever took a step: gradients that are left out later are so on purpose."""
@@ -243,6 +236,9 @@ class RoleOptimizer(Checkpointed):
             if [self.names[param] for param in params] != group["param_names"]:
                 group["param_names"] = [self.names[param] for param in params]
                 group["roles"] = [self.roles[param] for param in params]
+        held = [param for group in self.param_groups for param in group["params"]]
+        if len(held) != len(self._held) or not all(map(is_, held, self._held)):
+            self._forget(held)
 
     def _take_in(self, groups: list[dict[str, Any]]) -> None:
         """Add groups that callers have put into ``param_groups`` themselves, as callbacks do in a run that resumes."""
@@ -260,194 +256,177 @@ class RoleOptimizer(Checkpointed):
         finally:
             self.param_groups = held
 
-    def _take(self, selected: Sequence[tuple[dict[str, Any], list[str], list[Tensor]]]) -> bool:
-        """Move parameters by their gradients, group by group; return whether there were any gradients."""
-        for group, names, params in selected:
-            for name, param in zip(names, params, strict=True):
-                if (param.requires_grad or param.grad is not None) and "step" not in self.state.get(param, ()):
-                    for piece in self.pieces[param]:
-                        options.check_trainable(name, piece, param, self.unmatched)
-                    self.built[param].check(param, group, {})
-                    self.state[param].update(self.make_state(param, group, param))  # wrappers keep theirs in it too
-        selected = self._joined(selected)
-        grads = [gradients(params, [self.placement(param).layout for param in params]) for _, _, params in selected]
-        if not any(grad is not None for found in grads for grad in found):
-            return False
-        with _without_autocast(next(param for _, _, params in selected for param in params).device.type):
-            gathered = [self._gather(*each, found) for each, found in zip(selected, grads, strict=True)]
-            tasks = (task for buckets in gathered for bucket in buckets for task in bucket.tasks)
-            self._nonfinite.agree(tasks, chain.from_iterable(each[2] for each in selected))
-            for (group, _, _), buckets in zip(selected, gathered, strict=True):
-                self._move_together(buckets, self._with_number(group))
-        return True
+    def parts(self, param: Tensor) -> tuple[Part, ...]:
+        """What a parameter consists of, with the moments of each part."""
+        form = param.shape, param.dtype, param.device
+        known = self._parts.get(param)
+        # found again in another shape: FSDP1 makes parameters one-dimensional after the optimizer is built
+        if known is None or known[0] != form:
+            if param not in self._groups:
+                self.follow_groups()
+            self.built[param].check_shape(param)
+            index = self._groups[param]
+            self.built[param].check(param, self.param_groups[index], self.state.get(param, {}))
+            parts = parts_of(self._numbers[param], self.names[param], param, self.pieces[param])
+            for part in parts:
+                self._tune(part, index)
+            known = self._parts[param] = form, parts
+        return known[1]
 
-    def _joined(
-        self, selected: Sequence[tuple[dict[str, Any], list[str], list[Tensor]]]
-    ) -> list[tuple[dict[str, Any], list[str], list[Tensor]]]:
-        """Groups of equal options as one, so that their parameters step together."""
-        joined: dict[Any, tuple[dict[str, Any], list[str], list[Tensor]]] = {}
-        for group, names, params in selected:
-            _, all_names, all_params = joined.setdefault(groups.settings_of(group, self.defaults), (group, [], []))
-            all_names += names
-            all_params += params
-        return list(joined.values())
+    def _tune(self, part: Part, index: int) -> None:
+        """Give a part what the options of its group, the one with this index, mean."""
+        part.tune(self, self.param_groups[index])
+        processes = None if part.shard is None else part.shard.layout.group
+        common = part.first, part.second, part.decay, part.shape, part.param.dtype, part.param.device, processes
+        part.alike = self._alike.setdefault(common, Alike())
 
-    def _with_number(self, group: dict[str, Any]) -> Mapping[str, Any]:
-        """A group whose learning rate is a number: a tensor on a device, which a step waits for, is read once."""
-        if id(group) not in self._rates:
-            self._rates[id(group)] = float(group["lr"])
-        return {**group, "lr": self._rates[id(group)]}
+    def _retune(self, index: int) -> None:
+        """Let parts follow options of their group that have changed."""
+        group = self.param_groups[index]
+        settings = groups.settings_of(group, (key for key in self.defaults if key != "lr"))
+        if settings != self._settings.get(index):
+            self._settings[index] = settings
+            for param in group["params"]:
+                self.built[param].check(param, group, self.state.get(param, {}))
+                for part in self._parts[param][1] if param in self._parts else ():
+                    self._tune(part, index)
 
-    def _forget_places(self) -> None:
-        self._placements: dict[Tensor, tuple[torch.Size, Placement]] = {}
-        self._plans: dict[Tensor, tuple[tuple[Any, ...], list[Plan]]] = {}
+    def _forget(self, held: list[Tensor]) -> None:
+        """Drop everything that is found again from pieces and parameter groups, which have the parameters ``held``."""
+        self._held = held
+        self._groups = {
+            param: index for index, group in enumerate(self.param_groups if held else ()) for param in group["params"]
+        }
+        self._parts: dict[Tensor, tuple[Any, tuple[Part, ...]]] = {}
         self._alike: weakref.WeakValueDictionary[Any, Alike] = weakref.WeakValueDictionary()
         self._settings: dict[int, tuple[Any, ...]] = {}
         self._counters: defaultdict[int, StepCounters] = defaultdict(StepCounters)
         self._rates: dict[int, float] = {}  # of this step, by group
 
-    def placement(self, param: Tensor) -> Placement:
-        """Placement of a parameter's pieces, with the shapes of their matrices over all processes."""
-        # kept for the shape it was found with: FSDP1 makes parameters one-dimensional after the optimizer is built
-        shape, found = self._placements.get(param, (None, None))
-        if found is None or shape != param.shape:
-            self.built[param].check_shape(param)
-            found = Placement.of(param, self.pieces[param])
-            self._placements[param] = (param.shape, found)
-        return found
+    def _take(self, selected: Selection) -> bool:
+        """Take the gradients of parameters, group by group, and move them; whether there were any."""
+        for index, params in selected:
+            self._retune(index)
+            for param in params:
+                if (param.requires_grad or param.grad is not None) and "step" not in self.state.get(param, ()):
+                    self._make_state(param)
+        selected = self._joined(selected)
+        found = [gradients(params, [self.parts(param)[0].layout for param in params]) for _, params in selected]
+        if not any(grad is not None for grads in found for grad in grads):
+            return False
+        buckets: list[Bucket] = []
+        with _without_autocast(next(param for _, params in selected for param in params).device.type):
+            try:
+                gathered = [self._gather(*each, grads) for each, grads in zip(selected, found, strict=True)]
+                buckets += chain.from_iterable(gathered)
+                self._nonfinite.agree(
+                    pair for bucket in buckets for pair in zip(bucket.parts, bucket.grads, strict=True)
+                )
+                for (index, _), together in zip(selected, gathered, strict=True):
+                    self._move_together(together, self._with_number(index))
+            finally:
+                for bucket in buckets:
+                    for part in bucket.parts:
+                        part.release()
+        return True
 
-    def _placed_momentum(self, param: Tensor, index: int, group: Mapping[str, Any]) -> Momentum:
-        """Momentum of a piece, limited to the part that this process keeps."""
-        placement = self.placement(param)
-        shape, shard = placement.shapes[index], placement.shards[index]
-        momentum = self.momentum_for(self.pieces[param][index], shape, group)
-        if (
-            shard is None
-            or not isinstance(momentum, LowRankMomentum)
-            or not shares_basis(shard.layout, group.get("basis", "auto"))
-        ):
-            return momentum
-        return replace(momentum, columns=column_range(shard.layout, shape[-1]))
+    def _joined(self, selected: Selection) -> list[tuple[int, list[Tensor]]]:
+        """Groups of equal options as one, so that their parameters step together."""
+        joined: dict[Any, tuple[int, list[Tensor]]] = {}
+        for index, params in selected:
+            settings = groups.settings_of(self.param_groups[index], self.defaults)
+            joined.setdefault(settings, (index, []))[1].extend(params)
+        return list(joined.values())
 
-    def make_state(self, param: Tensor, group: Mapping[str, Any], like: Tensor, whole: bool = False) -> dict[str, Any]:
-        """Zero state of one parameter of ``group``, on ``like``'s device; every key that it will ever have.
+    def _with_number(self, index: int) -> Mapping[str, Any]:
+        """A group whose learning rate is a number: a tensor on a device, which a step waits for, is read once."""
+        group = self.param_groups[index]
+        if index not in self._rates:
+            self._rates[index] = float(group["lr"])
+        return {**group, "lr": self._rates[index]}
 
-        It is of what this process holds of the parameter, or of the ``whole`` parameter.
-        """
-        like = local(like)
-        exact = torch.float64 if param.dtype == torch.float64 else torch.float32
-        state: dict[str, Any] = {"step": torch.tensor(0.0, dtype=torch.float32)}
-        placement = self.placement(param)
-        for index, (piece, shape) in enumerate(zip(self.pieces[param], placement.shapes, strict=True)):
-            held = shape if whole else placement.local_shape(index)
-            momentum = self.momentum_for(piece, shape, group) if whole else self._placed_momentum(param, index, group)
-            stored = policy.storage_dtype(momentum, group.get("state_dtype"), exact)
-            made = momentum.make(held, like.new_empty((), dtype=stored))
-            made |= self.second_moment_for(piece, shape, group).make(held, like.new_empty((), dtype=exact))
-            state |= {piece.prefix + key: value for key, value in made.items()}
-        return state
+    def _make_state(self, param: Tensor) -> None:
+        parts = self.parts(param)
+        for part in parts:
+            options.check_trainable(part.name, part.piece, param, self.unmatched)
+        self.state[param].update(new_state(parts, local(param).device))  # wrappers keep theirs in it too
 
-    def _gather(
-        self, group: dict[str, Any], names: list[str], params: list[Tensor], grads: list[Tensor | None]
-    ) -> Iterable[Bucket]:
-        """Count the step of every parameter with a gradient, and sort its pieces into buckets that step together."""
-        settings = groups.settings_of(group, (key for key in self.defaults if key != "lr"))
-        if settings == self._settings.get(id(group)):
-            settings = self._settings[id(group)]  # the same one is compared faster
-        self._settings[id(group)] = settings
-        moving: list[tuple[str, Tensor, Tensor, list[Plan]]] = []
-        for name, param, grad in zip(names, params, grads, strict=True):
+    def _gather(self, index: int, params: list[Tensor], grads: list[Tensor | None]) -> Iterable[Bucket]:
+        """Count the step of every parameter with a gradient, and sort its parts into buckets that step together."""
+        moving: list[tuple[Tensor, tuple[Part, ...]]] = []
+        for param, grad in zip(params, grads, strict=True):
             if grad is not None:
-                options.check_gradient(name, grad)
-                plans = self._planned(param, group, settings)
-                if plans:
-                    moving.append((name, param, local(grad), plans))
+                parts = self.parts(param)
+                options.check_gradient(parts[0].name, grad)
+                if param.numel() or parts[0].layout is not None:
+                    held, state = local(param), self.state[param]
+                    for part in parts:
+                        part.bind(held, state)
+                    moving.append((local(grad), parts))
         if not moving:
             return ()
-        counts = self._counters[id(group)].count([self.state[param] for _, param, _, _ in moving])
-        buckets: dict[Any, Bucket] = {}
-        for (name, param, grad, plans), step in zip(moving, counts, strict=True):
-            part, state = local(param), self.state[param]
-            for plan in plans:
-                task = plan.task(name, param, part, grad, state)
-                key = plan.alike, step, plan.momentum.due(step), task.state.get("seeded")
-                if key not in buckets:
-                    buckets[key] = Bucket(plan, step, [])
-                buckets[key].tasks.append(task)
-        return buckets.values()
-
-    def _planned(self, param: Tensor, group: Mapping[str, Any], settings: tuple[Any, ...]) -> list[Plan]:
-        """Plan of the steps for each piece of a parameter, renewed when anything that it depends on has changed."""
-        depends = settings, param.shape, param.dtype, param.device
-        known = self._plans.get(param)
-        if known is not None and known[0] == depends:
-            return known[1]
-        self.built[param].check(param, group, self.state[param])
-        placement, plans = self.placement(param), []
-        for index, piece in enumerate(self.pieces[param] if placement.layout is not None or param.numel() else ()):
-            shape, shard = placement.shapes[index], placement.shards[index]
-            momentum = self._placed_momentum(param, index, group)
-            second_moment = self.second_moment_for(piece, shape, group)
-            decay = 0.0 if piece.role in group["no_decay"] else float(group["weight_decay"])
-            processes = None if shard is None else shard.layout.group
-            common = momentum, second_moment, decay, shape, param.dtype, param.device, processes
-            alike = self._alike.setdefault(common, Alike())
-            plans.append(Plan(piece, placement.layout, shard, momentum, second_moment, decay, alike))
-        self._plans[param] = depends, plans
-        return plans
+        counts = self._counters[index].count([parts[0].state for _, parts in moving])
+        return bucketed((grad, parts, step) for (grad, parts), step in zip(moving, counts, strict=True))
 
     def _move_together(self, buckets: Iterable[Bucket], group: Mapping[str, Any]) -> None:
-        ready: list[by_kernels.Batch] = []
+        ready: list[Batch] = []
         for bucket in buckets:
-            plan, step, tasks = bucket
-            if tasks[0].shard is not None:
-                self._move_shards(bucket, group)
-                continue
-            as_they_are = self._as_they_are(tasks, plan, group)
-            together = batches(bucket, copied=not as_they_are)
-            ready += [self._batch(batch, plan, step, as_they_are) for batch in together]
+            path = self._path(bucket.parts, bucket.grads, group)
+            for batch in batches(bucket, path):
+                if path.kernels:
+                    grads = by_kernels.DeviceGradients(batch.grads, self._nonfinite.agreed_on(batch.parts))
+                    batch = batch._replace(grads=grads)
+                if bucket.parts[0].shard is None:
+                    ready.append(batch)
+                else:  # one after another: rows that are taken out of parameters may be copies
+                    self._update(batch, group)
+                    put_back(batch)
         by_kernels.refresh(ready)
-        for each in ready:
-            self._update(each, group)
+        for batch in ready:
+            self._update(batch, group)
 
-    def _move_shards(self, bucket: Bucket, group: Mapping[str, Any]) -> None:
-        """Take pieces out of the local parts, which may copy them, one batch after another."""
-        plan, step, _ = bucket
-        for batch in batches(bucket, copied=True):
-            taken = [task.taken() for task in batch]
-            self._update(self._batch(taken, plan, step, self._as_they_are(taken, plan, group)), group)
-            for task, moved in zip(batch, taken, strict=True):
-                assert task.shard is not None
-                task.shard.put(task.param, moved.param)
+    def step_paths(self) -> list[StepPath]:
+        """How the next step takes the parts of every trained parameter: by kernels or by torch, and why.
 
-    def _as_they_are(self, tasks: list[Task], plan: Plan, group: Mapping[str, Any]) -> bool:
-        """Whether a step uses the gradients of ``tasks`` without copying them."""
-        if self.observer is not None or group["maximize"]:
-            return False
-        return by_kernels.takes(tasks, plan.momentum, plan.second_moment)
+        Gradients are assumed to have the dtype and the memory layout of their parameters. Parts of one shape may have
+        several rows, for instance where their moments differ.
+        """
+        rows: list[StepPath] = []
+        for index, group in enumerate(self.param_groups):
+            self._retune(index)
+            alike: defaultdict[Alike, list[Part]] = defaultdict(list)
+            for param in group["params"]:
+                if param.requires_grad and (param.numel() or self.parts(param)[0].layout is not None):
+                    for part in self.parts(param):
+                        part.bind(local(param), self.state.get(param, {}))
+                        alike[part.alike].append(part)
+            for parts in alike.values():
+                path = self._path(parts, [part.view for part in parts], group)
+                roles = tuple(dict.fromkeys(part.piece.role for part in parts))
+                rows.append(StepPath(tuple(parts[0].shape), len(parts), roles, *path))
+                for part in parts:
+                    part.release()
+        return rows
 
-    def _batch(self, tasks: list[Task], plan: Plan, step: int, as_they_are: bool) -> by_kernels.Batch:
-        grads = by_kernels.DeviceGradients(tasks, self._nonfinite.agreed_on(tasks)) if as_they_are else None
-        return by_kernels.Batch(tasks, plan, step, grads)
+    def _path(self, parts: Sequence[Part], grads: Sequence[Tensor], group: Mapping[str, Any]) -> Path:
+        return path_of(parts, grads, bool(group["maximize"]), self.observer is not None)
 
-    def _update(self, batch: by_kernels.Batch, group: Mapping[str, Any]) -> None:
-        tasks, grads = batch.tasks, batch.grads
-        if grads is None:
-            # only now, batch by batch: copies of all gradients in float32 would be larger than the state that is saved
-            tasks = self._nonfinite.replace(tasks, group["maximize"])
-            self._move(tasks, [task.grad for task in tasks], batch.plan, batch.step, group)
-        else:
-            if batch.by_kernels:
+    def _update(self, batch: Batch, group: Mapping[str, Any]) -> None:
+        grads = batch.grads
+        if isinstance(grads, by_kernels.DeviceGradients):
+            if batch.path.whole:
                 by_kernels.step(batch, group)
             else:
-                self._move(tasks, grads, batch.plan, batch.step, group)
-            self._nonfinite.count(tasks, grads.reading.flaws)
+                self._move(batch, group)
+            self._nonfinite.count(batch.parts, grads.reading.flaws)
+        else:
+            # only now, batch by batch: copies of all gradients in float32 would be larger than the state that is saved
+            finite = self._nonfinite.replaced(batch.parts, grads, bool(group["maximize"]))
+            self._move(batch._replace(grads=finite), group)
 
-    def _move(self, tasks: list[Task], grads: list[Tensor], plan: Plan, step: int, group: Mapping[str, Any]) -> None:
-        """Move pieces of one shape by ``grads``, which are finite or zero."""
-        states, reduction = [task.state for task in tasks], reduction_of(tasks)
-        direction = plan.momentum.direction(grads, states, step, reduction)
-        update(tasks, grads, direction, plan.second_moment, step, reduction, plan.decay, group, self.observer)
+    def _move(self, batch: Batch, group: Mapping[str, Any]) -> None:
+        """The step itself, of parts of one shape with gradients that are finite, or count as zero."""
+        by_torch.step(batch, group, self.observer)
 
     def nonfinite_gradients(self) -> dict[str, int]:
         """Parameters whose gradient was not finite since this optimizer was built, with the number of steps.

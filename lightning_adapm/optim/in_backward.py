@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Selection = Sequence[tuple[dict[str, Any], list[str], list[Tensor]]]
-"""Parameter groups, each with names and parameters."""
+Selection = Sequence[tuple[int, list[Tensor]]]
+"""Indices of parameter groups, each with parameters of it."""
 
 
 @contextmanager
@@ -50,7 +50,7 @@ def armed(
             last.pop().grad = None
 
     @torch.no_grad()
-    def update(group: dict[str, Any], name: str, param: Tensor) -> None:
+    def update(index: int, param: Tensor) -> None:
         if param in taken:
             raise RuntimeError(
                 "the closure ran backward twice, and update_in_backward=True has moved parameters in between;"
@@ -61,7 +61,7 @@ def armed(
             param.grad.clamp_(-clip, clip)
         exact = torch.promote_types(param.grad.dtype, torch.float32)
         taken[param] = torch.linalg.vector_norm(param.grad, dtype=exact).square()
-        take([(group, [name], [param])])
+        take([(index, [param])])
         free()
         if clip is None:
             param.grad = None
@@ -69,9 +69,9 @@ def armed(
             last.append(param)
 
     handles = [
-        param.register_post_accumulate_grad_hook(partial(update, group, name))
-        for group in groups
-        for name, param in zip(group["param_names"], group["params"], strict=True)
+        param.register_post_accumulate_grad_hook(partial(update, index))
+        for index, group in enumerate(groups)
+        for param in group["params"]
         if param.requires_grad
     ]
     try:

@@ -12,7 +12,7 @@ from lightning_adapm.moments.second import NoSecondMoment, RelativeSecondMoment
 from lightning_adapm.optim.base import RoleOptimizer
 from lightning_adapm.roles.piece import Piece
 from lightning_adapm.sharding.reduction import Reduction
-from lightning_adapm.step.parts import Plan, Task, reduction_of
+from lightning_adapm.step.batching import Batch
 
 
 class Lomo(RoleOptimizer):
@@ -161,11 +161,11 @@ class AdaLomo(RoleOptimizer):
         """Choose row and column means."""
         return RelativeSecondMoment()
 
-    def _move(self, tasks: list[Task], grads: list[Tensor], plan: Plan, step: int, group: Mapping[str, Any]) -> None:
-        states, decay, reduction = [task.state for task in tasks], plan.decay, reduction_of(tasks)
+    def _move(self, batch: Batch, group: Mapping[str, Any]) -> None:
+        parts, params, grads, step, _, reduction = batch
+        second, decay = parts[0].second, parts[0].decay
         lr, clip = float(group["lr"]), float(group["clip_threshold"])
-        params = [task.param for task in tasks]
-        divisors, _ = plan.second_moment.denominators(grads, states, step, reduction).settle(True)
+        divisors, _ = second.denominators(grads, parts, step, reduction).settle(True)
         updates = list(torch._foreach_div(grads, divisors))
         # of the matrices: a parameter's own view may have a dimension for heads, or those of a convolution
         values = [param.to(grad.dtype).reshape(grad.shape) for param, grad in zip(params, grads, strict=True)]

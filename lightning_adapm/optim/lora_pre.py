@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_adapm.moments.base import Momentum, SecondMoment
 from lightning_adapm.moments.first import FullMomentum
 from lightning_adapm.moments.orthogonal import Orthogonal
-from lightning_adapm.moments.policy import rank_for
+from lightning_adapm.moments.policy import rank_for, storage_for
 from lightning_adapm.moments.regression import LowRankRegression, LowRankSecondMoment
 from lightning_adapm.moments.second import ElementwiseSecondMoment
 from lightning_adapm.optim import options
@@ -110,9 +110,10 @@ class LoRAPre(RoleOptimizer):
     def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:
         """Choose a low-rank regressor for attention and MLP matrices, full momentum for everything else."""
         rank, beta1 = _rank(piece, shape, group), group["betas"][0]
+        storage = storage_for(FullMomentum.name, group["state_dtype"])
         if rank is None:
-            return FullMomentum(beta1)
-        return LowRankRegression(rank, beta1, self.order, summed=self.variant == "muon")
+            return FullMomentum(beta1, storage)
+        return LowRankRegression(rank, beta1, self.order, self.variant == "muon", storage)
 
     def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
         """Choose the second moment that goes with the momentum."""

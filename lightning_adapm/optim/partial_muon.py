@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_adapm.moments import policy
 from lightning_adapm.moments.base import Momentum, SecondMoment
-from lightning_adapm.moments.first import LowRankMomentum, NoMomentum
+from lightning_adapm.moments.first import FullMomentum, LowRankMomentum, NoMomentum
 from lightning_adapm.moments.nesterov import NesterovLowRankMomentum, NesterovMomentum
 from lightning_adapm.moments.orthogonal import STEPS, Orthogonal
 from lightning_adapm.optim import options
@@ -136,9 +136,9 @@ class PartialMuon(RoleOptimizer):
         found = policy.momentum_for(piece, shape, {**group, "betas": (mu, 0.0)})
         if isinstance(found, NoMomentum) or not group["nesterov"]:
             return found
-        if isinstance(found, LowRankMomentum):
-            return NesterovLowRankMomentum(**{field.name: getattr(found, field.name) for field in fields(found)})
-        return NesterovMomentum(mu)
+        assert isinstance(found, FullMomentum | LowRankMomentum)
+        ahead = NesterovLowRankMomentum if isinstance(found, LowRankMomentum) else NesterovMomentum
+        return ahead(**{field.name: getattr(found, field.name) for field in fields(found)})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as AdaPM does, or one of ``torch.optim.Muon``, whose buffers become the momentum.

@@ -10,13 +10,13 @@ from torch.optim import Optimizer
 
 from lightning_adapm.moments import lowrank
 from lightning_adapm.optim import RoleOptimizer
-from lightning_adapm.report.plan import StateBytes, adamw_bytes, state_bytes
+from lightning_adapm.report.plan import StateBytes, adamw_bytes, held_bytes, state_bytes
 from lightning_adapm.roles.context import describe
 from lightning_adapm.roles.find import find_role
 from lightning_adapm.roles.fused import cut
 from lightning_adapm.roles.piece import ROLES, Piece
 from lightning_adapm.sharding.reduction import total
-from lightning_adapm.step.parts import Placement, Task, reduction_of
+from lightning_adapm.step.parts import Part, parts_of, reduction_of
 
 OTHER = "other"
 """Role shown for parameters without a rule, and for those with a policy instead of a role."""
@@ -49,13 +49,17 @@ class StateReport:
         adamw: dict[str, StateBytes] = {}
         pieces = {} if module is None else _pieces_of(module)
         for optimizer in optimizers:
-            known = optimizer.pieces if isinstance(optimizer, RoleOptimizer) else pieces
             rest = dict(optimizer.state)
             for param in (param for group in optimizer.param_groups for param in group["params"]):
                 state = rest.pop(param, {})
                 if not param.requires_grad and not state:
                     continue
-                for role, ours, theirs in _split(param, state, known.get(param, (Piece(OTHER),))):
+                split = (
+                    _held(optimizer.parts(param), state)
+                    if isinstance(optimizer, RoleOptimizer)
+                    else _split(param, state, pieces.get(param, (Piece(OTHER),)))
+                )
+                for role, ours, theirs in split:
                     held[role] = held.get(role, StateBytes()) + ours
                     adamw[role] = adamw.get(role, StateBytes()) + theirs
             if rest:  # of no parameter that the optimizer still has
@@ -96,6 +100,13 @@ def _pieces_of(module: nn.Module) -> dict[Tensor, tuple[Piece, ...]]:
     return pieces
 
 
+def _held(parts: Sequence[Part], state: Mapping[str, Any]) -> Iterator[tuple[str, StateBytes, StateBytes]]:
+    """Role, bytes held and AdamW's bytes of every part of a parameter of one of the package's optimizers."""
+    for index, (part, held) in enumerate(zip(parts, held_bytes(parts, state), strict=True)):
+        adamw = adamw_bytes([torch.Size((part.held_numel,))])
+        yield role_label(part.piece.role), held, StateBytes(adamw.momentum, adamw.second_moment, 0 if index else 4)
+
+
 def _split(
     param: Tensor, state: Mapping[str, Any], pieces: Sequence[Piece]
 ) -> Iterator[tuple[str, StateBytes, StateBytes]]:
@@ -106,8 +117,7 @@ def _split(
     """
     own = [{k: v for k, v in state.items() if not p.whole and str(k).startswith(p.prefix)} for p in pieces]
     rest = state_bytes({k: v for k, v in state.items() if not any(k in entries for entries in own)})
-    placement = Placement.of(param, pieces)
-    numels = [placement.local_numel(index) for index in range(len(pieces))]
+    numels = [part.held_numel for part in parts_of(0, "", param, pieces)]
     start, total = 0, max(1, sum(numels))
     for piece, entries, numel in zip(pieces, own, numels, strict=True):
         stop = start + numel
@@ -153,33 +163,34 @@ class ResidualProbe:
 
     def __init__(self) -> None:
         self._seen: list[Reading] = []
-        self._sketches: dict[str, Tensor] = {}
+        self._sketches: dict[tuple[int, int], Tensor] = {}
 
-    def __call__(self, task: Task, direction: Tensor, update: Tensor, clip_threshold: float | None) -> None:
-        """Record one piece of one step; see :class:`lightning_adapm.step.parts.Observer`."""
-        held = update.numel() if task.shard is None else task.shard.numel
+    def __call__(
+        self, part: Part, grad: Tensor, direction: Tensor, update: Tensor, clip_threshold: float | None
+    ) -> None:
+        """Take in one piece of one step; see :class:`lightning_adapm.step.by_torch.Observer`."""
+        held = update.numel() if part.shard is None else part.shard.numel
         figures = {"update_max": update.abs().max() if update.numel() else update.new_zeros(())}
         if clip_threshold is not None:
             figures["clamped"] = (update.abs() > clip_threshold).sum() / max(1, held)
-        basis = task.state.get("exp_avg_r")
-        if basis is not None and task.state.get("seeded") is not None:  # LoRA-Pre's right factor is no basis
-            stack, basis = (t if t.dim() == 3 else t.unsqueeze(0) for t in (task.grad, basis.to(task.grad.dtype)))
-            reduction, tiny = reduction_of([task]), torch.finfo(stack.dtype).tiny
-            if basis.shape[-1] < stack.shape[-1]:
-                basis = reduction.columns(basis, stack.shape[-1])
+        basis = part.first.basis(part)
+        if basis is not None:
+            stack, basis = (t if t.dim() == 3 else t.unsqueeze(0) for t in (grad, basis.to(grad.dtype)))
+            reduction, tiny = reduction_of([part]), torch.finfo(stack.dtype).tiny
+            basis = reduction.columns(basis, stack.shape[-1])
             unseen = lowrank.residual(stack, basis, reduction)
-            if task.shard is not None:
-                unseen = task.shard.held_only(unseen[0]).unsqueeze(0)
-            values = [unseen.square().sum(), direction.square().sum(), sketch(unseen, *_place(task))]
-            if task.layout is not None and len(task.layout.spans) > 1:
-                values = total(values, task.layout.group)
+            if part.shard is not None:
+                unseen = part.shard.held_only(unseen[0]).unsqueeze(0)
+            values = [unseen.square().sum(), direction.square().sum(), sketch(unseen, *_place(part))]
+            if part.layout is not None and part.is_shared:
+                values = total(values, part.layout.group)
             figures["norm"] = values[0].sqrt() / values[1].sqrt().clamp_min(tiny)
-            key, now = f"{task.name}:{task.piece.prefix}", values[2] / values[2].norm().clamp_min(tiny)
+            key, now = part.key, values[2] / values[2].norm().clamp_min(tiny)
             if key in self._sketches:
                 figures["stationarity"] = (now * self._sketches[key]).sum()
             self._sketches[key] = now
         entries = 0 if clip_threshold is None else held
-        self._seen.append(Reading(task.name, role_label(task.piece.role), entries, figures))
+        self._seen.append(Reading(part.name, role_label(part.piece.role), entries, figures))
 
     def read(self) -> list[Reading]:
         """Return the readings since the last call; waits for the device."""
@@ -206,11 +217,11 @@ def sketch(residual: Tensor, first: int = 0, rows: int | None = None) -> Tensor:
     return from_left @ tall @ from_right.mT
 
 
-def _place(task: Task) -> tuple[int, int | None]:
-    """First row of this process, and the number of all rows."""
-    if task.shard is not None:
-        return task.shard.first, task.shard.size
-    if task.layout is None:
+def _place(part: Part) -> tuple[int, int | None]:
+    """Where the rows of this process are: the first, and how many there are in all."""
+    if part.shard is not None:
+        return part.shard.first, part.shard.size
+    if part.layout is None:
         return 0, None
-    width = task.layout.shape[-1]
-    return task.layout.held[0] // width, task.layout.shape.numel() // width
+    width = part.layout.shape[-1]
+    return part.layout.held[0] // width, part.layout.shape.numel() // width

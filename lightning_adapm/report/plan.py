@@ -1,7 +1,9 @@
 """Bytes of optimizer state: planned from shapes before training, and measured from what an optimizer holds."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,9 +13,10 @@ from torch.optim import Optimizer
 from lightning_adapm.optim import RoleOptimizer
 from lightning_adapm.roles.piece import Piece
 from lightning_adapm.sharding.find import local, shape_of
+from lightning_adapm.step.parts import Part, new_state
 
 # How optimizers of torch and the peers call their first and second moments.
-_MOMENTUM = ("exp_avg", "exp_avg_l", "exp_avg_r", "momentum_buffer", "m", "mu", "mu_product", "state1")
+_MOMENTUM = ("exp_avg", "momentum_buffer", "m", "mu", "mu_product", "state1")
 _SECOND_MOMENT = (
     "exp_avg_sq",
     "max_exp_avg_sq",
@@ -97,8 +100,11 @@ def state_bytes(state: Mapping[str, Any]) -> StateBytes:
 
 
 def measure(optimizer: Optimizer) -> StateBytes:
-    """Count the bytes that any torch optimizer's state holds now."""
-    return sum((state_bytes(state) for state in optimizer.state.values()), StateBytes())
+    """Bytes that any torch optimizer's state holds now."""
+    if not isinstance(optimizer, RoleOptimizer):
+        return sum((state_bytes(state) for state in optimizer.state.values()), StateBytes())
+    held = (held_bytes(optimizer.parts(param), state) for param, state in optimizer.state.items())
+    return sum(chain.from_iterable(held), StateBytes())
 
 
 def adamw_bytes(shapes: Iterable[torch.Size], element_size: int = 4) -> StateBytes:
@@ -121,42 +127,54 @@ def plan(optimizer: RoleOptimizer, changes: Mapping[str, Any] | None = None) -> 
         for param in group["params"]:
             if not param.requires_grad:
                 continue
-            name = optimizer.names[param]
-            placement = optimizer.placement(param)
-            held = tuple(placement.local_numel(index) for index in range(len(placement.shapes)))
-            alike = (placement.shapes, held, param.dtype, optimizer.pieces[param])
+            parts = optimizer.parts(param)
+            alike = tuple((part.shape, part.held_numel, param.dtype, part.piece) for part in parts)
             if alike not in known:
-                known[alike] = _plan_one(optimizer, group, name, param)
-            rows += [replace(row, name=name, why=optimizer.reasons[param]) for row in known[alike]]
+                known[alike] = _plan_one(optimizer, group, parts)
+            rows += [replace(row, name=optimizer.names[param], why=optimizer.reasons[param]) for row in known[alike]]
     return rows
 
 
-def _plan_one(optimizer: RoleOptimizer, group: Mapping[str, Any], name: str, param: Tensor) -> list[Row]:
-    """Plan one parameter."""
+def _plan_one(optimizer: RoleOptimizer, group: Mapping[str, Any], parts: Iterable[Part]) -> list[Row]:
+    """The rows of one parameter, with the moments that the options of ``group`` mean."""
     rows = []
-    state = optimizer.make_state(param, group, torch.empty(0, device="meta"))
-    counters = StateBytes(other=state_bytes({"step": state["step"]}).other)  # in the first row
-    placement = optimizer.placement(param)
-    for index, (piece, shape) in enumerate(zip(optimizer.pieces[param], placement.shapes, strict=True)):
-        momentum = optimizer.momentum_for(piece, shape, group)
-        own = {k: v for k, v in state.items() if k != "step" and k.startswith(piece.prefix)}
-        adamw = adamw_bytes([torch.Size((placement.local_numel(index),))])
+    counters = StateBytes(other=new_state((), torch.device("cpu"))["step"].element_size())  # in the first row
+    for part in (copy(part).tune(optimizer, group) for part in parts):
+        adamw = adamw_bytes([torch.Size((part.held_numel,))])
+        first, second = part.moments_made(torch.device("meta"))
+        own = StateBytes(_size(first.values()), _size(second.values()))
         rows.append(
             Row(
-                name,
-                piece.role,
-                tuple(shape),
-                _rows(piece, shape_of(param)),
-                optimizer.reasons[param],
-                momentum.name,
-                getattr(momentum, "rank", None),
-                param.dtype,
-                state_bytes(own) + counters,
+                part.name,
+                part.piece.role,
+                tuple(part.shape),
+                _rows(part.piece, shape_of(part.param)),
+                optimizer.reasons[part.param],
+                part.first.name,
+                getattr(part.first, "rank", None),
+                part.param.dtype,
+                own + counters,
                 StateBytes(adamw.momentum, adamw.second_moment, counters.other),
             )
         )
         counters = StateBytes()
     return rows
+
+
+def held_bytes(parts: Sequence[Part], state: Mapping[str, Any]) -> list[StateBytes]:
+    """Bytes that a parameter's state holds, by part; what belongs to no part is the first one's."""
+    rest, held = dict(state), []
+    for part in parts:
+        first, second = (
+            [rest.pop(part.piece.prefix + key, None) for key in made]
+            for made in part.moments_made(torch.device("meta"))
+        )
+        held.append(StateBytes(_size(first), _size(second)))
+    return [held[0] + StateBytes(other=_size(rest.values())), *held[1:]]
+
+
+def _size(values: Iterable[Any]) -> int:
+    return sum(local(value).numel() * value.element_size() for value in values if isinstance(value, Tensor))
 
 
 def _rows(piece: Piece, shape: torch.Size) -> str:

@@ -2,8 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
-
 from lightning_adapm.moments.first import LowRankMomentum
 from lightning_adapm.optim import RoleOptimizer
 
@@ -41,19 +39,19 @@ def scaling(optimizer: RoleOptimizer, world_size: int, basis: str) -> Scaling:
     momentum, adamw, step, refresh, gradients = 0.0, 0.0, 0, 0, 0
     for group in optimizer.param_groups:
         for param in group["params"]:
-            for piece, shape in zip(optimizer.pieces[param], optimizer.placement(param).shapes, strict=True):
-                kind, size = optimizer.momentum_for(piece, shape, group), 4
-                made = kind.make(shape, torch.empty((), device="meta"))
+            for part in optimizer.parts(param):
+                kind, shape, size = part.first, part.shape, 4
+                entries = kind.entries(shape)
                 gradients += size * shape.numel()
                 adamw += size * shape.numel() / world_size
                 step += size  # whether the gradient is finite
                 if isinstance(kind, LowRankMomentum) and len(shape) == 2:
-                    rank, n = made["exp_avg_r"].shape
+                    rank, n = entries["exp_avg_r"].shape or (0, 0)
                     shared = basis == "shard"
                     momentum += size * (shape[0] * rank / world_size + rank * (-(-n // world_size) if shared else n))
                     step += size * rank * world_size * -(-n // world_size) if shared else 0
                     refresh += size * (rank * n + rank * rank + 2 * rank)
                 else:
-                    whole = sum(value.numel() for value in made.values() if isinstance(value, torch.Tensor))
+                    whole = sum(entry.shape.numel() for entry in entries.values() if entry.shape is not None)
                     momentum += size * whole / world_size
     return Scaling(world_size, basis, momentum, adamw, step, refresh, gradients)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_adapm.sharding.rows import RowShard
+from lightning_adapm.sharding.rows import RowShard, column_range
 
 _Tensors = TypeVar("_Tensors", bound=Sequence[Tensor] | Tensor)
 
@@ -71,7 +71,11 @@ class Reduction:
         return flags
 
     def columns(self, values: Tensor, n: int) -> Tensor:
-        """All columns ``(b, r, n)`` of matrices whose columns are sharded by :func:`column_range`."""
+        """All columns ``(b, r, n)`` of what processes may keep some columns each of, by :func:`column_range`."""
+        return values
+
+    def kept_columns(self, values: Tensor) -> Tensor:
+        """Those of all columns that this process keeps: the inverse of :meth:`columns`."""
         return values
 
     def owned(self, values: Tensor) -> Tensor:
@@ -104,10 +108,12 @@ class ProcessReduction(Reduction):
 
     Args:
         shards: Shards of the batch's matrices, in order; all of one group.
+        columns_shared: Each process keeps some columns only of what :meth:`columns` gathers.
     """
 
-    def __init__(self, shards: Sequence[RowShard]) -> None:
+    def __init__(self, shards: Sequence[RowShard], columns_shared: bool = False) -> None:
         self.shards = shards
+        self._columns_shared = columns_shared
         self._group = shards[0].layout.group
 
     def rows(self, values: _Tensors) -> _Tensors:
@@ -145,7 +151,14 @@ class ProcessReduction(Reduction):
         all_reduce(counts, self._group, dist.ReduceOp.MAX)
         return counts != 0
 
+    def kept_columns(self, values: Tensor) -> Tensor:
+        if not self._columns_shared:
+            return values
+        return values[..., slice(*column_range(self.shards[0].layout, values.shape[-1]))]
+
     def columns(self, values: Tensor, n: int) -> Tensor:
+        if not self._columns_shared:
+            return values
         count = len(self.shards[0].layout.spans)
         part = pad(values, (0, -(-n // count) - values.shape[-1]))
         parts = part.new_empty(count * part.numel())

@@ -1,63 +1,129 @@
 """Conversion of a saved state to this optimizer's settings, where that has a meaning."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_adapm.moments import lowrank
-from lightning_adapm.moments.second import block_means
+from lightning_adapm.moments.base import Moment, Momentum, SecondMoment
+from lightning_adapm.moments.storage import Storage, decoded
 from lightning_adapm.roles.context import normalize
-from lightning_adapm.roles.piece import Piece
-from lightning_adapm.sharding.find import has_values
-from lightning_adapm.state.sharded import Stateful, fits, full_entry, import_entry, localise
+from lightning_adapm.sharding.find import local, shape_of
+from lightning_adapm.state.sharded import fits, full_entry, import_entry, localize
+from lightning_adapm.step.parts import Part, new_state
 
-_FIRST = ("exp_avg", "exp_avg_l", "exp_avg_r", "seeded")
-_SECOND = ("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq_l", "exp_avg_sq_r")
+Parts = tuple[Part, ...]
 
 
-def restored_state(optimizer: Stateful, saved: Mapping[str, Any]) -> dict[Tensor, dict[str, Any]]:
-    """Make new state for every parameter that has saved state, without changing anything.
+def restored_state(
+    groups: Iterable[Mapping[str, Any]], parts_of: Callable[[Tensor], Parts], saved: Mapping[str, Any]
+) -> dict[Tensor, dict[str, Any]]:
+    """New state for every parameter that the saved optimizer had state for. Nothing is changed here.
+
+    Args:
+        groups: Parameter groups of this optimizer.
+        parts_of: What it makes of a parameter.
+        saved: State dict of another one.
 
     Raises:
-        ValueError: The state is another optimizer's, has another shape, or has parameters in another order.
+        ValueError: A state of another optimizer, of another shape, or for parameters in another order.
     """
-    restored: dict[Tensor, dict[str, Any]] = {}
-    for old, group in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+    groups, restored = list(groups), {}
+
+    def all_parts() -> Iterable[Parts]:
+        return (parts_of(param) for group in groups for param in group["params"])
+
+    for old, group in zip(saved["param_groups"], groups, strict=True):
         _check_order(old.get("param_names"), group["param_names"])
-        for key, name, param in zip(old["params"], group["param_names"], group["params"], strict=True):
-            entry = import_entry(optimizer, param, group, saved["state"].get(key))
+        for key, param in zip(old["params"], group["params"], strict=True):
+            parts = parts_of(param)
+            entry = import_entry(parts, saved["state"].get(key), all_parts)
             if not entry:
                 continue
-            others = _others(name, entry, optimizer.pieces[param], ours="format_version" in old)
+            others = _others(parts, entry, ours="format_version" in old)
             entry = {key: value for key, value in entry.items() if key not in others}
-            layout = optimizer.placement(param).layout
-            if layout is None:
-                restored[param] = _whole_state(optimizer, name, param, group, entry)
-            elif fits(optimizer, param, group, entry):
-                restored[param] = localise(optimizer, param, group, entry)
+            if parts[0].layout is None:
+                restored[param] = _whole_state(parts, entry)
+            elif fits(parts, entry):
+                restored[param] = localize(parts, entry)
             else:
-                whole = _whole_state(optimizer, name, param, group, full_entry(entry))
-                restored[param] = localise(optimizer, param, group, whole)
+                restored[param] = localize(parts, _whole_state(parts, full_entry(entry)))
             for key, value in others.items():
                 restored[param][key] = value.to(param.device, copy=True) if isinstance(value, Tensor) else value
     return restored
 
 
-def _whole_state(
-    optimizer: Stateful, name: str, param: Tensor, group: Mapping[str, Any], entry: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Convert the state of a whole parameter, however little of it this process holds."""
-    layout = optimizer.placement(param).layout
-    state = optimizer.make_state(param, group, param, whole=True)
+def _whole_state(parts: Parts, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a whole parameter, whatever this process holds of it."""
+    device, state = local(parts[0].param).device, new_state((), parts[0].param.device)
     state["step"].fill_(float(entry["step"]))
-    like = param if layout is None else torch.empty(layout.shape, device="meta")
-    _check_shapes(name, entry, optimizer.pieces[param], like.shape)
-    for piece in optimizer.pieces[param]:
-        _restore_momentum(entry, state, piece, like)
-        _restore_second_moment(entry, state, piece, like)
+    for part in parts:
+        saved = _saved(part, entry, shape_of(part.param))
+        for moment, family, new in zip(
+            (part.first, part.second), (Momentum, SecondMoment), part.moments_made(device, whole=True), strict=True
+        ):
+            if new:
+                _fill(part, moment, family, saved, new)
+            state |= {part.piece.prefix + key: value for key, value in new.items()}
     return state
+
+
+def _saved(part: Part, entry: Mapping[str, Any], shape: torch.Size) -> dict[str, Any]:
+    """The entries of a part, by key without prefix: its own, or its rows of an entry for the whole parameter."""
+    piece = part.piece
+    whole = {key: piece.matrix(v) for key, v in entry.items() if isinstance(v, Tensor) and v.shape == shape}
+    if piece.whole:
+        return {**entry, **whole}
+    for key, value in entry.items():
+        if "." not in key and key != "step" and key not in whole and isinstance(value, Tensor):
+            raise _misfit(part, key, value)
+    own = {key.removeprefix(piece.prefix): v for key, v in entry.items() if key.startswith(piece.prefix)}
+    return {**whole, **own}
+
+
+def _misfit(part: Part, key: str, value: Tensor) -> ValueError:
+    return ValueError(
+        f"the saved state of {part.name} does not fit its shape {tuple(shape_of(part.param))}: {key}"
+        f" {tuple(value.shape)}"
+    )
+
+
+def _fill(part: Part, moment: Moment, family: type[Moment], saved: Mapping[str, Any], new: dict[str, Any]) -> None:
+    """Fill the new state of a moment of a part from what a moment of the same family has saved."""
+    values = decoded(saved)
+    # an AdamW state comes first: torch.distributed.checkpoint may have filled it up with new entries of this optimizer
+    known = [kind for kind in family.kinds() if kind.keys and kind.keys <= values.keys()]
+    sources = [kind for kind in known if kind.fits(values, part.shape)]
+    if known and not sources:
+        key = min(known[0].keys)
+        raise _misfit(part, part.piece.prefix + key, values[key])
+    own = not sources or sources[0].keys <= new.keys()
+    coded = {key + suffix for kind in Storage.kinds() for key in new for suffix in kind.suffixes} & saved.keys()
+    if own and _copied(saved if coded <= new.keys() else values, new):
+        return
+    if own and sources and moment.keys == sources[0].keys and moment.resized(values, new):
+        return
+    if sources:
+        moment.from_dense(sources[0].dense(values, part.shape), new)
+    elif family is SecondMoment:
+        raise ValueError(
+            f"a saved second moment of {', '.join(sorted(saved.keys() - {'step'})) or 'nothing'} cannot become one of"
+            f" {', '.join(new)}; load it into an optimizer with the second moment and the rank that it was saved with"
+        )
+
+
+def _copied(saved: Mapping[str, Any], new: dict[str, Any]) -> bool:
+    """Copy entries that are the same ones in the same shapes; whether they are."""
+    shapes = {key: value.shape if isinstance(value, Tensor) else None for key, value in new.items()}
+    if not new.keys() <= saved.keys() or shapes != {key: getattr(saved[key], "shape", None) for key in new}:
+        return False
+    for key, value in new.items():
+        if isinstance(value, Tensor):
+            value.copy_(saved[key])
+        else:
+            new[key] = int(saved[key])
+    return True
 
 
 def _check_order(saved: list[str] | None, current: list[str]) -> None:
@@ -70,154 +136,22 @@ def _check_order(saved: list[str] | None, current: list[str]) -> None:
         )
 
 
-def _others(name: str, entry: Mapping[str, Any], pieces: tuple[Piece, ...], ours: bool) -> dict[str, Any]:
-    """Find the entries that wrappers such as Lookahead keep in a parameter's state; ``ours`` are all others.
+def _others(parts: Parts, entry: Mapping[str, Any], ours: bool) -> dict[str, Any]:
+    """Entries that wrappers keep in the state of a parameter, as Lookahead does; ``ours`` is all else around them.
 
     Raises:
-        ValueError: The state is another optimizer's, or that of other roles.
+        ValueError: A state of another optimizer, or of other roles.
     """
-    known = {"step", *_FIRST, *_SECOND} | {piece.prefix + key for piece in pieces for key in _FIRST + _SECOND}
+    moments = {key for family in (Momentum, SecondMoment) for kind in family.kinds() for key in kind.keys}
+    moments |= {key + suffix for kind in Storage.kinds() for key in moments for suffix in kind.suffixes}
+    known = {"step"} | moments
+    for part in parts:
+        own = part.make(torch.device("meta"), whole=True)
+        known |= own.keys() | {part.piece.prefix + key for key in moments}
     others = {key: value for key, value in entry.items() if key not in known}
-    if unknown := sorted(key for key in others if not ours or key.rpartition(".")[2] in _FIRST + _SECOND):
+    if unknown := sorted(key for key in others if not ours or key.rpartition(".")[2] in moments):
         raise ValueError(
-            f"the saved state of {name} holds {', '.join(unknown)}, which AdaPM has no meaning for; it loads states of"
-            " AdaPM with the same roles and of torch.optim.AdamW"
+            f"the saved state of {parts[0].name} holds {', '.join(unknown)}, which AdaPM has no meaning for; it loads"
+            " states of AdaPM with the same roles and of torch.optim.AdamW"
         )
     return others
-
-
-def _check_shapes(name: str, entry: Mapping[str, Any], pieces: tuple[Piece, ...], shape: torch.Size) -> None:
-    own = {piece.prefix + kind: (kind, piece.shape(shape)) for piece in pieces for kind in _FIRST + _SECOND}
-    for key, value in entry.items():
-        kind, matrix = own.get(key, ("exp_avg", shape))  # one entry for all pieces of a fused weight: as large as it
-        fits = not isinstance(value, Tensor) or value.shape == shape or _fits(kind, value.shape, matrix)
-        if key != "step" and not fits:
-            raise ValueError(
-                f"the saved state of {name} does not fit its shape {tuple(shape)}: {key} {tuple(value.shape)}"
-            )
-
-
-def _fits(kind: str, found: torch.Size, matrix: torch.Size) -> bool:
-    """Whether a saved entry can be one of a matrix, at any rank and for blocks of any size."""
-    batch, rows, columns = matrix[:-2], matrix[:-1], matrix[-1:]
-    if kind.endswith("_l"):
-        return found[:-1] == rows
-    if kind.endswith("_r"):
-        return (found[:-2], found[-1:]) == (batch, columns)
-    if kind.endswith("_row"):
-        return found == (*rows, 1)
-    if kind.endswith("_col"):
-        return found == (*batch, 1, *columns)
-    if kind == "exp_avg":
-        return found == matrix
-    sizes = zip(matrix, found, strict=False)
-    return found.numel() == 1 or (len(found) == len(matrix) and all(size % max(1, count) == 0 for size, count in sizes))
-
-
-def _saved(entry: Mapping[str, Any], piece: Piece, key: str, param: Tensor) -> Any:
-    """Find the entry of a piece: its own, or its rows of the whole parameter's entry; None without one."""
-    if piece.prefix + key in entry:
-        return entry[piece.prefix + key]
-    whole = entry.get(key)
-    if whole is None or whole.shape != param.shape:
-        return None
-    return piece.matrix(whole)
-
-
-def _restore_momentum(entry: Mapping[str, Any], state: dict[str, Any], piece: Piece, param: Tensor) -> None:
-    full, left, right, seeded = (_saved(entry, piece, key, param) for key in _FIRST)
-    if full is not None:
-        # beside factors only where torch.distributed.checkpoint fills an AdamW state up with new ones
-        left = right = None
-    if left is not None and (seeded is None) is (piece.prefix + "seeded" in state):
-        full, left = left.float() @ right.float(), None  # only AdaPM's right factors are orthonormal
-    if piece.prefix + "exp_avg" in state:
-        average = state[piece.prefix + "exp_avg"]
-        if full is not None:
-            average.copy_(piece.matrix(full) if full.shape != average.shape else full)
-        elif left is not None:
-            average.copy_(left.float() @ right.float())
-    elif piece.prefix + "exp_avg_l" in state:
-        new_left, new_right = state[piece.prefix + "exp_avg_l"], state[piece.prefix + "exp_avg_r"]
-        if left is not None and left.shape == new_left.shape and right.shape == new_right.shape:
-            new_left.copy_(left)
-            new_right.copy_(right)
-            if seeded is not None:
-                state[piece.prefix + "seeded"] = int(seeded)
-        elif left is not None or full is not None:
-            factors = _factorize(full, new_left, new_right) if left is None else _resize(left, right, new_right)
-            new_left.copy_(factors[0])
-            new_right.copy_(factors[1])
-            if piece.prefix + "seeded" in state:
-                state[piece.prefix + "seeded"] = int(not has_values(new_right) or new_right.any())
-
-
-def _factorize(full: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Factor a full average by three subspace iterations."""
-    dtype = torch.float64 if full.dtype == torch.float64 else torch.float32
-    batch = full.to(dtype).reshape(-1, *full.shape[-2:])
-    if right.shape[-2] == right.shape[-1]:
-        return full, right
-    basis = batch.new_zeros(batch.shape[0], *right.shape[-2:])
-    nothing = batch.new_zeros(batch.shape[0], *left.shape[-2:])
-    for _ in range(3):
-        basis = lowrank.refresh_basis(batch, nothing, basis, beta1=0.0)
-    return (batch @ basis.mT).view(left.shape), basis.view(right.shape)
-
-
-def _resize(left: Tensor, right: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Change the rank of factors: keep the strongest directions, or add empty ones."""
-    rank, n = like.shape[-2:]
-    left, right = left.double(), right.double()
-    if rank == n:
-        return left @ right, torch.eye(n, dtype=right.dtype, device=right.device).expand(*right.shape[:-2], n, n)
-    missing = rank - right.shape[-2]
-    if missing > 0:
-        return torch.nn.functional.pad(left, (0, missing)), torch.nn.functional.pad(right, (0, 0, 0, missing))
-    strongest = torch.linalg.eigh(left.mT @ left).eigenvectors.flip(-1)[..., :rank]
-    return left @ strongest, strongest.mT @ right
-
-
-def _restore_second_moment(entry: Mapping[str, Any], state: dict[str, Any], piece: Piece, param: Tensor) -> None:
-    targets = {key: state[piece.prefix + key] for key in _SECOND if piece.prefix + key in state}
-    sources = {key: value for key in _SECOND if (value := _saved(entry, piece, key, param)) is not None}
-    if {key: value.shape for key, value in sources.items()} != {key: value.shape for key, value in targets.items()}:
-        if not targets:
-            return
-        if not sources or "exp_avg_sq_l" in targets:
-            raise ValueError(
-                f"a saved second moment of {', '.join(sources) or 'nothing'} cannot become one of {', '.join(targets)};"
-                " load it into an optimizer with the second moment and the rank that it was saved with"
-            )
-        dense = _expand(sources, piece.matrix(param).shape)
-        sources = {key: _reduce(dense, target) for key, target in targets.items()}
-    for key, target in targets.items():
-        target.copy_(sources[key])
-
-
-def _expand(sources: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
-    """Expand any second moment to an elementwise one."""
-    if "exp_avg_sq_row" in sources:
-        row, column = sources["exp_avg_sq_row"], sources["exp_avg_sq_col"]
-        return row * column / row.mean(dim=-2, keepdim=True).clamp_min(torch.finfo(row.dtype).tiny)
-    if "exp_avg_sq_l" in sources:
-        return (sources["exp_avg_sq_l"] @ sources["exp_avg_sq_r"]).square()
-    (dense,) = sources.values()
-    if dense.numel() == shape.numel():
-        return dense.reshape(shape)
-    for dim in (-2, -1) if dense.dim() >= 2 else ():
-        if dense.shape[dim] not in (1, shape[dim]):
-            dense = dense.repeat_interleave(shape[dim] // dense.shape[dim], dim=dim)
-    return dense.expand(shape)
-
-
-def _reduce(dense: Tensor, target: Tensor) -> Tensor:
-    """Reduce an elementwise second moment to the block or factored one of ``target``'s shape."""
-    if target.shape == dense.shape:
-        return dense
-    if target.dim() < 2:
-        return dense.mean()
-    for dim in (-2, -1):
-        if target.shape[dim] != dense.shape[dim]:
-            dense = block_means(dense, target.shape[dim], dim)
-    return dense

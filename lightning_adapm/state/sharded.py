@@ -9,66 +9,87 @@ save and shard again.
   parameter becomes one vector, cut into ``packed_0``, ``packed_1``, ... of the parameter's shape and filled with zeros.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from lightning_adapm.moments.base import Momentum, SecondMoment
-from lightning_adapm.roles.piece import Piece
-from lightning_adapm.sharding.find import shape_of
+from lightning_adapm.moments.base import Moment
+from lightning_adapm.moments.storage import Entry, decoded
+from lightning_adapm.sharding.find import local, shape_of
 from lightning_adapm.sharding.layout import Layout
 from lightning_adapm.sharding.reduction import ProcessReduction
-from lightning_adapm.sharding.rows import RowShard, column_range
-from lightning_adapm.step.parts import Placement
+from lightning_adapm.sharding.rows import RowShard
+from lightning_adapm.step.parts import Part, new_state
 
+Parts = tuple[Part, ...]
+_META = torch.device("meta")
 _PACKED = "packed_"
 
 
-class Stateful(Protocol):
-    """Interface of an optimizer for saving and loading."""
+def export_state(parts: Parts, state: Mapping[str, Any], all_parts: Callable[[], Iterable[Parts]]) -> Mapping[str, Any]:
+    """The state of one parameter for a state dict; to be called on every process that holds a part of it.
 
-    param_groups: list[dict[str, Any]]
-    pieces: dict[Tensor, tuple[Piece, ...]]
-
-    def follow_groups(self) -> None: ...
-
-    def placement(self, param: Tensor) -> Placement: ...
-
-    def make_state(
-        self, param: Tensor, group: Mapping[str, Any], like: Tensor, whole: bool = False
-    ) -> dict[str, Any]: ...
-
-    def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum: ...
-
-    def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment: ...
-
-
-def export_state(
-    optimizer: Stateful, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
-) -> Mapping[str, Any]:
-    """State of one parameter for a state dict. Call it on every process that holds a part of the parameter."""
-    layout = optimizer.placement(param).layout
+    Args:
+        parts: What the parameter consists of.
+        state: Its state on this process.
+        all_parts: Parts of all parameters of the optimizer.
+    """
+    param, layout = parts[0].param, parts[0].layout
     if layout is None:
         return state
+    values = decoded(state)
     if not isinstance(param, DTensor):
-        return {"step": state["step"], **_pack(optimizer, param, group, state, layout)}
-    whole = _whole_shapes(optimizer, param, group)
-    exported = dict(state)
-    for piece, shard, keys in _pieces(optimizer, param, group):
-        for key in keys:
-            rows = state[key]
-            if shard is not None and not _aligned(piece, shard):
-                size = -(-shard.size // len(layout.spans))  # what a DTensor keeps on each process
-                rows = _gather(shard, rows)[size * layout.rank : size * (layout.rank + 1)].clone()
+        return {"step": state["step"], **_pack(parts, values, layout, all_parts)}
+    exported, whole = dict(values), whole_shapes(parts)
+    for part, key, entry in entries_of(parts):
+        if follows_rows(part, entry):
+            rows = values[key]
+            if part.shard is not None and not _aligned(part):
+                size = -(-part.shard.size // len(layout.spans))  # what a DTensor keeps on each process
+                rows = _gather(part.shard, rows)[size * layout.rank : size * (layout.rank + 1)].clone()
             exported[key] = _dtensor(rows, param, 0, whole[key])
-        key = piece.prefix + "exp_avg_r"
-        if key in state and state[key].shape[-1] < whole[key].shape[-1]:
-            exported[key] = _dtensor(state[key], param, 1, whole[key])
+        elif shares_columns(part, entry):
+            exported[key] = _dtensor(values[key], param, 1, whole[key])
     return exported
+
+
+def entries_of(parts: Parts) -> Iterator[tuple[Part, str, Entry]]:
+    """Every entry of a parameter that is a tensor, with its part and its key in the parameter's state."""
+    for part in parts:
+        for key, entry in part.entries.items():
+            if entry.shape is not None:
+                yield part, part.piece.prefix + key, entry
+
+
+def follows_rows(part: Part, entry: Entry) -> bool:
+    """Whether an entry is sharded along its first dimension, as the rows of the matrix or the stack of matrices are."""
+    return entry.rows if part.shard is not None else len(part.shape) == 3 or entry.rows
+
+
+def shares_columns(part: Part, entry: Entry) -> bool:
+    """Whether each process keeps some columns of an entry."""
+    return entry.columns and part.kept is not None
+
+
+def whole_shapes(parts: Parts) -> dict[str, Tensor]:
+    """Tensors on the meta device as the values of the whole parameter's entries, by key."""
+    exact = parts[0].exact
+    return {
+        key: torch.empty(entry.shape or (), dtype=entry.storage.dtype or exact, device=_META)
+        for _, key, entry in entries_of(parts)
+    }
+
+
+def _numbers(parts: Parts) -> Iterator[tuple[Part, Moment, list[str]]]:
+    """Moments that keep numbers on the host, with their part and the numbers' keys."""
+    for part in parts:
+        for moment in (part.first, part.second):
+            if keys := [key for key, entry in moment.entries(part.shape).items() if entry.shape is None]:
+                yield part, moment, keys
 
 
 def _dtensor(part: Tensor, param: DTensor, dim: int, whole: Tensor) -> DTensor:
@@ -79,7 +100,7 @@ def _dtensor(part: Tensor, param: DTensor, dim: int, whole: Tensor) -> DTensor:
 
 
 def import_entry(
-    optimizer: Stateful, param: Tensor, group: Mapping[str, Any], entry: Mapping[str, Any] | None
+    parts: Parts, entry: Mapping[str, Any] | None, all_parts: Callable[[], Iterable[Parts]]
 ) -> dict[str, Any] | None:
     """A saved entry with a state dict's tensors for one device, sharded or not; None where nothing was saved.
 
@@ -88,49 +109,52 @@ def import_entry(
     Raises:
         ValueError: FSDP1 has cut a state that was saved with other settings.
     """
-    layout = optimizer.placement(param).layout
-    if layout is not None and not isinstance(param, DTensor):
-        entry = _whole_entry(optimizer, param, group, entry, layout)
+    layout = parts[0].layout
+    if layout is not None and not isinstance(parts[0].param, DTensor):
+        entry = _whole_entry(parts, entry, layout)
     if not entry or _PACKED + "0" not in entry:
         return dict(entry) if entry else None
     packed = torch.cat([_full(entry[key]).flatten() for key in sorted(entry) if key.startswith(_PACKED)])
-    return {**_unpack(optimizer, param, group, packed), "step": entry["step"]}
+    return {**_unpack(parts, packed), "step": entry["step"]}
 
 
-def localise(optimizer: Stateful, param: Tensor, group: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy this process's part of a whole parameter's state, from DTensors or whole tensors."""
-    state = optimizer.make_state(param, group, param)
-    rest, layout = dict(whole), optimizer.placement(param).layout
-    for piece, shard, keys in _pieces(optimizer, param, group):
-        for key in keys:
-            value = rest.pop(key)
-            if isinstance(value, DTensor) and _aligned(piece, shard):
-                state[key].copy_(value.to_local())
-            elif shard is not None:
-                state[key].copy_(_held(shard, _full(value)))
-            elif layout is not None:  # a stack of matrices
-                inner = layout.shape[1:].numel()
-                state[key].copy_(_full(value)[layout.held[0] // inner : layout.held[1] // inner])
-        right = state.get(piece.prefix + "exp_avg_r")
-        if right is not None and right.dim() == 3:  # of the matrices held here, which the saved number is not
-            rest[piece.prefix + "seeded"] = int(right.any(dim=-1).any(dim=-1).all())
-    for key, value in rest.items():
-        if isinstance(state[key], Tensor):
-            value = _full(torch.as_tensor(value))
-            if layout is not None and state[key].shape != value.shape:  # a basis that the processes share out
-                value = value[..., slice(*column_range(layout, value.shape[-1]))]
-            state[key].copy_(value)
-        else:
-            state[key] = int(value)
+def localize(parts: Parts, whole: Mapping[str, Any]) -> dict[str, Any]:
+    """What this process holds of the state of a whole parameter; DTensors or whole tensors, the values are copied."""
+    state, values = new_state(parts, local(parts[0].param).device), decoded(whole)
+    state["step"].copy_(_full(torch.as_tensor(values["step"])))
+    for part, key, entry in entries_of(parts):
+        entry.storage.write([state], key, [_held_value(part, entry, values[key])])
+    for part, moment, numbers in _numbers(parts):
+        prefix = part.piece.prefix
+        found = {key: values[prefix + key] for key in numbers}
+        if part.shard is None and part.is_shared:  # of the matrices of a stack that are held here
+            found = moment.numbers({key: state[prefix + key] for key in moment.entries(part.shape)})
+        state |= {prefix + key: int(number) for key, number in found.items()}
     return state
 
 
-def fits(optimizer: Stateful, param: Tensor, group: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
-    """Whether a saved entry has the keys and shapes of the whole parameter's state."""
-    whole = _whole_shapes(optimizer, param, group)
-    return whole.keys() == entry.keys() and all(
-        torch.as_tensor(entry[key]).shape == value.shape for key, value in whole.items() if isinstance(value, Tensor)
-    )
+def _held_value(part: Part, entry: Entry, value: Tensor) -> Tensor:
+    """What this process holds of the value of an entry."""
+    layout = part.layout
+    assert layout is not None
+    if follows_rows(part, entry):
+        if isinstance(value, DTensor) and _aligned(part):
+            return value.to_local()
+        if part.shard is not None:
+            return _held(part.shard, _full(value))
+        inner = layout.shape[1:].numel()  # of a stack of matrices
+        return _full(value)[layout.held[0] // inner : layout.held[1] // inner]
+    value = _full(value)
+    return value[..., slice(*part.kept)] if shares_columns(part, entry) and part.kept is not None else value
+
+
+def fits(parts: Parts, entry: Mapping[str, Any]) -> bool:
+    """Whether a saved entry has the keys and the shapes that the whole parameter's state has."""
+    shapes, values = whole_shapes(parts), decoded(entry)
+    numbers = {part.piece.prefix + key for part, _, keys in _numbers(parts) for key in keys}
+    if values.keys() != shapes.keys() | numbers | {"step"}:
+        return False
+    return all(torch.as_tensor(values[key]).shape == value.shape for key, value in shapes.items())
 
 
 def full_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,28 +166,9 @@ def _full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _whole_shapes(optimizer: Stateful, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-    return optimizer.make_state(param, group, torch.empty(0, device="meta"), whole=True)
-
-
-def _pieces(
-    optimizer: Stateful, param: Tensor, group: Mapping[str, Any]
-) -> Iterator[tuple[Piece, RowShard | None, list[str]]]:
-    """Pieces with the keys of entries that have a row for each of theirs, and are sharded like them."""
-    placement, meta = optimizer.placement(param), torch.empty((), device="meta")
-    for piece, shape, shard in zip(optimizer.pieces[param], placement.shapes, placement.shards, strict=True):
-        makers = (optimizer.momentum_for(piece, shape, group), optimizer.second_moment_for(piece, shape, group))
-        one_more = torch.Size((shape[0] + 1, *shape[1:])) if shape else shape
-        made, larger = (
-            {k: v for maker in makers for k, v in maker.make(size, meta).items()} for size in (shape, one_more)
-        )
-        keys = [k for k, v in made.items() if isinstance(v, Tensor) and v.shape != larger[k].shape]
-        yield piece, shard, [piece.prefix + key for key in keys]
-
-
-def _aligned(piece: Piece, shard: RowShard | None) -> bool:
-    """Whether the rows of a piece lie on the processes as a DTensor's would, unlike those of a fused weight."""
-    return shard is None or piece.whole or piece.transposed
+def _aligned(part: Part) -> bool:
+    """Whether the rows of a part lie on the processes as a DTensor's would: those of a fused weight do not."""
+    return part.shard is None or part.piece.whole or part.piece.transposed
 
 
 def _gather(shard: RowShard, rows: Tensor) -> Tensor:
@@ -182,31 +187,30 @@ def _held(shard: RowShard, full: Tensor) -> Tensor:
 
 
 def _pack(
-    optimizer: Stateful, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any], layout: Layout
+    parts: Parts, values: Mapping[str, Any], layout: Layout, all_parts: Callable[[], Iterable[Parts]]
 ) -> dict[str, Tensor]:
-    """This process's part of a parameter's whole state."""
-    exact = torch.float64 if param.dtype == torch.float64 else torch.float32
-    vectors: dict[str, Tensor] = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    for piece, shard, keys in _pieces(optimizer, param, group):
-        assert shard is not None
-        vectors |= {key: _gather(shard, state[key]) for key in keys}
-        right = piece.prefix + "exp_avg_r"
-        if right in vectors and vectors[right].shape[-1] < shard.width:
-            vectors[right] = ProcessReduction([shard]).columns(vectors[right], shard.width)
+    """This process's part of all state of a parameter."""
+    vectors: dict[str, Tensor] = {}
+    for part, key, entry in entries_of(parts):
+        vectors[key] = values[key]
+        if part.shard is not None and entry.rows:
+            vectors[key] = _gather(part.shard, values[key])
+        elif part.shard is not None and shares_columns(part, entry):
+            vectors[key] = ProcessReduction([part.shard], columns_shared=True).columns(values[key], part.shard.width)
     numel = layout.shape.numel()
-    packed = torch.zeros(_count(optimizer) * numel, dtype=exact, device=param.device)
+    packed = torch.zeros(_count(all_parts()) * numel, dtype=parts[0].exact, device=parts[0].param.device)
     place = 0
-    for key in sorted(vectors.keys() - {"step"}):
+    for key in sorted(vectors):
         packed[place : place + vectors[key].numel()] = vectors[key].flatten()
         place += vectors[key].numel()
     first, last = layout.held
     return {f"{_PACKED}{i}": part[first:last].clone() for i, part in enumerate(packed.view(-1, numel))}
 
 
-def _unpack(optimizer: Stateful, param: Tensor, group: Mapping[str, Any], packed: Tensor) -> dict[str, Any]:
-    entry, place = _whole_shapes(optimizer, param, group), 0
-    for key in sorted(key for key, value in entry.items() if isinstance(value, Tensor) and key != "step"):
-        shape = entry[key].shape
+def _unpack(parts: Parts, packed: Tensor) -> dict[str, Any]:
+    shapes, place, entry = whole_shapes(parts), 0, dict[str, Any]()
+    for key in sorted(shapes):
+        shape = shapes[key].shape
         entry[key] = packed[place : place + shape.numel()].view(shape)
         place += shape.numel()
     if packed[place:].any():
@@ -214,26 +218,24 @@ def _unpack(optimizer: Stateful, param: Tensor, group: Mapping[str, Any], packed
             "the saved state is FSDP1's, of an optimizer with another rank, second moment or policy; load it with the"
             " settings it was saved with"
         )
-    for key in [key for key in entry if key.endswith("seeded")]:
-        entry[key] = int(entry[key.removesuffix("seeded") + "exp_avg_r"].any())
+    for part, moment, numbers in _numbers(parts):
+        prefix = part.piece.prefix
+        state = {key: entry[prefix + key] for key in moment.entries(part.shape) if key not in numbers}
+        entry |= {prefix + key: number for key, number in moment.numbers(state).items()}
     return entry
 
 
-def _count(optimizer: Stateful) -> int:
-    """Number of tensors of a parameter's shape that hold its state, the same for all parameters."""
+def _count(all_parts: Iterable[Parts]) -> int:
+    """Tensors of a parameter's shape that hold the state of any: the same number for all of them."""
     count = 1
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            whole = {k: v for k, v in _whole_shapes(optimizer, param, group).items() if k != "step"}
-            numel = sum(value.numel() for value in whole.values() if isinstance(value, Tensor))
-            count = max(count, -(-numel // max(1, shape_of(param).numel())))
+    for parts in all_parts:
+        numel = sum(value.numel() for value in whole_shapes(parts).values())
+        count = max(count, -(-numel // max(1, shape_of(parts[0].param).numel())))
     return count
 
 
-def _whole_entry(
-    optimizer: Stateful, param: Tensor, group: Mapping[str, Any], entry: Mapping[str, Any] | None, layout: Layout
-) -> dict[str, Any] | None:
-    """Gather a state that FSDP1 has cut.
+def _whole_entry(parts: Parts, entry: Mapping[str, Any] | None, layout: Layout) -> dict[str, Any] | None:
+    """What FSDP1 has cut up, whole again.
 
     Whatever a saved tensor's shape, FSDP1 gives each process the elements at the process's places in the parameter, in
     row-major order. Nothing is lost, because no state of AdaPM is larger than its parameter.
@@ -249,9 +251,7 @@ def _whole_entry(
     whole: dict[str, Any] = next((others for _, others in found if others), {})
     if not whole:
         return None
-    shapes = {
-        key: value.shape for key, value in _whole_shapes(optimizer, param, group).items() if torch.is_tensor(value)
-    }
+    shapes = {key: value.shape for key, value in whole_shapes(parts).items()}
     for key in sorted({key for ends, _ in found for key in ends}):
         size = max(ends.get(key, 0) for ends, _ in found)
         shape = shapes.get(key)
@@ -263,7 +263,7 @@ def _whole_entry(
                 " was saved with another rank, second moment or policy, and FSDP1 does not say in what shape. Load it"
                 " with the settings it was saved with, or on a single device, with DDP or with FSDP2, which convert it"
             )
-        flat = torch.zeros(size, dtype=torch.float64, device=param.device)
+        flat = torch.zeros(size, dtype=torch.float64, device=parts[0].param.device)
         if mine.get(key):
             flat[first : first + tensors[key].numel()] = tensors[key]
         dist.all_reduce(flat, group=layout.group)

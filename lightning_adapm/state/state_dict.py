@@ -3,15 +3,17 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_adapm.state.convert import restored_state
 from lightning_adapm.state.settings import AS_BUILT, as_built, kept_settings
-from lightning_adapm.state.sharded import Stateful, export_state
+from lightning_adapm.state.sharded import export_state
+from lightning_adapm.step.parts import Part
 
 FORMAT_VERSION = 1
 """Version of the format of the state, kept in every parameter group."""
@@ -25,6 +27,17 @@ class Checkpointed(Optimizer):
     foreign: ClassVar[frozenset[str]] = frozenset()
     """Options of other optimizers without a meaning here, which are dropped from checkpoints."""
 
+    def parts(self, param: Tensor) -> tuple[Part, ...]:
+        """What a parameter consists of, with the moments of each part."""
+        raise NotImplementedError
+
+    def follow_groups(self) -> None:
+        """Let everything known of parameters follow the lists of the groups, which callers may change in place."""
+
+    def all_parts(self) -> Iterator[tuple[Part, ...]]:
+        """The parts of every parameter."""
+        return (self.parts(param) for group in self.param_groups for param in group["params"])
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as ``torch.optim`` does."""
         super().add_param_group(param_group)
@@ -36,15 +49,13 @@ class Checkpointed(Optimizer):
 
         Call it on all processes that hold a part of a parameter.
         """
-        cast(Stateful, self).follow_groups()
+        self.follow_groups()
 
         def export(_: Optimizer, packed: dict[str, Any]) -> None:
             for saved, group in zip(packed["param_groups"], self.param_groups, strict=True):
                 for index, param in zip(saved["params"], group["params"], strict=True):
                     if index in packed["state"]:
-                        packed["state"][index] = export_state(
-                            cast(Stateful, self), param, group, packed["state"][index]
-                        )
+                        packed["state"][index] = export_state(self.parts(param), packed["state"][index], self.all_parts)
 
         # before the caller's hooks, which may return something of another form
         with _hooks(self.register_state_dict_post_hook(export, prepend=True)):
@@ -60,7 +71,7 @@ class Checkpointed(Optimizer):
         Raises:
             ValueError: The state has no meaning here. Nothing has been changed then.
         """
-        cast(Stateful, self).follow_groups()
+        self.follow_groups()
         loaded: dict[Any, Any] = {}
         differing: list[str] = []
 
@@ -70,7 +81,7 @@ class Checkpointed(Optimizer):
             groups, words = kept_settings(
                 saved["param_groups"], self.param_groups, FORMAT_VERSION, self.structure, self.foreign
             )
-            loaded.update(restored_state(cast(Stateful, self), saved))
+            loaded.update(restored_state(self.param_groups, self.parts, saved))
             differing.extend(words)
             params = {key for group in saved["param_groups"] for key in group["params"]}
             others = {key: value for key, value in saved["state"].items() if key not in params}

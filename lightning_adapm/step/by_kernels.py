@@ -8,14 +8,14 @@ same.
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_adapm.moments import lowrank
-from lightning_adapm.moments.base import Direction, Momentum, SecondMoment, Stack, State, join, store
+from lightning_adapm.moments.base import Direction, Stack, State, join, split
 from lightning_adapm.moments.first import FullMomentum, LowRankMomentum, NoMomentum
 from lightning_adapm.moments.second import (
     BlockSecondMoment,
@@ -23,11 +23,11 @@ from lightning_adapm.moments.second import (
     FactoredSecondMoment,
     bias_correction,
 )
-from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
 from lightning_adapm.step import kernels
+from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.kernels import Divisors, Reading
-from lightning_adapm.step.launch import DTYPES, Matrices
-from lightning_adapm.step.parts import PieceState, Plan, Task, reduction_of
+from lightning_adapm.step.launch import Matrices
+from lightning_adapm.step.parts import Part
 
 _TOGETHER_NUMEL = 1 << 24
 """Maximum number of elements of bases that are made orthonormal together, as copies in float64."""
@@ -36,38 +36,18 @@ Iterated = tuple[Tensor, Tensor, Tensor]
 """Arguments of :func:`lowrank.refreshed`."""
 
 
-def takes(tasks: list[Task], momentum: Momentum, second_moment: SecondMoment) -> bool:
-    """Whether kernels find everything that a step with these moments needs of gradients."""
-    multiplies = type(momentum) is NoMomentum or (type(momentum) is LowRankMomentum and momentum.debias)
-    multiplies = multiplies or (type(momentum) is FullMomentum and tasks[0].shard is None)
-    rows = type(second_moment) is BlockSecondMoment and second_moment.outputs == -2
-    return (
-        multiplies
-        and (tasks[0].grad.dim() > 1 or tasks[0].shard is None)
-        and (rows or type(second_moment) in (ElementwiseSecondMoment, FactoredSecondMoment))
-        and all(average.dtype in DTYPES for average in _averages(tasks[0].state))
-        and kernels.movable([task.param for task in tasks], [task.grad for task in tasks])
-    )
-
-
-def _averages(state: PieceState) -> list[Tensor]:
-    """Dtypes of a piece's first moment, which are an option."""
-    found = (state.get(key) for key in ("exp_avg", "exp_avg_l", "exp_avg_r"))
-    return [each for each in found if each is not None]
-
-
 class DeviceGradients(Stack):
     """Gradients in float32 or a smaller dtype that are multiplied without being copied.
 
     A gradient with an infinity or a NaN is zero in every product and sum.
 
     Args:
-        tasks: Tasks with the gradients.
-        finite: Flags of finite gradients, agreed between the processes that hold parts of them.
+        grads: Gradients of one shape and memory layout.
+        finite: Flags that processes which hold parts of them have agreed on.
     """
 
-    def __init__(self, tasks: list[Task], finite: Tensor | None) -> None:
-        super().__init__([task.grad for task in tasks])
+    def __init__(self, grads: list[Tensor], finite: Tensor | None) -> None:
+        super().__init__(grads)
         self.matrices = Matrices.of(self)
         self._agreed = None if finite is None else (~finite).to(torch.int32)
         self._reading: Reading | None = None
@@ -122,28 +102,9 @@ class DeviceGradients(Stack):
         return torch.where(self._counting[..., None], stack, 0.0)
 
 
-class Batch(NamedTuple):
-    """Pieces of one shape that step together, and their gradients where they are not copied."""
-
-    tasks: list[Task]
-    plan: Plan
-    step: int
-    grads: DeviceGradients | None
-
-    @property
-    def states(self) -> list[PieceState]:
-        return [task.state for task in self.tasks]
-
-    def joined(self, key: str) -> Tensor:
-        """Join states to a batch ``(b, ...)`` in float32; a single one is not copied."""
-        return join([state[key] for state in self.states]).float()
-
-    @property
-    def by_kernels(self) -> bool:
-        """Whether :func:`step` does the whole step: nothing is sharded, and every piece has a basis."""
-        if self.grads is None or reduction_of(self.tasks) is not ONE_PROCESS:
-            return False
-        return not isinstance(self.plan.momentum, LowRankMomentum) or all(state["seeded"] for state in self.states)
+def _joined(parts: Sequence[Part], key: str) -> Tensor:
+    """Entries as one ``(b, ...)`` batch in float32; a copy, but of a single one."""
+    return join([part[key] for part in parts]).float()
 
 
 def refresh(batches: Sequence[Batch]) -> None:
@@ -154,13 +115,14 @@ def refresh(batches: Sequence[Batch]) -> None:
     """
     found: list[tuple[DeviceGradients, Iterated]] = []
     for batch in batches:
-        grads, momentum = batch.grads, batch.plan.momentum
-        if grads is None or not isinstance(momentum, LowRankMomentum) or not momentum.due(batch.step):
+        grads, momentum = batch.grads, batch.parts[0].first
+        if not batch.path.whole or not isinstance(momentum, LowRankMomentum) or not momentum.due(batch.step):
             continue
-        if momentum.rank >= grads.shape[-1] or not batch.by_kernels:
+        assert isinstance(grads, DeviceGradients)
+        if momentum.rank >= grads.shape[-1]:
             continue
-        right = batch.joined("exp_avg_r")
-        iterated = lowrank.iterated_rows(grads, batch.joined("exp_avg_l"), right, momentum.beta1)
+        right = _joined(batch.parts, "exp_avg_r")
+        iterated = lowrank.iterated_rows(grads, _joined(batch.parts, "exp_avg_l"), right, momentum.beta1)
         found.append((grads, (*iterated, right)))
         if sum(right.numel() for _, (_, _, right) in found) > _TOGETHER_NUMEL:
             _settle(found)
@@ -175,11 +137,10 @@ def _settle(found: Sequence[tuple[DeviceGradients, Iterated]]) -> None:
 
 
 def step(batch: Batch, group: Mapping[str, Any]) -> None:
-    """Move the parameters of a batch ``by_kernels`` after :func:`refresh`."""
-    tasks, plan, number = batch.tasks, batch.plan, batch.step
-    momentum, second_moment, decay = plan.momentum, plan.second_moment, plan.decay
-    grads, states = batch.grads, batch.states
-    assert grads is not None
+    """Move the parameters of a batch that :func:`refresh` has seen, all by kernels."""
+    part, states, number = batch.parts[0], batch.parts, batch.step
+    momentum, second_moment, grads = part.first, part.second, batch.grads
+    assert isinstance(grads, DeviceGradients)
     assert isinstance(momentum, NoMomentum | FullMomentum | LowRankMomentum)
     assert isinstance(second_moment, BlockSecondMoment | ElementwiseSecondMoment | FactoredSecondMoment)
     lefts = right = refreshed = projected = averages = blocks = left = roots = average = clip = None
@@ -190,10 +151,10 @@ def step(batch: Batch, group: Mapping[str, Any]) -> None:
         kept = join([state["exp_avg_r"] for state in states])
         right = read = kept.to(kernels.FACTOR)
         if grads.basis is not None:
-            refreshed = _refreshed(batch, kept.float(), grads.basis, momentum)
+            refreshed = _refreshed(states, kept.float(), grads.basis, momentum)
             read = grads.basis.to(kernels.FACTOR)
             right = torch.cat([read, right], dim=-2)
-            store(grads.basis, [state["exp_avg_r"] for state in states])
+            momentum.storage.write(states, "exp_avg_r", split(grads.basis, [state["exp_avg_r"] for state in states]))
         projected = grads.read(Matrices.of([read]))
     if isinstance(momentum, FullMomentum):
         average, scale = (_matrices(states, "exp_avg"), momentum.beta1), 1 / (1 - momentum.beta1**number)
@@ -207,14 +168,14 @@ def step(batch: Batch, group: Mapping[str, Any]) -> None:
             grads.reading, projected, lefts, refreshed, averages, grads.shape[1:], blocks, betas, 1 - beta1**number
         )
     if isinstance(second_moment, FactoredSecondMoment):
-        divisors = _factored(second_moment, batch, grads)
+        divisors = _factored(second_moment, states, number, grads)
     elif roots is None:
         assert isinstance(second_moment, ElementwiseSecondMoment)
         divisors = _elementwise(second_moment, states, number)
     else:
         divisors = Divisors(roots, bias_correction(second_moment.beta2, number), second_moment.eps)
     kernels.move(
-        [task.param for task in tasks],
+        batch.params,
         grads.matrices,
         grads.reading.flaws,
         average,
@@ -222,15 +183,15 @@ def step(batch: Batch, group: Mapping[str, Any]) -> None:
         divisors,
         scale,
         float(group["lr"]),
-        decay,
+        part.decay,
         clip,
     )
 
 
-def _refreshed(batch: Batch, right: Tensor, basis: Tensor, momentum: LowRankMomentum) -> kernels.Refreshed:
-    """Left factors when a new ``basis`` replaces ``right``, both ``(b, r, n)``."""
-    held = batch.joined("exp_avg_l")
-    if len(batch.tasks) == 1:  # a view of the state, which is to change
+def _refreshed(states: Sequence[Part], right: Tensor, basis: Tensor, momentum: LowRankMomentum) -> kernels.Refreshed:
+    """What a new ``basis`` in the place of ``right``, both ``(b, r, n)``, leaves of the left factors."""
+    held = _joined(states, "exp_avg_l")
+    if len(states) == 1:  # a view of the state, which is to change
         held = held.clone()
     return kernels.Refreshed(held, lowrank.move_left(held, right, basis), momentum.payout)
 
@@ -245,31 +206,27 @@ def _elementwise(second_moment: ElementwiseSecondMoment, states: Sequence[State]
     return Divisors(_matrices(states, "exp_avg_sq"), correction, second_moment.eps, second_moment.beta2)
 
 
-def _factored(second_moment: FactoredSecondMoment, batch: Batch, grads: DeviceGradients) -> Divisors:
-    """Denominators after updating the averages with the gradients."""
-    averages = _matrices(batch.states, "exp_avg_sq_row"), _matrices(batch.states, "exp_avg_sq_col")
+def _factored(
+    second_moment: FactoredSecondMoment, states: Sequence[State], number: int, grads: DeviceGradients
+) -> Divisors:
+    """With the gradients taken into the averages."""
+    averages = _matrices(states, "exp_avg_sq_row"), _matrices(states, "exp_avg_sq_col")
     sums = kernels.columns(grads.matrices)
     shares, roots = kernels.factor(grads.reading, sums, averages, grads.shape[1:], second_moment.beta2)
-    return Divisors(shares, bias_correction(second_moment.beta2, batch.step), second_moment.eps, columns=roots)
+    return Divisors(shares, bias_correction(second_moment.beta2, number), second_moment.eps, columns=roots)
 
 
-def move(
-    tasks: list[Task],
-    grads: list[Tensor],
-    direction: Direction,
-    second_moment: SecondMoment,
-    number: int,
-    reduction: Reduction,
-    lr: float,
-    decay: float,
-    clip: float | None,
-) -> None:
-    """Equivalent of :func:`lightning_adapm.step.by_torch.update` for layouts that are :func:`kernels.movable`."""
-    states, used = [task.state for task in tasks], direction.tensors
-    if isinstance(second_moment, ElementwiseSecondMoment) and used is grads:
+def move(batch: Batch, direction: Direction, lr: float, clip: float | None) -> None:
+    """Move parameters along a direction, in layouts that are :func:`kernels.movable`.
+
+    The same as :func:`lightning_adapm.step.by_torch.step` after the direction is known.
+    """
+    states, grads, number, used = batch.parts, batch.grads, batch.step, direction.tensors
+    second_moment = states[0].second
+    if isinstance(second_moment, ElementwiseSecondMoment) and second_moment.storage.plain and used is grads:
         divisors = _elementwise(second_moment, states, number)
     else:
-        roots, correction, eps = second_moment.denominators(grads, states, number, reduction)
+        roots, correction, eps = second_moment.denominators(grads, states, number, batch.reduction)
         roots = [
             root if root.dim() else root.expand(*grad.shape[:-2], 1, 1) for root, grad in zip(roots, used, strict=True)
         ]
@@ -280,7 +237,7 @@ def move(
         k = left.shape[-1]
         factors = pad(left, (0, kernels.padded(k) - k)).to(kernels.FACTOR), Matrices.of([right.contiguous()])
     kernels.move(
-        [task.param for task in tasks],
+        batch.params,
         used.matrices if isinstance(used, DeviceGradients) else Matrices.of(used),
         used.reading.flaws if isinstance(used, DeviceGradients) else None,
         None,
@@ -288,6 +245,6 @@ def move(
         divisors,
         direction.scale,
         lr,
-        decay,
+        states[0].decay,
         clip,
     )

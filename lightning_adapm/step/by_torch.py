@@ -1,16 +1,15 @@
-"""The last part of a step: from gradients and a direction to new parameters, in tiles of a bounded size."""
+"""A step by torch's operations, on every device: parameters move in tiles of a bounded size."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_adapm.moments.base import Denominators, Direction, SecondMoment, State
-from lightning_adapm.moments.orthogonal import Orthogonal
-from lightning_adapm.sharding.reduction import Reduction
+from lightning_adapm.moments.base import Denominators, Direction, State
 from lightning_adapm.step import by_kernels, kernels
-from lightning_adapm.step.parts import Observer, Task
+from lightning_adapm.step.batching import Batch
+from lightning_adapm.step.parts import Part
 
 # A matrix of more elements than this is updated in parts: a table of tokens can have 1e9 of them, and temporaries of
 # its size would be larger than all the state that is saved.
@@ -25,57 +24,51 @@ class Tile(NamedTuple):
     denominators: Denominators
 
 
-def update(
-    tasks: list[Task],
-    grads: list[Tensor],
-    direction: Direction,
-    second_moment: SecondMoment,
-    step: int,
-    reduction: Reduction,
-    decay: float,
-    group: Mapping[str, Any],
-    observer: Observer | None,
-) -> None:
-    """Update second moments with ``grads`` of ``tasks`` of one shape, and move their parameters along ``direction``."""
-    remembered = None
-    if isinstance(second_moment, Orthogonal):
+class Observer(Protocol):
+    """Sees every part of a step from inside it; see :class:`lightning_adapm.report.diagnostics.ResidualProbe`."""
+
+    def __call__(
+        self, part: Part, grad: Tensor, direction: Tensor, update: Tensor, clip_threshold: float | None
+    ) -> None:
+        """``direction`` is the momentum used, ``update`` the normalised update before any clamp, in units of lr."""
+        ...
+
+
+def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> None:
+    """Take gradients that are finite into the moments of a batch, and move its parameters."""
+    part, parts = batch.parts[0], batch.parts
+    direction = part.first.direction(batch.grads, parts, batch.step, batch.reduction)
+    if observer is not None:
         direction = direction.multiplied()
-        remembered = None if observer is None else direction
-        direction = second_moment.applied(direction, reduction)
+    remembered, direction = direction, part.second.applied(direction, batch.reduction)
     lr, clip = float(group["lr"]), group.get("clip_threshold")
     clip = None if clip is None or direction.clamp is None else clip * direction.clamp
-    if observer is None and kernels.movable([task.param for task in tasks], direction.tensors):
-        by_kernels.move(tasks, grads, direction, second_moment, step, reduction, lr, decay, clip)
+    if observer is None and kernels.movable(batch.params, direction.tensors):
+        by_kernels.move(batch, direction, lr, clip)
         return
-    for tile in _tiles(tasks, grads, direction, second_moment, step, reduction, whole=observer is not None):
+    for tile in _tiles(batch, direction, whole=observer is not None):
         used = tile.direction.multiplied()
-        if decay:
-            torch._foreach_mul_(tile.params, 1 - lr * decay)
+        if part.decay:
+            torch._foreach_mul_(tile.params, 1 - lr * part.decay)
         divisors, scale = tile.denominators.settle(as_adamw=direction.clamp is None)
         if observer is not None:
-            _observe(observer, tasks, remembered or used, used, divisors, scale, clip)
+            _observe(observer, batch, used if remembered is direction else remembered, used, divisors, scale, clip)
         _apply(tile.params, used.tensors, divisors, used.scale * scale, lr, clip, used.scratch)
 
 
-def _tiles(
-    tasks: list[Task],
-    grads: list[Tensor],
-    direction: Direction,
-    second_moment: SecondMoment,
-    step: int,
-    reduction: Reduction,
-    whole: bool,
-) -> Iterator[Tile]:
-    params, states = [task.param for task in tasks], [task.state for task in tasks]
+def _tiles(batch: Batch, direction: Direction, whole: bool) -> Iterator[Tile]:
+    parts, params, grads, step, _, reduction = batch
+    second = parts[0].second
     rows = _rows_of_a_tile(params[0], grads[0])
-    if whole or len(tasks) > 1 or rows is None:
-        yield Tile(params, direction, second_moment.denominators(grads, states, step, reduction))
+    if whole or len(parts) > 1 or rows is None:
+        yield Tile(params, direction, second.denominators(grads, parts, step, reduction))
         return
-    known = None if second_moment.elementwise else second_moment.denominators(grads, states, step, reduction)
+    in_tiles = second.elementwise and all(entry.storage.plain for entry in parts[0].entries.values())
+    known = None if in_tiles else second.denominators(grads, parts, step, reduction)
     for first in range(0, len(grads[0]), rows):
         last = min(first + rows, len(grads[0]))
         if known is None:
-            some = second_moment.denominators([grads[0][first:last]], [_Rows(states[0], first, last)], step, reduction)
+            some = second.denominators([grads[0][first:last]], [_Rows(parts[0], first, last)], step, reduction)
         else:
             (root,) = known.roots
             each = root.dim() == grads[0].dim() and len(root) == len(grads[0])
@@ -105,18 +98,19 @@ class _Rows:
 
 def _observe(
     observer: Observer,
-    tasks: list[Task],
+    batch: Batch,
     momentum: Direction,
     used: Direction,
     divisors: list[Tensor],
     scale: float,
     clip: float | None,
 ) -> None:
-    for task, tensor, moved, divisor in zip(tasks, momentum.tensors, used.tensors, divisors, strict=True):
+    pairs = zip(batch.parts, batch.grads, momentum.tensors, used.tensors, divisors, strict=True)
+    for part, grad, tensor, moved, divisor in pairs:
         direction, update = tensor * momentum.scale, moved * (used.scale * scale) / divisor
-        if task.shard is not None:
-            direction, update = task.shard.held_only(direction), task.shard.held_only(update)
-        observer(task, direction, update, clip)
+        if part.shard is not None:
+            direction, update = part.shard.held_only(direction), part.shard.held_only(update)
+        observer(part, grad, direction, update, clip)
 
 
 def _apply(

@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_adapm.sharding.find import has_values
 from lightning_adapm.sharding.reduction import all_reduce
-from lightning_adapm.step.parts import Task
+from lightning_adapm.step.parts import Part
 
 _WATCHED = 3
 """Number of consecutive steps with only broken gradients before a warning."""
@@ -25,8 +25,8 @@ _ALL_BROKEN = (
     " scaler. The optimizer's nonfinite_gradients() counts such steps by parameter"
 )
 
-Key = tuple[Tensor, str]
-"""Identity of a piece: its parameter and its prefix."""
+Key = tuple[int, int]
+"""Identity of a part; see :attr:`lightning_adapm.step.parts.Part.key`."""
 
 
 class NonFiniteGradients:
@@ -51,29 +51,27 @@ class NonFiniteGradients:
             steps[self._names[key]] += numbers[id(counts)][place]
         return {name: number for name, number in steps.items() if number}
 
-    def agree(self, tasks: Iterable[Task], params: Iterable[Tensor]) -> None:
+    def agree(self, moving: Iterable[tuple[Part, Tensor]]) -> None:
         """Let the processes that hold parts of a piece agree on whether its gradient is finite, in one collective.
 
         Args:
-            tasks: Of this step, in any order: how they are put together depends on what each process has seen.
-            params: All parameters, in the order that is the same on every process.
+            moving: Parts of this step with their gradients, in any order: how they are put together depends on what
+                each process has seen. The processes hold the same parts, if only nothing of some.
         """
         self._agreed = {}
-        shared = [task for task in tasks if task.layout is not None and len(task.layout.spans) > 1]
-        if not shared:
-            return
-        order = {param: place for place, param in enumerate(params)}
-        by_group: dict[Any, list[Task]] = defaultdict(list)
-        for task in sorted(shared, key=lambda task: (order[task.owner], task.piece.start)):
-            assert task.layout is not None
-            by_group[task.layout.group].append(task)
+        by_group: dict[Any, list[tuple[Part, Tensor]]] = defaultdict(list)
+        shared = [(part, grad) for part, grad in moving if part.is_shared]
+        for part, grad in sorted(shared, key=lambda pair: pair[0].key):
+            assert part.layout is not None
+            by_group[part.layout.group].append((part, grad))
         for group, together in by_group.items():
-            flags = torch.stack([_finite([task.taken().grad])[0] for task in together]).to(torch.int32)
+            grads = (grad if part.shard is None else part.matrix(grad) for part, grad in together)
+            flags = torch.stack([_finite([grad])[0] for grad in grads]).to(torch.int32)
             all_reduce(flags, group, dist.ReduceOp.MIN)
-            self._agreed.update(zip([task.key for task in together], (flags != 0).unbind(), strict=True))
+            self._agreed.update(zip([part.key for part, _ in together], (flags != 0).unbind(), strict=True))
 
-    def let_go(self, held: set[Tensor]) -> None:
-        """Forget all parameters but those ``held``."""
+    def let_go(self, held: set[int]) -> None:
+        """Forget all parameters except those with the numbers ``held``."""
         self._agreed = {}
         for known in (self._counts, self._names):
             for key in [key for key in known if key[0] not in held]:
@@ -84,46 +82,44 @@ class NonFiniteGradients:
         if self._watch.finish_step():
             warnings.warn(_ALL_BROKEN.format(steps=_WATCHED), stacklevel=5)  # of whoever calls step()
 
-    def replace(self, tasks: list[Task], maximize: bool) -> list[Task]:
-        """Replace gradients by those to descend along, with broken ones zeroed and counted."""
-        exact = [task.grad if task.grad.dtype == torch.float64 else task.grad.float() for task in tasks]
+    def replaced(self, parts: Sequence[Part], grads: list[Tensor], maximize: bool) -> list[Tensor]:
+        """The gradients to descend along, of parts of one shape, dtype and device."""
+        exact = [grad if grad.dtype == torch.float64 else grad.float() for grad in grads]
         if maximize:
             exact = list(torch._foreach_neg(exact))
         if not has_values(exact[0]):
-            return [task._replace(grad=grad) for task, grad in zip(tasks, exact, strict=True)]
+            return exact
         on_device = exact[0].device.type != "cpu"
         if on_device and exact[0].dim() and all(grad.shape == exact[0].shape for grad in exact):
-            exact = self._zeroed(tasks, torch.stack(exact))
-        else:
-            finite = self.agreed_on(tasks)
-            finite = _finite(exact) if finite is None else finite
-            flaws = (~finite).to(torch.int32)
-            if on_device or flaws.any():  # on a CPU, asking costs nothing
-                self.count(tasks, flaws)
-                exact = [torch.where(fine, grad, 0.0) for fine, grad in zip(finite.unbind(), exact, strict=True)]
-            else:
-                self._watch.see(flaws)
-        return [task._replace(grad=grad) for task, grad in zip(tasks, exact, strict=True)]
+            return self._zeroed(parts, torch.stack(exact))
+        finite = self.agreed_on(parts)
+        finite = _finite(exact) if finite is None else finite
+        flaws = (~finite).to(torch.int32)
+        if on_device or flaws.any():  # on a CPU, asking costs nothing
+            self.count(parts, flaws)
+            return [torch.where(fine, grad, 0.0) for fine, grad in zip(finite.unbind(), exact, strict=True)]
+        self._watch.see(flaws)
+        return exact
 
-    def _zeroed(self, tasks: list[Task], grads: Tensor) -> list[Tensor]:
-        """Zero broken gradients ``(tasks, ...)``, by a few kernels for all of them."""
-        finite = self.agreed_on(tasks)
+    def _zeroed(self, parts: Sequence[Part], grads: Tensor) -> list[Tensor]:
+        """Gradients as one tensor, by a few kernels for all of them."""
+        finite = self.agreed_on(parts)
         if finite is None:
-            finite = grads.sum(dim=-1).view(len(tasks), -1).isfinite().all(dim=-1)
-        self.count(tasks, (~finite).to(torch.int32))
+            finite = grads.sum(dim=-1).view(len(parts), -1).isfinite().all(dim=-1)
+        self.count(parts, (~finite).to(torch.int32))
         return list(grads.masked_fill_(~finite.view(-1, *(1,) * (grads.dim() - 1)), 0.0).unbind())
 
-    def agreed_on(self, tasks: list[Task]) -> Tensor | None:
-        """Flags ``(tasks,)`` of finite gradients, agreed between processes."""
-        if not self._agreed or tasks[0].key not in self._agreed:
+    def agreed_on(self, parts: Sequence[Part]) -> Tensor | None:
+        """Flags ``(parts,)``: finite, as far as processes have agreed on it."""
+        if not self._agreed or parts[0].key not in self._agreed:
             return None
-        return torch.stack([self._agreed[task.key] for task in tasks])
+        return torch.stack([self._agreed[part.key] for part in parts])
 
-    def count(self, tasks: list[Task], flaws: Tensor) -> None:
-        """Count a step for tasks whose entry in ``flaws`` ``(tasks,)`` is 1, not 0."""
-        counts = self._together([task.key for task in tasks])
+    def count(self, parts: Sequence[Part], flaws: Tensor) -> None:
+        """Add a step to those whose number in ``flaws`` ``(parts,)`` is 1, not 0."""
+        counts = self._together([part.key for part in parts])
         if counts is None:
-            counts = self._gathered(tasks, flaws)
+            counts = self._gathered(parts, flaws)
         counts += flaws
         self._watch.see(flaws)
 
@@ -136,13 +132,13 @@ class NonFiniteGradients:
         same = all(each is not None and each[0] is counts and each[1] == place for place, each in enumerate(found))
         return counts if same else None
 
-    def _gathered(self, tasks: list[Task], like: Tensor) -> Tensor:
-        """Gather the counts of pieces into one tensor for the next time."""
-        found = [self._counts.get(task.key) for task in tasks]
+    def _gathered(self, parts: Sequence[Part], like: Tensor) -> Tensor:
+        """The counts of pieces that were not, as one tensor from now on."""
+        found = [self._counts.get(part.key) for part in parts]
         counts = torch.stack([like.new_zeros(()) if each is None else each[0][each[1]].to(like) for each in found])
-        for place, task in enumerate(tasks):
-            self._counts[task.key] = counts, place
-            self._names[task.key] = _name(task)
+        for place, part in enumerate(parts):
+            self._counts[part.key] = counts, place
+            self._names[part.key] = part.label
         return counts
 
 
@@ -190,10 +186,6 @@ class Watch:
                 self._in_a_row = self._in_a_row + 1 if len(step) and step.all() else 0
                 self._over = self._over or self._in_a_row == _WATCHED
         return self._over
-
-
-def _name(task: Task) -> str:
-    return task.name if task.piece.whole else f"{task.name} ({task.piece.prefix.removesuffix('.')})"
 
 
 def _finite(grads: list[Tensor]) -> Tensor:

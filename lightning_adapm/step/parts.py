@@ -1,69 +1,206 @@
-"""The pieces of one step, and the batches in which they are processed together."""
+"""One object per piece of a parameter: what it is, where it lies, what is remembered of it."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_adapm.moments.base import Momentum, SecondMoment
-from lightning_adapm.moments.orthogonal import Orthogonal
+from lightning_adapm.moments.storage import Entry
 from lightning_adapm.roles.piece import Piece
 from lightning_adapm.sharding.find import layout_of
 from lightning_adapm.sharding.layout import Layout
 from lightning_adapm.sharding.reduction import ONE_PROCESS, ProcessReduction, Reduction
-from lightning_adapm.sharding.rows import RowShard
-
-# Pieces of one shape are taken through a step together while their gradients hold at most this many elements: small
-# matrices share kernels, large ones (which fill a device alone) are not copied and bound the temporaries.
-_BATCH_NUMEL = {"cpu": 1 << 16, "cuda": 1 << 24}
-# Where nothing is copied, temporaries are projections, a small share of that, and several of them in a refresh.
-_UNCOPIED_NUMEL, _REFRESHED_NUMEL = 1 << 29, 1 << 28
+from lightning_adapm.sharding.rows import RowShard, column_range
 
 
-class Placement(NamedTuple):
-    """Placement of a parameter's pieces: all on this process, or divided by ``layout``."""
+class Chooser(Protocol):
+    """What chooses the moments of a piece: an optimizer."""
 
+    def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum: ...
+
+    def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment: ...
+
+
+class Alike:
+    """Token for everything that must be equal in parts that step together; compared by identity."""
+
+    __slots__ = ("__weakref__",)
+
+
+class Part:
+    """A piece of a parameter, as this process holds it.
+
+    It is the :class:`~lightning_adapm.moments.storage.State` of its moments: ``part["exp_avg"]`` is an entry of the
+    parameter's state without the piece's prefix.
+    """
+
+    __slots__ = (
+        "alike",
+        "decay",
+        "first",
+        "kept",
+        "key",
+        "layout",
+        "name",
+        "param",
+        "piece",
+        "second",
+        "shape",
+        "shard",
+        "state",
+        "view",
+    )
+
+    key: tuple[int, int]
+    """Number of the parameter in the optimizer and of the piece in it: the same on every process."""
+    name: str
+    """Name of the parameter."""
+    param: Tensor
+    piece: Piece
     layout: Layout | None
-    shapes: tuple[torch.Size, ...]
-    """Shapes of the pieces' matrices over all processes."""
-    shards: tuple[RowShard | None, ...]
-    """This process's rows of each matrix; None for matrices that this process holds alone."""
+    """Which elements of the parameter which process holds; None where every process holds all."""
+    shape: torch.Size
+    """Shape of the piece's matrix, over all processes."""
+    shard: RowShard | None
+    """Rows of the matrix on this process; None for matrices that no other process holds a part of."""
+    first: Momentum
+    second: SecondMoment
+    decay: float
+    """Weight decay."""
+    kept: tuple[int, int] | None
+    """Columns that this process keeps of entries whose columns processes share; None for all."""
+    alike: "Alike"
+    """Parts with the same one may go through a step together."""
+    view: Tensor
+    """The piece in the parameter's memory; for a shard all that this process holds of the parameter."""
+    state: dict[str, Any]
+    """State of the parameter."""
 
-    @classmethod
-    def of(cls, param: Tensor, pieces: Sequence[Piece]) -> "Placement":
-        """Find the placement of a parameter.
+    def __init__(self, key: tuple[int, int], name: str, param: Tensor, piece: Piece, layout: Layout | None) -> None:
+        self.key, self.name, self.param, self.piece, self.layout = key, name, param, piece, layout
+        self.shape = piece.shape(param.shape if layout is None else layout.shape)
+        self.shard = None
+        if layout is not None and len(layout.spans) > 1 and len(self.shape) != 3:
+            self.shard = RowShard(layout, piece.start, piece.stop, piece.groups, piece.transposed)
 
-        Raises:
-            TypeError: The parameter is sharded in an unsupported way.
-        """
-        layout = layout_of(param)
-        shapes = tuple(piece.shape(param.shape if layout is None else layout.shape) for piece in pieces)
-        if layout is None or len(layout.spans) == 1:
-            return cls(layout, shapes, (None,) * len(pieces))
-        return cls(
-            layout,
-            shapes,
-            tuple(
-                None if len(shape) == 3 else RowShard(layout, piece.start, piece.stop, piece.groups, piece.transposed)
-                for piece, shape in zip(pieces, shapes, strict=True)
-            ),
-        )
+    def tune(self, chooser: Chooser, group: Mapping[str, Any]) -> "Part":
+        """Give the part the moments and the weight decay that the options of a parameter group mean."""
+        self.first = chooser.momentum_for(self.piece, self.shape, group)
+        self.second = chooser.second_moment_for(self.piece, self.shape, group)
+        self.decay = 0.0 if self.piece.role in group["no_decay"] else float(group["weight_decay"])
+        self.kept = None
+        if self.shard is not None and shares_basis(self.shard.layout, group.get("basis", "auto")):
+            self.kept = column_range(self.shard.layout, self.shape[-1]) if len(self.shape) == 2 else None
+        return self
 
-    def local_shape(self, index: int) -> torch.Size:
-        """Shape of this process's part of a piece's matrix."""
-        shape, shard = self.shapes[index], self.shards[index]
-        if shard is not None:
-            return torch.Size((shard.count, *shape[1:]))
-        if self.layout is None or len(self.layout.spans) == 1 or not shape:
-            return shape
+    def bind(self, held: Tensor, state: dict[str, Any]) -> None:
+        """For one step, find the piece in what this process holds of its parameter, and in the parameter's state."""
+        self.view = held if self.shard is not None else self.piece.view(held)
+        self.state = state
+
+    def release(self) -> None:
+        """Give the memory back: callers may free it or put other memory in its place before the next step."""
+        del self.view, self.state
+
+    def __getitem__(self, key: str) -> Any:
+        return self.state[self.piece.prefix + key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.state[self.piece.prefix + key] = value
+
+    def get(self, key: str) -> Any:
+        """An entry, or None."""
+        return self.state.get(self.piece.prefix + key)
+
+    @property
+    def label(self) -> str:
+        """Name for people: the parameter's, with the piece's where there are several."""
+        return self.name if self.piece.whole else f"{self.name} ({self.piece.part or self.piece.role})"
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """What its moments keep, by key without prefix; shapes are those over all processes."""
+        return self.first.entries(self.shape) | self.second.entries(self.shape)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several processes hold parts of the parameter."""
+        return self.layout is not None and len(self.layout.spans) > 1
+
+    @property
+    def held_shape(self) -> torch.Size:
+        """Shape of what this process holds of the matrix."""
+        if self.shard is not None:
+            return torch.Size((self.shard.count, *self.shape[1:]))
+        if not self.is_shared or self.layout is None or not self.shape:
+            return self.shape
         first, last = self.layout.held  # of a stack of matrices
-        return torch.Size(((last - first) // max(1, shape[1:].numel()), *shape[1:]))
+        return torch.Size(((last - first) // max(1, self.shape[1:].numel()), *self.shape[1:]))
 
-    def local_numel(self, index: int) -> int:
-        """Number of a piece's elements that this process holds."""
-        shard = self.shards[index]
-        return self.local_shape(index).numel() if shard is None else shard.numel
+    @property
+    def held_numel(self) -> int:
+        """Number of elements of the piece that this process holds."""
+        return self.held_shape.numel() if self.shard is None else self.shard.numel
+
+    @property
+    def exact(self) -> torch.dtype:
+        """Dtype of the arithmetic."""
+        return torch.float64 if self.param.dtype == torch.float64 else torch.float32
+
+    def moments_made(self, device: torch.device, whole: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Zero state of the first and of the second moment, by key without prefix.
+
+        It is of what this process holds, or of the ``whole`` matrix.
+        """
+        like, shape = torch.empty((), dtype=self.exact, device=device), self.shape if whole else self.held_shape
+        kept = None if whole else self.kept
+        return self.first.make(shape, like, kept), self.second.make(shape, like, kept)
+
+    def make(self, device: torch.device, whole: bool = False) -> dict[str, Any]:
+        """Zero state of the piece, by the keys of the parameter's state."""
+        first, second = self.moments_made(device, whole)
+        return {self.piece.prefix + key: value for key, value in (first | second).items()}
+
+    def rows(self, part: Tensor) -> Tensor:
+        """The rows of a shard in what this process holds of a parameter or of its gradient."""
+        assert self.shard is not None
+        return self.shard.take(part)
+
+    def matrix(self, grad: Tensor) -> Tensor:
+        """The gradient of the piece as a matrix, from what this process holds of the parameter's."""
+        if self.shard is None:
+            return self.piece.matrix(grad)
+        rows = self.rows(grad)
+        return rows.flatten(1) if rows.dim() == 3 else rows
+
+
+def parts_of(number: int, name: str, param: Tensor, pieces: Sequence[Piece]) -> tuple[Part, ...]:
+    """The parts of a parameter, without moments and memory.
+
+    Args:
+        number: Its number in the optimizer.
+        name: Its name.
+        param: The parameter.
+        pieces: Its pieces.
+
+    Raises:
+        TypeError: It is sharded in a way that is not supported.
+    """
+    layout = layout_of(param)
+    return tuple(Part((number, index), name, param, piece, layout) for index, piece in enumerate(pieces))
+
+
+def new_state(parts: Iterable[Part], device: torch.device, whole: bool = False) -> dict[str, Any]:
+    """Zero state of a parameter: every key that it will ever have.
+
+    It is of what this process holds of the parameter, or of the ``whole`` parameter.
+    """
+    state: dict[str, Any] = {"step": torch.tensor(0.0, dtype=torch.float32)}
+    for part in parts:
+        state |= part.make(device, whole)
+    return state
 
 
 def shares_basis(layout: Layout, basis: str) -> bool:
@@ -75,117 +212,7 @@ def shares_basis(layout: Layout, basis: str) -> bool:
     return basis == "shard" or (basis == "auto" and len(layout.spans) > 2)
 
 
-class Task(NamedTuple):
-    """One piece in one step. ``param`` is a view to update, ``grad`` the gradient as a matrix.
-
-    For a piece that other processes hold parts of, both are the local part of the whole parameter until :meth:`taken`.
-    """
-
-    name: str
-    owner: Tensor
-    """Parameter of the piece."""
-    piece: Piece
-    param: Tensor
-    grad: Tensor
-    state: "PieceState"
-    layout: Layout | None = None
-    shard: RowShard | None = None
-
-    @property
-    def key(self) -> tuple[Tensor, str]:
-        """Identity of the piece in the optimizer, because names may be equal."""
-        return self.owner, self.piece.prefix
-
-    def taken(self) -> "Task":
-        """Restrict the task to the rows of ``shard``."""
-        if self.shard is None:
-            return self
-        grad = self.shard.take(self.grad)
-        return self._replace(param=self.shard.take(self.param), grad=grad.flatten(1) if grad.dim() == 3 else grad)
-
-
-class Plan(NamedTuple):
-    """The part of a piece's step that is the same while the settings of its group stay the same.
-
-    It holds no tensors, because they would keep memory alive that callers have freed, or be views of storage that they
-    have replaced. Pieces with the same ``alike`` can step together.
-    """
-
-    piece: Piece
-    layout: Layout | None
-    shard: RowShard | None
-    momentum: Momentum
-    second_moment: SecondMoment
-    decay: float
-    alike: "Alike"
-
-    def task(self, name: str, owner: Tensor, part: Tensor, grad: Tensor, state: dict[str, Any]) -> Task:
-        """Make the task of this step; ``part`` and ``grad`` are this process's part of the parameter ``owner``."""
-        piece = self.piece
-        if self.shard is None:
-            part, grad = piece.view(part), piece.matrix(grad)
-        return Task(name, owner, piece, part, grad, PieceState(state, piece.prefix), self.layout, self.shard)
-
-
-class Alike:
-    """Token for everything that must be equal in pieces that step together; compared by identity."""
-
-    __slots__ = ("__weakref__",)
-
-
-class Bucket(NamedTuple):
-    """Pieces that step together, by the ``plan`` of the first of them."""
-
-    plan: Plan
-    step: int
-    tasks: list[Task]
-
-
-class Observer(Protocol):
-    """Observer of every piece within a step; see :class:`lightning_adapm.report.diagnostics.ResidualProbe`."""
-
-    def __call__(self, task: Task, direction: Tensor, update: Tensor, clip_threshold: float | None) -> None:
-        """Record a piece: ``direction`` is the momentum used, ``update`` the update before a clamp, in units of lr."""
-        ...
-
-
-class PieceState:
-    """Entries of a parameter's state that belong to one piece, without their prefix."""
-
-    __slots__ = ("_prefix", "_state")
-
-    def __init__(self, state: dict[str, Any], prefix: str) -> None:
-        self._state, self._prefix = state, prefix
-
-    def __getitem__(self, key: str) -> Any:
-        return self._state[self._prefix + key]
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        self._state[self._prefix + key] = value
-
-    def get(self, key: str) -> Any:
-        return self._state.get(self._prefix + key)
-
-
-def batches(bucket: Bucket, copied: bool) -> Iterable[list[Task]]:
-    """Divide pieces of one shape into batches of a bounded size, the same on every process that holds a part of them.
-
-    ``copied`` is whether a step copies their gradients.
-    """
-    plan, step, tasks = bucket
-    grad, shard = tasks[0].grad, tasks[0].shard
-    numel = grad.numel() if shard is None else shard.most * shard.layout.shape[1:].numel()
-    if copied:
-        limit = _BATCH_NUMEL.get(grad.device.type, _BATCH_NUMEL["cuda"])
-    else:
-        limit = _REFRESHED_NUMEL if plan.momentum.due(step) else _UNCOPIED_NUMEL
-    size = max(1, limit // max(1, numel))
-    if shard is not None and isinstance(plan.second_moment, Orthogonal):
-        size = max(size, len(shard.layout.spans))  # every process has a matrix to work on
-    return (tasks[start : start + size] for start in range(0, len(tasks), size))
-
-
-def reduction_of(tasks: list[Task]) -> Reduction:
-    """Reduction that completes the sums over rows of a batch."""
-    shards = [task.shard for task in tasks if task.shard is not None]
-    return ProcessReduction(shards) if shards else ONE_PROCESS
+def reduction_of(parts: Sequence[Part]) -> Reduction:
+    """What completes the sums over rows of a batch."""
+    shards = [part.shard for part in parts if part.shard is not None]
+    return ProcessReduction(shards, parts[0].kept is not None) if shards else ONE_PROCESS

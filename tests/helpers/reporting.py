@@ -17,15 +17,9 @@ def describe(optimizer):
     for group in optimizer.param_groups:
         for name, param in zip(group["param_names"], group["params"], strict=True):
             if param.requires_grad:
-                placed = zip(optimizer.pieces[param], optimizer.placement(param).shapes, strict=True)
                 found[normalize(name)] = [
-                    [
-                        str(piece),
-                        list(shape),
-                        str(optimizer.momentum_for(piece, shape, group)),
-                        str(optimizer.second_moment_for(piece, shape, group)),
-                    ]
-                    for piece, shape in placed
+                    [str(part.piece), list(part.shape), str(part.first), str(part.second)]
+                    for part in optimizer.parts(param)
                 ]
     return found
 

@@ -13,7 +13,7 @@ from lightning_adapm.roles.piece import Piece
 from lightning_adapm.sharding.layout import Layout
 from lightning_adapm.step import nonfinite
 from lightning_adapm.step.nonfinite import NonFiniteGradients
-from lightning_adapm.step.parts import Task
+from lightning_adapm.step.parts import Part
 
 
 def twins(**options):
@@ -109,13 +109,13 @@ class OnTwoProcesses:
         return Layout(weight.shape, ((0, half), (half, 2 * half)), 0, group)
 
 
-def tasks_of(params, group):
-    """As a process sees pieces of one name each; gate and up projection of the last."""
+def moving_of(params, group):
+    """As a process sees pieces of one name each, with the rows it has of gradients; gate and up of the last."""
     pieces = [Piece("mlp")] * (len(params) - 1) + [Piece("mlp", 0, 2, part="gate"), Piece("mlp", 2, 4, part="up")]
-    owners = [*params, params[-1]]
+    owners = [*enumerate(params), (len(params) - 1, params[-1])]
     return [
-        Task("mlp.weight", owner, piece, owner, piece.view(owner.grad), {}, OnTwoProcesses(owner, group))
-        for owner, piece in zip(owners, pieces, strict=True)
+        (Part((number, piece.start), "mlp.weight", owner, piece, OnTwoProcesses(owner, group)), owner.grad[:2])
+        for (number, owner), piece in zip(owners, pieces, strict=True)
     ]
 
 
@@ -125,13 +125,13 @@ def test_processes_agree_by_parameter_and_piece(monkeypatch):
     for param in params:
         param.grad = torch.ones_like(param)
     params[0].grad[0, 0] = params[2].grad[1, 1] = float("nan")
-    tasks = tasks_of(params, group="both")
+    moving = moving_of(params, group="both")
     sent = []
     monkeypatch.setattr(nonfinite, "all_reduce", lambda flags, group, op: sent.append((flags.tolist(), group)))
-    for order in (tasks, tasks[::-1], [tasks[i] for i in (2, 0, 3, 1)]):
+    for order in (moving, moving[::-1], [moving[i] for i in (2, 0, 3, 1)]):
         found = NonFiniteGradients()
-        found.agree(order, params)
-        assert found.agreed_on(tasks).tolist() == [False, True, False, True]
+        found.agree(order)
+        assert found.agreed_on([part for part, _ in moving]).tolist() == [False, True, False, True]
     assert sent == [([0, 1, 0, 1], "both")] * 3
 
 

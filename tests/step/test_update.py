@@ -59,7 +59,7 @@ def test_in_parts_is_as_at_once(monkeypatch, make, second_moment):
 
     monkeypatch.setattr(update, "_TILE_NUMEL", 100)
     monkeypatch.setattr(update, "_tiles", counted)
-    monkeypatch.setattr("lightning_adapm.step.parts._BATCH_NUMEL", {"cpu": 1, "cuda": 1})
+    monkeypatch.setattr("lightning_adapm.step.batching._BATCH_NUMEL", {"cpu": 1, "cuda": 1})
     in_parts = trained(make, second_moment)
     assert max(parts) >= 3
     torch.testing.assert_close(in_parts, at_once, rtol=0, atol=1e-9)

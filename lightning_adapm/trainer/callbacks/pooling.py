@@ -70,12 +70,11 @@ class ResidualFigures:
         low_rank: list[tuple[str, str]] = []
         all_roles: list[str] = []
         for group in optimizer.param_groups:
-            for param in group["params"]:
-                name = optimizer.names[param]
-                for piece, shape in zip(optimizer.pieces[param], optimizer.placement(param).shapes, strict=True):
-                    all_roles.append(role_label(piece.role))
-                    if optimizer.momentum_for(piece, shape, group).name == "low_rank":
-                        low_rank.append((name, role_label(piece.role)))
+            for name, param in zip(group["param_names"], group["params"], strict=True):
+                for part in optimizer.parts(param):
+                    all_roles.append(role_label(part.piece.role))
+                    if part.first.has_basis:
+                        low_rank.append((name, role_label(part.piece.role)))
         self.layers = layer_labels(name for name, _ in low_rank)
         numbered_first = sorted(dict.fromkeys(self.layers.values()), key=lambda label: not label[-1].isdigit())
         self.names = ["nonfinite_gradients", *(f"norm_by_layer/{label}" for label in numbered_first)]

@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 def _sharding_note(optimizer: RoleOptimizer) -> str:
     """Note on the process of the bytes and the placement of bases; empty without sharded parameters."""
     for group in optimizer.param_groups:
-        layouts = (optimizer.placement(param).layout for param in group["params"])
+        layouts = (optimizer.parts(param)[0].layout for param in group["params"])
         sharded = next((layout for layout in layouts if layout is not None and len(layout.spans) > 1), None)
         if sharded is not None:
             where = "sharded" if shares_basis(sharded, group["basis"]) else "on every process"

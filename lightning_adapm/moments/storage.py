@@ -1,0 +1,116 @@
+"""How entries of optimizer state are stored: the only door through which moments read and write them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_adapm.sharding.find import has_values
+
+
+class State(Protocol):
+    """The state of one piece: tensors, and numbers that the host must know without asking the device."""
+
+    def __getitem__(self, key: str, /) -> Any: ...
+
+    def __setitem__(self, key: str, value: Any, /) -> None: ...
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Values in one tensor of a dtype.
+
+    A storage in another form (codes with scales, for instance) overrides :meth:`make`, :meth:`read` and :meth:`write`,
+    and sets ``plain`` to False. It may keep further tensors per entry under the entry's key and one of ``suffixes``.
+    State dicts of sharded parameters hold the values that it reads.
+
+    Args:
+        dtype: Dtype of the tensor. None is the dtype of the arithmetic: float32, or float64 for float64 parameters.
+    """
+
+    dtype: torch.dtype | None = None
+    plain: ClassVar[bool] = True
+    """What is stored are the values, which kernels may read and write in place and of which slices are slices."""
+    suffixes: ClassVar[tuple[str, ...]] = ()
+    """What keys of further tensors end with, after the entry's own key."""
+
+    def make(self, key: str, shape: torch.Size, like: Tensor) -> dict[str, Tensor]:
+        """Zeros, on the device of ``like``, whose dtype is that of the arithmetic."""
+        return {key: like.new_zeros(shape, dtype=self.dtype)}
+
+    def read(self, states: Sequence[State], key: str) -> list[Tensor]:
+        """The values of an entry in each of some states; what is stored itself where that is possible."""
+        return [state[key] for state in states]
+
+    def write(self, states: Sequence[State], key: str, values: Sequence[Tensor]) -> None:
+        """Store values. Those that :meth:`read` gave out and that were changed in place need no copy.
+
+        A value beyond the range of the dtype becomes its largest number: an infinity would stay forever.
+        """
+        pairs = [(state[key], value) for state, value in zip(states, values, strict=True)]
+        pairs = [(stored, value) for stored, value in pairs if not _same(stored, value)]
+        if not pairs:
+            return
+        kept, new = [stored for stored, _ in pairs], [value for _, value in pairs]
+        top = torch.finfo(kept[0].dtype).max
+        if 2 * top < torch.finfo(new[0].dtype).max:
+            new = [value.clamp(-top, top) for value in new]
+        torch._foreach_copy_(kept, new)
+
+    @classmethod
+    def kinds(cls) -> Iterator["type[Storage]"]:
+        """This storage and all that derive from it."""
+        yield cls
+        for kind in cls.__subclasses__():
+            yield from kind.kinds()
+
+
+EXACT = Storage()
+"""In the dtype of the arithmetic."""
+
+
+def decoded(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of saved entries, whatever their storage."""
+    values = dict(saved)
+    for kind in Storage.kinds():
+        if not kind.suffixes:
+            continue
+        for key in [key for key in saved if all(key + suffix in saved for suffix in kind.suffixes)]:
+            (values[key],) = kind().read([values], key)
+            for suffix in kind.suffixes:
+                del values[key + suffix]
+    return values
+
+
+def _same(stored: Tensor, value: Tensor) -> bool:
+    if stored is value or not has_values(stored):
+        return stored is value
+    return stored.dtype == value.dtype and stored.data_ptr() == value.data_ptr() != 0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a moment remembers of one matrix under one key.
+
+    Args:
+        shape: Shape for the matrix that it was asked for. None is a number that the host keeps.
+        rows: The first dimension counts the rows of the matrix, so that it is sharded as they are. Entries of a stack
+            of matrices are always sharded along the stack, and need not say so.
+        columns: The last dimension counts the columns of the matrix. Processes that share its rows may keep some
+            columns each; see :meth:`lightning_adapm.sharding.reduction.Reduction.columns`.
+        storage: How the values are kept.
+    """
+
+    shape: torch.Size | None
+    rows: bool = False
+    columns: bool = False
+    storage: Storage = EXACT
+
+    def make(self, key: str, like: Tensor, kept: tuple[int, int] | None = None) -> dict[str, Any]:
+        """Zeros; of an entry with ``columns`` only those ``kept``, the first and the one after the last."""
+        if self.shape is None:
+            return {key: 0}
+        shape = self.shape if kept is None or not self.columns else (*self.shape[:-1], kept[1] - kept[0])
+        return self.storage.make(key, torch.Size(shape), like)

@@ -1,0 +1,83 @@
+"""Which parts go through a step together: buckets of parts that are alike, and batches of a bounded size."""
+
+from collections.abc import Hashable, Iterable, Iterator
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lightning_adapm.sharding.reduction import Reduction
+from lightning_adapm.step.parts import Part, reduction_of
+from lightning_adapm.step.paths import Path
+
+# Parts of one shape are taken through a step together while their gradients hold at most this many elements: small
+# matrices share kernels, large ones (which fill a device alone) are not copied and bound the temporaries.
+_BATCH_NUMEL = {"cpu": 1 << 16, "cuda": 1 << 24}
+# Where nothing is copied, temporaries are projections, a small share of that, and several of them in a refresh.
+_UNCOPIED_NUMEL, _REFRESHED_NUMEL = 1 << 29, 1 << 28
+
+
+class Bucket(NamedTuple):
+    """Parts that go through a step together, as the moments of the first of them say."""
+
+    parts: list[Part]
+    grads: list[Tensor]
+    """Their gradients as matrices; of shards all that this process holds of the parameter's gradient."""
+    step: int
+
+
+class Batch(NamedTuple):
+    """Some parts of a bucket, as much as is worked on at a time."""
+
+    parts: list[Part]
+    params: list[Tensor]
+    """What moves: views of the parameters, or copies of the rows of a shard."""
+    grads: list[Tensor]
+    step: int
+    path: Path
+    reduction: Reduction
+    """Completes sums over rows that other processes hold."""
+
+
+def bucketed(moving: Iterable[tuple[Tensor, Iterable[Part], int]]) -> Iterable[Bucket]:
+    """Sort the parts of parameters, each with a gradient and the number of its step, into buckets."""
+    buckets: dict[Hashable, Bucket] = {}
+    for grad, parts, step in moving:
+        for part in parts:
+            key = part.alike, step, part.first.due(step), part.get("seeded")
+            bucket = buckets.get(key)
+            if bucket is None:
+                bucket = buckets[key] = Bucket([], [], step)
+            bucket.parts.append(part)
+            bucket.grads.append(grad if part.shard is not None else part.piece.matrix(grad))
+    return buckets.values()
+
+
+def batches(bucket: Bucket, path: Path) -> Iterator[Batch]:
+    """A bucket in batches of a bounded size, the same on every process that holds a part of them.
+
+    Shards are taken out of the parameters, which may copy them: :func:`put_back` returns what has moved.
+    """
+    part, grad = bucket.parts[0], bucket.grads[0]
+    shard = part.shard
+    numel = grad.numel() if shard is None else shard.most * shard.layout.shape[1:].numel()
+    if shard is not None or not path.kernels:
+        limit = _BATCH_NUMEL.get(grad.device.type, _BATCH_NUMEL["cuda"])
+    else:
+        limit = _REFRESHED_NUMEL if part.first.due(bucket.step) else _UNCOPIED_NUMEL
+    size = max(1, limit // max(1, numel))
+    if shard is not None and part.second.whole_matrices:
+        size = max(size, len(shard.layout.spans))  # every process has a matrix to work on
+    for start in range(0, len(bucket.parts), size):
+        parts, grads = bucket.parts[start : start + size], bucket.grads[start : start + size]
+        params = [part.view for part in parts]
+        if shard is not None:
+            params = [part.rows(param) for part, param in zip(parts, params, strict=True)]
+            grads = [part.matrix(grad) for part, grad in zip(parts, grads, strict=True)]
+        yield Batch(parts, params, grads, bucket.step, path, reduction_of(parts))
+
+
+def put_back(batch: Batch) -> None:
+    """Write the rows of shards that have moved into the parameters."""
+    for part, moved in zip(batch.parts, batch.params, strict=True):
+        if part.shard is not None:
+            part.shard.put(part.view, moved)

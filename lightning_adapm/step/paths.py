@@ -1,0 +1,91 @@
+"""How a bucket of parts takes a step: by kernels, or by torch's operations. Decided here and nowhere else."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lightning_adapm.moments.first import FullMomentum, LowRankMomentum, NoMomentum
+from lightning_adapm.moments.second import BlockSecondMoment, ElementwiseSecondMoment, FactoredSecondMoment
+from lightning_adapm.step import kernels
+from lightning_adapm.step.launch import DTYPES
+from lightning_adapm.step.parts import Part
+
+
+class Path(NamedTuple):
+    """The path of a bucket through a step."""
+
+    name: str
+    reason: str
+
+    @property
+    def kernels(self) -> bool:
+        """Gradients are read as they are, by kernels; otherwise they are copied in the dtype of the arithmetic."""
+        return self.name != "torch"
+
+    @property
+    def whole(self) -> bool:
+        """Kernels do all of the step; otherwise moments and reductions do some of it."""
+        return self.name == "kernels"
+
+
+class StepPath(NamedTuple):
+    """A row of :meth:`lightning_adapm.optim.base.RoleOptimizer.step_paths`."""
+
+    shape: tuple[int, ...]
+    """Shape of the matrices, over all processes."""
+    number: int
+    """Number of matrices or stacks of this shape that step together."""
+    roles: tuple[str, ...]
+    path: str
+    """``"kernels"``, ``"kernels and reductions"`` or ``"torch"``."""
+    reason: str
+    """Why it is not ``"kernels"``; empty where it is."""
+
+
+def path_of(parts: Sequence[Part], grads: Sequence[Tensor], maximize: bool, observed: bool) -> Path:
+    """Decide the path of parts that are alike.
+
+    Args:
+        parts: The parts.
+        grads: Their gradients as matrices; of shards all that this process holds of the parameter's.
+        maximize: Gradients are to be negated.
+        observed: A monitor watches this step.
+    """
+    part = parts[0]
+    device = part.view.device
+    if not kernels.runs_on(device):
+        return Path("torch", f"no kernels on {device.type}")
+    if observed or maximize:
+        return Path("torch", "a monitor watches" if observed else "maximize=True negates gradients")
+    if reason := _unknown_moments(part):
+        return Path("torch", reason)
+    if part.shard is not None:
+        if isinstance(part.first, FullMomentum):
+            return Path("torch", "full momentum of rows that processes share")
+        if len(part.shape) < 2:
+            return Path("torch", "a vector that processes share")
+        return Path("kernels and reductions", "processes share the rows")
+    if not kernels.movable([part.view for part in parts], grads):
+        return Path("torch", "no kernels for this dtype or memory layout")
+    if isinstance(part.first, LowRankMomentum) and not all(part.get("seeded") for part in parts):
+        return Path("kernels and reductions", "the first basis is still to be found")
+    return Path("kernels", "")
+
+
+def _unknown_moments(part: Part) -> str:
+    """Why the kernels cannot take the moments of a part; empty where they can."""
+    first, second = part.first, part.second
+    if type(first) not in (NoMomentum, FullMomentum, LowRankMomentum):
+        return f"no kernels for {type(first).__name__}"
+    if isinstance(first, LowRankMomentum) and not first.debias:
+        return "no kernels for low-rank momentum without its residual"
+    if type(second) not in (ElementwiseSecondMoment, BlockSecondMoment, FactoredSecondMoment):
+        return f"no kernels for {type(second).__name__}"
+    if isinstance(second, BlockSecondMoment) and second.outputs != -2:
+        return "no kernels for blocks of columns"
+    for entry in part.entries.values():
+        storage = entry.storage
+        if not storage.plain or (storage.dtype is not None and storage.dtype not in DTYPES):
+            return f"no kernels for state in {storage}"
+    return ""

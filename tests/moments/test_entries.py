@@ -1,0 +1,144 @@
+"""A moment declares what it keeps once: planning, saving, loading and conversion follow, also for one defined here."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+from models import PlainLM, token_batches, train
+
+from lightning_adapm import AdaPM, explain
+from lightning_adapm.moments.base import Direction, Momentum
+from lightning_adapm.moments.first import FullMomentum
+from lightning_adapm.moments.storage import Entry, Storage
+from lightning_adapm.report.plan import measure
+
+
+@dataclass(frozen=True)
+class SignMomentum(Momentum):
+    """The sign of an average, and how many steps went into it."""
+
+    beta1: float
+    name: ClassVar[str] = "sign"
+
+    def entries(self, shape):
+        return {"sign_avg": Entry(shape, rows=True), "seen": Entry(None)}
+
+    def direction(self, grads, states, step, reduction=None):
+        averages = [state["sign_avg"] for state in states]
+        torch._foreach_lerp_(averages, grads, 1 - self.beta1)
+        for state in states:
+            state["seen"] += 1
+        return Direction([average.sign() for average in averages], 1.0, scratch=True, clamp=None)
+
+
+class SignAdaPM(AdaPM):
+    def momentum_for(self, piece, shape, group):
+        return SignMomentum(group["betas"][0]) if len(shape) == 2 else super().momentum_for(piece, shape, group)
+
+
+@dataclass(frozen=True)
+class EightBits(Storage):
+    """Codes in eight bits, with a scale for every row."""
+
+    plain: ClassVar[bool] = False
+    suffixes: ClassVar[tuple[str, ...]] = ("_scale",)
+
+    def make(self, key, shape, like):
+        codes = torch.zeros(shape, dtype=torch.int8, device=like.device)
+        return {key: codes, key + "_scale": like.new_zeros((*shape[:-1], 1))}
+
+    def read(self, states, key):
+        return [state[key] * state[key + "_scale"] for state in states]
+
+    def write(self, states, key, values):
+        for state, value in zip(states, values, strict=True):
+            scale = value.abs().amax(-1, keepdim=True) / 127
+            state[key + "_scale"].copy_(scale)
+            state[key].copy_((value / scale.clamp_min(1e-30)).round())
+
+
+class EightBitAdaPM(AdaPM):
+    def momentum_for(self, piece, shape, group):
+        momentum = super().momentum_for(piece, shape, group)
+        return replace(momentum, storage=EightBits()) if momentum.name != "none" and len(shape) == 2 else momentum
+
+
+MAKE: Mapping[str, type[AdaPM]] = {"moment": SignAdaPM, "storage": EightBitAdaPM}
+OPTIONS = {"lr": 1e-3, "rank": 2, "update_proj_gap": 3}
+
+
+def trained(make, **options):
+    torch.manual_seed(0)
+    model = PlainLM()
+    optimizer = make(model.named_parameters(), **(OPTIONS | options))
+    train(model, optimizer, token_batches(5))
+    return model, optimizer
+
+
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+def test_what_is_planned_is_what_is_held(make):
+    model, optimizer = trained(make)
+    assert measure(optimizer) == explain(make(model.named_parameters(), **OPTIONS)).total
+
+
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+def test_a_resumed_run_is_the_same(make, tmp_path):
+    model, optimizer = trained(make)
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    twin = copy.deepcopy(model)
+    resumed = make(twin.named_parameters(), **OPTIONS)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    rest = token_batches(9)[5:]
+    train(model, optimizer, rest)
+    train(twin, resumed, rest)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_a_moment_that_cannot_be_converted_says_so():
+    model, optimizer = trained(AdaPM)
+    with pytest.raises(ValueError, match="SignMomentum cannot be made from the state of another moment"):
+        SignAdaPM(model.named_parameters()).load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("momentum", [None, "full"])
+def test_values_move_between_storages(momentum):
+    model, plain = trained(AdaPM, momentum=momentum)
+    eight = EightBitAdaPM(model.named_parameters(), momentum=momentum, **OPTIONS)
+    eight.load_state_dict(plain.state_dict())
+    back = AdaPM(model.named_parameters(), momentum=momentum, **OPTIONS)
+    back.load_state_dict(eight.state_dict())
+    compared = 0
+    for param, state in plain.state.items():
+        assert state.keys() == back.state[param].keys()
+        for key, value in state.items():
+            if key.startswith("exp_avg") and not key.startswith("exp_avg_sq") and value.dim() == 2:
+                error = (back.state[param][key] - value).abs()
+                assert (error <= value.abs().amax(-1, keepdim=True) / 250).all(), key
+                compared += 1
+    assert compared
+
+
+def test_options_that_change_in_every_step_build_no_part_anew():
+    model, optimizer = trained(AdaPM)
+    before = [part for param in model.parameters() for part in optimizer.parts(param)]
+    buckets = len({part.alike for part in before})
+    for step, tokens in enumerate(token_batches(4, seed=1)):
+        for group in optimizer.param_groups:
+            group["betas"], group["weight_decay"] = (0.9 - 0.01 * step, 0.999), 0.01 * step
+        train(model, optimizer, [tokens])
+        parts = [part for param in model.parameters() for part in optimizer.parts(param)]
+        assert all(one is other for one, other in zip(parts, before, strict=True))
+        full = next(part.first for part in parts if isinstance(part.first, FullMomentum))
+        assert full.beta1 == 0.9 - 0.01 * step
+    assert buckets == len({part.alike for part in before}) == len(optimizer._alike) < len(before)
+
+
+def test_step_paths_cover_every_part():
+    model, optimizer = trained(AdaPM)
+    rows = optimizer.step_paths()
+    assert sum(row.number for row in rows) == sum(len(optimizer.parts(param)) for param in model.parameters())
+    assert {(row.path, row.reason) for row in rows} == {("torch", "no kernels on cpu")}
+    assert {role for row in rows for role in row.roles} >= {"embedding", "query", "value", "mlp", "norm", "bias"}
