@@ -28,6 +28,15 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def alone():
+    """What was imported and what other tests have made is not looked through, neither here nor by an optimizer."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(params=ALL)
 def case(request):
     return ALL[request.param]
@@ -208,20 +217,17 @@ def test_it_can_be_printed(case):
 
 def test_nothing_is_left_behind(case):
     """Models and optimizers that are no longer used are freed."""
-    gc.freeze()  # what other tests have made is not looked through
-    try:
-        model, optimizer = trained(case)
-        gone = [
-            weakref.ref(optimizer),
-            weakref.ref(model.mlp[0].weight),
-            *map(weakref.ref, tensors_in(optimizer.state)),
-        ]
-        assert len(gone) > 2
-        del model, optimizer
-        gc.collect()
-        assert not any(each() is not None for each in gone)
-    finally:
-        gc.unfreeze()
+    gc.freeze()
+    model, optimizer = trained(case)
+    gone = [
+        weakref.ref(optimizer),
+        weakref.ref(model.mlp[0].weight),
+        *map(weakref.ref, tensors_in(optimizer.state)),
+    ]
+    assert len(gone) > 2
+    del model, optimizer
+    gc.collect()
+    assert not any(each() is not None for each in gone)
 
 
 # ------------------------------------------------------------------------------------------------------------ steps
@@ -557,14 +563,11 @@ def test_many_steps_keep_what_is_kept(case):
         alive = gc.get_objects()
         return len(alive), sum(issubclass(type(each), torch.Tensor) for each in alive)
 
-    gc.freeze()  # what other tests have made is not looked through
-    try:
-        model = Net()
-        optimizer = case(model.named_parameters())
-        several(0, 8)
-        (objects, tensors), (later, later_tensors) = several(8, 10), several(10, 26)
-    finally:
-        gc.unfreeze()
+    gc.freeze()
+    model = Net()
+    optimizer = case(model.named_parameters())
+    several(0, 8)
+    (objects, tensors), (later, later_tensors) = several(8, 10), several(10, 26)
     assert later_tensors <= tensors
     assert later - objects < 15
 
