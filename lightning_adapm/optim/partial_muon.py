@@ -140,12 +140,12 @@ class PartialMuon(RoleOptimizer):
         ahead = NesterovLowRankMomentum if isinstance(found, LowRankMomentum) else NesterovMomentum
         return ahead(**{field.name: getattr(found, field.name) for field in fields(found)})
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state as AdaPM does, or one of ``torch.optim.Muon``, whose buffers become the momentum.
+    def as_own(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """Take a state of ``torch.optim.Muon`` as well, whose buffers become the momentum.
 
         The learning rate of a Muon without ``adjust_lr_fn="match_rms_adamw"`` has another meaning: this one's stays.
         """
-        super().load_state_dict(from_muon(state_dict))
+        return from_muon(saved)
 
     def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
         if is_orthogonal(piece, shape, group):

@@ -61,6 +61,10 @@ class Checkpointed(Optimizer):
         with _hooks(self.register_state_dict_post_hook(export, prepend=True)):
             return super().state_dict()
 
+    def as_own(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """Return a saved state as this optimizer would have saved it; the caller's hooks on loading come before."""
+        return saved
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state saved by AdaPM or by ``torch.optim.AdamW``.
 
@@ -78,6 +82,7 @@ class Checkpointed(Optimizer):
         # Temporary hooks, innermost on both sides: torch casts floating-point state to the parameter's dtype, which
         # would round a float32 second moment of a bfloat16 parameter.
         def before(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            saved = self.as_own(saved)
             groups, words = kept_settings(
                 saved["param_groups"], self.param_groups, FORMAT_VERSION, self.structure, self.foreign
             )
