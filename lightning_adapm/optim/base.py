@@ -202,7 +202,7 @@ class RoleOptimizer(Checkpointed):
         if len(self._held) == len(self.pieces):
             return
         held = set(self._held)
-        for known in (self.names, self.roles, self.pieces, self.reasons, self._numbers):
+        for known in (self.names, self.roles, self.pieces, self.reasons, self.built, self._numbers):
             for param in known.keys() - held:
                 del known[param]
         self._nonfinite.let_go(set(self._numbers.values()))
