@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import inspect
 import os
 import re
 import sys
@@ -122,10 +121,9 @@ def _hint(class_path: str, details: str) -> str:
     module, _, name = class_path.rpartition(".")
     if unexpected is None:
         return ""
-    from lightning_adapm.optim.options import instead_of
+    from lightning_adapm.optim.options import instead_of, options_of
 
-    known = inspect.signature(getattr(importlib.import_module(module), name)).parameters
-    return f"; {instead_of(unexpected[1], known)}"
+    return f"; {instead_of(unexpected[1], options_of(getattr(importlib.import_module(module), name)))}"
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from benchmarks.studies.trials import Trial
 from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre, PartialMuon
 from lightning_adapm.moments.policy import momentum_table
 from lightning_adapm.optim import partial_muon
+from lightning_adapm.optim.options import options_of
 
 DECAY = 0.1
 """Weight decay unless the options say another, on every parameter."""
@@ -151,9 +152,8 @@ def resolve(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
     if kind not in ROLES:
         return {"kind": kind, **options}
     muon = kind == "PartialMuon"
-    signature = inspect.signature((PartialMuon if muon else AdaPM).__init__).parameters
+    optimizer = PartialMuon if muon else AdaPM
     fixed = (
-        "self",
         "params",
         "lr",
         "weight_decay",
@@ -166,7 +166,8 @@ def resolve(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
         "update_in_backward",
         "convolutions",
     )
-    defaults = {name: item.default for name, item in signature.items() if name not in fixed}
+    signature = inspect.signature(optimizer).parameters
+    defaults = {name: signature[name].default for name in options_of(optimizer) if name not in fixed}
     resolved = {"kind": kind, **defaults, **options}
     momentum = resolved["momentum"]
     if muon and not isinstance(momentum, str):

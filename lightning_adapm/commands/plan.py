@@ -17,6 +17,7 @@ from torch import nn
 
 from lightning_adapm.litgpt.model import MODEL_CONFIG
 from lightning_adapm.optim import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre, PartialMuon
+from lightning_adapm.optim.options import options_of
 from lightning_adapm.report.explain import VARIANTS, Explanation, compare, explain
 from lightning_adapm.report.tables import as_text, comparison_table, pieces_table, show_count, summarize, summary_table
 from lightning_adapm.roles.assign import suggested_roles
@@ -99,7 +100,7 @@ def _parser() -> ArgumentParser:
         action="store_true",
         help="also print every parameter with its role, the reason for it, and its bytes",
     )
-    others: set[str | int] = {name for name in inspect.signature(AdaPM).parameters if name not in _SHAPE_THE_STATE}
+    others: set[str | int] = {name for name in options_of(AdaPM) if name not in _SHAPE_THE_STATE}
     parser.add_class_arguments(AdaPM, skip=others, fail_untyped=False)
     return parser
 

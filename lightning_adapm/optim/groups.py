@@ -1,6 +1,5 @@
 """Parameter groups of an optimizer: with every option, and without shared values."""
 
-import inspect
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -51,8 +50,7 @@ def check_left_over(optimizer: type, given: Mapping[str, Any]) -> None:
     name = optimizer.__name__
     for key in given:
         if key not in _LEFT_OVER and key != "format_version":  # in the defaults that an optimizer is rebuilt from
-            known = [option for option in inspect.signature(optimizer).parameters if option != "left_over"]
-            raise TypeError(f"{name} has no option {key!r}; {options.instead_of(key, known)}")
+            raise TypeError(f"{name} has no option {key!r}; {options.instead_of(key, options.options_of(optimizer))}")
     _refuse_counterparts(name, given)
     if ignored := [f"{key}={value!r}" for key, value in given.items() if key in _LEFT_OVER]:
         warnings.warn(f"{name} ignores {', '.join(ignored)}: torch.optim's, without a meaning here", stacklevel=4)

@@ -1,6 +1,7 @@
 """Validation of options and parameters, with errors that say what to write instead."""
 
 import difflib
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Number
@@ -72,6 +73,12 @@ def plain(group: Mapping[str, Any], defaults: Mapping[str, Any], unmatched: str)
 def _plain(value: Any) -> Any:
     """Python's number for a number of numpy's, which ``torch.load`` refuses by default; anything else as it is."""
     return value.item() if isinstance(value, Number) and hasattr(value, "item") else value
+
+
+def options_of(optimizer: Callable[..., Any]) -> list[str]:
+    """Names of the parameters of an optimizer's constructor, without the one that catches left-over keywords."""
+    found = inspect.signature(optimizer).parameters.values()
+    return [parameter.name for parameter in found if parameter.kind is not parameter.VAR_KEYWORD]
 
 
 def instead_of(name: str, known: Iterable[str], what: str = "options") -> str:
