@@ -63,5 +63,5 @@ def test_state_dtypes_that_nothing_computes_with(make, dtype):
 def test_options_of_other_optimizers_stay_the_callers():
     """Groups of torch.optim.SGD, for instance, have a number under momentum."""
     assert optimizer_of({"momentum": 0.9, "mu": "any"}, AdamMini).param_groups[0]["momentum"] == 0.9
-    with pytest.raises(ValueError, match="momentum must be a policy or {role: policy}, but got 0.9"):
+    with pytest.raises(ValueError, match="momentum must be a policy, or policies by role, but got 0.9"):
         optimizer_of({"momentum": 0.9})
