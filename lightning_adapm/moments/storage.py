@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -49,8 +50,10 @@ class Storage:
 
         A value beyond the range of the dtype becomes its largest number: an infinity would stay forever.
         """
-        pairs = [(state[key], value) for state, value in zip(states, values, strict=True)]
-        pairs = [(stored, value) for stored, value in pairs if not _same(stored, value)]
+        stored = [state[key] for state in states]
+        if all(map(is_, stored, values)):
+            return
+        pairs = [pair for pair in zip(stored, values, strict=True) if not _same(*pair)]
         if not pairs:
             return
         kept, new = [stored for stored, _ in pairs], [value for _, value in pairs]

@@ -46,6 +46,7 @@ class Part:
         "name",
         "param",
         "piece",
+        "prefix",
         "second",
         "shape",
         "shard",
@@ -59,6 +60,8 @@ class Part:
     """Name of the parameter."""
     param: Tensor
     piece: Piece
+    prefix: str
+    """Prefix of the piece's keys in the parameter's state."""
     layout: Layout | None
     """Which elements of the parameter which process holds; None where every process holds all."""
     shape: torch.Size
@@ -80,6 +83,7 @@ class Part:
 
     def __init__(self, key: tuple[int, int], name: str, param: Tensor, piece: Piece, layout: Layout | None) -> None:
         self.key, self.name, self.param, self.piece, self.layout = key, name, param, piece, layout
+        self.prefix = piece.prefix
         self.shape = piece.shape(param.shape if layout is None else layout.shape)
         self.shard = None
         if layout is not None and len(layout.spans) > 1 and len(self.shape) != 3:
@@ -105,14 +109,14 @@ class Part:
         del self.view, self.state
 
     def __getitem__(self, key: str) -> Any:
-        return self.state[self.piece.prefix + key]
+        return self.state[self.prefix + key]
 
     def __setitem__(self, key: str, value: Any) -> None:
-        self.state[self.piece.prefix + key] = value
+        self.state[self.prefix + key] = value
 
     def get(self, key: str) -> Any:
         """An entry, or None."""
-        return self.state.get(self.piece.prefix + key)
+        return self.state.get(self.prefix + key)
 
     @property
     def label(self) -> str:
