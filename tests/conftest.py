@@ -1,5 +1,6 @@
 """Settings and fixtures of the whole suite."""
 
+import gc
 import os
 
 # Tiny models gain nothing from threads and lose much where cores are shared; the commands that tests start inherit it.
@@ -12,6 +13,12 @@ from texts import write_corpus
 # Before anything imports Triton: its kernels are then run by an interpreter where no device runs them.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_finish():
+    """Keep what the imports made out of the search for live modules, which every optimizer from bare tensors makes."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

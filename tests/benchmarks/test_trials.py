@@ -44,7 +44,7 @@ def run_of(setting, seed=0, kind="AdaPM", lr=1e-2, **options):
 
 
 def test_results_from_before_a_setting_had_more_fields_are_still_found():
-    store = Store(Path(optimizers.__file__).parent / "results" / "main.json")
+    store = Store(Path(optimizers.__file__).parents[1] / "results" / "main.json")
     study = STUDIES["main"]
     (name,) = {entry.run["text"] for entry in store.own.values() if "3.12.3" in entry.run["text"]}
     assert Run(resolve(*study.variants["AdamW"]), 2e-3, 0, study.setting_of("AdamW"), name) in store

@@ -28,15 +28,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def alone():
-    """What was imported and what other tests have made is not looked through, neither here nor by an optimizer."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture(params=ALL)
 def case(request):
     return ALL[request.param]
