@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from extending import SignAdam
 from litgpt import GPT
 from models import PlainLM, gpt_loss, tiny_gpt, token_batches
 from torch import nn
@@ -367,5 +368,6 @@ JOBS |= {
     "gpt maximize muon": Job("gpt", {"maximize": True, "basis": "shard"}, make=PartialMuon),
     "gpt muon float32": Job("gpt", make=PartialMuon, dtype=torch.float32, tolerance=0.05),
     "gpt broken muon": Job("gpt", make=PartialMuon, broken="qkv"),
+    "gpt extending": Job("gpt", make=SignAdam),
     "plain maximize": Job("plain", {"maximize": True, "no_decay": ("norm", "bias")}),
 }

@@ -42,6 +42,7 @@ QUICK = (
     "gqa partial muon",
     "gpt broken muon",
     "gpt lora-pre muon",
+    "gpt extending",
 )
 
 

@@ -1,63 +1,24 @@
-"""A moment declares what it keeps once: planning, saving, loading and conversion follow, also for one defined here."""
+"""A moment declares what it keeps once: planning, saving, loading and conversion follow, also for those of the docs."""
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from extending import EightBits, SignAdam, SignMomentum
 from models import PlainLM, token_batches, train
 
 from lightning_adapm import AdaPM, explain
-from lightning_adapm.moments.base import Direction, Momentum
 from lightning_adapm.moments.first import FullMomentum
-from lightning_adapm.moments.storage import Entry, Storage
+from lightning_adapm.optim.base import RoleOptimizer
 from lightning_adapm.report.plan import measure
-
-
-@dataclass(frozen=True)
-class SignMomentum(Momentum):
-    """The sign of an average, and how many steps went into it."""
-
-    beta1: float
-    name: ClassVar[str] = "sign"
-
-    def entries(self, shape):
-        return {"sign_avg": Entry(shape, rows=True), "seen": Entry(None)}
-
-    def direction(self, grads, states, step, reduction=None):
-        averages = [state["sign_avg"] for state in states]
-        torch._foreach_lerp_(averages, grads, 1 - self.beta1)
-        for state in states:
-            state["seen"] += 1
-        return Direction([average.sign() for average in averages], 1.0, scratch=True, clamp=None)
 
 
 class SignAdaPM(AdaPM):
     def momentum_for(self, piece, shape, group):
         return SignMomentum(group["betas"][0]) if len(shape) == 2 else super().momentum_for(piece, shape, group)
-
-
-@dataclass(frozen=True)
-class EightBits(Storage):
-    """Codes in eight bits, with a scale for every row."""
-
-    plain: ClassVar[bool] = False
-    suffixes: ClassVar[tuple[str, ...]] = ("_scale",)
-
-    def make(self, key, shape, like):
-        codes = torch.zeros(shape, dtype=torch.int8, device=like.device)
-        return {key: codes, key + "_scale": like.new_zeros((*shape[:-1], 1))}
-
-    def read(self, states, key):
-        return [state[key] * state[key + "_scale"] for state in states]
-
-    def write(self, states, key, values):
-        for state, value in zip(states, values, strict=True):
-            scale = value.abs().amax(-1, keepdim=True) / 127
-            state[key + "_scale"].copy_(scale)
-            state[key].copy_((value / scale.clamp_min(1e-30)).round())
 
 
 class EightBitAdaPM(AdaPM):
@@ -66,14 +27,23 @@ class EightBitAdaPM(AdaPM):
         return replace(momentum, storage=EightBits()) if momentum.name != "none" and len(shape) == 2 else momentum
 
 
-MAKE: Mapping[str, type[AdaPM]] = {"moment": SignAdaPM, "storage": EightBitAdaPM}
+MAKE: Mapping[str, Callable[..., RoleOptimizer]] = {
+    "moment": SignAdaPM,
+    "storage": EightBitAdaPM,
+    "optimizer": SignAdam,
+    "optimizer, storage": partial(SignAdam, eight_bits=True),
+}
 OPTIONS = {"lr": 1e-3, "rank": 2, "update_proj_gap": 3}
+
+
+def options_of(make):
+    return OPTIONS if isinstance(make, type) and issubclass(make, AdaPM) else {"lr": 1e-3}
 
 
 def trained(make, **options):
     torch.manual_seed(0)
     model = PlainLM()
-    optimizer = make(model.named_parameters(), **(OPTIONS | options))
+    optimizer = make(model.named_parameters(), **(options_of(make) | options))
     train(model, optimizer, token_batches(5))
     return model, optimizer
 
@@ -81,7 +51,7 @@ def trained(make, **options):
 @pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
 def test_what_is_planned_is_what_is_held(make):
     model, optimizer = trained(make)
-    assert measure(optimizer) == explain(make(model.named_parameters(), **OPTIONS)).total
+    assert measure(optimizer) == explain(make(model.named_parameters(), **options_of(make))).total
 
 
 @pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
@@ -89,7 +59,7 @@ def test_a_resumed_run_is_the_same(make, tmp_path):
     model, optimizer = trained(make)
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
     twin = copy.deepcopy(model)
-    resumed = make(twin.named_parameters(), **OPTIONS)
+    resumed = make(twin.named_parameters(), **options_of(make))
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     rest = token_batches(9)[5:]
     train(model, optimizer, rest)
