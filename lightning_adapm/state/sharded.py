@@ -112,8 +112,12 @@ def import_entry(
     layout = parts[0].layout
     if layout is not None and not isinstance(parts[0].param, DTensor):
         entry = _whole_entry(parts, entry, layout)
-    if not entry or _PACKED + "0" not in entry:
-        return dict(entry) if entry else None
+    if not entry:
+        return None
+    # FSDP1 gives tensors without dimensions as numbers
+    entry = {key: torch.tensor(value) if isinstance(value, float) else value for key, value in entry.items()}
+    if _PACKED + "0" not in entry:
+        return entry
     packed = torch.cat([_full(entry[key]).flatten() for key in sorted(entry) if key.startswith(_PACKED)])
     return {**_unpack(parts, packed), "step": entry["step"]}
 
