@@ -240,12 +240,13 @@ class ClosingTable(L.Callback):
             curve=self._curve,
         )
         folder = run_folder(trainer)
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            write_file(folder, RESULT_FILE, self.result.to_json().encode())
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        write_file(folder, RESULT_FILE, self.result.to_json().encode())
         adamw, _ = find_adamw(self.result, self.compare_with)
         runs = [run for run in (adamw, *find_others(self.result, self.compare_with), self.result) if run and run.curve]
         if len(runs) > 1:
-            publish_figure(trainer, "losses", partial(_draw_losses, runs))
+            publish_figure(trainer, folder, "losses", partial(_draw_losses, runs))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Print the table; it follows the progress bar where that callback comes first."""

@@ -22,6 +22,7 @@ from lightning_adapm.trainer.callbacks.run import (
     logged_step,
     optimizer_name,
     publish_figure,
+    run_folder,
 )
 
 if TYPE_CHECKING:
@@ -83,9 +84,10 @@ class OptimizerStateMonitor(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the figure."""
+        folder = run_folder(trainer)
         if self.history:
             report = StateReport.measure(trainer.optimizers, pl_module)
-            publish_figure(trainer, "optimizer_state", partial(_draw_state, report, optimizer_name(trainer)))
+            publish_figure(trainer, folder, "optimizer_state", partial(_draw_state, report, optimizer_name(trainer)))
 
 
 class ResidualNormMonitor(L.Callback):
@@ -164,6 +166,7 @@ class ResidualNormMonitor(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the figures, and warn of non-finite gradients since the last log."""
+        folder = run_folder(trainer)
         for index, monitored in enumerate(self._monitored):
             monitored.count_nonfinite()
             history = [
@@ -171,7 +174,7 @@ class ResidualNormMonitor(L.Callback):
             ]
             if history:
                 name = "residual_norm" + (f"_{index}" if len(self._monitored) > 1 else "")
-                publish_figure(trainer, name, partial(_draw_residual, history, monitored.prefix))
+                publish_figure(trainer, folder, name, partial(_draw_residual, history, monitored.prefix))
 
 
 class Monitored:

@@ -79,12 +79,12 @@ def write_file(folder: str, name: str, content: bytes) -> str:
     return path
 
 
-def publish_figure(trainer: L.Trainer, name: str, draw: Callable[[], "Figure"]) -> None:
+def publish_figure(trainer: L.Trainer, folder: str, name: str, draw: Callable[[], "Figure"]) -> None:
     """Save a figure as ``name.png`` in the run's folder and show it in TensorBoard, if matplotlib is installed.
 
-    Call it on every process; the first one draws.
+    The first process draws. The folder's name is asked for by the caller, which every process must do, while a process
+    may have nothing to draw.
     """
-    folder = run_folder(trainer)
     if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
     if importlib.util.find_spec("matplotlib") is None:
