@@ -1,14 +1,17 @@
-"""What other libraries hand to the constructor, or do with the optimizer: Hugging Face's, wrappers of optimizers."""
+"""What other libraries hand to the constructor, or do with the optimizer: Hugging Face's, hydra, wrappers."""
 
 import copy
+import pickle
 from functools import partial
 
 import pytest
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from torch.optim.optimizer import Optimizer
 from towers import TwoTowers, by_parameter, steps
 
-from lightning_adapm import AdaPM
+from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre, PartialMuon
 
 accelerate = pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
@@ -206,39 +209,45 @@ def test_lookahead_keeps_its_own_entries_in_the_state():
     steps(model, library)
 
 
-def test_partials_and_lists_of_configurations():
-    omegaconf = pytest.importorskip("omegaconf")
-    config = omegaconf.OmegaConf.create(
-        {"betas": [0.9, 0.95], "momentum": {"mlp": "none"}, "no_decay": ["norm"], "roles": {"gadget": "full"}}
+CONFIG = {
+    "betas": [0.9, 0.95],
+    "momentum": {"mlp": "none"},
+    "no_decay": ["norm"],
+    "roles": {"gadget": "full"},
+    "state_dtype": {"full": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("convert", ["none", "partial", "all"])
+def test_hydra_partials(convert):
+    """Lists and dictionaries are OmegaConf's own, or plain ones, as ``_convert_`` says."""
+    config = OmegaConf.create(
+        {"_target_": "lightning_adapm.AdaPM", "_partial_": True, "_convert_": convert, "lr": 1e-2, **CONFIG}
     )
     model = TwoTowers()
-    optimizer = partial(AdaPM, lr=1e-2, **config)(params=model.parameters())
-    steps(model, optimizer, 1)
-    assert optimizer.param_groups[0]["betas"] == (0.9, 0.95)
+    optimizer = instantiate(config)(params=model.parameters())
+    expected = AdaPM(model.parameters(), lr=1e-2, **CONFIG)
+    defaults = [{**each.defaults, "betas": tuple(each.defaults["betas"])} for each in (optimizer, expected)]
+    assert defaults[0] == defaults[1]
     assert type(optimizer.param_groups[0]["no_decay"]) is list
+    steps(model, optimizer, 1)
+    saved = optimizer.state_dict()
+    expected.load_state_dict(saved)
+    assert "omegaconf" not in pickle.dumps(saved).decode("latin-1")
 
 
-class ListLike:
-    """A list of a configuration library, of no type that torch knows."""
-
-    def __init__(self, *values):
-        self.values = values
-
-    def __iter__(self):
-        return iter(self.values)
-
-    def __len__(self):
-        return len(self.values)
-
-    def __getitem__(self, index):
-        return self.values[index]
-
-
-def test_list_likes():
+@pytest.mark.parametrize("make", [AdaPM, AdamMini, AdaLomo, Lomo, LoRAPre, PartialMuon], ids=lambda make: make.__name__)
+def test_hydra_instantiates_every_optimizer_with_the_parameters(make):
     model = TwoTowers()
-    optimizer = partial(AdaPM, betas=ListLike(0.9, 0.95), no_decay=ListLike("norm"))(model.parameters())
-    assert optimizer.defaults["betas"] == (0.9, 0.95)
-    assert optimizer.defaults["no_decay"] == ["norm"]
-    optimizer = AdaPM([{"params": model.parameters(), "betas": ListLike(0.8, 0.9), "no_decay": ListLike("bias")}])
+    config = OmegaConf.create({"_target_": f"lightning_adapm.{make.__name__}", "lr": 1e-2})
+    optimizer = instantiate(config, model.parameters())
+    steps(model, optimizer, 1)
+    assert optimizer.defaults == make(model.parameters(), lr=1e-2).defaults
+
+
+def test_groups_of_configurations():
+    model = TwoTowers()
+    options = OmegaConf.create({"betas": [0.8, 0.9], "no_decay": ["bias"]})
+    optimizer = AdaPM([{"params": model.parameters(), **options}])
     assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
     steps(model, optimizer, 1)
