@@ -25,13 +25,15 @@ from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre, PartialMuon
 from lightning_adapm.roles.context import normalize
 from lightning_adapm.sharding.find import layout_of, local
 
-CUDA = os.environ.get("STRATEGIES_ON") == "cuda"
-"""Of the processes of test_strategies_on_gpu.py; all others train on the CPU."""
+
+def on_cuda():
+    """Whether this is a process of test_strategies_on_gpu.py; all others train on the CPU."""
+    return os.environ.get("STRATEGIES_ON") == "cuda"
 
 
 def device():
     """This process's."""
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if CUDA else torch.device("cpu")
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_cuda() else torch.device("cpu")
 
 
 class Conv1D(nn.Module):
@@ -157,9 +159,9 @@ def processes():
     """The process group of a script that was started by :func:`launch.run_processes`."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = f"file://{os.environ['STORE']}"
-    if CUDA:
+    if on_cuda():
         torch.cuda.set_device(device())
-    backend = "nccl" if CUDA else "gloo"
+    backend = "nccl" if on_cuda() else "gloo"
     dist.init_process_group(backend, store, timedelta(seconds=60), rank=rank, world_size=world_size)
     yield rank, world_size
     dist.barrier()

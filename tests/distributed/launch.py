@@ -1,18 +1,24 @@
-"""Starts real processes (gloo, CPU) that run a script of this folder, with a time limit."""
+"""Starts real processes (gloo, CPU) that run a script of this folder, with a time limit.
 
+They are forked from a process that has imported torch, Lightning and litgpt, which takes each some six seconds.
+"""
+
+import multiprocessing
 import os
+import runpy
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from pathlib import Path
 
 import lightning_adapm
 
 FOLDER = Path(__file__).parent
 PATHS = [str(Path(lightning_adapm.__file__).parents[1]), str(FOLDER.parent / "helpers"), str(FOLDER)]
+FORKING = multiprocessing.get_context("forkserver")
 
 
 def run_processes(script, world_size, *words, timeout=600):
@@ -30,6 +36,7 @@ def run_processes(script, world_size, *words, timeout=600):
 @contextmanager
 def started(script, world_size, *words):
     """The processes and the files that they write to; ended, if they still run, when the context is left."""
+    _ensure_server()
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -38,8 +45,8 @@ def started(script, world_size, *words):
         processes = []
         try:
             for rank, output in enumerate(outputs):
+                output.touch()
                 env = os.environ | {
-                    "PYTHONPATH": os.pathsep.join([*PATHS, *filter(None, [os.environ.get("PYTHONPATH")])]),
                     "OMP_NUM_THREADS": "1",
                     "STORE": f"{folder}/store",
                     "MASTER_ADDR": "127.0.0.1",
@@ -48,22 +55,47 @@ def started(script, world_size, *words):
                     "WORLD_SIZE": str(world_size),
                     "LOCAL_RANK": str(rank),
                 }
-                with output.open("w") as file:
-                    command = [sys.executable, str(FOLDER / script), *map(str, words)]
-                    processes.append(subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT))
+                command = [str(FOLDER / script), *map(str, words)]
+                processes.append(FORKING.Process(target=_run, args=(command, env, output)))
+                processes[-1].start()
             yield processes, outputs
         finally:
             for process in processes:
                 process.kill()
-                process.wait()
+                process.join()
+
+
+def _ensure_server():
+    """Start the process that others are forked from; it finds modules by its own environment only."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, *filter(None, [before])])
+    try:
+        FORKING.set_forkserver_preload(["jobs"])
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+def _run(command, env, output):
+    """Become ``command``: its arguments, its environment, its output."""
+    os.environ.clear()
+    os.environ.update(env)
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
 
 
 def _wait(processes, timeout):
     """Exit codes, once all have ended or one has failed."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
-        codes = [process.poll() for process in processes]
+        codes = [process.exitcode for process in processes]
         if None not in codes or any(codes):
             break
         time.sleep(0.05)
-    return [process.poll() for process in processes]
+    return [process.exitcode for process in processes]

@@ -17,7 +17,7 @@ from pathlib import Path
 import lightning as L
 import lightning.pytorch.strategies.fsdp as fsdp_module
 import torch
-from jobs import CUDA, JOBS, leave, loss_of, shard, weights_of
+from jobs import JOBS, leave, loss_of, on_cuda, shard, weights_of
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
@@ -69,7 +69,7 @@ def full_state(module, world_size, rank0_only=True):
     )
 
 
-if not CUDA:
+if not on_cuda():
     fsdp_module._get_full_state_dict_context = full_state
 
 
@@ -110,7 +110,7 @@ def strategy_of(name):
     if kind == "fsdp1":
         blocks = CustomPolicy(lambda module: type(module).__name__ in ("Block", "OddBlock"))
         options = {"state_dict_type": state or "full", "auto_wrap_policy": blocks, "timeout": TIMEOUT}
-        return FSDPStrategy(**options) if CUDA else CPUFSDPStrategy(process_group_backend="gloo", **options)
+        return FSDPStrategy(**options) if on_cuda() else CPUFSDPStrategy(process_group_backend="gloo", **options)
     if kind == "fsdp2":
         return ModelParallelStrategy(
             data_parallel_size=int(os.environ["WORLD_SIZE"]),
@@ -145,7 +145,7 @@ def fit(
     if strategy.startswith("fsdp1") and "precision" not in options:
         options["plugins"] = [AnyPrecision("32-true")]
     trainer = L.Trainer(
-        accelerator="cuda" if CUDA else "cpu",
+        accelerator="cuda" if on_cuda() else "cpu",
         devices=int(os.environ["WORLD_SIZE"]),
         strategy=strategy_of(strategy),
         max_steps=steps,

@@ -133,7 +133,7 @@ def test_killed_and_resumed(tmp_path, strategy, victims):
         while not list(tmp_path.glob("*.ckpt")) and time.monotonic() < end:
             time.sleep(0.02)
         time.sleep(generator.uniform(0.0, 1.5))
-        alive = [process.poll() is None for process in processes]
+        alive = [process.is_alive() for process in processes]
         for victim in victims:
             processes[victim].kill()
     assert alive == [True, True], outputs
