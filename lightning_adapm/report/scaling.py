@@ -51,6 +51,8 @@ def scaling(optimizer: RoleOptimizer, world_size: int, basis: str) -> Scaling:
                     momentum += size * (shape[0] * rank / world_size + rank * (-(-n // world_size) if shared else n))
                     step += size * rank * world_size * -(-n // world_size) if shared else 0
                     refresh += size * (rank * n + rank * rank + 2 * rank)
+                    # made orthonormal by parts: two sums of products in float64, and the parts put together
+                    refresh += size * (4 * rank * rank + rank * world_size * -(-n // world_size)) if shared else 0
                 else:
                     whole = sum(entry.shape.numel() for entry in entries.values() if entry.shape is not None)
                     momentum += size * whole / world_size

@@ -78,6 +78,10 @@ class Reduction:
         """Those of all columns that this process keeps: the inverse of :meth:`columns`."""
         return values
 
+    def over_columns(self, values: Tensor) -> Tensor:
+        """Complete sums over the columns that this process keeps with those of the other processes."""
+        return values
+
     def owned(self, values: Tensor) -> Tensor:
         """Zero the rows of ``(b, k, c)`` that begin on another process, so that a sum counts every row once."""
         return values
@@ -165,6 +169,9 @@ class ProcessReduction(Reduction):
         TRAFFIC.add(parts)
         dist.all_gather_into_tensor(parts, part.flatten(), group=self._group)
         return torch.cat(parts.view(count, *part.shape).unbind(), dim=-1)[..., :n]
+
+    def over_columns(self, values: Tensor) -> Tensor:
+        return self.total([values])[0] if self._columns_shared else values
 
     def owned(self, values: Tensor) -> Tensor:
         others = [index for index, shard in enumerate(self.shards) if shard.count and not shard.owns_first]

@@ -35,4 +35,5 @@ def test_large_model_on_paper():
         cost = scaling(optimizer, world_size, "replicate" if world_size <= 2 else "shard")  # as auto chooses
         assert cost.saved >= 0.9
         assert cost.step <= (0.001 if cost.basis == "replicate" else 0.025) * cost.gradients
-        assert cost.refresh <= 0.025 * cost.gradients
+        # what every process makes orthonormal by itself, or a share that it then gives to the others
+        assert cost.refresh <= (0.025 if cost.basis == "replicate" else 0.05) * cost.gradients
