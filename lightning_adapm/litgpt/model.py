@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from torch import Tensor
 
+from lightning_adapm.litgpt.weights import attach_weights, matching_weights, parameters_without_values
 from lightning_adapm.optim.options import instead_of
 from lightning_adapm.trainer.config import without_text_none
 
@@ -68,7 +69,9 @@ def litgpt_config(
 def build(config: Config, tie_embeddings: bool = False, checkpoint_dir: str | None = None) -> GPT:
     """Build a ``GPT``; with LoRA's fields, litgpt's ``GPT`` with LoRA, whose other weights are frozen.
 
-    On the meta device no checkpoint is opened, so that memory can be planned before the weights are downloaded.
+    Weights of a checkpoint are mapped from the file, in its dtype, and nothing is drawn in their place;
+    :func:`~lightning_adapm.litgpt.weights.place_weights` copies them to where they are trained. On the meta device no
+    checkpoint is opened, so that memory can be planned before the weights are downloaded.
 
     Args:
         config: Configuration of the model.
@@ -76,7 +79,7 @@ def build(config: Config, tie_embeddings: bool = False, checkpoint_dir: str | No
         checkpoint_dir: Directory whose ``lit_model.pth`` the weights are from; None for litgpt's random weights.
 
     Returns:
-        The model, in torch's default dtype.
+        The model; weights that are not a checkpoint's are in torch's default dtype.
 
     Raises:
         FileNotFoundError: There is no ``lit_model.pth`` in the directory.
@@ -84,14 +87,16 @@ def build(config: Config, tie_embeddings: bool = False, checkpoint_dir: str | No
     """
     from litgpt import GPT, lora
 
-    model = lora.GPT(config) if isinstance(config, lora.Config) else GPT(config)
+    planned = torch.get_default_device().type == "meta"
+    with parameters_without_values() if checkpoint_dir and not planned else nullcontext():
+        model = lora.GPT(config) if isinstance(config, lora.Config) else GPT(config)
+    if checkpoint_dir and not planned:
+        attach_weights(model, checkpoint_file(checkpoint_dir, WEIGHTS), tie_embeddings)
     if tie_embeddings:
         head = getattr(model.lm_head, "linear", model.lm_head)  # with LoRA, the head holds a Linear
         head.weight = model.transformer.wte.weight
-    if not model.transformer.wte.weight.is_meta:  # on the meta device, thousands of slow calls change nothing
+    if not checkpoint_dir and not planned:  # on the meta device, thousands of slow calls would change nothing
         model.apply(model._init_weights)
-        if checkpoint_dir is not None:
-            _load(model, checkpoint_file(checkpoint_dir, WEIGHTS), tie_embeddings)
     if isinstance(config, lora.Config):
         lora.mark_only_lora_as_trainable(model)
     return model
@@ -157,7 +162,7 @@ def check_weights(config: Config, checkpoint_dir: str) -> None:
 
     with torch.device("meta"):
         model = GPT(config)
-    _matching(model, checkpoint_file(checkpoint_dir, WEIGHTS), tie_embeddings=False)
+    matching_weights(model, checkpoint_file(checkpoint_dir, WEIGHTS), tie_embeddings=False)
 
 
 def check_raw(checkpoint_dir: Path) -> None:
@@ -172,35 +177,6 @@ def check_raw(checkpoint_dir: Path) -> None:
             f"{str(checkpoint_dir / WEIGHTS)!r} holds the whole state of a training, which litgpt cannot start from"
             f" here; write litgpt convert_pretrained_checkpoint {checkpoint_dir} OUT_DIR, and give that folder"
         )
-
-
-def _load(model: GPT, path: Path, tie_embeddings: bool) -> None:
-    """Copy a checkpoint's weights into a model, which may also have LoRA's matrices."""
-    saved = _matching(model, path, tie_embeddings)
-    if tie_embeddings:
-        saved = saved | {"lm_head.weight": saved["transformer.wte.weight"]}
-    model.load_state_dict(saved, strict=False)
-
-
-def _matching(model: GPT, path: Path, tie_embeddings: bool) -> dict[str, Tensor]:
-    """Read a checkpoint's weights, and check that the model has the same names and shapes."""
-    saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    saved = saved.get("model", saved)  # `litgpt pretrain` and `finetune_full` save the model with more around it
-    own = {key.replace(".linear.", "."): value for key, value in model.state_dict().items() if "lora_" not in key}
-    for name in (*own, *saved):
-        if name == "lm_head.weight" and tie_embeddings:
-            continue
-        if _shape(own, name) != _shape(saved, name):
-            raise ValueError(
-                f"`checkpoint_dir`: {str(path)!r} is of another model: {name} has shape {_shape(saved, name)} there and"
-                f" {_shape(own, name)} in this model; leave out `model_name` and `config` to use the checkpoint's own"
-                " model_config.yaml, or give the fields of the checkpoint's model"
-            )
-    return dict(saved)
-
-
-def _shape(state: dict[str, Tensor], name: str) -> tuple[int, ...] | None:
-    return tuple(state[name].shape) if name in state else None
 
 
 def _unknown_name(model_name: str) -> str:

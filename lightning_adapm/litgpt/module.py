@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -14,6 +15,7 @@ from torchmetrics import MeanMetric
 
 from lightning_adapm.litgpt.checks import check_data
 from lightning_adapm.litgpt.model import build, litgpt_config, load_tokenizer
+from lightning_adapm.litgpt.weights import give_shards, place_weights, take_weights
 from lightning_adapm.trainer.mixin import AdaPMMixin
 
 if TYPE_CHECKING:
@@ -39,8 +41,9 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
             other fields of ``litgpt.lora.Config``, only LoRA's matrices are trained.
         tie_embeddings: Whether the output layer shares the token embedding's weight.
         adapm: Settings of optimizer and schedule, see ``AdaPMMixin``; ``None`` for the defaults.
-        checkpoint_dir: litgpt checkpoint directory. Its ``lit_model.pth`` holds the initial weights. Its
-            ``model_config.yaml`` describes the model if neither ``model_name`` nor ``config`` is given.
+        checkpoint_dir: litgpt checkpoint directory. Its ``lit_model.pth`` holds the initial weights, which stay in the
+            file until ``configure_model`` copies them to their device and dtype. Its ``model_config.yaml`` describes
+            the model if neither ``model_name`` nor ``config`` is given.
         tokenizer_dir: Folder of the tokenizer for litgpt's data modules; ``None`` for ``checkpoint_dir``.
         micro_batch_size: Sequences per batch on each process, for litgpt's data modules.
         max_seq_length: Positions per sequence, for litgpt's data modules; ``None`` for the model's ``block_size``.
@@ -87,6 +90,7 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
         self.torch_compile = torch_compile
         # Not in `configure_model`, because LightningCLI builds the optimizer before there is a Trainer.
         self.model = build(litgpt_config(model_name, config, checkpoint_dir), tie_embeddings, checkpoint_dir)
+        self._in_file = checkpoint_dir is not None
         if activation_checkpointing:
             blocks = set(self.model.transformer.h)
             apply_activation_checkpointing(self.model, check_fn=lambda module: module in blocks)
@@ -114,7 +118,9 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
         return []
 
     def configure_model(self) -> None:
-        """Under FSDP2, shard every block and then the rest; compile the model if asked to.
+        """Copy a checkpoint's weights to their device and dtype; under FSDP2, shard every block and then the rest.
+
+        The model is compiled if asked for. Outside a Trainer, the copies are made by torch's default device and dtype.
 
         Raises:
             MisconfigurationException: The strategy has more than one process for tensor parallelism.
@@ -127,10 +133,27 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
                     f" {shared}; those processes would do the same work; write"
                     f" `ModelParallelStrategy(data_parallel_size={self.device_mesh.size()}, tensor_parallel_size=1)`"
                 )
+            weights = take_weights(self.model, torch.get_default_dtype())
             for part in (*self.model.transformer.h, self.model):
                 fully_shard(part, mesh=self.device_mesh["data_parallel"])
+            give_shards(self.model, weights)
+            self._in_file = False
+        self._leave_file()
         if self.torch_compile and self.model._compiled_call_impl is None:
             self.model.compile()  # in place, so that names stay as they are
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights, in the dtype that training has, and not in that of the checkpoint directory's file."""
+        self._leave_file()
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _leave_file(self) -> None:
+        """Copy weights that are still mapped from the checkpoint's file, if any."""
+        if self._in_file:
+            # FSDP1 moves and flattens one block after another
+            sharded = self._trainer is not None and isinstance(self._trainer.strategy, FSDPStrategy)
+            place_weights(self, torch.get_default_device(), torch.get_default_dtype(), copy=not sharded)
+        self._in_file = False
 
     def setup(self, stage: str) -> None:
         """Check that the data's vocabulary and windows fit into the model."""

@@ -4,9 +4,11 @@ import functools
 import inspect
 import os
 import sys
+import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,7 @@ from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre, PartialMuon
+from lightning_adapm.litgpt.weights import give_shards, map_weights, take_weights
 from lightning_adapm.roles.context import normalize
 from lightning_adapm.sharding.find import layout_of, local
 
@@ -297,6 +300,17 @@ def shard_without_memory(model):
     return sharded
 
 
+def shard_from_file(model):
+    """FSDP2 of a model whose weights are mapped from a file, of which each process reads its share."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "weights.pth")
+        torch.save(model.state_dict(), path)
+        saved = map_weights(path)
+    take_weights(model, next(model.parameters()).dtype)
+    give_shards(shard(model), saved)
+    return model
+
+
 compiled = functools.partial(torch.compile, backend="eager")  # as any backend, it wraps: code is another matter
 
 
@@ -319,6 +333,7 @@ WRAP = {
     "fsdp2 of checkpointed": lambda model: shard(checkpointed(model)),
     "compiled fsdp2": lambda model: compiled(shard(model)),
     "fsdp2 from meta": shard_without_memory,
+    "fsdp2 from file": shard_from_file,
 }
 
 

@@ -1,0 +1,132 @@
+"""Weights on their way from a litgpt checkpoint to training: mapped from the file, and copied once, to their place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from lightning_adapm.sharding.find import layout_of, local
+
+
+@contextmanager
+def parameters_without_values() -> Iterator[None]:
+    """Within the context, modules get their parameters on the meta device, so that nothing initializes them.
+
+    Buffers, which checkpoints lack, and LoRA's matrices are made as ever.
+    """
+
+    def without_values(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or name.startswith("lora_"):
+            return parameter
+        return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(without_values)  # type: ignore[arg-type]  # torch says None
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def map_weights(path: Path) -> dict[str, Tensor]:
+    """Map a checkpoint's weights into memory; what is not used is not read."""
+    saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return dict(saved.get("model", saved))  # `litgpt pretrain` and `finetune_full` save the model with more around it
+
+
+def matching_weights(model: nn.Module, path: Path, tie_embeddings: bool) -> dict[str, Tensor]:
+    """Map a checkpoint's weights, and check that the model has the same names and shapes.
+
+    Raises:
+        ValueError: It has others.
+    """
+    saved = map_weights(path)
+    own = {key.replace(".linear.", "."): value for key, value in model.state_dict().items() if "lora_" not in key}
+    for name in (*own, *saved):
+        if name == "lm_head.weight" and tie_embeddings:
+            continue
+        if _shape(own, name) != _shape(saved, name):
+            raise ValueError(
+                f"`checkpoint_dir`: {str(path)!r} is of another model: {name} has shape {_shape(saved, name)} there and"
+                f" {_shape(own, name)} in this model; leave out `model_name` and `config` to use the checkpoint's own"
+                " model_config.yaml, or give the fields of the checkpoint's model"
+            )
+    return saved
+
+
+def attach_weights(model: nn.Module, path: Path, tie_embeddings: bool) -> None:
+    """Make a checkpoint's weights, mapped from the file, the parameters of a model, which may also have LoRA's.
+
+    Raises:
+        ValueError: The model's parameters have other names or shapes.
+    """
+    saved = matching_weights(model, path, tie_embeddings)
+    if tie_embeddings:
+        saved["lm_head.weight"] = saved["transformer.wte.weight"]
+    model.load_state_dict(saved, strict=False, assign=True)
+
+
+@torch.no_grad()
+def place_weights(module: nn.Module, device: torch.device, dtype: torch.dtype, copy: bool = True) -> None:
+    """Move a module's parameters to a device and a dtype, out of the file that they are mapped from.
+
+    Without ``copy``, those that have both already stay in the file, for a strategy that copies them itself.
+    """
+    for param in module.parameters():
+        param.data = _moved(param.data, device, dtype, copy)
+
+
+def take_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Take a model's weights out, and leave parameters of a dtype on the meta device in their place."""
+    taken = dict(model.named_parameters())
+    empty = {param: torch.empty_like(param, device="meta", dtype=dtype) for param in taken.values()}
+    _replace(model, {param: nn.Parameter(value, param.requires_grad) for param, value in empty.items()})
+    return {name: param.detach() for name, param in taken.items()}
+
+
+@torch.no_grad()
+def give_shards(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give a sharded model on the meta device this process's share of whole weights; only the share is read.
+
+    Args:
+        model: Model of DTensors, as ``fully_shard`` leaves it.
+        weights: The whole weights by the names of the model's parameters.
+    """
+    given: dict[nn.Parameter, nn.Parameter] = {}
+    for name, param in model.named_parameters():
+        layout = layout_of(param)
+        assert isinstance(param, DTensor) and layout is not None
+        part = weights[name].flatten()[slice(*layout.held)].view(local(param).shape)
+        device = torch.device(param.device_mesh.device_type)
+        shard = DTensor.from_local(
+            _moved(part, device, param.dtype),
+            param.device_mesh,
+            param.placements,
+            run_check=False,
+            shape=param.shape,
+            stride=param.stride(),
+        )
+        given[param] = nn.Parameter(shard, param.requires_grad)
+    _replace(model, given)
+
+
+def _moved(tensor: Tensor, device: torch.device, dtype: torch.dtype, copy: bool = True) -> Tensor:
+    moved = tensor.to(device)  # by itself, because together with the dtype it would be converted on the host
+    return moved.to(dtype, copy=copy and tensor.device == moved.device)
+
+
+def _replace(model: nn.Module, new: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    """Put other parameters in the place of a model's; tied ones stay tied."""
+    for module in model.modules():
+        for name, param in list(module._parameters.items()):
+            if param is not None:
+                setattr(module, name, new[param])
+
+
+def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(state[name].shape) if name in state else None

@@ -1,0 +1,147 @@
+"""Weights of a checkpoint are read once, to where they are trained, and nothing is drawn or held in their place."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from finetuning import CONFIG, write_instructions, write_tokenizer
+from litgpt import GPT, Config
+from litgpt.data import JSON
+from torch import nn
+
+from lightning_adapm.litgpt.checkpoint import write_checkpoint
+from lightning_adapm.litgpt.module import LitGPTModule
+
+LORA = {"lora_r": 2, "lora_alpha": 4, "lora_query": True, "lora_value": True}
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def base(request, tmp_path_factory):
+    """A litgpt checkpoint directory of random weights."""
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    module = LitGPTModule(config=CONFIG, tokenizer_dir=str(write_tokenizer(folder / "tokenizer"))).to(request.param)
+    write_checkpoint(folder / "model", module, module.state_dict())
+    return folder / "model"
+
+
+def read_the_old_way(base):
+    """litgpt's model, drawn at random and then overwritten."""
+    model = GPT(Config.from_checkpoint(base))
+    model.load_state_dict(torch.load(base / "lit_model.pth"))
+    return model
+
+
+def in_file(tensor):
+    """Whether a tensor's memory is mapped from a checkpoint."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, last = (int(edge, 16) for edge in line.split()[0].split("-"))
+        if first <= tensor.data_ptr() < last:
+            return line.endswith("lit_model.pth")
+    return False
+
+
+def trained(module, tmp_path, precision, steps=1):
+    run = L.Trainer(
+        max_steps=steps,
+        precision=precision,
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    data = JSON(write_instructions(tmp_path / "instructions.json"), val_split_fraction=0.25, num_workers=0)
+    run.fit(module, datamodule=data)
+    return module
+
+
+@pytest.mark.parametrize("options", [{}, {"activation_checkpointing": True}, {"tie_embeddings": True}])
+def test_nothing_is_drawn_where_the_checkpoint_has_all(base, options):
+    before = torch.get_rng_state()
+    module = LitGPTModule(checkpoint_dir=str(base), **options)
+    assert all(in_file(param) for param in module.parameters())
+    module.configure_model()
+    assert torch.equal(torch.get_rng_state(), before)
+    expected = read_the_old_way(base)
+    if options.get("tie_embeddings"):
+        assert module.model.lm_head.weight is module.model.transformer.wte.weight
+        expected.lm_head.weight = expected.transformer.wte.weight
+    tokens = torch.randint(0, 300, (2, 9))
+    assert torch.equal(module(tokens), expected(tokens))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+def test_training_has_the_precisions_dtype_and_leaves_the_file_alone(base, tmp_path, precision):
+    kept = (base / "lit_model.pth").read_bytes()
+    module = LitGPTModule(checkpoint_dir=str(base), max_seq_length=64, adapm={"lr": 0.0, "weight_decay": 0.0})
+    trained(module, tmp_path, precision)
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    for name, weight in read_the_old_way(base).named_parameters():
+        param = module.model.get_parameter(name)
+        assert not in_file(param)
+        assert param.dtype == dtype
+        assert torch.equal(param, weight.to(dtype)), name
+    trained(LitGPTModule(checkpoint_dir=str(base), max_seq_length=64, adapm={"lr": 1.0}), tmp_path, precision)
+    assert (base / "lit_model.pth").read_bytes() == kept
+
+
+def test_what_the_checkpoint_lacks_is_made_as_ever(base):
+    expected = LitGPTModule(config=CONFIG | LORA).model
+    module = LitGPTModule(checkpoint_dir=str(base), config=LORA)
+    module.configure_model()
+    assert torch.equal(module.model.cos, expected.cos) and torch.equal(module.model.sin, expected.sin)
+    for layer in (block.attn.qkv for block in module.model.transformer.h):
+        assert layer.lora_B.count_nonzero() == 0
+        assert 0 < layer.lora_A.abs().max() <= 1 / 32**0.5  # Kaiming's bound for 32 inputs
+        assert layer.lora_A.requires_grad and not layer.linear.weight.requires_grad
+    assert {param.dtype for param in module.parameters()} == {torch.float32}
+
+
+def test_weights_of_training_are_loaded_in_their_own_dtype(base, tmp_path):
+    module = LitGPTModule(checkpoint_dir=str(base))
+    module.configure_model()
+    nn.init.constant_(module.model.lm_head.weight, 1 + 2**-20)
+    run = L.Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    run.strategy.connect(module)
+    run.save_checkpoint(tmp_path / "model.ckpt", weights_only=True)
+    again = LitGPTModule.load_from_checkpoint(tmp_path / "model.ckpt", map_location="cpu")
+    assert torch.equal(again.model.lm_head.weight, module.model.lm_head.weight)
+
+
+_PEAKS = """
+import json, resource, sys
+import torch
+from lightning_adapm.litgpt.module import LitGPTModule
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+LitGPTModule(config=json.loads(sys.argv[1]))  # imports
+peaks = [peak()]
+module = LitGPTModule(checkpoint_dir=sys.argv[2], config=json.loads(sys.argv[3]))
+peaks.append(peak())
+torch.set_default_dtype(torch.bfloat16)
+module.configure_model()
+print(*peaks, peak())
+"""
+
+
+def test_building_holds_no_weights_and_training_holds_them_once(tmp_path):
+    config = CONFIG | {"n_embd": 1024, "n_layer": 8, "intermediate_size": 4096, "padded_vocab_size": 8192}
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in GPT(Config(**config)).state_dict().items()}
+    weights = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    size = sum(weight.nbytes for weight in weights.values()) / 1024
+    torch.save(weights, tmp_path / "lit_model.pth")
+    words = [sys.executable, "-c", _PEAKS, json.dumps(CONFIG), str(tmp_path), json.dumps(config)]
+    result = subprocess.run(words, capture_output=True, text=True, check=True, timeout=200)
+    start, built, placed = map(int, result.stdout.split())
+    assert built - start < 0.1 * size
+    assert placed - start < 2.1 * size  # the file's pages, which the system may drop, and the weights
