@@ -1,20 +1,67 @@
-"""Put all results except studies into docs/benchmarks.md: ``python -m benchmarks.docs``."""
+"""Fill the tables of docs/benchmarks.md from the results, except studies: ``python -m benchmarks.docs``."""
 
-import re
+import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from benchmarks.pages.page import RESULTS
+from benchmarks.pages.page import RESULTS, table
+from lightning_adapm.report.tables import show_bytes
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
-SECTIONS = ("step_time", "training_time", "peak_memory", "scaling")
+BASE = "AdamW, fused"
+"""Row that the others are relative to."""
+OURS = ("AdaPM", "AdaPM block", "AdaPM factored")
+BACKWARD = "AdaPM block, in backward"
+
+Result = Mapping[str, Any]
+Cells = Iterator[tuple[str, list[str]]]
+"""What was measured, in words, and the cells of its row."""
+
+
+def step_times(result: Result) -> Cells:
+    """Mean of the fused AdamW in ms, and the means of others relative to it."""
+    yield "", _relative(result["rows"], (BASE, "AdamW", *OURS))
+
+
+def training_times(result: Result) -> Cells:
+    """The same for forward, backward and step together."""
+    yield f", {result['batch']} x {result['length']} tokens", _relative(result["rows"], (BASE, *OURS, BACKWARD))
+
+
+def peaks(result: Result) -> Cells:
+    """Peak bytes without and with activation checkpointing."""
+    for kind, words in (("plain", ""), ("checkpointing", ", checkpointing")):
+        parts = (result["rows"].get(name, {}).get(kind) for name in (BASE, *OURS, BACKWARD))
+        yield words, [show_bytes(part["peak"]) if part and "peak" in part else "" for part in parts]
+
+
+def _relative(rows: Mapping[str, Mapping[str, Any]], names: tuple[str, ...]) -> list[str]:
+    base, *others = (rows.get(name, {}).get("mean_ms") for name in names)
+    if not base:
+        return [""] * len(names)
+    return [f"{base:.2f} ms", *("" if mean is None else f"{mean / base:.2f}" for mean in others)]
+
+
+SECTIONS: dict[str, tuple[tuple[str, ...], Callable[[Result], Cells]]] = {
+    "step_time": ((BASE, "AdamW", *OURS), step_times),
+    "training_time": ((BASE, *OURS, BACKWARD), training_times),
+    "peak_memory": ((BASE, *OURS, BACKWARD), peaks),
+}
+"""Benchmarks, with the columns of their tables and the cells of a result."""
 
 
 def section(name: str, results: Path = RESULTS) -> str:
-    """All pages of a benchmark, one below the other, with their headings under the section's."""
-    pages = [file.read_text().strip() for file in sorted(results.glob(f"{name}*.md"))]
-    text = "\n\n".join(pages) if pages else "Nothing is measured yet."
-    text = re.sub(r"^(#+) ", r"##\1 ", text, flags=re.M)
-    return re.sub(r"\]\((?=[^)/]+\.svg\))", "](../benchmarks/results/", text)
+    """A row for each result of a benchmark, with a link to its page."""
+    header, cells = SECTIONS[name]
+    rows = []
+    for file in sorted(results.glob(f"{name}-*.json")):
+        result = json.loads(file.read_text())
+        where = result["hardware"].partition(",")[0] if result["device"] == "cuda" else "CPU"
+        for words, row in cells(result):
+            text = f"{result['model']}, {result['dtype']}{words}, {where}"
+            rows.append([f"[{text}](../benchmarks/results/{file.stem}.md)", *row])
+    return "\n".join(table(["", *header], rows)) if rows else "Nothing is measured yet."
 
 
 def filled(page: str) -> str:

@@ -253,8 +253,22 @@ def test_the_documentation_shows_the_results():
         docs.filled("# Benchmarks")
 
 
-def test_pages_are_shown_under_their_section(tmp_path):
-    (tmp_path / "step_time-b.md").write_text("# B\n\n## Part\n![Plot](b.svg)\n")
-    (tmp_path / "step_time-a.md").write_text("# A\n")
-    assert docs.section("step_time", tmp_path) == "### A\n\n### B\n\n#### Part\n![Plot](../benchmarks/results/b.svg)"
-    assert docs.section("scaling", tmp_path) == "Nothing is measured yet."
+def test_a_section_has_a_row_for_each_result(tmp_path):
+    """Cells of rows that were not measured are empty."""
+    made = {"device": "cuda", "hardware": "GPU, 2 cores", "model": "m", "dtype": "float32"}
+    rows = {"AdamW, fused": {"mean_ms": 2.0}, "AdaPM": {"mean_ms": 3.0}, "AdaPM block": {"skipped": "no time left"}}
+    (tmp_path / "step_time-a.json").write_text(json.dumps(made | {"rows": rows}))
+    (tmp_path / "step_time-b.json").write_text(json.dumps(made | {"rows": {}}))
+    (tmp_path / "step_time_on_paper.json").write_text("{}")
+    link = "[m, float32, GPU](../benchmarks/results/step_time"
+    assert docs.section("step_time", tmp_path).splitlines()[2:] == [
+        f"| {link}-a.md) | 2.00 ms |  | 1.50 |  |  |",
+        f"| {link}-b.md) |  |  |  |  |  |",
+    ]
+    peaks = {"AdamW, fused": {"plain": {"peak": 2**30}, "checkpointing": {"skipped": "out of memory"}}}
+    (tmp_path / "peak_memory-a.json").write_text(json.dumps(made | {"device": "cpu", "rows": peaks}))
+    assert docs.section("peak_memory", tmp_path).splitlines()[2:] == [
+        "| [m, float32, CPU](../benchmarks/results/peak_memory-a.md) | 1.0 GiB |  |  |  |  |",
+        "| [m, float32, checkpointing, CPU](../benchmarks/results/peak_memory-a.md) |  |  |  |  |  |",
+    ]
+    assert docs.section("training_time", tmp_path) == "Nothing is measured yet."
