@@ -1,6 +1,6 @@
 """The studies, as data: what is asked, which variants answer it, and at which learning rates."""
 
-from benchmarks.studies import ablation, at_size, comparison, defaults, large
+from benchmarks.studies import ablation, at_size, comparison, defaults, large, precision
 from benchmarks.studies.base import BESIDE, BEST, SIZES, Study, adamw, adapm
 
 STUDIES: dict[str, Study] = {
@@ -31,6 +31,7 @@ STUDIES: dict[str, Study] = {
         ablation.grid,
         ablation.factoriser,
         ablation.lr_change,
+        precision.state_dtype,
     )
 }
 

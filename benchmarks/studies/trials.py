@@ -231,8 +231,8 @@ class Reprojected(LowRankMomentum):
         corrected = lowrank.debiased_direction(
             grad, projected, torch.lerp(left, projected, 1 - self.beta1), right, correction
         )
-        self._store(states, "exp_avg_l", correction * corrected @ new_right.mT)
-        self._store(states, "exp_avg_r", new_right)
+        for key, batch in zip(KEYS, (correction * corrected @ new_right.mT, new_right), strict=True):
+            self.storage.write(states, key, split(batch, [state[key] for state in states]))
         return Direction(split(corrected, grads), 1.0, scratch=True, clamp=1.0)
 
 

@@ -101,7 +101,7 @@ class Moment:
         return made
 
     def numbers(self, state: Mapping[str, Any]) -> dict[str, int]:
-        """The numbers that go with the tensors of a state: processes that hold some matrices have numbers of their own.
+        """The numbers that go with the values of a state: processes that hold some matrices have numbers of their own.
 
         Raises:
             NotImplementedError: There are numbers, and this moment does not say.

@@ -73,7 +73,8 @@ class FullMomentum(Momentum):
                 for average, grad in zip(averages, grads, strict=True)
             ]
         self.storage.write(states, "exp_avg", used)
-        return Direction(used, 1 / (1 - self.beta1**step), scratch=used is not averages, clamp=None)
+        scratch = used is not averages or not self.storage.plain
+        return Direction(used, 1 / (1 - self.beta1**step), scratch=scratch, clamp=None)
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,11 @@ class LowRankMomentum(Momentum):
     clamp: ClassVar[float] = 1.0
 
     def basis(self, state: State) -> Tensor | None:
-        (right,) = self.storage.read([state], "exp_avg_r")
+        (right,) = self._bases([state])
         return right
+
+    def _bases(self, states: Sequence[State]) -> list[Tensor]:
+        return self.storage.of_bases.read(states, "exp_avg_r")
 
     @property
     def payout(self) -> float:
@@ -125,7 +129,7 @@ class LowRankMomentum(Momentum):
         rank = min(self.rank, n)
         return {
             "exp_avg_l": Entry(torch.Size((*batch, m, rank)), rows=True, storage=self.storage),
-            "exp_avg_r": Entry(torch.Size((*batch, rank, n)), columns=True, storage=self.storage),
+            "exp_avg_r": Entry(torch.Size((*batch, rank, n)), columns=True, storage=self.storage.of_bases),
             "seeded": Entry(None),
         }
 
@@ -134,12 +138,12 @@ class LowRankMomentum(Momentum):
         n = shape[-1]
         if self.rank >= n:
             identity = torch.eye(n, dtype=like.dtype, device=like.device)[:, slice(*(kept or (0, n)))]
-            self.storage.write([made], "exp_avg_r", [identity.expand(*shape[:-2], *identity.shape)])
+            self.storage.of_bases.write([made], "exp_avg_r", [identity.expand(*shape[:-2], *identity.shape)])
             made["seeded"] = 1
         return made
 
     def numbers(self, state: Mapping[str, Any]) -> dict[str, int]:
-        (right,) = self.storage.read([state], "exp_avg_r")  # type: ignore[list-item]
+        right = state["exp_avg_r"]
         return {"seeded": int(not has_values(right) or right.any(dim=-1).any(dim=-1).all())}
 
     @classmethod
@@ -151,24 +155,25 @@ class LowRankMomentum(Momentum):
         return saved["exp_avg_l"].float() @ saved["exp_avg_r"].float()
 
     def from_dense(self, dense: Tensor, state: dict[str, Any]) -> None:
-        shape = self.storage.read([state], "exp_avg_r")[0].shape
+        shape = self._bases([state])[0].shape
         self._fill(state, *lowrank.factorized(dense, shape[-2]))
 
     def resized(self, saved: Mapping[str, Any], state: dict[str, Any]) -> bool:
-        shape = self.storage.read([state], "exp_avg_r")[0].shape
+        shape = self._bases([state])[0].shape
         self._fill(state, *lowrank.resized(saved["exp_avg_l"], saved["exp_avg_r"], shape[-2]))
         return True
 
     def _fill(self, state: dict[str, Any], left: Tensor, right: Tensor) -> None:
         self.storage.write([state], "exp_avg_l", [left])
-        self.storage.write([state], "exp_avg_r", [right])
+        self.storage.of_bases.write([state], "exp_avg_r", [right])
         state["seeded"] = int(not has_values(right) or right.any())
 
     def direction(
         self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
     ) -> Direction:
         grad = grads if isinstance(grads, Stack) else join(grads)
-        left, right = (join(self.storage.read(states, key)) for key in ("exp_avg_l", "exp_avg_r"))
+        lefts, rights = self.storage.read(states, "exp_avg_l"), self._bases(states)
+        left, right = join(lefts), join(rights)
         right = reduction.columns(right, grad.shape[-1])
         left, right = left.to(grad.dtype), right.to(grad.dtype)
         new_right = self._next_basis(grad, left, right, states, step, reduction)
@@ -184,15 +189,12 @@ class LowRankMomentum(Momentum):
                 torch.cat([inside - projected - self.payout * moved, self.payout * left], dim=-1),
                 torch.cat([new_right, right], dim=-2),
             )
-        self._store(states, "exp_avg_l", new_left)  # only now: left and right may be views of it
+        self.storage.write(states, "exp_avg_l", split(new_left, lefts))  # only now: left may be a view of it
         if new_right is not right:
-            self._store(states, "exp_avg_r", reduction.kept_columns(new_right))
+            self.storage.of_bases.write(states, "exp_avg_r", split(reduction.kept_columns(new_right), rights))
         if not self.debias:
             return Direction(split(inside @ new_right, grads), 1.0, scratch=True, clamp=self.clamp)
         return Direction(grads, 1.0, scratch=False, clamp=self.clamp, factors=factors)
-
-    def _store(self, states: Sequence[State], key: str, batch: Tensor) -> None:
-        self.storage.write(states, key, split(batch, self.storage.read(states, key)))
 
     def _next_basis(
         self,
@@ -223,7 +225,7 @@ class LowRankMomentum(Momentum):
             new_right = torch.where(without, new_right, right)
         seeded = iter(new_right.any(dim=-1).any(dim=-1).tolist())
         for state in states:
-            (basis,) = self.storage.read([state], "exp_avg_r")
+            (basis,) = self._bases([state])
             matrices = basis.shape[0] if basis.dim() == 3 else 1
             state["seeded"] = int(sum(islice(seeded, matrices)) == matrices)
         return new_right

@@ -8,6 +8,7 @@ import torch
 from lightning_adapm.moments.base import Momentum, SecondMoment
 from lightning_adapm.moments.first import FullMomentum, LowRankMomentum, NoMomentum
 from lightning_adapm.moments.second import BlockSecondMoment, ElementwiseSecondMoment, FactoredSecondMoment
+from lightning_adapm.moments.quantized import eight_bits_for
 from lightning_adapm.moments.storage import EXACT, Storage
 from lightning_adapm.roles.piece import POLICIES, ROLES, UNMATCHED, Piece
 
@@ -90,14 +91,19 @@ def momentum_for(piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> M
                 gap,
                 group.get("debias", True),
                 offset=piece.block % _PHASES * (gap // _PHASES),
-                storage=storage_for(LowRankMomentum.name, group["state_dtype"]),
+                storage=storage_for(LowRankMomentum.name, group["state_dtype"], torch.Size((*shape[:-1], rank))),
             )
-    return FullMomentum(beta1, storage_for(FullMomentum.name, group["state_dtype"]))
+    return FullMomentum(beta1, storage_for(FullMomentum.name, group["state_dtype"], shape))
 
 
-def storage_for(name: str, chosen: Mapping[str, str] | str | None) -> Storage:
-    """How a momentum of a policy is stored: as the group's ``state_dtype`` says for it, else in full precision."""
+def storage_for(name: str, chosen: Mapping[str, str] | str | None, shape: torch.Size) -> Storage:
+    """How a momentum of a policy is stored: as the group's ``state_dtype`` says for it, else in full precision.
+
+    ``shape`` is that of its narrowest entry for the whole matrix, so that all processes decide alike.
+    """
     dtype = chosen.get(name) if isinstance(chosen, Mapping) else chosen
+    if dtype == "int8":
+        return eight_bits_for(shape)
     return EXACT if dtype is None else Storage(getattr(torch, dtype))
 
 

@@ -24,8 +24,9 @@ class Storage:
     """Values in one tensor of a dtype.
 
     A storage in another form (codes with scales, for instance) overrides :meth:`make`, :meth:`read` and :meth:`write`,
-    and sets ``plain`` to False. It may keep further tensors per entry under the entry's key and one of ``suffixes``.
-    State dicts of sharded parameters hold the values that it reads.
+    and sets ``plain`` to False. It keeps its tensors under the entry's key with one of ``suffixes`` each, so that
+    whoever does not know the form finds nothing under the key itself instead of taking codes for values. State dicts of
+    sharded parameters hold the values that it reads, where it is not ``rowwise``.
 
     Args:
         dtype: Dtype of the tensor. None is the dtype of the arithmetic: float32, or float64 for float64 parameters.
@@ -34,8 +35,15 @@ class Storage:
     dtype: torch.dtype | None = None
     plain: ClassVar[bool] = True
     """What is stored are the values, which kernels may read and write in place and of which slices are slices."""
+    rowwise: ClassVar[bool] = False
+    """Every tensor has the entry's dimensions but the last, and a shard's rows are stored as they are in the whole."""
     suffixes: ClassVar[tuple[str, ...]] = ()
-    """What keys of further tensors end with, after the entry's own key."""
+    """What the keys of its tensors end with, after the entry's own key; empty for one tensor under that key."""
+
+    @property
+    def of_bases(self) -> "Storage":
+        """How orthonormal bases are stored where momentum is stored like this."""
+        return self
 
     def make(self, key: str, shape: torch.Size, like: Tensor) -> dict[str, Tensor]:
         """Zeros, on the device of ``like``, whose dtype is that of the arithmetic."""
@@ -80,10 +88,12 @@ def decoded(saved: Mapping[str, Any]) -> dict[str, Any]:
     for kind in Storage.kinds():
         if not kind.suffixes:
             continue
-        for key in [key for key in saved if all(key + suffix in saved for suffix in kind.suffixes)]:
-            (values[key],) = kind().read([values], key)
-            for suffix in kind.suffixes:
-                del values[key + suffix]
+        first = kind.suffixes[0]
+        for key in [key.removesuffix(first) for key in saved if key.endswith(first)]:
+            if all(key + suffix in saved for suffix in kind.suffixes):
+                (values[key],) = kind().read([saved], key)  # type: ignore[list-item]
+                for suffix in kind.suffixes:
+                    del values[key + suffix]
     return values
 
 

@@ -31,7 +31,7 @@ class AdamMini(RoleOptimizer):
         roles: Roles for names, ``{regular expression: role or policy}``, searched in order before any built-in rule.
         unmatched: ``"error"`` refuses matrices whose role is not found; any policy gives them one value per output row.
         no_decay: Roles exempt from weight decay.
-        state_dtype: Dtype of the momentum. Default float32 (float64 for float64 parameters).
+        state_dtype: Dtype of the momentum, as for AdaPM. Default float32 (float64 for float64 parameters).
         maximize: Whether the objective is maximized.
         update_in_backward: Whether parameters move inside backward, as for AdaPM.
 
@@ -92,7 +92,7 @@ class AdamMini(RoleOptimizer):
 
     def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:
         """Choose full momentum."""
-        return FullMomentum(group["betas"][0], policy.storage_for(FullMomentum.name, group["state_dtype"]))
+        return FullMomentum(group["betas"][0], policy.storage_for(FullMomentum.name, group["state_dtype"], shape))
 
     def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
         """Choose one value per block; elementwise for a bias."""

@@ -110,7 +110,8 @@ class LoRAPre(RoleOptimizer):
     def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:
         """Choose a low-rank regressor for attention and MLP matrices, full momentum for everything else."""
         rank, beta1 = _rank(piece, shape, group), group["betas"][0]
-        storage = storage_for(FullMomentum.name, group["state_dtype"])
+        narrowest = shape if rank is None else torch.Size((*shape[:-1], rank))
+        storage = storage_for(FullMomentum.name, group["state_dtype"], narrowest)
         if rank is None:
             return FullMomentum(beta1, storage)
         return LowRankRegression(rank, beta1, self.order, self.variant == "muon", storage)

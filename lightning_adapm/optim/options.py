@@ -19,8 +19,8 @@ from lightning_adapm.sharding.find import shape_of
 StateDtype = Mapping[str, str] | torch.dtype | str | None
 """A dtype, its name, or names of dtypes by policy."""
 
-STATE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-"""Dtypes of the momentum, which torch must be able to compute with."""
+STATE_DTYPES = (torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""Dtypes of the momentum: those that torch can compute with, and codes of :mod:`lightning_adapm.moments.quantized`."""
 
 BASES = ("auto", "replicate", "shard")
 """Placements of the bases of sharded matrices."""
@@ -154,7 +154,7 @@ def dtype_names(dtype: StateDtype) -> str | dict[str, str] | None:
     """Convert ``state_dtype`` to plain strings, as in checkpoints.
 
     Raises:
-        ValueError: A dtype is not a floating-point one, or a key is no policy.
+        ValueError: A dtype is not supported, or a key is no policy.
     """
     if not isinstance(dtype, Mapping):
         return dtype_name(dtype)
@@ -168,7 +168,7 @@ def dtype_name(dtype: torch.dtype | str | None) -> str | None:
     """Convert one dtype to a plain string, as in checkpoints.
 
     Raises:
-        ValueError: The dtype is not a floating-point one.
+        ValueError: The dtype is not supported.
     """
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if dtype is None:

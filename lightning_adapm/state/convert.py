@@ -98,8 +98,9 @@ def _fill(part: Part, moment: Moment, family: type[Moment], saved: Mapping[str, 
     if known and not sources:
         key = min(known[0].keys)
         raise _misfit(part, part.piece.prefix + key, values[key])
-    own = not sources or sources[0].keys <= new.keys()
-    coded = {key + suffix for kind in Storage.kinds() for key in new for suffix in kind.suffixes} & saved.keys()
+    entries = moment.entries(part.shape).keys()
+    own = not sources or sources[0].keys <= entries
+    coded = {key + suffix for kind in Storage.kinds() for key in entries for suffix in kind.suffixes} & saved.keys()
     if own and _copied(saved if coded <= new.keys() else values, new):
         return
     if own and sources and moment.keys == sources[0].keys and moment.resized(values, new):

@@ -41,19 +41,21 @@ def export_state(parts: Parts, state: Mapping[str, Any], all_parts: Callable[[],
     param, layout = parts[0].param, parts[0].layout
     if layout is None:
         return state
-    values = decoded(state)
     if not isinstance(param, DTensor):
-        return {"step": state["step"], **_pack(parts, values, layout, all_parts)}
-    exported, whole = dict(values), whole_shapes(parts)
-    for part, key, entry in entries_of(parts):
-        if follows_rows(part, entry):
-            rows = values[key]
-            if part.shard is not None and not _aligned(part):
-                size = -(-part.shard.size // len(layout.spans))  # what a DTensor keeps on each process
-                rows = _gather(part.shard, rows)[size * layout.rank : size * (layout.rank + 1)].clone()
-            exported[key] = _dtensor(rows, param, 0, whole[key])
-        elif shares_columns(part, entry):
-            exported[key] = _dtensor(values[key], param, 1, whole[key])
+        return {"step": state["step"], **_pack(parts, decoded(state), layout, all_parts)}
+    known = [(part, entry, form_of(part, key, entry)) for part, key, entry in entries_of(parts)]
+    as_they_are = {name: state[name] for _, entry, form in known if entry.storage.rowwise for name in form}
+    exported = as_they_are | decoded({name: value for name, value in state.items() if name not in as_they_are})
+    for part, entry, form in known:
+        for name, whole in form.items():
+            if follows_rows(part, entry):
+                rows = exported[name]
+                if part.shard is not None and not _aligned(part):
+                    size = -(-part.shard.size // len(layout.spans))  # what a DTensor keeps on each process
+                    rows = _gather(part.shard, rows)[size * layout.rank : size * (layout.rank + 1)].clone()
+                exported[name] = _dtensor(rows, param, 0, whole)
+            elif shares_columns(part, entry):
+                exported[name] = _dtensor(exported[name], param, 1, whole)
     return exported
 
 
@@ -75,13 +77,27 @@ def shares_columns(part: Part, entry: Entry) -> bool:
     return entry.columns and part.kept is not None
 
 
+def stored(part: Part, key: str, entry: Entry) -> dict[str, Tensor]:
+    """Tensors on the meta device as those that an entry of the whole parameter is stored in, by key."""
+    return entry.storage.make(key, entry.shape or torch.Size(()), torch.empty((), dtype=part.exact, device=_META))
+
+
+def valued(part: Part, key: str, entry: Entry) -> dict[str, Tensor]:
+    """A tensor on the meta device as the value of an entry of the whole parameter, by its key."""
+    return {key: torch.empty(entry.shape or (), dtype=entry.storage.dtype or part.exact, device=_META)}
+
+
+def form_of(part: Part, key: str, entry: Entry) -> dict[str, Tensor]:
+    """Tensors on the meta device as those of the whole parameter's entry in the state dict of a sharded one."""
+    return (stored if entry.storage.rowwise else valued)(part, key, entry)
+
+
 def whole_shapes(parts: Parts) -> dict[str, Tensor]:
     """Tensors on the meta device as the values of the whole parameter's entries, by key."""
-    exact = parts[0].exact
-    return {
-        key: torch.empty(entry.shape or (), dtype=entry.storage.dtype or exact, device=_META)
-        for _, key, entry in entries_of(parts)
-    }
+    shapes: dict[str, Tensor] = {}
+    for part, key, entry in entries_of(parts):
+        shapes |= valued(part, key, entry)
+    return shapes
 
 
 def _numbers(parts: Parts) -> Iterator[tuple[Part, Moment, list[str]]]:
@@ -124,15 +140,23 @@ def import_entry(
 
 def localize(parts: Parts, whole: Mapping[str, Any]) -> dict[str, Any]:
     """What this process holds of the state of a whole parameter; DTensors or whole tensors, the values are copied."""
-    state, values = new_state(parts, local(parts[0].param).device), decoded(whole)
+    state, values = new_state(parts, local(parts[0].param).device), dict(whole)
     state["step"].copy_(_full(torch.as_tensor(values["step"])))
     for part, key, entry in entries_of(parts):
-        entry.storage.write([state], key, [_held_value(part, entry, values[key])])
+        names = stored(part, key, entry)
+        if entry.storage.rowwise and names.keys() <= values.keys():
+            for name in names:
+                state[name].copy_(_held_value(part, entry, values[name]))
+        else:
+            coded = {name: _full(values[name]) for name in names if name != key and name in values}
+            values |= decoded(coded)
+            entry.storage.write([state], key, [_held_value(part, entry, values[key])])
     for part, moment, numbers in _numbers(parts):
         prefix = part.piece.prefix
         found = {key: values[prefix + key] for key in numbers}
         if part.shard is None and part.is_shared:  # of the matrices of a stack that are held here
-            found = moment.numbers({key: state[prefix + key] for key in moment.entries(part.shape)})
+            held = decoded(state)
+            found = moment.numbers({key: held[prefix + key] for key in moment.entries(part.shape)})
         state |= {prefix + key: int(number) for key, number in found.items()}
     return state
 
@@ -152,13 +176,15 @@ def _held_value(part: Part, entry: Entry, value: Tensor) -> Tensor:
     return value[..., slice(*part.kept)] if shares_columns(part, entry) and part.kept is not None else value
 
 
-def fits(parts: Parts, entry: Mapping[str, Any]) -> bool:
-    """Whether a saved entry has the keys and the shapes that the whole parameter's state has."""
-    shapes, values = whole_shapes(parts), decoded(entry)
-    numbers = {part.piece.prefix + key for part, _, keys in _numbers(parts) for key in keys}
-    if values.keys() != shapes.keys() | numbers | {"step"}:
-        return False
-    return all(torch.as_tensor(values[key]).shape == value.shape for key, value in shapes.items())
+def fits(parts: Parts, saved: Mapping[str, Any]) -> bool:
+    """Whether a saved entry has the keys and the shapes that the whole parameter's state has, as stored or as values."""
+    known = {part.piece.prefix + key for part, _, keys in _numbers(parts) for key in keys} | {"step"}
+    for part, key, entry in entries_of(parts):
+        shapes = (valued if key in saved else stored)(part, key, entry)
+        if any(name not in saved or torch.as_tensor(saved[name]).shape != each.shape for name, each in shapes.items()):
+            return False
+        known |= shapes.keys()
+    return known == saved.keys()
 
 
 def full_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -255,7 +281,9 @@ def _whole_entry(parts: Parts, entry: Mapping[str, Any] | None, layout: Layout) 
     whole: dict[str, Any] = next((others for _, others in found if others), {})
     if not whole:
         return None
-    shapes = {key: value.shape for key, value in whole_shapes(parts).items()}
+    shapes = {
+        name: value.shape for each in entries_of(parts) for name, value in (valued(*each) | stored(*each)).items()
+    }
     for key in sorted({key for ends, _ in found for key in ends}):
         size = max(ends.get(key, 0) for ends, _ in found)
         shape = shapes.get(key)

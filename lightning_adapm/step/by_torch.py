@@ -63,7 +63,7 @@ def _tiles(batch: Batch, direction: Direction, whole: bool) -> Iterator[Tile]:
     if whole or len(parts) > 1 or rows is None:
         yield Tile(params, direction, second.denominators(grads, parts, step, reduction))
         return
-    in_tiles = second.elementwise and all(entry.storage.plain for entry in parts[0].entries.values())
+    in_tiles = second.elementwise and all(entry.storage.plain for entry in second.entries(parts[0].shape).values())
     known = None if in_tiles else second.denominators(grads, parts, step, reduction)
     for first in range(0, len(grads[0]), rows):
         last = min(first + rows, len(grads[0]))

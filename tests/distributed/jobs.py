@@ -385,6 +385,7 @@ JOBS |= {
     "gpt maximize muon": Job("gpt", {"maximize": True, "basis": "shard"}, make=PartialMuon),
     "gpt muon float32": Job("gpt", make=PartialMuon, dtype=torch.float32, tolerance=0.05),
     "gpt broken muon": Job("gpt", make=PartialMuon, broken="qkv"),
+    "gpt int8": Job("gpt", {"rank": 8, "state_dtype": "int8"}, dtype=torch.float32, tolerance=1e-3),
     "gpt extending": Job("gpt", make=SignAdam),
     "plain maximize": Job("plain", {"maximize": True, "no_decay": ("norm", "bias")}),
 }

@@ -36,6 +36,7 @@ QUICK = (
     "gpt broken",
     "gated broken",
     "gpt state dtypes",
+    "gpt int8",
     "transposed elementwise",
     "gpt adalomo",
     "plain lora-pre",

@@ -9,4 +9,4 @@ from models import PlainLM
 PAGE: dict[str, Any] = {"model": PlainLM(), "print": str}
 exec("".join(re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "extending.md").read_text(), re.S)), PAGE)
 
-SignMomentum, EightBits, SignAdam = (PAGE[name] for name in ("SignMomentum", "EightBits", "SignAdam"))
+SignMomentum, Float8, SignAdam = (PAGE[name] for name in ("SignMomentum", "Float8", "SignAdam"))

@@ -20,7 +20,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "PartialMuon": {
         "": {"rank": 1, "update_proj_gap": 3},
-        "full": {"momentum": "full", "second_moment": "factored"},
+        "full": {"momentum": "full", "second_moment": "factored", "state_dtype": "int8"},
         "bfloat16": {"rank": 1, "state_dtype": "bfloat16", "nesterov": False},
     },
     "LoRAPre": {"adam": {"rank": 1}, "muon": {"rank": 1, "variant": "muon"}},

@@ -25,6 +25,7 @@ def optimizer_of(group, make=AdaPM, **options):
         ("state_dtype", torch.bfloat16),
         ("state_dtype", "torch.bfloat16"),
         ("state_dtype", {"low_rank": "float16"}),
+        ("state_dtype", {"full": torch.int8}),
         ("no_decay", "norm"),
         ("no_decay", ("norm", "mlp")),
         ("no_decay", None),
@@ -51,12 +52,14 @@ def test_policies_of_a_group_are_added_to_those_of_the_optimizer():
 
 @pytest.mark.parametrize("make", [AdaPM, AdamMini, LoRAPre, PartialMuon])
 @pytest.mark.parametrize(
-    "dtype", ["float8_e4m3fn", torch.float8_e5m2, "int8", torch.int64, "a word", torch.complex64, 3]
+    "dtype", ["float8_e4m3fn", torch.float8_e5m2, "int4", torch.uint8, torch.int64, "a word", torch.complex64, 3]
 )
 def test_state_dtypes_that_nothing_computes_with(make, dtype):
     for given in ({"state_dtype": dtype}, {}):
         options = {} if given else {"state_dtype": dtype}
-        with pytest.raises(ValueError, match="state_dtype must be one of bfloat16, float16, float32, float64, but got"):
+        with pytest.raises(
+            ValueError, match="state_dtype must be one of int8, bfloat16, float16, float32, float64, but got"
+        ):
             optimizer_of(given, make, **options)
 
 

@@ -15,7 +15,7 @@ from lightning_adapm.report.plan import StateBytes, adamw_bytes, measure, plan
 
 
 @pytest.mark.parametrize("second_moment", ["elementwise", "block", "factored"])
-@pytest.mark.parametrize("state_dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("state_dtype", [None, "bfloat16", "int8"])
 @pytest.mark.parametrize("model", [PlainLM(), tiny_gpt(), tiny_gpt().bfloat16()], ids=["plain", "litgpt", "bf16"])
 def test_plan_is_what_training_allocates(model, second_moment, state_dtype):
     optimizer = AdaPM(model.parameters(), second_moment=second_moment, state_dtype=state_dtype)

@@ -302,7 +302,7 @@ def test_maximize_and_no_decay():
         ("roles", {"x": "keys"}, r"roles\['x'\]: 'keys' is neither a role"),
         ("unmatched", "warn", "unmatched must be 'error' or one of"),
         ("no_decay", ("norms",), "no_decay: 'norms' is not a role"),
-        ("state_dtype", "int8", "state_dtype must be one of bfloat16, float16, float32, float64, but got 'int8'"),
+        ("state_dtype", "int4", "state_dtype must be one of int8, bfloat16, float16, float32, float64, but got 'int4'"),
     ],
 )
 def test_options_out_of_range(option, value, words):

@@ -1,0 +1,34 @@
+"""What storing momentum in fewer bits costs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.studies.base import BETAS95, Study, adapm
+from benchmarks.studies.decoder import Shape
+from benchmarks.studies.setting import Setting
+
+_DTYPES = {"float32": None, "bfloat16": "bfloat16", "int8": "int8"}
+
+
+def _by_dtype(label: str, optimizer: tuple[str, Mapping[str, Any]]) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    kind, options = optimizer
+    return {f"{label}, {name}": (kind, {**options, "state_dtype": dtype}) for name, dtype in _DTYPES.items()}
+
+
+def state_dtype() -> Study:
+    rows = {
+        **_by_dtype("AdaPM", adapm(betas=BETAS95)),
+        **_by_dtype("PartialMuon", ("PartialMuon", {})),
+    }
+    return Study(
+        "What does momentum in bfloat16 or in eight bits cost?",
+        rows,
+        lrs=(1e-3,),
+        edge=(),
+        rates={label: (2e-3,) for label in rows if label.startswith("PartialMuon")},
+        seeds=3,
+        setting=Setting(
+            Shape(layers=2, width=192, n_head=6, context=128), steps=200, batch=8, val_windows=128, points=2
+        ),
+        baselines={name: (f"{name}, float32",) for name in ("AdaPM", "PartialMuon")},
+    )
