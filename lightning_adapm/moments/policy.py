@@ -7,8 +7,8 @@ import torch
 
 from lightning_adapm.moments.base import Momentum, SecondMoment
 from lightning_adapm.moments.first import FullMomentum, LowRankMomentum, NoMomentum
-from lightning_adapm.moments.second import BlockSecondMoment, ElementwiseSecondMoment, FactoredSecondMoment
 from lightning_adapm.moments.quantized import eight_bits_for
+from lightning_adapm.moments.second import BlockSecondMoment, ElementwiseSecondMoment, FactoredSecondMoment
 from lightning_adapm.moments.storage import EXACT, Storage
 from lightning_adapm.roles.piece import POLICIES, ROLES, UNMATCHED, Piece
 

@@ -43,7 +43,9 @@ class AdaPM(RoleOptimizer):
         unmatched: Policy of matrices without a known role. ``"error"`` refuses and lists them.
         no_decay: Roles exempt from weight decay, for instance ``("norm", "bias")``.
         state_dtype: Dtype of the momentum, or of a policy's, ``{"low_rank": "bfloat16"}``. Default float32 (float64
-            for float64 parameters). The second moment is never kept below float32.
+            for float64 parameters). ``"int8"`` stores codes with a scale for each 256 values of a row, and bases in
+            bfloat16; vectors and rows of fewer than 8 values stay in float32. The second moment is never kept below
+            float32.
         basis: Where processes that share the rows of a matrix keep the basis of its low-rank momentum.
             ``"replicate"`` keeps all of it on each of them, ``"shard"`` a part, gathered in every step; ``"auto"``
             replicates on up to two processes. Without sharding there is nothing to choose.
@@ -68,6 +70,8 @@ class AdaPM(RoleOptimizer):
     - ``exp_avg`` ``(m, n)``: full momentum, in ``state_dtype``, by default float32.
     - ``exp_avg_l`` ``(m, rank)``, ``exp_avg_r`` ``(rank, n)``, in ``state_dtype``, and the int ``seeded``: low-rank
       momentum, its orthonormal basis, and whether every matrix has a basis yet.
+    - ``exp_avg_codes`` in int8 and ``exp_avg_scale`` ``(m, n / 256)`` instead of ``exp_avg`` where ``state_dtype`` is
+      int8, and the same of ``exp_avg_l``.
     - ``exp_avg_sq``, float32: second moment, ``(m, n)`` elementwise, ``(m, 1)`` or ``(heads, 1)`` by block.
     - ``exp_avg_sq_row`` ``(m, 1)`` and ``exp_avg_sq_col`` ``(1, n)``, float32: factored second moment.
 

@@ -177,7 +177,7 @@ def _held_value(part: Part, entry: Entry, value: Tensor) -> Tensor:
 
 
 def fits(parts: Parts, saved: Mapping[str, Any]) -> bool:
-    """Whether a saved entry has the keys and the shapes that the whole parameter's state has, as stored or as values."""
+    """Whether a saved entry has the keys and shapes of the whole parameter's state, as it is stored or as values."""
     known = {part.piece.prefix + key for part, _, keys in _numbers(parts) for key in keys} | {"step"}
     for part, key, entry in entries_of(parts):
         shapes = (valued if key in saved else stored)(part, key, entry)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from models import PlainLM, relative_difference, tiny_gpt, token_batches, train
 from torch import nn
 
-from lightning_adapm import AdaPM, AdamMini, LoRAPre, PartialMuon
+from lightning_adapm import AdamMini, AdaPM, LoRAPre, PartialMuon
 from lightning_adapm.moments import quantized
 from lightning_adapm.moments.quantized import BLOCK, EightBits
 from lightning_adapm.moments.storage import decoded
