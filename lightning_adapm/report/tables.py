@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_adapm.report.diagnostics import role_label
+from lightning_adapm.report.diagnostics import StateReport, role_label
 from lightning_adapm.report.plan import Row, StateBytes
 from lightning_adapm.roles.piece import UNMATCHED
 
@@ -126,6 +126,23 @@ def _cells(line: Line) -> tuple[str, ...]:
         show_bytes(line.adamw.total),
         show_saving(line.bytes.total, line.adamw.total),
     )
+
+
+def markdown_table(report: StateReport, optimizer: str) -> str:
+    """Write measured bytes of state by role, next to AdamW's, as a table in Markdown.
+
+    Args:
+        report: Measured state of the optimizers.
+        optimizer: Header of their columns.
+    """
+    header = ("role", f"{optimizer}: momentum", "second moment", "other", "all", "AdamW, float32", "saved")
+    lines = [f"| {' | '.join(header)} |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    roles = [(role, held, report.adamw[role]) for role, held in report.by_role.items()]
+    for role, held, adamw in (*roles, ("total", report.total, report.adamw_total)):
+        sizes = (held.momentum, held.second_moment, held.other, held.total, adamw.total)
+        cells = (role, *map(show_bytes, sizes), show_saving(held.total, adamw.total))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def pieces_table(rows: Iterable[Row]) -> Table:

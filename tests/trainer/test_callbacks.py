@@ -9,6 +9,7 @@ import pytest
 import torch
 from foreign import CLI_CONFIG, CLI_PROJECT, Foreign, fit, logged, run_script
 from models import PlainLM
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_adapm import (
     AdaPM,
@@ -19,8 +20,11 @@ from lightning_adapm import (
     PartialMuon,
     ResidualNormMonitor,
 )
-from lightning_adapm.report.plan import measure
+from lightning_adapm.report.diagnostics import StateReport
+from lightning_adapm.report.plan import StateBytes, measure
+from lightning_adapm.report.tables import show_bytes
 from lightning_adapm.trainer.callbacks.closing import RunResult, closing_table
+from lightning_adapm.trainer.callbacks.figures import state_figure
 
 
 @pytest.mark.parametrize("optimizer", [AdaPM, torch.optim.AdamW, torch.optim.SGD])
@@ -34,6 +38,23 @@ def test_state_monitor_logs_bytes_of_any_optimizer(tmp_path, optimizer):
         assert logged(trainer, "o/total_bytes_by_role/value")[10] > 0
     png = Path(trainer.log_dir) / "optimizer_state.png"
     assert png.stat().st_size > 5000
+    assert f"| total | {show_bytes(measure(trainer.optimizers[0]).momentum)} |" in shown_text(tmp_path / "tb")
+
+
+def shown_text(folder):
+    """Text that TensorBoard shows under ``optimizer_state``."""
+    events = EventAccumulator(str(next(folder.rglob("events.*")).parent)).Reload()
+    (event,) = events.Tensors("optimizer_state/text_summary")
+    return event.tensor_proto.string_val[0].decode()
+
+
+def test_no_bar_of_the_state_ends_at_an_axis():
+    mib = 2**20
+    sizes = {"embedding": StateBytes(0, 1000 * mib), "value": StateBytes(1), "norm": StateBytes()}
+    (axes,) = state_figure(StateReport(sizes, sizes), "AdaPM").axes
+    low, high = axes.get_ylim()
+    assert low < 0 and high > max(bar.get_y() + bar.get_height() for bar in axes.patches)
+    assert {"1000.0\nMiB", "1\nB", "0\nB"} == {text.get_text() for text in axes.texts}
 
 
 def test_residual_monitor_logs_only_on_its_steps(tmp_path):
@@ -79,11 +100,17 @@ def test_residual_monitor_names_parameters_whose_gradients_are_not_finite(tmp_pa
     assert all(p.isfinite().all() for p in trainer.lightning_module.parameters())
 
 
-@pytest.mark.parametrize("options", [{"optimizer": torch.optim.AdamW}, {"optimizer": AdaPM, "momentum": "full"}])
-def test_residual_monitor_says_that_there_is_no_residual(tmp_path, options):
+def test_residual_monitor_says_that_there_is_no_residual(tmp_path):
     with pytest.warns(UserWarning, match="has no low-rank momentum") as caught:
-        fit(tmp_path, Foreign(**options), [ResidualNormMonitor()])
+        fit(tmp_path, Foreign(AdaPM, momentum="full"), [ResidualNormMonitor()])
     assert sum("no low-rank momentum" in str(w.message) for w in caught) == 1
+
+
+def test_residual_monitor_is_silent_in_a_run_of_adamw_to_compare_with(tmp_path, recwarn, capfd):
+    """A recipe's twin with AdamW keeps the callbacks, and nothing about it is to be changed."""
+    fit(tmp_path, Foreign(torch.optim.AdamW), [ResidualNormMonitor()], max_steps=1)
+    assert not any("low-rank" in str(warning.message) for warning in recwarn)
+    assert "ResidualNormMonitor" not in "".join(capfd.readouterr())
 
 
 def test_summary_and_closing_table(tmp_path, capsys):

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from lightning_adapm.report.diagnostics import StateReport
 from lightning_adapm.report.plan import StateBytes
+from lightning_adapm.report.tables import show_bytes
 
 _MIB = 2**20
 _KINDS = (("momentum", "tab:blue"), ("second_moment", "tab:orange"), ("other", "tab:gray"))
@@ -29,6 +30,9 @@ def state_figure(report: StateReport, name: str) -> Figure:
     _stack(axes, places - 0.21, report.by_role.values(), label=True)
     _stack(axes, places + 0.21, report.adamw.values(), hatch="///", alpha=0.45)
     axes.bar([0], [0], color="lightgray", hatch="///", edgecolor="white", label="AdamW, float32 (hatched)")
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.spines["bottom"].set_visible(False)  # it would cover the smallest bars
+    axes.set_ylim(*np.array([-0.02, 1.12]) * max(1e-6, axes.dataLim.ymax))
     axes.set_xticks(places, list(report.by_role), rotation=30, ha="right")
     axes.set_xlabel("role")
     axes.set_ylabel("optimizer state per process [MiB]")
@@ -44,8 +48,11 @@ def _stack(axes: Axes, places: np.ndarray, heights: Iterable[StateBytes], label:
     for kind, color in _KINDS:
         height = np.array([getattr(size, kind) for size in sizes]) / _MIB
         text = kind.replace("_", " ") if label else None
-        axes.bar(places, height, 0.4, bottom, color=color, label=text, edgecolor="white", linewidth=0.5, **style)
+        axes.bar(places, height, 0.4, bottom, color=color, label=text, edgecolor="white", linewidth=0, **style)
         bottom += height
+    for place, top, size in zip(places, bottom, sizes, strict=True):
+        text = show_bytes(size.total).replace(" ", "\n")
+        axes.annotate(text, (place, top), (0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=6)
 
 
 def residual_figure(history: Sequence[tuple[int, Mapping[str, float]]], prefix: str = "") -> Figure:

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_debug, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_adapm.optim import RoleOptimizer
 from lightning_adapm.report.diagnostics import OTHER, ResidualProbe, StateReport
+from lightning_adapm.report.tables import markdown_table
 from lightning_adapm.roles.piece import ROLES
 from lightning_adapm.sharding.reduction import TRAFFIC
 from lightning_adapm.trainer.callbacks.pooling import Pool, ResidualFigures
@@ -22,6 +23,7 @@ from lightning_adapm.trainer.callbacks.run import (
     logged_step,
     optimizer_name,
     publish_figure,
+    publish_text,
     run_folder,
 )
 
@@ -42,7 +44,8 @@ class OptimizerStateMonitor(L.Callback):
       AdaPM since the last log.
     - ``gradient_norm`` with ``update_in_backward``: the norm of the last step's gradients, which are no longer held.
 
-    The figure is saved as ``optimizer_state.png`` in the run's folder and shown in TensorBoard.
+    The figure is saved as ``optimizer_state.png`` in the run's folder and shown in TensorBoard, with a table of the
+    first process's bytes by role (``optimizer_state`` under Text).
 
     Args:
         every_n_steps: Optimizer steps between two logs; the first step logs, too.
@@ -83,11 +86,12 @@ class OptimizerStateMonitor(L.Callback):
         log_figures(trainer, logged)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw the figure."""
-        folder = run_folder(trainer)
+        """Publish the table and the figure."""
+        folder, name = run_folder(trainer), optimizer_name(trainer)
         if self.history:
             report = StateReport.measure(trainer.optimizers, pl_module)
-            publish_figure(trainer, folder, "optimizer_state", partial(_draw_state, report, optimizer_name(trainer)))
+            publish_text(trainer, "optimizer_state", markdown_table(report, name))
+            publish_figure(trainer, folder, "optimizer_state", partial(_draw_state, report, name))
 
 
 class ResidualNormMonitor(L.Callback):
@@ -105,8 +109,10 @@ class ResidualNormMonitor(L.Callback):
 
     The role ``all`` stands for all roles together. Figures are means over pieces and processes; ``max`` is the largest.
     Steps that do not log do no extra work. The figure is saved as ``residual_norm.png`` in the run's folder and shown
-    in TensorBoard. With several AdaPM optimizers, their number follows the prefix. A warning is given where no
-    optimizer has a low-rank momentum, and so no residual.
+    in TensorBoard. With several AdaPM optimizers, their number follows the prefix.
+
+    An optimizer without low-rank momentum has no residual, and nothing is logged. A warning is given if it is one of
+    this package. Other optimizers, such as AdamW in a run to compare with, are passed over in silence.
 
     Args:
         every_n_steps: Optimizer steps between two logs; the first step logs, too.
@@ -124,14 +130,16 @@ class ResidualNormMonitor(L.Callback):
         self._monitored: list[Monitored] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Find the optimizers that have a residual; warn where none has."""
+        """Find the optimizers that have a residual; warn where there could be one and is none."""
         self.history = []
-        found = [o for o in trainer.optimizers if isinstance(o, RoleOptimizer) and ResidualFigures(o).layers]
+        ours = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, RoleOptimizer)]
+        found = [optimizer for optimizer in ours if ResidualFigures(optimizer).layers]
         prefixes = [self.log_key_prefix + (f"{index}/" if len(found) > 1 else "") for index in range(len(found))]
         clocks = [StepClock(self.every_n_steps, trainer.global_step) for _ in found]
         self._monitored = [Monitored(*each) for each in zip(found, prefixes, clocks, strict=True)]
         if not found:
-            rank_zero_warn(
+            say = rank_zero_warn if ours else rank_zero_debug
+            say(
                 f"ResidualNormMonitor logs nothing: {optimizer_name(trainer)} has no low-rank momentum, so there is no"
                 " residual. Use AdaPM with a role whose momentum is low_rank, or leave the callback out"
             )

@@ -99,6 +99,15 @@ def publish_figure(trainer: L.Trainer, folder: str, name: str, draw: Callable[[]
             logger.experiment.add_figure(name, figure, global_step=logged_step(trainer))
 
 
+def publish_text(trainer: L.Trainer, name: str, text: str) -> None:
+    """Show a text in Markdown in TensorBoard, from the first process."""
+    if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text(name, text, global_step=logged_step(trainer))
+
+
 @functools.cache
 def _say_no_matplotlib() -> None:
     rank_zero_info("No figures of the optimizer: matplotlib is not installed (pip install 'lightning-adapm[plot]')")
