@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_adapm.report.diagnostics import ResidualProbe
 from lightning_adapm.step.parts import Part
+from lightning_adapm.step.watching import Tiles
 
 FIGURES = {
     "update_rms": "Root mean square of the update / lr",
@@ -32,21 +33,32 @@ class Log:
     def __init__(self, copies: int) -> None:
         self.probe = ResidualProbe()
         self.seen: list[Tensor] = []
+        """Of each piece seen, sums of squares of the gradient, the direction and the update; number of entries."""
+        self._latest: dict[tuple[int, int], Tensor] = {}
         self.steps: list[int] = []
         self.copies: list[dict[str, dict[str, list[float | None]]]] = [{} for _ in range(copies)]
 
-    def __call__(
-        self, part: Part, grad: Tensor, direction: Tensor, update: Tensor, clip_threshold: float | None
-    ) -> None:
-        """Take in one piece of one step; see :class:`lightning_adapm.step.by_torch.Observer`."""
-        self.probe(part, grad, direction, update, clip_threshold)
+    def see_gradient(self, part: Part, grad: Tiles) -> None:
+        """Begin a piece; see :class:`lightning_adapm.step.watching.Observer`."""
+        self.probe.see_gradient(part, grad)
+        squares = torch.stack([rows.square().sum() for _, _, rows in grad]).sum()
+        sums = torch.stack([squares, *squares.new_zeros(2), squares.new_tensor(part.held_numel)])
+        self._latest[part.key] = sums
+        self.seen.append(sums)
+
+    def see_update(self, part: Part, direction: Tensor, update: Tensor, clip_threshold: float | None) -> None:
+        """Take in some rows of a piece; see :class:`lightning_adapm.step.watching.Observer`."""
+        self.probe.see_update(part, direction, update, clip_threshold)
         applied = update if clip_threshold is None else update.clamp(-clip_threshold, clip_threshold)
-        size = grad.norm().clamp_min(torch.finfo(grad.dtype).tiny)
-        self.seen.append(torch.stack([applied.square().mean().sqrt(), direction.norm() / size]))
+        self._latest[part.key][1] += direction.square().sum()
+        self._latest[part.key][2] += applied.square().sum()
 
     def take(self, step: int) -> None:
         """Keep what the latest of the steps seen showed; waits for the device."""
-        readings, own = self.probe.read(), torch.stack(self.seen).tolist()
+        gradient, direction, applied, number = torch.stack(self.seen).unbind(dim=1)
+        tiny = torch.finfo(gradient.dtype).tiny
+        own = torch.stack([(applied / number).sqrt(), (direction / gradient.clamp_min(tiny)).sqrt()], dim=1).tolist()
+        readings = self.probe.read()
         self.seen = []
         found: list[dict[tuple[str, str], list[float]]] = [defaultdict(list) for _ in self.copies]
         half = len(readings) // 2  # two steps in a row: the first is there for the second's stationarity

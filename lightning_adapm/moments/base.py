@@ -36,12 +36,14 @@ class Stack(list[Tensor]):
         """Multiply the gradients ``(b, m, n)`` by ``(b, r, m)`` from the left."""
 
     @abstractmethod
-    def squares(self, dim: int) -> list[Tensor]:
-        """Sums of squares of the rows of every gradient, ``(..., m, 1)``; with ``dim`` -2, of its columns."""
+    def squares(self, dim: int | None) -> list[Tensor]:
+        """Sums of squares of the rows of every gradient, ``(..., m, 1)``; with ``dim`` -2 of its columns, with None of
+        all of it.
+        """
 
     @abstractmethod
-    def joined(self) -> Tensor:
-        """Copy the gradients into one tensor ``(b, m, n)``."""
+    def any(self) -> Tensor:
+        """Whether each matrix has an entry that is not zero, ``(b, 1, 1)``."""
 
 
 class Direction(NamedTuple):
@@ -217,8 +219,6 @@ def join(tensors: list[Tensor]) -> Tensor:
 
     Where a process holds parts of them, rows of zero make the number of rows equal.
     """
-    if isinstance(tensors, Stack):
-        return tensors.joined()
     if len(tensors) > 1 and tensors[0].dim() == 2 and all(t.shape == tensors[0].shape for t in tensors):
         return torch.stack(tensors)
     batches = [tensor if tensor.dim() == 3 else tensor.unsqueeze(0) for tensor in tensors]

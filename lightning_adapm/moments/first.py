@@ -216,8 +216,8 @@ class LowRankMomentum(Momentum):
             for state in states:
                 state["seeded"] = 1
             return lowrank.refresh_basis(grad, left, right, self.beta1, reduction)
-        entries = join(grad) if isinstance(grad, Stack) else grad
-        shows = reduction.any((entries != 0).any(dim=-1, keepdim=True).any(dim=-2, keepdim=True))
+        shown = grad.any() if isinstance(grad, Stack) else grad.any(dim=-1, keepdim=True).any(dim=-2, keepdim=True)
+        shows = reduction.any(shown)
         if not due and not (without & shows).any():
             return right
         new_right = lowrank.refresh_basis(grad, left, right, self.beta1, reduction)

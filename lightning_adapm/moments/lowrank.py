@@ -22,17 +22,19 @@ from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
 _DEPENDENT = 1e-5
 
 
-def starting_rows(rank: int, n: int, like: Tensor) -> Tensor:
-    """Make the fixed, well-mixed ``(rank, n)`` matrix with entries in [-1, 1) that a first refresh starts from.
+def starting_rows(rank: int, n: int, like: Tensor, columns: slice = slice(None)) -> Tensor:
+    """Make the fixed, well-mixed ``(rank, n)`` matrix with entries in [-1, 1) that a first refresh starts from, or some
+    ``columns`` of it.
 
     It is an integer hash of its two arguments, equal on every device and process. Fused and separate weights, and all
     processes of a group, therefore start from the same subspace without any exchange.
     """
-    bits = torch.arange(1, rank * n + 1, dtype=torch.int64, device=like.device)
+    first, last, _ = columns.indices(n)
+    bits = torch.arange(1, rank * n + 1, n, device=like.device)[:, None] + torch.arange(first, last, device=like.device)
     for shift, multiplier in ((16, 0x45D9F3B), (15, 0x2C1B3C6D), (16, 0x297A2D39)):
         bits = ((bits ^ (bits >> shift)) * multiplier) & 0xFFFFFFFF
     # through 24 bits, which float32 holds exactly: not every device has float64
-    return ((bits >> 8).to(like.dtype) / 2**23 - 1).view(rank, n)
+    return (bits >> 8).to(like.dtype) / 2**23 - 1
 
 
 @lru_cache(maxsize=64)

@@ -196,7 +196,7 @@ def mean_squares(grads: list[Tensor], dim: int | None, reduction: Reduction) -> 
 
     They are bounded by :func:`largest`, because an infinite mean would stay forever.
     """
-    if dim is not None and isinstance(grads, Stack):
+    if isinstance(grads, Stack):
         sums = grads.squares(dim)
     elif dim is None:
         sums = list(torch._foreach_pow(torch._foreach_norm(grads), 2))

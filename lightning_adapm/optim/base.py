@@ -27,11 +27,11 @@ from lightning_adapm.sharding.fsdp1 import gradients
 from lightning_adapm.state.state_dict import FORMAT_VERSION, Checkpointed
 from lightning_adapm.step import by_kernels, by_torch
 from lightning_adapm.step.batching import Batch, Bucket, batches, bucketed, put_back
-from lightning_adapm.step.by_torch import Observer
 from lightning_adapm.step.counters import StepCounters
 from lightning_adapm.step.nonfinite import NonFiniteGradients
 from lightning_adapm.step.parts import Alike, Part, new_state, parts_of
 from lightning_adapm.step.paths import Path, StepPath, path_of
+from lightning_adapm.step.watching import Observer
 
 _NO_GRADIENT = "{}.step() found no gradient on any of its parameters, so nothing is trained"
 
@@ -409,15 +409,13 @@ class RoleOptimizer(Checkpointed):
         return rows
 
     def _path(self, parts: Sequence[Part], grads: Sequence[Tensor], group: Mapping[str, Any]) -> Path:
-        return path_of(parts, grads, bool(group["maximize"]), self.observer is not None)
+        return path_of(parts, grads, bool(group["maximize"]))
 
     def _update(self, batch: Batch, group: Mapping[str, Any]) -> None:
         grads = batch.grads
         if isinstance(grads, by_kernels.DeviceGradients):
-            if batch.path.whole:
-                by_kernels.step(batch, group)
-            else:
-                self._move(batch, group)
+            step = by_kernels.step if batch.path.whole else by_kernels.step_with_reductions
+            step(batch, group, self.observer)
             self._nonfinite.count(batch.parts, grads.reading.flaws)
         else:
             # only now, batch by batch: copies of all gradients in float32 would be larger than the state that is saved

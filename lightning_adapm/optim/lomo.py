@@ -1,6 +1,6 @@
 """LOMO and AdaLomo: no momentum, and gradients that are used while backward is still running."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from lightning_adapm.optim.base import RoleOptimizer
 from lightning_adapm.roles.piece import Piece
 from lightning_adapm.sharding.reduction import Reduction
 from lightning_adapm.step.batching import Batch
+from lightning_adapm.step.parts import Part
+from lightning_adapm.step.paths import Path
 
 
 class Lomo(RoleOptimizer):
@@ -160,6 +162,9 @@ class AdaLomo(RoleOptimizer):
     def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
         """Choose row and column means."""
         return RelativeSecondMoment()
+
+    def _path(self, parts: Sequence[Part], grads: Sequence[Tensor], group: Mapping[str, Any]) -> Path:
+        return Path("torch", "updates are scaled by the size of their matrix")
 
     def _move(self, batch: Batch, group: Mapping[str, Any]) -> None:
         parts, params, grads, step, _, reduction = batch

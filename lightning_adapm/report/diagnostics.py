@@ -15,8 +15,10 @@ from lightning_adapm.roles.context import describe
 from lightning_adapm.roles.find import find_role
 from lightning_adapm.roles.fused import cut
 from lightning_adapm.roles.piece import ROLES, Piece
+from lightning_adapm.sharding.layout import Layout
 from lightning_adapm.sharding.reduction import total
 from lightning_adapm.step.parts import Part, parts_of, reduction_of
+from lightning_adapm.step.watching import Tiles
 
 OTHER = "other"
 """Role shown for parameters without a rule, and for those with a policy instead of a role."""
@@ -147,6 +149,24 @@ class Reading(NamedTuple):
     figures: dict[str, Any]
 
 
+@dataclass
+class _Seen:
+    """Sums over what has been shown of a piece in one step, of what this process holds."""
+
+    reading: Reading
+    key: tuple[int, int]
+    shared: Layout | None
+    """Processes whose sums are still to be added; None where this one holds all of the piece."""
+    largest: Tensor
+    """Largest entry of updates."""
+    clamped: Tensor
+    """Number of entries beyond the bound."""
+    direction: Tensor
+    """Square of the direction's norm."""
+    residual: tuple[Tensor, Tensor] | None = None
+    """Square of the residual's norm, and its sketch; None without a basis."""
+
+
 class ResidualProbe:
     """An observer for ``AdaPM.observer``, which measures residuals of the low-rank momentum and sizes of updates.
 
@@ -158,46 +178,79 @@ class ResidualProbe:
     - ``stationarity``: cosine between the residual and the one observed before it, from sketches of them. The residual
       correction assumes that it is near 1.
 
+    Between steps, it keeps a sketch of 256 numbers per piece. During a step, it holds tiles of gradients and updates.
     Observing reads nothing back from the device; :meth:`read` does so once.
     """
 
     def __init__(self) -> None:
-        self._seen: list[Reading] = []
+        self._seen: list[_Seen] = []
+        self._latest: dict[tuple[int, int], _Seen] = {}
         self._sketches: dict[tuple[int, int], Tensor] = {}
 
-    def __call__(
-        self, part: Part, grad: Tensor, direction: Tensor, update: Tensor, clip_threshold: float | None
-    ) -> None:
-        """Take in one piece of one step; see :class:`lightning_adapm.step.by_torch.Observer`."""
-        held = update.numel() if part.shard is None else part.shard.numel
-        figures = {"update_max": update.abs().max() if update.numel() else update.new_zeros(())}
-        if clip_threshold is not None:
-            figures["clamped"] = (update.abs() > clip_threshold).sum() / max(1, held)
+    def see_gradient(self, part: Part, grad: Tiles) -> None:
+        """Begin a piece; see :class:`lightning_adapm.step.watching.Observer`."""
+        nothing = torch.zeros((), dtype=part.exact, device=part.view.device)
+        reading = Reading(part.name, role_label(part.piece.role), 0, {})
+        seen = _Seen(reading, part.key, part.layout if part.is_shared else None, nothing, nothing, nothing)
         basis = part.first.basis(part)
         if basis is not None:
-            stack, basis = (t if t.dim() == 3 else t.unsqueeze(0) for t in (grad, basis.to(grad.dtype)))
-            reduction, tiny = reduction_of([part]), torch.finfo(stack.dtype).tiny
-            basis = reduction.columns(basis, stack.shape[-1])
-            unseen = lowrank.residual(stack, basis, reduction)
-            if part.shard is not None:
-                unseen = part.shard.held_only(unseen[0]).unsqueeze(0)
-            values = [unseen.square().sum(), direction.square().sum(), sketch(unseen, *_place(part))]
-            if part.layout is not None and part.is_shared:
-                values = total(values, part.layout.group)
-            figures["norm"] = values[0].sqrt() / values[1].sqrt().clamp_min(tiny)
-            key, now = part.key, values[2] / values[2].norm().clamp_min(tiny)
-            if key in self._sketches:
-                figures["stationarity"] = (now * self._sketches[key]).sum()
-            self._sketches[key] = now
-        entries = 0 if clip_threshold is None else held
-        self._seen.append(Reading(part.name, role_label(part.piece.role), entries, figures))
+            basis = reduction_of([part]).columns(basis.reshape(-1, *basis.shape[-2:]), grad.shape[-1])
+            seen.residual = _residual(part, grad, basis.to(part.exact))
+        self._seen.append(seen)
+        self._latest[part.key] = seen
+
+    def see_update(self, part: Part, direction: Tensor, update: Tensor, clip_threshold: float | None) -> None:
+        """Take in some rows of a piece; see :class:`lightning_adapm.step.watching.Observer`."""
+        if not update.numel():
+            return
+        seen = self._latest[part.key]
+        seen.largest = torch.maximum(seen.largest, update.abs().max())
+        seen.direction = seen.direction + direction.square().sum()
+        if clip_threshold is not None:
+            seen.clamped = seen.clamped + (update.abs() > clip_threshold).sum()
+            seen.reading = seen.reading._replace(entries=part.held_numel)
 
     def read(self) -> list[Reading]:
-        """Return the readings since the last call; waits for the device."""
-        seen, self._seen = self._seen, []
-        tensors = [figure.float() for reading in seen for figure in reading.figures.values()]
+        """Return the readings since the last call; waits for the device. Call it on every process."""
+        seen, self._seen, self._latest = self._seen, [], {}
+        readings = [self._settled(each) for each in seen]
+        tensors = [figure.float() for reading in readings for figure in reading.figures.values()]
         values = iter(torch.stack([t.to(tensors[0].device) for t in tensors]).tolist() if tensors else [])
-        return [reading._replace(figures={name: next(values) for name in reading.figures}) for reading in seen]
+        return [reading._replace(figures={name: next(values) for name in reading.figures}) for reading in readings]
+
+    def _settled(self, seen: _Seen) -> Reading:
+        """The figures of a piece, over all processes that hold parts of it."""
+        figures = {"update_max": seen.largest}
+        if seen.reading.entries:
+            figures["clamped"] = seen.clamped / seen.reading.entries
+        if seen.residual is not None:
+            values = [seen.residual[0], seen.direction.clone(), seen.residual[1]]
+            tiny = torch.finfo(seen.direction.dtype).tiny
+            if seen.shared is not None:
+                values = total(values, seen.shared.group)
+            figures["norm"] = values[0].sqrt() / values[1].sqrt().clamp_min(tiny)
+            now = values[2] / values[2].norm().clamp_min(tiny)
+            if seen.key in self._sketches:
+                figures["stationarity"] = (now * self._sketches[seen.key]).sum()
+            self._sketches[seen.key] = now
+        return seen.reading._replace(figures=figures)
+
+
+def _residual(part: Part, grad: Tiles, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Square of the norm of ``G - G RᵀR``, and its :func:`sketch`, from tiles of rows."""
+    rank = basis.shape[-2]
+    products = [rows @ basis[which].mT for which, _, rows in grad]
+    projected = torch.cat([basis.new_zeros(0, rank), *products]).view(*grad.shape[:-1], rank)
+    reduction_of([part]).rows(projected)
+    square, sketched = basis.new_zeros(()), basis.new_zeros(_SKETCH, _SKETCH)
+    above, height = _place(part)
+    for which, first, rows in grad:
+        unseen = torch.addmm(rows, projected[which, first : first + len(rows)], basis[which], alpha=-1)
+        if part.shard is not None:
+            unseen = part.shard.held_only(unseen, first)
+        square += unseen.square().sum()
+        sketched += sketch(unseen, above + which * grad.shape[-2] + first, height)
+    return square, sketched
 
 
 def sketch(residual: Tensor, first: int = 0, rows: int | None = None) -> Tensor:
@@ -206,22 +259,22 @@ def sketch(residual: Tensor, first: int = 0, rows: int | None = None) -> Tensor:
     The projection from both sides depends on the shape alone, and does not touch torch's random state.
 
     Args:
-        residual: The whole stack, or this process's rows of it. The processes' sketches add up to the whole one.
-        first: Index in the whole stack of the first row held.
-        rows: Number of rows of the whole stack, if this process does not hold all.
+        residual: The whole stack, or some of its rows. The sketches of parts add up to the whole one.
+        first: Index in the whole stack of the first row.
+        rows: Number of rows of the whole stack, if these are not all.
     """
-    tall = residual.flatten(0, 1)
+    tall = residual.reshape(-1, residual.shape[-1])
     m, n = tall.shape
-    from_left = lowrank.starting_rows(_SKETCH, rows or max(1, m), tall)[:, first : first + m]
+    from_left = lowrank.starting_rows(_SKETCH, rows or max(1, m), tall, slice(first, first + m))
     from_right = lowrank.starting_rows(2 * _SKETCH, n, tall)[_SKETCH:]  # independent of the left one where m = n
-    return from_left @ tall @ from_right.mT
+    return from_left @ (tall @ from_right.mT)
 
 
-def _place(part: Part) -> tuple[int, int | None]:
+def _place(part: Part) -> tuple[int, int]:
     """Where the rows of this process are: the first, and how many there are in all."""
     if part.shard is not None:
         return part.shard.first, part.shard.size
     if part.layout is None:
-        return 0, None
+        return 0, max(1, part.shape[:-1].numel())
     width = part.layout.shape[-1]
     return part.layout.held[0] // width, part.layout.shape.numel() // width

@@ -50,6 +50,11 @@ class RowShard:
         self.most = max(self._count_of(span) for span in layout.spans)
         """Number of rows held by the process that holds most."""
 
+    @property
+    def interleaved(self) -> bool:
+        """Whether the piece's columns lie in several groups, with those of other pieces between them."""
+        return self._columns is not None and self._columns[2] > 1
+
     def rows_of(self, rank: int) -> tuple[int, int]:
         """The first row that a process holds, and how many; see :attr:`first` and :attr:`count`."""
         span = self.layout.spans[rank]
@@ -103,13 +108,13 @@ class RowShard:
         first, last = self.layout.held
         return int(self.held_only(torch.ones(self.count, self.width)).sum()) if last > first else 0
 
-    def held_only(self, rows: Tensor) -> Tensor:
-        """Zero the elements of ``rows`` that other processes hold."""
-        if not (self.layout.held[0] % self._width or self.layout.held[1] % self._width):
-            return rows
+    def held_only(self, rows: Tensor, start: int = 0) -> Tensor:
+        """Zero the elements of ``rows``, those held from the ``start`` on, that other processes hold."""
         first, last = self.layout.held
+        if not (first % self._width or last % self._width) or (start > 0 and start + len(rows) < self.count):
+            return rows  # only the first and the last row that are held can be cut
         mine = self.take(torch.ones(last - first, dtype=torch.bool, device=rows.device))
-        return torch.where(mine.reshape(rows.shape), rows, 0.0)
+        return torch.where(mine.flatten(1)[start : start + len(rows)].reshape(rows.shape), rows, 0.0)
 
     def take(self, part: Tensor) -> Tensor:
         """Rows of a local part, ``(count, n)``, zero where others hold them; a view where possible."""

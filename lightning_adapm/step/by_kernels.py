@@ -2,8 +2,8 @@
 
 A step reads gradients twice: once for flags of finite ones, sums of squares of rows and products with a basis, and once
 to move the parameters. A refresh of a basis reads them twice more. Without a basis yet, or where processes hold parts
-of matrices, momenta and second moments work on :class:`DeviceGradients` as on every device. Otherwise kernels do the
-same.
+of matrices, momenta and second moments work on :class:`DeviceGradients` as on every device, but for full momentum,
+which is elementwise. Otherwise kernels do the same.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_adapm.moments import lowrank
-from lightning_adapm.moments.base import Direction, Stack, State, join, split
+from lightning_adapm.moments.base import Direction, Momentum, Stack, State, join, split
 from lightning_adapm.moments.first import FullMomentum, LowRankMomentum, NoMomentum
 from lightning_adapm.moments.second import (
     BlockSecondMoment,
@@ -23,11 +23,12 @@ from lightning_adapm.moments.second import (
     FactoredSecondMoment,
     bias_correction,
 )
-from lightning_adapm.step import kernels
+from lightning_adapm.step import kernels, watching
 from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.kernels import Divisors, Reading
 from lightning_adapm.step.launch import Matrices
 from lightning_adapm.step.parts import Part
+from lightning_adapm.step.watching import Observer
 
 _TOGETHER_NUMEL = 1 << 24
 """Maximum number of elements of bases that are made orthonormal together, as copies in float64."""
@@ -84,11 +85,17 @@ class DeviceGradients(Stack):
         each = len(self.matrices.addresses) // len(self)
         return (self.reading.flaws == 0)[:, None].expand(-1, each).reshape(-1, 1)
 
-    def squares(self, dim: int) -> list[Tensor]:
-        sums = self.reading.squares if dim == -1 else kernels.columns(self.matrices)
+    def squares(self, dim: int | None) -> list[Tensor]:
+        sums = kernels.columns(self.matrices) if dim == -2 else self.reading.squares
         sums, shape = torch.where(self._counting, sums, 0.0), list(self[0].shape)
+        if dim is None:
+            return [part.sum() for part in sums.chunk(len(self))]
         shape[dim] = 1
         return [part.view(shape) for part in sums.chunk(len(self))]
+
+    def any(self) -> Tensor:
+        found = [grad.any(dim=-1).any(dim=-1).reshape(-1, 1, 1) for grad in self]
+        return torch.cat(found) & self._counting[..., None]
 
     def __matmul__(self, columns: Tensor) -> Tensor:
         product = self.read(Matrices.of([columns.mT.to(kernels.FACTOR).contiguous()]))[..., : columns.shape[-1]]
@@ -96,10 +103,6 @@ class DeviceGradients(Stack):
 
     def __rmatmul__(self, weights: Tensor) -> Tensor:
         return kernels.combine(self.matrices, weights.mT, self.reading.flaws)
-
-    def joined(self) -> Tensor:
-        stack = torch.cat([grad.reshape(-1, *grad.shape[-2:]) for grad in self]).float()
-        return torch.where(self._counting[..., None], stack, 0.0)
 
 
 def _joined(parts: Sequence[Part], key: str) -> Tensor:
@@ -136,15 +139,15 @@ def _settle(found: Sequence[tuple[DeviceGradients, Iterated]]) -> None:
         grads.basis = basis
 
 
-def step(batch: Batch, group: Mapping[str, Any]) -> None:
+def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> None:
     """Move the parameters of a batch that :func:`refresh` has seen, all by kernels."""
     part, states, number = batch.parts[0], batch.parts, batch.step
     momentum, second_moment, grads = part.first, part.second, batch.grads
     assert isinstance(grads, DeviceGradients)
     assert isinstance(momentum, NoMomentum | FullMomentum | LowRankMomentum)
     assert isinstance(second_moment, BlockSecondMoment | ElementwiseSecondMoment | FactoredSecondMoment)
-    lefts = right = refreshed = projected = averages = blocks = left = roots = average = clip = None
-    beta1, scale = 0.0, 1.0
+    lefts = right = refreshed = projected = averages = blocks = left = roots = clip = None
+    beta1 = 0.0
     if isinstance(momentum, LowRankMomentum):
         lefts, beta1 = _matrices(states, "exp_avg_l"), momentum.beta1
         # read by every block of rows: half the bytes are worth a copy
@@ -156,9 +159,7 @@ def step(batch: Batch, group: Mapping[str, Any]) -> None:
             right = torch.cat([read, right], dim=-2)
             momentum.storage.write(states, "exp_avg_r", split(grads.basis, [state["exp_avg_r"] for state in states]))
         projected = grads.read(Matrices.of([read]))
-    if isinstance(momentum, FullMomentum):
-        average, scale = (_matrices(states, "exp_avg"), momentum.beta1), 1 / (1 - momentum.beta1**number)
-    elif group.get("clip_threshold") is not None:
+    if not isinstance(momentum, FullMomentum) and group.get("clip_threshold") is not None:
         clip = group["clip_threshold"] * momentum.clamp
     if isinstance(second_moment, BlockSecondMoment):
         averages, blocks = _matrices(states, "exp_avg_sq"), second_moment.blocks
@@ -174,18 +175,30 @@ def step(batch: Batch, group: Mapping[str, Any]) -> None:
         divisors = _elementwise(second_moment, states, number)
     else:
         divisors = Divisors(roots, bias_correction(second_moment.beta2, number), second_moment.eps)
-    kernels.move(
-        batch.params,
-        grads.matrices,
-        grads.reading.flaws,
-        average,
-        None if left is None or right is None else (left, Matrices.of([right])),
-        divisors,
-        scale,
-        float(group["lr"]),
-        part.decay,
-        clip,
-    )
+    direction = _along(momentum, grads, number)
+    if left is not None and right is not None:
+        direction = direction._replace(factors=(left, right))
+    _move(batch, direction, direction, divisors, float(group["lr"]), clip, observer)
+
+
+def step_with_reductions(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> None:
+    """Move the parameters of a batch whose moments need more than kernels do: sums over processes, or first bases."""
+    momentum, grads = batch.parts[0].first, batch.grads
+    assert isinstance(grads, DeviceGradients)
+    if isinstance(momentum, FullMomentum):
+        direction = _along(momentum, grads, batch.step)
+    else:
+        direction = momentum.direction(grads, batch.parts, batch.step, batch.reduction)
+    clip = group.get("clip_threshold")
+    clip = None if clip is None or direction.clamp is None else clip * direction.clamp
+    move(batch, direction, direction, float(group["lr"]), clip, observer)
+
+
+def _along(momentum: Momentum, grads: list[Tensor], number: int) -> Direction:
+    """The direction without factors; a full average is taken further where it is used."""
+    if isinstance(momentum, FullMomentum):
+        return Direction(grads, 1 / (1 - momentum.beta1**number), scratch=False, clamp=None)
+    return Direction(grads, 1.0, scratch=False, clamp=None)
 
 
 def _refreshed(states: Sequence[Part], right: Tensor, basis: Tensor, momentum: LowRankMomentum) -> kernels.Refreshed:
@@ -216,35 +229,75 @@ def _factored(
     return Divisors(shares, bias_correction(second_moment.beta2, number), second_moment.eps, columns=roots)
 
 
-def move(batch: Batch, direction: Direction, lr: float, clip: float | None) -> None:
-    """Move parameters along a direction, in layouts that are :func:`kernels.movable`.
+def move(
+    batch: Batch, momentum: Direction, direction: Direction, lr: float, clip: float | None, observer: Observer | None
+) -> None:
+    """Move parameters along a direction that torch's operations have found, or moments of :class:`DeviceGradients`.
 
-    The same as :func:`lightning_adapm.step.by_torch.step` after the direction is known.
+    ``momentum`` is the direction before the second moment has changed it.
     """
-    states, grads, number, used = batch.parts, batch.grads, batch.step, direction.tensors
-    second_moment = states[0].second
-    if isinstance(second_moment, ElementwiseSecondMoment) and second_moment.storage.plain and used is grads:
-        divisors = _elementwise(second_moment, states, number)
+    parts, number, used = batch.parts, batch.step, direction.tensors
+    second = parts[0].second
+    if isinstance(second, ElementwiseSecondMoment) and second.storage.plain and used is batch.grads:
+        divisors = _elementwise(second, parts, number)
     else:
-        roots, correction, eps = second_moment.denominators(grads, states, number, batch.reduction)
+        roots, correction, eps = second.denominators(batch.grads, parts, number, batch.reduction)
         roots = [
-            root if root.dim() else root.expand(*grad.shape[:-2], 1, 1) for root, grad in zip(roots, used, strict=True)
+            (root if root.dim() else root.expand(*grad.shape[:-2], 1, 1)).contiguous()
+            for root, grad in zip(roots, used, strict=True)
         ]
         divisors = Divisors(Matrices.of(roots), correction, eps)
-    factors = None
+    moved = direction
     if direction.factors is not None:
         left, right = direction.factors
         k = left.shape[-1]
-        factors = pad(left, (0, kernels.padded(k) - k)).to(kernels.FACTOR), Matrices.of([right.contiguous()])
+        moved = moved._replace(factors=(pad(left, (0, kernels.padded(k) - k)).to(kernels.FACTOR), right.contiguous()))
+    if not isinstance(used, DeviceGradients):
+        moved = moved._replace(tensors=[tensor.contiguous() for tensor in used])
+    _move(batch, moved if momentum is direction else momentum, moved, divisors, lr, clip, observer)
+
+
+def _move(
+    batch: Batch,
+    momentum: Direction,
+    direction: Direction,
+    divisors: Divisors,
+    lr: float,
+    clip: float | None,
+    observer: Observer | None,
+) -> None:
+    parts, used, factors, flaws, average = batch.parts, direction.tensors, None, None, None
+    first = parts[0].first
+    if direction.factors is not None:
+        left, right = direction.factors
+        factors = left, Matrices.of([right])
+    if isinstance(used, DeviceGradients):
+        flaws = used.reading.flaws
+        if isinstance(first, FullMomentum):
+            average = _matrices(parts, "exp_avg"), first.beta1
     kernels.move(
         batch.params,
         used.matrices if isinstance(used, DeviceGradients) else Matrices.of(used),
-        used.reading.flaws if isinstance(used, DeviceGradients) else None,
-        None,
+        flaws,
+        average,
         factors,
         divisors,
         direction.scale,
         lr,
-        states[0].decay,
+        parts[0].decay,
         clip,
     )
+    if observer is None:
+        return
+    watching.see_gradients(observer, batch, flaws)
+    if average is not None:  # which has taken the gradients in
+        direction, flaws = direction._replace(tensors=[part["exp_avg"] for part in parts]), None
+        momentum = direction
+    watching.see_updates(observer, parts, momentum, direction, _seen(divisors, len(parts)), clip, flaws=flaws)
+
+
+def _seen(divisors: Divisors, parts: int) -> watching.Divisors:
+    """Denominators of kernels as tensors by part."""
+    roots, correction, eps, beta2, columns = divisors
+    by_part = roots.tensors if isinstance(roots, Matrices) else roots.view(parts, -1, roots.shape[-1], 1).unbind()
+    return watching.Divisors(by_part, correction, eps, beta2 is not None, columns)

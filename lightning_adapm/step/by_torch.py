@@ -1,15 +1,15 @@
 """A step by torch's operations, on every device: parameters move in tiles of a bounded size."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_adapm.moments.base import Denominators, Direction, State
-from lightning_adapm.step import by_kernels, kernels
+from lightning_adapm.step import by_kernels, watching
 from lightning_adapm.step.batching import Batch
-from lightning_adapm.step.parts import Part
+from lightning_adapm.step.watching import Observer
 
 # A matrix of more elements than this is updated in parts: a table of tokens can have 1e9 of them, and temporaries of
 # its size would be larger than all the state that is saved.
@@ -22,45 +22,46 @@ class Tile(NamedTuple):
     params: list[Tensor]
     direction: Direction
     denominators: Denominators
+    first: int = 0
+    """First of the rows."""
 
-
-class Observer(Protocol):
-    """Sees every part of a step from inside it; see :class:`lightning_adapm.report.diagnostics.ResidualProbe`."""
-
-    def __call__(
-        self, part: Part, grad: Tensor, direction: Tensor, update: Tensor, clip_threshold: float | None
-    ) -> None:
-        """``direction`` is the momentum used, ``update`` the normalised update before any clamp, in units of lr."""
-        ...
+    def of(self, direction: Direction) -> Direction:
+        """The tile of another direction of the batch."""
+        own, whole = self.direction.tensors, direction.tensors
+        if len(whole) > 1 or whole[0].numel() == own[0].numel():
+            return direction
+        return direction.part(self.first, self.first + len(own[0]))
 
 
 def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> None:
     """Take gradients that are finite into the moments of a batch, and move its parameters."""
     part, parts = batch.parts[0], batch.parts
-    direction = part.first.direction(batch.grads, parts, batch.step, batch.reduction)
-    if observer is not None:
-        direction = direction.multiplied()
-    remembered, direction = direction, part.second.applied(direction, batch.reduction)
+    momentum = part.first.direction(batch.grads, parts, batch.step, batch.reduction)
+    direction = part.second.applied(momentum, batch.reduction)
     lr, clip = float(group["lr"]), group.get("clip_threshold")
     clip = None if clip is None or direction.clamp is None else clip * direction.clamp
-    if observer is None and kernels.movable(batch.params, direction.tensors):
-        by_kernels.move(batch, direction, lr, clip)
+    if batch.path.moved_by_kernels:
+        by_kernels.move(batch, momentum, direction, lr, clip, observer)
         return
-    for tile in _tiles(batch, direction, whole=observer is not None):
+    if observer is not None:
+        watching.see_gradients(observer, batch)
+    for tile in _tiles(batch, direction):
         used = tile.direction.multiplied()
         if part.decay:
             torch._foreach_mul_(tile.params, 1 - lr * part.decay)
         divisors, scale = tile.denominators.settle(as_adamw=direction.clamp is None)
         if observer is not None:
-            _observe(observer, batch, used if remembered is direction else remembered, used, divisors, scale, clip)
+            shown = used._replace(scale=used.scale * scale)
+            seen = used if momentum is direction else tile.of(momentum)
+            watching.see_updates(observer, parts, seen, shown, watching.Divisors(divisors), clip, tile.first)
         _apply(tile.params, used.tensors, divisors, used.scale * scale, lr, clip, used.scratch)
 
 
-def _tiles(batch: Batch, direction: Direction, whole: bool) -> Iterator[Tile]:
+def _tiles(batch: Batch, direction: Direction) -> Iterator[Tile]:
     parts, params, grads, step, _, reduction = batch
     second = parts[0].second
     rows = _rows_of_a_tile(params[0], grads[0])
-    if whole or len(parts) > 1 or rows is None:
+    if len(parts) > 1 or rows is None:
         yield Tile(params, direction, second.denominators(grads, parts, step, reduction))
         return
     in_tiles = second.elementwise and all(entry.storage.plain for entry in second.entries(parts[0].shape).values())
@@ -73,7 +74,7 @@ def _tiles(batch: Batch, direction: Direction, whole: bool) -> Iterator[Tile]:
             (root,) = known.roots
             each = root.dim() == grads[0].dim() and len(root) == len(grads[0])
             some = known._replace(roots=[root[first:last] if each else root.clone()])
-        yield Tile([params[0][first:last]], direction.part(first, last), some)
+        yield Tile([params[0][first:last]], direction.part(first, last), some, first)
 
 
 def _rows_of_a_tile(param: Tensor, grad: Tensor) -> int | None:
@@ -94,23 +95,6 @@ class _Rows:
 
     def __setitem__(self, key: str, value: Any) -> None:
         self._state[key][self._rows] = value
-
-
-def _observe(
-    observer: Observer,
-    batch: Batch,
-    momentum: Direction,
-    used: Direction,
-    divisors: list[Tensor],
-    scale: float,
-    clip: float | None,
-) -> None:
-    pairs = zip(batch.parts, batch.grads, momentum.tensors, used.tensors, divisors, strict=True)
-    for part, grad, tensor, moved, divisor in pairs:
-        direction, update = tensor * momentum.scale, moved * (used.scale * scale) / divisor
-        if part.shard is not None:
-            direction, update = part.shard.held_only(direction), part.shard.held_only(update)
-        observer(part, grad, direction, update, clip)
 
 
 def _apply(

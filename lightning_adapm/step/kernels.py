@@ -35,7 +35,7 @@ hold.
 _ROWS_OF_A_SUM = 512
 """Sums of columns are taken of so many rows each: enough programs for a device, whatever the shape."""
 
-_MOST_COLUMNS = 1 << 21
+MOST_COLUMNS = 1 << 21
 """Maximum number of tiles along columns in a grid."""
 
 
@@ -56,7 +56,7 @@ def readable(matrices: Sequence[Tensor]) -> bool:
     first = matrices[0]
     if not has_values(first):
         return False
-    fits = first.dim() in (1, 2, 3) and first.numel() > 0 and first.shape[-1] <= _MOST_COLUMNS
+    fits = first.dim() in (1, 2, 3) and first.numel() > 0 and first.shape[-1] <= MOST_COLUMNS
     return runs_on(first.device) and fits and _alike(matrices)
 
 

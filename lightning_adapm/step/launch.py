@@ -15,8 +15,7 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 class Matrices(NamedTuple):
     """Table of ``b`` matrices of one shape and layout; stacks are taken apart, and vectors are rows."""
 
-    like: Tensor
-    """First tensor of the list."""
+    tensors: Sequence[Tensor]
     addresses: tuple[int, ...]
 
     @classmethod
@@ -24,10 +23,15 @@ class Matrices(NamedTuple):
         """Collect the matrices. Three dimensions are stacks, or without ``stacks`` the heads of one matrix."""
         like = tensors[0]
         if not (like.dim() == 3 if stacks is None else stacks):
-            return cls(like, tuple([tensor.data_ptr() for tensor in tensors]))
+            return cls(tensors, tuple([tensor.data_ptr() for tensor in tensors]))
         apart, count = like.stride(0) * like.element_size(), len(like)
         firsts = [tensor.data_ptr() for tensor in tensors]
-        return cls(like, tuple(first + index * apart for first in firsts for index in range(count)))
+        return cls(tensors, tuple(first + index * apart for first in firsts for index in range(count)))
+
+    @property
+    def like(self) -> Tensor:
+        """First tensor of the list, whose shape and layout all of them have."""
+        return self.tensors[0]
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from lightning_adapm.step.parts import Part
 
 
 class Path(NamedTuple):
-    """The path of a bucket through a step."""
+    """The path of a bucket through a step: ``name`` is a row of the table in docs/distributed.md."""
 
     name: str
     reason: str
@@ -21,12 +21,17 @@ class Path(NamedTuple):
     @property
     def kernels(self) -> bool:
         """Gradients are read as they are, by kernels; otherwise they are copied in the dtype of the arithmetic."""
-        return self.name != "torch"
+        return self.name in ("kernels", "kernels and reductions")
 
     @property
     def whole(self) -> bool:
         """Kernels do all of the step; otherwise moments and reductions do some of it."""
         return self.name == "kernels"
+
+    @property
+    def moved_by_kernels(self) -> bool:
+        """Kernels move the parameters, whoever has found the direction."""
+        return self.name != "torch"
 
 
 class StepPath(NamedTuple):
@@ -38,39 +43,48 @@ class StepPath(NamedTuple):
     """Number of matrices or stacks of this shape that step together."""
     roles: tuple[str, ...]
     path: str
-    """``"kernels"``, ``"kernels and reductions"`` or ``"torch"``."""
+    """``"kernels"``, ``"kernels and reductions"``, ``"torch and kernels"`` or ``"torch"``."""
     reason: str
     """Why it is not ``"kernels"``; empty where it is."""
 
 
-def path_of(parts: Sequence[Part], grads: Sequence[Tensor], maximize: bool, observed: bool) -> Path:
+def path_of(parts: Sequence[Part], grads: Sequence[Tensor], maximize: bool) -> Path:
     """Decide the path of parts that are alike.
 
     Args:
         parts: The parts.
         grads: Their gradients as matrices; of shards all that this process holds of the parameter's.
         maximize: Gradients are to be negated.
-        observed: A monitor watches this step.
     """
     part = parts[0]
     device = part.view.device
     if not kernels.runs_on(device):
         return Path("torch", f"no kernels on {device.type}")
-    if observed or maximize:
-        return Path("torch", "a monitor watches" if observed else "maximize=True negates gradients")
-    if reason := _unknown_moments(part):
+    if reason := _unknown_layout(parts, grads):
         return Path("torch", reason)
+    if maximize:
+        return Path("torch and kernels", "maximize=True negates gradients")
+    if reason := _unknown_moments(part):
+        return Path("torch and kernels", reason)
     if part.shard is not None:
-        if isinstance(part.first, FullMomentum):
-            return Path("torch", "full momentum of rows that processes share")
-        if len(part.shape) < 2:
-            return Path("torch", "a vector that processes share")
         return Path("kernels and reductions", "processes share the rows")
-    if not kernels.movable([part.view for part in parts], grads):
-        return Path("torch", "no kernels for this dtype or memory layout")
     if isinstance(part.first, LowRankMomentum) and not all(part.get("seeded") for part in parts):
         return Path("kernels and reductions", "the first basis is still to be found")
     return Path("kernels", "")
+
+
+def _unknown_layout(parts: Sequence[Part], grads: Sequence[Tensor]) -> str:
+    """Why the kernels cannot move parts along gradients; empty where they can."""
+    views, shard = [part.view for part in parts], parts[0].shard
+    if shard is None:
+        return "" if kernels.movable(views, grads) else "no kernels for this dtype or memory layout"
+    # rows are taken out of what this process holds later, without gaps
+    readable = all(kernels.readable([tensor.flatten()[:1]]) for tensor in (views[0], grads[0]))
+    if not readable or shard.interleaved or parts[0].shape[-1] > kernels.MOST_COLUMNS:
+        return "no kernels for this dtype or memory layout, or this process holds nothing"
+    if len({part.held_shape for part in parts}) > 1:
+        return "processes hold different numbers of rows of these parts"
+    return ""
 
 
 def _unknown_moments(part: Part) -> str:

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre, PartialMuon
 from lightning_adapm.litgpt.weights import give_shards, map_weights, take_weights
+from lightning_adapm.report.diagnostics import ResidualProbe
 from lightning_adapm.roles.context import normalize
 from lightning_adapm.sharding.find import layout_of, local
 
@@ -195,6 +196,8 @@ class Job:
     frozen: str | None = None
     """In the names of parameters that are frozen for half of the steps, and then a parameter group of their own."""
     make: type = AdaPM
+    watched: bool = False
+    """By a monitor, in every step."""
     tolerance: float = 1e-9
     """Of a weight, relative to its norm."""
 
@@ -220,6 +223,7 @@ class Job:
         """All of the steps; the optimizer."""
         batches, half = self.batches(), self.steps // 2
         optimizer = optimizer or self.optimizer(model)
+        optimizer.observer = ResidualProbe() if self.watched else None
         if self.frozen is None:
             train_share(model, optimizer, batches[:half], rank, world_size, self.broken, self.unseen)
             train_share(model, optimizer, batches[half:], rank, world_size, self.broken)

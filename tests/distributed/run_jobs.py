@@ -1,9 +1,15 @@
-"""Runs jobs under one strategy and saves the weights: ``run_jobs.py STRATEGY OUTPUT JOB...``."""
+"""Runs jobs under one strategy and saves the weights: ``run_jobs.py STRATEGY OUTPUT JOB...``.
+
+With a monitor, weights are the same bit for bit.
+"""
 
 import sys
+from dataclasses import replace
 
 import torch
 from jobs import JOBS, WRAP, device, processes, weights_of
+
+WATCHED = "plain factored"
 
 
 def main(strategy, output, *names):
@@ -17,6 +23,12 @@ def main(strategy, output, *names):
             wrapped = WRAP[strategy.removesuffix(" late")](model)
             job.train(wrapped, rank, world_size, early)
             weights[name] = {key: weight.cpu() for key, weight in weights_of(wrapped).items()}
+            if name == WATCHED:
+                watched = replace(job, watched=True)
+                model = WRAP[strategy.removesuffix(" late")](job.build().to(device()))
+                probe = watched.train(model, rank, world_size).observer
+                assert all(torch.equal(weight.cpu(), weights[name][key]) for key, weight in weights_of(model).items())
+                assert any("stationarity" in reading.figures for reading in probe.read())
         if rank == 0:
             torch.save(weights, output)
 

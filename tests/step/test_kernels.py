@@ -16,7 +16,8 @@ from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from lightning_adapm import AdaPM
-from lightning_adapm.step import kernels
+from lightning_adapm.report.diagnostics import ResidualProbe
+from lightning_adapm.step import kernels, watching
 
 pytest.importorskip("triton", reason="the kernels are Triton's")
 
@@ -111,24 +112,49 @@ def test_as_without_kernels(interpreted, monkeypatch, second_moment, dtype, tole
     assert optimizer.nonfinite_gradients() == reference.nonfinite_gradients() != {}
 
 
-def stepped(shapes, steps=5, spoiled=(), scales=(), **options):
+def stepped(shapes, steps=5, spoiled=(), scales=(), observer=None, **options):
     """Weights and state of bare matrices after some steps; of one with a NaN where ``spoiled`` has the step."""
     torch.manual_seed(0)
     params = {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
     group = {"params": list(params.items()), "n_head": 1, "n_query_groups": 1}
     optimizer = AdaPM([group], **{"rank": 2, "update_proj_gap": 2} | options)
+    optimizer.observer = observer
     for step, scale in zip(range(steps), [*scales, *[1.0] * steps], strict=False):
         generator = torch.Generator().manual_seed(step)
         for param in params.values():
             param.grad = torch.randn(param.shape, generator=generator) * scale
             if step in spoiled:
-                param.grad[-1, 1] = float("nan")
+                param.grad.view(-1)[-2] = float("nan")
         optimizer.step()
     state = [v.double().flatten() for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
     return torch.cat([p.detach().flatten() for p in params.values()]), torch.cat(state), optimizer
 
 
 EACH_MOMENTUM = {"q_proj.weight": (12, 18), "v_proj.weight": (12, 18), "o_proj.weight": (12, 18)}
+
+
+@pytest.mark.parametrize("second_moment", ["elementwise", "block", "factored"])
+def test_a_monitor_keeps_the_path_and_every_bit(interpreted, monkeypatch, second_moment):
+    """The same launches, and the figures that a monitor of torch's step has; tiles are smaller than matrices."""
+    shapes = EACH_MOMENTUM | {"v_proj.bias": (12,), "mlp.experts": (3, 10, 14)}
+    options = {"second_moment": second_moment, "spoiled": (3,), "roles": {"experts": "mlp"}, "clip_threshold": 0.7}
+    plain, launches = stepped(shapes, **options), list(interpreted)
+    interpreted.clear()
+    monkeypatch.setattr(watching, "TILE_NUMEL", 50)
+    probe, reference = ResidualProbe(), ResidualProbe()
+    watched = stepped(shapes, observer=probe, **options)
+    assert interpreted == launches
+    assert torch.equal(watched[0], plain[0]) and torch.equal(watched[1], plain[1])
+    monkeypatch.setattr(kernels, "runs_on", lambda device: False)
+    stepped(shapes, observer=reference, **options)
+    for found, expected in zip(by_name(probe), by_name(reference), strict=True):
+        assert found[:3] == expected[:3]
+        assert found.figures == pytest.approx(expected.figures, rel=1e-3, abs=1e-5)
+
+
+def by_name(probe):
+    """Readings in an order that no path decides; those of one parameter stay in the order of steps."""
+    return sorted(probe.read(), key=lambda reading: reading.name)
 
 
 @pytest.mark.parametrize("number", [int, np.float32])

@@ -1,0 +1,142 @@
+"""What an observer sees of a step: in tiles of a bounded size, computed next to the step, which stays as it is."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_adapm.moments.base import Direction
+from lightning_adapm.step.batching import Batch
+from lightning_adapm.step.parts import Part
+
+TILE_NUMEL = 1 << 22
+"""Maximum number of elements that an observer sees at a time, unless a single row has more."""
+
+
+class Tiles:
+    """A gradient in tiles of rows, in the dtype of the arithmetic; zero where it is not finite.
+
+    Args:
+        grad: The gradient of a part, as its matrix or stack of matrices.
+        exact: Dtype of the arithmetic.
+        flaw: Not 0 where the gradient counts as zero; None where that is done.
+    """
+
+    def __init__(self, grad: Tensor, exact: torch.dtype, flaw: Tensor | None = None) -> None:
+        self.matrices = grad if grad.dim() == 3 else grad.reshape(1, *(grad.shape if grad.dim() == 2 else (1, -1)))
+        self._exact, self._flaw = exact, flaw
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape ``(b, m, n)`` of all matrices together."""
+        return self.matrices.shape
+
+    def __iter__(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Number of the matrix, first row, and rows ``(k, n)``."""
+        for which, matrix in enumerate(self.matrices):
+            for first, last in spans(matrix):
+                rows = matrix[first:last].to(self._exact)
+                yield which, first, rows if self._flaw is None else torch.where(self._flaw == 0, rows, 0.0)
+
+
+class Observer(Protocol):
+    """Sees every part of a step; see :class:`lightning_adapm.report.diagnostics.ResidualProbe`.
+
+    What it is shown is the step's own and must not be changed.
+    """
+
+    def see_gradient(self, part: Part, grad: Tiles) -> None:
+        """Begin a part with its gradient, which the first moment has taken in."""
+        ...
+
+    def see_update(self, part: Part, direction: Tensor, update: Tensor, clip_threshold: float | None) -> None:
+        """Show some rows of a part that has begun: the momentum used, and the normalized update before any clamp, in
+        units of lr. Elements that other processes hold are zero.
+        """
+        ...
+
+
+def spans(matrix: Tensor) -> Iterator[tuple[int, int]]:
+    """Rows of the tiles of a tensor: the first, and the one after the last."""
+    count = max(1, TILE_NUMEL // max(1, matrix[:1].numel()))
+    for first in range(0, len(matrix), count):
+        yield first, min(first + count, len(matrix))
+
+
+def see_gradients(observer: Observer, batch: Batch, flaws: Tensor | None = None) -> None:
+    """Show the gradients of a batch, those with ``flaws`` ``(parts,)`` as zero."""
+    for index, (part, grad) in enumerate(zip(batch.parts, batch.grads, strict=True)):
+        observer.see_gradient(part, Tiles(grad, part.exact, None if flaws is None else flaws[index]))
+
+
+class Divisors(NamedTuple):
+    """What updates are divided by: ``roots / correction + eps``, each of which broadcasts against a direction."""
+
+    roots: Sequence[Tensor]
+    correction: float = 1.0
+    eps: float = 0.0
+    squared: bool = False
+    """The roots are still to be taken."""
+    columns: Tensor | None = None
+    """Factors ``(b, n)`` of the roots."""
+
+    def rows(self, index: int, which: int, place: int, span: slice) -> Tensor:
+        """Those of some rows of one matrix of the part with this ``index``; it is the ``place``-th of all matrices."""
+        root = self.roots[index]
+        if root.dim() == 3:
+            root = root[which if len(root) > 1 else 0]
+        root = root if root.dim() == 2 else root.reshape(1, -1)
+        root = root[span] if len(root) > 1 else root
+        root = root.sqrt() if self.squared else root
+        root = root if self.columns is None else root * self.columns[place]
+        return root / self.correction + self.eps
+
+
+def see_updates(
+    observer: Observer,
+    parts: Sequence[Part],
+    momentum: Direction,
+    used: Direction,
+    divisors: Divisors,
+    clip: float | None,
+    first: int = 0,
+    flaws: Tensor | None = None,
+) -> None:
+    """Show the updates of parts, computed again tile by tile.
+
+    Args:
+        observer: What sees them.
+        parts: The parts.
+        momentum: Their directions before the second moment has changed them.
+        used: Their directions.
+        divisors: What these are divided by.
+        clip: Bound on the entries of updates.
+        first: First row in what this process holds, where the tensors are some rows of a single part.
+        flaws: Not 0 where a part's directions count as zero, ``(parts,)``.
+    """
+    place, same = 0, momentum.tensors is used.tensors and momentum.factors is used.factors
+    for index, part in enumerate(parts):
+        flaw, own = None if flaws is None else flaws[index], Tiles(used.tensors[index], part.exact)
+        before = own.matrices if same else Tiles(momentum.tensors[index], part.exact).matrices
+        for which, start, rows in own:
+            span = slice(start, start + len(rows))
+            rows = _multiplied(rows, used, flaw, place + which, span)
+            direction = rows
+            if not same:
+                direction = _multiplied(before[which, span].to(part.exact), momentum, flaw, place + which, span)
+            update = (rows / divisors.rows(index, which, place + which, span)).mul_(used.scale)
+            direction = direction * momentum.scale
+            if part.shard is not None:
+                direction, update = (part.shard.held_only(each, first + start) for each in (direction, update))
+            observer.see_update(part, direction, update, clip)
+        place += len(own.matrices)
+
+
+def _multiplied(rows: Tensor, direction: Direction, flaw: Tensor | None, place: int, span: slice) -> Tensor:
+    """Rows of a direction, zero where there is a flaw, with the product of its factors."""
+    rows = rows if flaw is None else torch.where(flaw == 0, rows, 0.0)
+    if direction.factors is None:
+        return rows
+    left, right = direction.factors
+    return torch.addmm(rows, left[place, span, : right.shape[-2]].to(rows.dtype), right[place].to(rows.dtype))
