@@ -1,4 +1,4 @@
-"""The memory table of ``docs/choosing-an-optimizer.md``, by the plan: ``python -m benchmarks.optimizer_memory``."""
+"""Tables of memory of ``docs/choosing-an-optimizer.md``, by the plan: ``python -m benchmarks.optimizer_memory``."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,12 +26,43 @@ OPTIMIZERS: dict[str, Callable[[Any], RoleOptimizer]] = {
     "`AdaLomo`": AdaLomo,
     "`Lomo`": Lomo,
 }
+LINES = (
+    "torch.optim.AdamW(model.parameters(), lr=1e-3)",
+    "AdaPM(model.named_parameters(), lr=1e-3)",
+    'AdaPM(model.named_parameters(), lr=1e-3, second_moment="block")',
+    "PartialMuon(model.named_parameters(), lr=3e-3)",
+    'AdaPM(model.named_parameters(), lr=1e-3, second_moment="block", update_in_backward=True)',
+    "AdaLomo(model.named_parameters(), lr=2e-2)",
+)
+"""Lines to paste, from the most memory to the least."""
 
 
 def model(name: str) -> GPT:
     names = {"TinyLlama-1.1B": "tiny-llama-1.1b"}
     with torch.device("meta"):
         return GPT(Config.from_name(names.get(name, name)))
+
+
+def budget() -> str:
+    """Bytes of parameters, gradients and state by the line to paste; no gradients where they are never all held."""
+    models = {name: model(name) for name in MODELS}
+    models["Llama-3-8B, bfloat16"] = model("Llama-3-8B").to(torch.bfloat16)
+    lines = [f"| write | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|"]
+    for line in LINES:
+        cells = [show_bytes(trained_bytes(line, built)) for built in models.values()]
+        lines.append(f"| `{line}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def trained_bytes(line: str, model: GPT) -> int:
+    """Bytes of what a line trains: parameters, state, and gradients if all of them exist together."""
+    parameters = sum(param.numel() * param.element_size() for param in model.parameters())
+    optimizer = eval(  # so that the lines are tried as they are shown
+        line, {"torch": torch, "model": model, "AdaPM": AdaPM, "AdaLomo": AdaLomo, "PartialMuon": PartialMuon}
+    )
+    if not isinstance(optimizer, RoleOptimizer):
+        return 2 * parameters + explain(model).adamw_in_dtype.total
+    return parameters * (1 if optimizer.update_in_backward else 2) + explain(optimizer).total.total
 
 
 def table() -> str:
@@ -49,10 +80,13 @@ def table() -> str:
 
 
 def main() -> None:
-    """Write the table into the page, between its marks."""
-    before, _, rest = PAGE.read_text().partition("<!-- memory -->\n")
-    after = rest.partition("<!-- end -->")[2]
-    PAGE.write_text(f"{before}<!-- memory -->\n{table()}\n<!-- end -->{after}")
+    """Write both tables into the page, between their marks."""
+    page = PAGE.read_text()
+    for name, made in (("budget", budget()), ("memory", table())):
+        before, _, rest = page.partition(f"<!-- {name} -->\n")
+        after = rest.partition("<!-- end -->")[2]
+        page = f"{before}<!-- {name} -->\n{made}\n<!-- end -->{after}"
+    PAGE.write_text(page)
 
 
 if __name__ == "__main__":

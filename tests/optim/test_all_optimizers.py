@@ -174,4 +174,5 @@ def test_models_that_are_no_transformers():
 
 def test_the_page_has_the_planned_memory():
     """After a change of the defaults: python -m benchmarks.optimizer_memory."""
-    assert optimizer_memory.table() in optimizer_memory.PAGE.read_text()
+    page = optimizer_memory.PAGE.read_text()
+    assert optimizer_memory.table() in page and optimizer_memory.budget() in page
