@@ -87,7 +87,7 @@ def _leave_process_group() -> None:
 
 
 def _is_about_input(error: Exception) -> bool:
-    """Whether the error says what is wrong with some input: its type does, and this package or the parser raised it."""
+    """Whether an error is about input: its type is, and this package or the parser raised it."""
     frame = list(traceback.walk_tb(error.__traceback__))[-1][0]
     package = frame.f_globals.get("__name__", "").partition(".")[0]
     return package in ("lightning_adapm", "jsonargparse") and isinstance(error, _input_errors())

@@ -77,7 +77,7 @@ class Direction(NamedTuple):
 
 
 class Moment:
-    """What is remembered of the gradients of one matrix, declared once.
+    """Memory of the gradients of one matrix, declared once.
 
     Allocation, byte counts, sharding, saving and loading follow from :meth:`entries`. Loading a state that another
     moment saved goes through a dense tensor of the matrix's shape: :meth:`dense` of the one, :meth:`from_dense` of the
@@ -89,7 +89,7 @@ class Moment:
     defined first is taken."""
 
     def entries(self, shape: torch.Size) -> dict[str, Entry]:
-        """What is kept for a matrix of ``shape``, a stack of matrices, or a tensor that is neither."""
+        """Declare the state of a matrix of ``shape``, of a stack of matrices, or of a tensor that is neither."""
         return {}
 
     def make(self, shape: torch.Size, like: Tensor, kept: tuple[int, int] | None = None) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class Moment:
 
     @classmethod
     def dense(cls, saved: Mapping[str, Any], shape: torch.Size) -> Tensor:
-        """What saved values of this moment stand for, as a tensor of ``shape``.
+        """Convert saved values of this moment to the tensor of ``shape`` that they stand for.
 
         Raises:
             ValueError: They cannot be converted.
@@ -150,7 +150,7 @@ class Momentum(Moment):
     name: ClassVar[str]
     """Name of its policy."""
     has_basis: ClassVar[bool] = False
-    """What it averages is what an orthonormal basis sees of gradients."""
+    """Whether it averages projections of gradients on an orthonormal basis."""
 
     def basis(self, state: State) -> Tensor | None:
         """The basis ``(r, n)``, or those of a stack, where there is one."""
@@ -210,7 +210,7 @@ class SecondMoment(Moment):
         raise NotImplementedError
 
     def applied(self, direction: Direction, reduction: Reduction = ONE_PROCESS) -> Direction:
-        """What to move along instead of ``direction``, for a moment that changes more than the size of its entries."""
+        """Replace ``direction``, for a moment that changes more than the size of its entries."""
         return direction
 
 

@@ -97,7 +97,7 @@ def momentum_for(piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> M
 
 
 def storage_for(name: str, chosen: Mapping[str, str] | str | None, shape: torch.Size) -> Storage:
-    """How a momentum of a policy is stored: as the group's ``state_dtype`` says for it, else in full precision.
+    """Storage of a policy's momentum: the group's ``state_dtype`` for it, else full precision.
 
     ``shape`` is that of its narrowest entry for the whole matrix, so that all processes decide alike.
     """

@@ -39,7 +39,7 @@ class Regressor:
         }
 
     def fit(self, targets: Tensor, states: Sequence[State], reduction: Reduction) -> Tensor:
-        """What the factors predicted before they saw ``targets`` ``(b, m, n)``; they are refreshed."""
+        """Predict ``targets`` ``(b, m, n)`` with the factors, then fit the factors to them."""
         lefts, rights = (self.storage.read(states, f"{self.prefix}_{side}") for side in "lr")
         left, right = join(lefts).to(targets.dtype), join(rights).to(targets.dtype)
         start = lowrank.starting_rows(self.rank, targets.shape[-1], right) * (_SPREAD * 3**0.5)

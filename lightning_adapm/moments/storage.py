@@ -1,4 +1,4 @@
-"""How entries of optimizer state are stored: the only door through which moments read and write them."""
+"""Storage of entries of optimizer state: the only door through which moments read and write them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,15 +34,15 @@ class Storage:
 
     dtype: torch.dtype | None = None
     plain: ClassVar[bool] = True
-    """What is stored are the values, which kernels may read and write in place and of which slices are slices."""
+    """Whether plain values are stored, which kernels may read and write in place, and whose slices can be taken."""
     rowwise: ClassVar[bool] = False
     """Every tensor has the entry's dimensions but the last, and a shard's rows are stored as they are in the whole."""
     suffixes: ClassVar[tuple[str, ...]] = ()
-    """What the keys of its tensors end with, after the entry's own key; empty for one tensor under that key."""
+    """Endings of its tensors' keys, after the entry's own key; empty for one tensor under that key."""
 
     @property
     def of_bases(self) -> "Storage":
-        """How orthonormal bases are stored where momentum is stored like this."""
+        """Storage of orthonormal bases where momentum is stored like this."""
         return self
 
     def make(self, key: str, shape: torch.Size, like: Tensor) -> dict[str, Tensor]:
@@ -105,7 +105,7 @@ def _same(stored: Tensor, value: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Entry:
-    """What a moment remembers of one matrix under one key.
+    """State of one matrix under one key of a moment.
 
     Args:
         shape: Shape for the matrix that it was asked for. None is a number that the host keeps.

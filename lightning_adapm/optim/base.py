@@ -41,7 +41,7 @@ class RoleOptimizer(Checkpointed):
 
     The engine finds names and roles, cuts fused weights into pieces, and takes pieces of one shape through a step
     together. It handles sharded parameters, gradients that are not finite, updates inside backward, saving and loading.
-    A subclass says what is remembered of each piece:
+    A subclass specifies the moments of each piece:
 
     - :meth:`momentum_for` and :meth:`second_moment_for` choose the moments of a piece;
     - :attr:`structure` names the options of a parameter group that shape the state;
@@ -99,7 +99,7 @@ class RoleOptimizer(Checkpointed):
         self._forget([])
         self._nonfinite = NonFiniteGradients()
         self.built: dict[Tensor, Built] = {}
-        """What the pieces and the state of every parameter are made for."""
+        """Names, shapes and options that the pieces and the state of every parameter were made for."""
         self._places: list[Places] | None = []
         super().__init__([{"params": []}], defaults)  # torch adds groups one by one, and roles are found over all
         self.param_groups.clear()
@@ -257,7 +257,7 @@ class RoleOptimizer(Checkpointed):
             self.param_groups = held
 
     def parts(self, param: Tensor) -> tuple[Part, ...]:
-        """What a parameter consists of, with the moments of each part."""
+        """Parts of a parameter, with their moments."""
         form = param.shape, param.dtype, param.device
         known = self._parts.get(param)
         # found again in another shape: FSDP1 makes parameters one-dimensional after the optimizer is built
@@ -386,7 +386,7 @@ class RoleOptimizer(Checkpointed):
             self._update(batch, group)
 
     def step_paths(self) -> list[StepPath]:
-        """How the next step takes the parts of every trained parameter: by kernels or by torch, and why.
+        """List the path of every part in the next step, by kernels or by torch, and why.
 
         Gradients are assumed to have the dtype and the memory layout of their parameters. Parts of one shape may have
         several rows, for instance where their moments differ.

@@ -19,7 +19,7 @@ _Module = weakref.ref[nn.Module]
 
 
 class Places:
-    """Where live modules hold parameters of an optimizer.
+    """Places where live modules hold parameters of an optimizer.
 
     Nothing is kept alive: neither a model whose training is over nor a parameter that its group has dropped.
 

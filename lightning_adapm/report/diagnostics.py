@@ -271,7 +271,7 @@ def sketch(residual: Tensor, first: int = 0, rows: int | None = None) -> Tensor:
 
 
 def _place(part: Part) -> tuple[int, int]:
-    """Where the rows of this process are: the first, and how many there are in all."""
+    """First row of this process, and the number of rows over all processes."""
     if part.shard is not None:
         return part.shard.first, part.shard.size
     if part.layout is None:

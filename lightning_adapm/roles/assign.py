@@ -106,8 +106,11 @@ def assign_roles(
 def _describe(
     handed: Sequence[Handed], known: Mapping[Tensor, str], first: int, rules: Mapping[str, str], policy: str | None
 ) -> list[list[Named]]:
-    """Parameters as their model tells of them. A module that is handed over alone is its model where it looks like one:
-    going through all live modules costs some 0.1 s."""
+    """Parameters as their model describes them.
+
+    A module that is handed over alone is its model where it looks like one: going through all live modules costs some
+    0.1 s.
+    """
     if len(handed) == 1 and handed[0].module is not None and not known:
         (only,), module = handed, handed[0].module
         items = describe(((str(name), param) for name, param in zip(only.names, only.params, strict=True)), module)

@@ -189,7 +189,7 @@ def link(items: Iterable[Named]) -> None:
     """Find the matrices next to each parameter, and the transformer block around it."""
     items = list(items)
     modules: dict[str, dict[str, Named]] = {}
-    embeddings: dict[int, int] = {}  # rows by width, of the largest: positions and token types tell no head
+    embeddings: dict[int, int] = {}  # rows by width, of the largest: positions and token types identify no head
     for item in items:
         if len(item.shape) >= 2 and not item.name.endswith("bias"):
             modules.setdefault(item.parent, {})[item.child] = item

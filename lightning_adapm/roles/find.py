@@ -113,9 +113,9 @@ def _by_place(item: Named) -> tuple[str | None, str] | None:
     if item.in_transformer and item.is_linear:
         return "mlp", "a linear layer of a transformer, outside attention"
     if item.in_stem and _is_convolution(item):
-        return "mlp", "a convolution beside transformer blocks"
+        return "mlp", "a convolution next to transformer blocks"
     if item.is_linear and any(_is_depthwise(other) for other in item.beside.values()):
-        return "mlp", "a pointwise layer beside a depthwise convolution"
+        return "mlp", "a pointwise layer next to a depthwise convolution"
     return None
 
 

@@ -65,7 +65,7 @@ CODEGEN_PARTITIONS = 4  # CodeGen's qkv_proj: (query, value, key) in each of fou
 
 GATE_UP = r"gate_up(_proj)?|gate_and_up_proj"  # an MLP's gate and up projections, one after the other: Phi-3, GLM
 
-# Modules whose weights have outputs as columns, beside those that shapes tell.
+# Modules whose weights have outputs as columns, in addition to those that shapes identify.
 TRANSPOSED = ("Conv1D", "AriaGroupedExpertsGemm")
 
 

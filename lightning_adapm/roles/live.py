@@ -1,7 +1,7 @@
 """The live modules that hold given tensors, found by the tensors' identity.
 
-Callers hand over bare tensors, parts of models, or equal names from two models; the modules above a tensor say what it
-is. A module does not know what holds it, so that all live ones are searched, once per call. Only the tables of
+Callers hand over bare tensors, parts of models, or equal names from two models; the modules above a tensor identify
+it. A module has no reference to what holds it, so all live ones are searched, once per call. Only the tables of
 ``torch.nn.Module`` are read: a module may lack them, or have a ``named_parameters`` or properties of its own that fail.
 """
 
@@ -100,7 +100,7 @@ class _Candidate:
 
 
 def _holders(wanted: set[int]) -> tuple[set[int], list[nn.Module], list[nn.Module]]:
-    """Which tensors live modules hold, all modules that hold some at any depth, and those that no other one holds."""
+    """Tensors that live modules hold, all modules that hold some at any depth, and those that no other one holds."""
     held: set[int] = set()
     parents: dict[int, list[nn.Module]] = {}
     above: dict[int, nn.Module] = {}

@@ -18,8 +18,8 @@ class Piece:
     equal groups of rows (of columns, where the weight is ``transposed``) of a fused weight.
 
     ``heads`` is how many equal row blocks it consists of, for Adam-mini's second moment, where that is known; ``flat``
-    says that all dimensions but the first are one (a convolution), where a third dimension is else a stack of matrices;
-    ``transposed`` says that outputs are columns (Hugging Face's ``Conv1D``); ``dim`` is how many dimensions the
+    means that all dimensions but the first are one (a convolution); otherwise a third dimension is a stack of matrices.
+    ``transposed`` means that outputs are columns (Hugging Face's ``Conv1D``); ``dim`` is how many dimensions the
     parameter had when its role was found; ``block`` is the number of the transformer block around it, 0 outside;
     ``part`` is its name where several pieces have one role (a fused gate and up projection).
     """

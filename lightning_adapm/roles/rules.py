@@ -105,7 +105,7 @@ EMBEDDINGS = (
     r"|\w*(query|register|mask|detection|cls)_tokens?|latents?(_\dd)?|latent_query|quer(y|ies)|rel_pos_[hw]|emb_rel_[kv]"
     r"|position(al)?_embedding\w*|position_embeddings\.weights\.\d+|\w*positional_encoding|codevectors)$"
 )
-# The same, of a parameter that is no layer's weight but its module's own: nothing but the name tells what it is.
+# The same for a parameter that is no layer's weight but its module's own, which only its name identifies.
 TABLES: tuple[tuple[str, str], ...] = (
     ("bias", r"(^|[._])(\w*scale_shift_table|\w*modulation)$"),
     (
@@ -124,7 +124,7 @@ HEADS = (
 # Why a matrix has no role, and what it most likely is; full momentum for all others.
 IN_MIXER = "in a recurrent or state-space mixer"
 IN_ATTENTION = "in an attention module, of an unknown name"
-BESIDE_ATTENTION = "beside an attention's projections, of an unknown name"
+BESIDE_ATTENTION = "next to an attention's projections, with an unknown name"
 LIKE_ATTENTION = "called as in attention, but not found in one"
 HOLDS_MORE = "may hold an attention's inputs or outputs as well as an MLP's"
 OWN = "a parameter of its module's own, of an unknown name"

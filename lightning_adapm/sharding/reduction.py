@@ -75,7 +75,7 @@ class Reduction:
         return values
 
     def kept_columns(self, values: Tensor) -> Tensor:
-        """Those of all columns that this process keeps: the inverse of :meth:`columns`."""
+        """Select the columns that this process keeps; the inverse of :meth:`columns`."""
         return values
 
     def over_columns(self, values: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ def import_entry(
 
 
 def localize(parts: Parts, whole: Mapping[str, Any]) -> dict[str, Any]:
-    """What this process holds of the state of a whole parameter; DTensors or whole tensors, the values are copied."""
+    """Copy this process's share of the state of a whole parameter, given as DTensors or whole tensors."""
     state, values = new_state(parts, local(parts[0].param).device), dict(whole)
     state["step"].copy_(_full(torch.as_tensor(values["step"])))
     for part, key, entry in entries_of(parts):
@@ -162,7 +162,7 @@ def localize(parts: Parts, whole: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _held_value(part: Part, entry: Entry, value: Tensor) -> Tensor:
-    """What this process holds of the value of an entry."""
+    """Share of this process in the value of an entry."""
     layout = part.layout
     assert layout is not None
     if follows_rows(part, entry):
@@ -265,7 +265,7 @@ def _count(all_parts: Iterable[Parts]) -> int:
 
 
 def _whole_entry(parts: Parts, entry: Mapping[str, Any] | None, layout: Layout) -> dict[str, Any] | None:
-    """What FSDP1 has cut up, whole again.
+    """Put together again what FSDP1 has cut up.
 
     Whatever a saved tensor's shape, FSDP1 gives each process the elements at the process's places in the parameter, in
     row-major order. Nothing is lost, because no state of AdaPM is larger than its parameter.

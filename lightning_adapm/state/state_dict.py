@@ -28,7 +28,7 @@ class Checkpointed(Optimizer):
     """Options of other optimizers without a meaning here, which are dropped from checkpoints."""
 
     def parts(self, param: Tensor) -> tuple[Part, ...]:
-        """What a parameter consists of, with the moments of each part."""
+        """Parts of a parameter, with their moments."""
         raise NotImplementedError
 
     def follow_groups(self) -> None:

@@ -1,4 +1,4 @@
-"""Which parts go through a step together: buckets of parts that are alike, and batches of a bounded size."""
+"""Parts that go through a step together: buckets of parts that are alike, and batches of a bounded size."""
 
 from collections.abc import Hashable, Iterable, Iterator
 from typing import NamedTuple
@@ -30,7 +30,7 @@ class Batch(NamedTuple):
 
     parts: list[Part]
     params: list[Tensor]
-    """What moves: views of the parameters, or copies of the rows of a shard."""
+    """Tensors that move: views of the parameters, or copies of the rows of a shard."""
     grads: list[Tensor]
     step: int
     path: Path

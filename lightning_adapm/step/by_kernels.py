@@ -202,7 +202,7 @@ def _along(momentum: Momentum, grads: list[Tensor], number: int) -> Direction:
 
 
 def _refreshed(states: Sequence[Part], right: Tensor, basis: Tensor, momentum: LowRankMomentum) -> kernels.Refreshed:
-    """What a new ``basis`` in the place of ``right``, both ``(b, r, n)``, leaves of the left factors."""
+    """Left factors under a new ``basis`` in the place of ``right``, both ``(b, r, n)``."""
     held = _joined(states, "exp_avg_l")
     if len(states) == 1:  # a view of the state, which is to change
         held = held.clone()

@@ -16,7 +16,7 @@ from lightning_adapm.sharding.rows import RowShard, column_range
 
 
 class Chooser(Protocol):
-    """What chooses the moments of a piece: an optimizer."""
+    """Optimizer that chooses the moments of a piece."""
 
     def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum: ...
 
@@ -63,7 +63,7 @@ class Part:
     prefix: str
     """Prefix of the piece's keys in the parameter's state."""
     layout: Layout | None
-    """Which elements of the parameter which process holds; None where every process holds all."""
+    """Elements of the parameter that each process holds; None where every process holds all."""
     shape: torch.Size
     """Shape of the piece's matrix, over all processes."""
     shard: RowShard | None
@@ -125,7 +125,7 @@ class Part:
 
     @property
     def entries(self) -> dict[str, Entry]:
-        """What its moments keep, by key without prefix; shapes are those over all processes."""
+        """Entries of its moments, by key without prefix; shapes are those over all processes."""
         return self.first.entries(self.shape) | self.second.entries(self.shape)
 
     @property
@@ -217,6 +217,6 @@ def shares_basis(layout: Layout, basis: str) -> bool:
 
 
 def reduction_of(parts: Sequence[Part]) -> Reduction:
-    """What completes the sums over rows of a batch."""
+    """Reduction that completes the sums over rows of a batch."""
     shards = [part.shard for part in parts if part.shard is not None]
     return ProcessReduction(shards, parts[0].kept is not None) if shards else ONE_PROCESS

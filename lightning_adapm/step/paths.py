@@ -1,4 +1,4 @@
-"""How a bucket of parts takes a step: by kernels, or by torch's operations. Decided here and nowhere else."""
+"""Path of a bucket of parts through a step, by kernels or by torch's operations. Decided here and nowhere else."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
