@@ -47,10 +47,10 @@ def budget() -> str:
     """Bytes of parameters, gradients and state by the line to paste; no gradients where they are never all held."""
     models = {name: model(name) for name in MODELS}
     models["Llama-3-8B, bfloat16"] = model("Llama-3-8B").to(torch.bfloat16)
-    lines = [f"| write | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|"]
+    lines = [f"| {' | '.join(models)} | write |", "|---" * (len(models) + 1) + "|"]
     for line in LINES:
         cells = [show_bytes(trained_bytes(line, built)) for built in models.values()]
-        lines.append(f"| `{line}` | {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(cells)} | `{line}` |")
     return "\n".join(lines)
 
 
