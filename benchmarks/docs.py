@@ -68,7 +68,7 @@ def filled(page: str) -> str:
     """The page with every section between its marks replaced by the results that there are.
 
     Raises:
-        ValueError: the page lacks a mark.
+        ValueError: The page lacks a mark.
     """
     for name in SECTIONS:
         before, start, rest = page.partition(f"<!-- {name} -->\n")

@@ -48,7 +48,7 @@ def begin(peer: Peer, deadline: float) -> None:
     """Say what is measured next.
 
     Raises:
-        UnavailableError: it is too late, by ``time.monotonic()``.
+        UnavailableError: It is too late, by ``time.monotonic()``.
     """
     if time.monotonic() > deadline:
         raise UnavailableError(LATE)

@@ -27,7 +27,7 @@ class Log:
     - ``stationarity``: cosine between that part and the one of the step before.
 
     Args:
-        copies: models that train side by side, whose parameters are named ``copy0.``, ``copy1.`` and so on.
+        copies: Models that train side by side, whose parameters are named ``copy0.``, ``copy1.`` and so on.
     """
 
     def __init__(self, copies: int) -> None:

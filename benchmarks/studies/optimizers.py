@@ -192,7 +192,7 @@ def load(library: Library) -> Any:
     """The class.
 
     Raises:
-        UnavailableError: it is not installed, or what it imports is not.
+        UnavailableError: It is not installed, or a package that it imports is not.
     """
     module, name = library.module, library.name
     try:

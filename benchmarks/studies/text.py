@@ -33,7 +33,7 @@ def read_text(path: Path | None = None) -> Text:
     of Python's standard library, 40 of 400 files kept for validation. Of ``.jsonl`` the answers alone are targets.
 
     Raises:
-        ValueError: an empty file; a line of ``.jsonl`` without question or answer.
+        ValueError: The file is empty, or a line of ``.jsonl`` lacks question or answer.
     """
     if path is None:
         return named(f"Python {platform.python_version()} sources", *standard_library())

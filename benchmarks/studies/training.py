@@ -26,9 +26,9 @@ def train(
     """Train runs that differ only in their seed.
 
     Args:
-        deadline: of ``time.time()``; a run that is not done by then is given up.
-        start: weights to go on from, one file per run.
-        save: files for the trained weights.
+        deadline: By ``time.time()``. A run that is not done by then is given up.
+        start: Files of weights to start from, one per run.
+        save: Files for the trained weights.
 
     Returns:
         One result per run; None if the deadline came first.

@@ -27,14 +27,14 @@ class Trial(AdaPM):
     """AdaPM with another low-rank momentum.
 
     Args:
-        low_rank: fields of :class:`LowRankMomentum` that differ, for instance ``{"flush": False}``.
+        low_rank: Fields of :class:`LowRankMomentum` that differ, for instance ``{"flush": False}``.
         divide_all: Adam's bias correction of the whole direction, as published, not of the average alone.
-        slow_beta1: a second low-rank momentum with this decay beside the first; their mean is used.
-        method: of the low-rank momentum, a name in :data:`LOW_RANK`.
-        residual: factor of what the subspace does not see, or ``"matched"``: see :class:`Scaled`.
-        scale: policy to factor of the whole direction; ``residual`` and these make updates smaller.
-        damping: of the square of what no momentum averages, which joins the second moment in the denominator: see
-            :func:`benchmarks.damping.move`.
+        slow_beta1: Decay of a second low-rank momentum; the mean of both is used.
+        method: Method of the low-rank momentum, a name in :data:`LOW_RANK`.
+        residual: Factor of the gradient outside the subspace, or ``"matched"``: see :class:`Scaled`.
+        scale: Factor of the whole direction by policy; ``residual`` and these make updates smaller.
+        damping: Factor of the square of what no momentum averages, which joins the second moment in the denominator:
+            see :func:`benchmarks.studies.damping.move`.
     """
 
     def __init__(

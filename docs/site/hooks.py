@@ -39,8 +39,8 @@ NAV = {
         "Many processes": "docs/distributed.md",
     },
     "Extend": {"Moments and optimizers": "docs/extending.md", "Architectures": "docs/architectures.md"},
-    "Benchmarks": {"Time and memory": "docs/benchmarks.md", "Studies": "benchmarks/README.md"},
-    "How it works": {"How it works": "docs/how-it-works.md"},
+    "Benchmarks": {"Answers": "docs/benchmarks.md", "Commands and studies": "benchmarks/README.md"},
+    "How it works": {"The mathematics": "docs/how-it-works.md"},
 }
 """Pages in the order in which people need them; those that do not exist are left out."""
 

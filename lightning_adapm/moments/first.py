@@ -83,15 +83,15 @@ class LowRankMomentum(Momentum):
 
     Args:
         rank: ``r``. With ``r >= n`` the basis is the identity, is never refreshed, and the result is AdamW's.
-        beta1: decay of the moving average.
-        update_proj_gap: steps from one refresh of the basis to the next. The first comes with the first non-zero
+        beta1: Decay of the moving average.
+        update_proj_gap: Steps from one refresh of the basis to the next. The first comes with the first non-zero
             gradient, the others at the steps ``1 + offset + k * update_proj_gap`` of the parameter's own count.
-        debias: add what the subspace does not see (the paper's residual correction). Without it the direction is the
+        debias: Add the gradient outside the subspace (the paper's residual correction). Without it the direction is the
             plain low-rank moving average.
-        flush: at a refresh, pay out at once what the old subspace held and the new one does not:
+        flush: At a refresh, pay out at once the momentum that the new subspace does not contain:
             ``beta1 / (1 - beta1)`` times it, the sum of its future contributions to a full average. Without it that
             part is dropped.
-        offset: staggers the refreshes of pieces that are otherwise alike, so that no step pays for all of them.
+        offset: Staggers the refreshes of pieces that are otherwise alike, so that no step pays for all of them.
 
     The state also holds the number ``seeded``, which is 1 once every matrix of the piece has a basis. Until then, each
     step looks for the first non-zero gradient, which reads one value back from the device.

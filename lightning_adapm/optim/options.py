@@ -216,8 +216,8 @@ def check_trainable(name: str, piece: Piece, param: Tensor, unmatched: str) -> N
     itself.
 
     Raises:
-        ValueError: no role.
-        TypeError: complex, or naming the device or the strategy.
+        ValueError: A matrix has no role.
+        TypeError: A parameter is complex, or its device or strategy is not supported.
     """
     if piece.role == UNMATCHED and unmatched == "error":
         raise ValueError(
