@@ -16,7 +16,7 @@ BACKWARD = "AdaPM block, in backward"
 
 Result = Mapping[str, Any]
 Cells = Iterator[tuple[str, list[str]]]
-"""What was measured, in words, and the cells of its row."""
+"""Description of a measurement, and the cells of its row."""
 
 
 def step_times(result: Result) -> Cells:

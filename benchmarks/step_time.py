@@ -75,7 +75,7 @@ class Measured:
         return result
 
     def steps(self, plan: Plan) -> int:
-        """In one turn."""
+        """Steps in one turn."""
         return INTERVAL if self.peer.interval == INTERVAL else plan.steps
 
     @property
@@ -145,7 +145,7 @@ def _count(row: Measured, optimizer: Optimizer, of: Parameters, plan: Plan) -> N
 
 
 def summarize(rows: Sequence[Measured], speed: float) -> dict[str, dict[str, Any]]:
-    """By name: milliseconds, the floor at a ``speed`` in bytes per second, ratios; or why it was skipped."""
+    """Rows by name: milliseconds, the floor at a ``speed`` in bytes per second, ratios; or why it was skipped."""
     means = {row.peer.name: row.mean for row in rows if row.skipped is None}
     found: dict[str, dict[str, Any]] = {}
     for row in rows:

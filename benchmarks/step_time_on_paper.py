@@ -53,7 +53,7 @@ class Links:
 
 
 class Rates(NamedTuple):
-    """What was measured on one GPU."""
+    """Rates measured on one GPU."""
 
     adamw: float
     """Seconds per parameter of the fused AdamW."""

@@ -46,7 +46,7 @@ def _train(row: Measured, shape: Shape, setting: Setting, plan: Plan) -> None:
 
 
 def summarize(rows: Sequence[Measured], tokens: int) -> dict[str, dict[str, Any]]:
-    """By name: milliseconds of a step with so many ``tokens``, what the optimizer adds; or why it was skipped."""
+    """Rows by name: milliseconds of a step of ``tokens``, the optimizer's share; or the reason for skipping."""
     means = {row.peer.name: row.mean for row in rows if row.skipped is None}
     found: dict[str, dict[str, Any]] = {}
     for row in rows:

@@ -73,7 +73,7 @@ class Ledger(TorchDispatchMode):
         self._note()
 
     def claim(self, tensor: Tensor, category: str) -> None:
-        """From now on the storage of ``tensor`` counts as ``category``."""
+        """Count the storage of ``tensor`` as ``category`` from now on."""
         key = tensor.untyped_storage()._cdata
         if key in self._entries:
             self._leave(key)

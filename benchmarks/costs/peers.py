@@ -44,7 +44,7 @@ class Peer:
 
     @property
     def ours(self) -> bool:
-        """In this package, whose errors are not a reason to go on without it."""
+        """Whether it is in this package, whose errors are not a reason to go on without it."""
         return self.kind in OURS
 
 

@@ -1,4 +1,4 @@
-"""From results to a page: losses by learning rate, best ones compared seed by seed, a plot."""
+"""Page of a study from its results: losses by learning rate, best ones compared seed by seed, a plot."""
 
 import math
 import statistics

@@ -22,12 +22,12 @@ def clamped(**options: Any) -> tuple[str, Mapping[str, Any]]:
 
 
 def more(momentum: Mapping[str, str] | None = None, **options: Any) -> tuple[str, Mapping[str, Any]]:
-    """With more momentum, of half the bytes: as much state as by default on Llama-3-8B."""
+    """AdaPM with more momentum in half the bytes: as much state as by default on Llama-3-8B."""
     return clamped(momentum={**MORE, **(momentum or {})}, **{"state_dtype": "bfloat16", **options})
 
 
 def damped(momentum: Mapping[str, str] | None = None, **options: Any) -> tuple[str, Mapping[str, Any]]:
-    """With more momentum, and a damped denominator (:mod:`benchmarks.studies.damping`), in float32."""
+    """AdaPM with more momentum and a damped denominator (:mod:`benchmarks.studies.damping`), in float32."""
     return "trial", {"betas": BETAS95, "damping": 1.0, "momentum": {**MORE, **(momentum or {})}, **options}
 
 
@@ -64,7 +64,7 @@ BASELINES = {"AdamW": ("AdamW",), "Adam-mini": ("Adam-mini",)}
 
 
 def at_size() -> Study:
-    """In the order in which the rows say most."""
+    """Rows in order of importance."""
     return Study(
         "Does AdaPM reach AdamW's best, and AdaPM block Adam-mini's, on a GPT-2-like model of 86 million parameters"
         " after 1600 steps, and which part of it decides that?",

@@ -35,7 +35,7 @@ def move(batch: Batch, group: Mapping[str, Any], damping: float) -> None:
 
 
 def outside(grads: list[Tensor], states: Sequence[State], momentum: Momentum) -> list[Tensor]:
-    """What of each gradient its momentum does not average; the momentum has taken the gradients in."""
+    """Part of each gradient that its momentum, already updated, does not average."""
     if momentum.name == "none":
         return grads
     grad = join(grads)

@@ -124,7 +124,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From tokens ``(batch, time)`` to logits ``(batch * time, vocab)``."""
+    """Map tokens ``(batch, time)`` to logits ``(batch * time, vocab)``."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()

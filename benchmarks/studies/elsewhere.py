@@ -39,7 +39,7 @@ class Cell(nn.Module):
         self.bias = nn.Parameter(torch.zeros(4 * width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """From ``(batch, time, width)`` to the same."""
+        """Map ``(batch, time, width)`` to the same shape."""
         fed = F.linear(x, self.weight_ih, self.bias)
         hidden = memory = torch.zeros_like(x[:, 0])
         outputs = []
@@ -52,7 +52,7 @@ class Cell(nn.Module):
 
 
 class RecurrentLM(nn.Module):
-    """From tokens ``(batch, time)`` to logits ``(batch * time, vocab)``."""
+    """Map tokens ``(batch, time)`` to logits ``(batch * time, vocab)``."""
 
     def __init__(self, shape: Recurrent) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """From images as bytes ``(batch, 3 * side**2)`` to logits ``(batch, classes)``."""
+    """Map images as bytes ``(batch, 3 * side**2)`` to logits ``(batch, classes)``."""
 
     def __init__(self, shape: Images) -> None:
         super().__init__()

@@ -42,7 +42,7 @@ SCALED = {
 
 
 def gpt2() -> Study:
-    """In the order in which the rows say most: a run takes minutes."""
+    """Rows in order of importance, because a run takes minutes."""
     rows = {label: KEY_ROWS[label] for label in KEY_ROWS if label.endswith("betas .9 .95")}
     return Study(
         "Do the main findings hold for a GPT-2 of 86 million parameters (124M with its own vocabulary) on a GPU, and"

@@ -33,7 +33,7 @@ class Log:
     def __init__(self, copies: int) -> None:
         self.probe = ResidualProbe()
         self.seen: list[Tensor] = []
-        """Of each piece seen, sums of squares of the gradient, the direction and the update; number of entries."""
+        """Sums for each piece seen: squares of the gradient, the direction and the update; number of entries."""
         self._latest: dict[tuple[int, int], Tensor] = {}
         self.steps: list[int] = []
         self.copies: list[dict[str, dict[str, list[float | None]]]] = [{} for _ in range(copies)]
@@ -75,5 +75,5 @@ class Log:
                 kept.setdefault(role, {}).setdefault(figure, []).append(round(statistics.fmean(values), 4))
 
     def of(self, index: int) -> dict[str, Any]:
-        """For a run's result; nothing where nothing was observed."""
+        """Figures for a run's result; empty without observations."""
         return {"observed": {"steps": self.steps, "roles": self.copies[index]}} if self.steps else {}

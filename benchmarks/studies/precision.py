@@ -1,4 +1,4 @@
-"""What storing momentum in fewer bits costs."""
+"""Cost of storing momentum in fewer bits."""
 
 from collections.abc import Mapping
 from typing import Any

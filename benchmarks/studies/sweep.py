@@ -169,12 +169,12 @@ def start_workers(jobs: int, gpus: list[str], source: Source) -> list[ProcessPoo
 
 
 def prepare(source: Source) -> None:
-    """In a worker: read what its runs train on."""
+    """Read a worker's text."""
     load(source)
 
 
 def distinct(groups: Iterable[Group]) -> Iterator[Group]:
-    """Without runs that are in a group before: studies share some."""
+    """Drop runs that are in an earlier group, because studies share some."""
     seen: set[str] = set()
     for group in groups:
         runs = [run for run in group.runs if run.key not in seen]
@@ -287,7 +287,7 @@ def load(source: Source) -> Text:
 
 
 def work(runs: list[Run], source: Source, save: str | None, place: Place) -> list[dict[str, Any]] | None:
-    """In a worker: train one group of runs."""
+    """Train one group of runs in a worker."""
     start = runs[0].setting.start
     if save is not None:
         place.weights.mkdir(parents=True, exist_ok=True)

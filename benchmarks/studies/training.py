@@ -124,7 +124,7 @@ class Curve:
 
 
 def result(curve: list[tuple[int, float, float]], largest: float, seconds: float, vocab: int) -> dict[str, Any]:
-    """What is kept of a run. ``diverged``: not finite, or worse than guessing. ``curve``: steps, loss and seconds of
+    """Result of a run. ``diverged``: not finite, or worse than guessing. ``curve``: steps, loss and seconds of
     training up to there.
     """
     finite = [loss if math.isfinite(loss) else None for _, loss, _ in curve]

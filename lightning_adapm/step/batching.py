@@ -21,7 +21,7 @@ class Bucket(NamedTuple):
 
     parts: list[Part]
     grads: list[Tensor]
-    """Their gradients as matrices; of shards all that this process holds of the parameter's gradient."""
+    """Gradients as matrices; for shards, all that this process holds of the parameter's gradient."""
     step: int
 
 

@@ -222,7 +222,7 @@ def _elementwise(second_moment: ElementwiseSecondMoment, states: Sequence[State]
 def _factored(
     second_moment: FactoredSecondMoment, states: Sequence[State], number: int, grads: DeviceGradients
 ) -> Divisors:
-    """With the gradients taken into the averages."""
+    """Update the averages with the gradients."""
     averages = _matrices(states, "exp_avg_sq_row"), _matrices(states, "exp_avg_sq_col")
     sums = kernels.columns(grads.matrices)
     shares, roots = kernels.factor(grads.reading, sums, averages, grads.shape[1:], second_moment.beta2)

@@ -100,7 +100,7 @@ class Part:
         return self
 
     def bind(self, held: Tensor, state: dict[str, Any]) -> None:
-        """For one step, find the piece in what this process holds of its parameter, and in the parameter's state."""
+        """Find the piece in this process's share of its parameter and of the parameter's state, for one step."""
         self.view = held if self.shard is not None else self.piece.view(held)
         self.state = state
 

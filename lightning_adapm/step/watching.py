@@ -1,4 +1,4 @@
-"""What an observer sees of a step: in tiles of a bounded size, computed next to the step, which stays as it is."""
+"""View of a step for an observer: in tiles of a bounded size, computed next to the step, which stays as it is."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
@@ -71,7 +71,7 @@ def see_gradients(observer: Observer, batch: Batch, flaws: Tensor | None = None)
 
 
 class Divisors(NamedTuple):
-    """What updates are divided by: ``roots / correction + eps``, each of which broadcasts against a direction."""
+    """Divisors of updates: ``roots / correction + eps``, each of which broadcasts against a direction."""
 
     roots: Sequence[Tensor]
     correction: float = 1.0
@@ -82,7 +82,7 @@ class Divisors(NamedTuple):
     """Factors ``(b, n)`` of the roots."""
 
     def rows(self, index: int, which: int, place: int, span: slice) -> Tensor:
-        """Those of some rows of one matrix of the part with this ``index``; it is the ``place``-th of all matrices."""
+        """Divisors of some rows of a matrix of the part with this ``index``, the ``place``-th of all matrices."""
         root = self.roots[index]
         if root.dim() == 3:
             root = root[which if len(root) > 1 else 0]
