@@ -169,7 +169,7 @@ def run(args: argparse.Namespace, shape: Shape, peers: Sequence[Peer]) -> None:
 
 
 def plots(file: Path, result: dict[str, Any]) -> list[str]:
-    """Names of the pictures drawn beside ``file``."""
+    """Names of the pictures drawn next to ``file``."""
     drawn = []
     for key, suffix in (("plain", ".svg"), ("checkpointing", "-checkpointing.svg")):
         bars = {

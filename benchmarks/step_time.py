@@ -1,4 +1,4 @@
-"""Time of the optimizer step alone, every peer beside ``torch.optim.AdamW``: ``python -m benchmarks.step_time``.
+"""Time of the optimizer step alone, every peer next to ``torch.optim.AdamW``: ``python -m benchmarks.step_time``.
 
 The parameters have exactly a model's shapes, the gradients are random. Beside each optimizer stands its floor: the
 time to move the bytes that its step has to move (parameters read and written, gradients read, state read and written)

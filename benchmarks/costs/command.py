@@ -68,5 +68,5 @@ def described(device: str, name: str, dtype: str, shape: Shape, all_layers: int)
 
 
 def skipped_cells(reason: str, columns: int) -> list[str]:
-    """A table's cells, beside the name, of what has no numbers."""
+    """Cells after the name in the row of what has no numbers."""
     return [f"skipped: {reason}".replace("|", "/"), *[""] * (columns - 1)]

@@ -35,7 +35,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def write(file: Path, result: Mapping[str, Any], page: str) -> None:
-    """The JSON to ``file`` and the page beside it."""
+    """Write the JSON to ``file`` and the page next to it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=2) + "\n")
     file.with_suffix(".md").write_text(page)

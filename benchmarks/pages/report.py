@@ -189,7 +189,7 @@ def section(study: Study, table: Table, image: Path) -> list[str]:
 
 
 def report(name: str, study: Study, store: Store) -> None:
-    """Write ``NAME.md`` and, where matplotlib is there, the plots beside the results."""
+    """Write ``NAME.md`` and, where matplotlib is there, the plots next to the results."""
     if not store.own:
         print(f"{name}: no results yet")
         return

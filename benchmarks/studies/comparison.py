@@ -1,4 +1,4 @@
-"""AdaPM beside every optimizer that would be used instead, and outside of transformers."""
+"""AdaPM compared with every alternative, and outside of transformers."""
 
 import dataclasses
 

@@ -72,7 +72,7 @@ def update_size() -> Study:
     """The same parts on the small model, with the size of the updates by role."""
     full = PARTS["AdaPM, all momentum full, no clamp (AdamW)"]
     return Study(
-        "How large are AdaPM's updates beside AdamW's, and does it help to make them smaller?",
+        "How large are AdaPM's updates compared with AdamW's, and does it help to make them smaller?",
         {"AdamW": full, "AdaPM": adapm(**FAST), **SCALED, **{k: v for k, v in PARTS.items() if v is not full}},
         lrs=(5e-4, 1e-3, 2e-3, 4e-3),
         edge=(),
