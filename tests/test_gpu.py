@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_adapm import AdaPM
 from lightning_adapm.step import kernels
+from lightning_adapm.step.rounding import StochasticRounding, Stream
 
 pytestmark = [
     pytest.mark.gpu,
@@ -63,6 +64,27 @@ def test_no_step_after_the_first_waits_for_the_device(second_moment, dtype):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert all(param.isfinite().all() for param in net.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1000,), (300, 1000), (3, 100, 200)])
+def test_parameters_are_rounded_as_on_a_cpu(dtype, shape):
+    """Bit by bit: kernels draw the same numbers, and round subnormal and large values, infinities and NaN alike."""
+    generator = torch.Generator().manual_seed(0)
+    number = 2 * torch.Size(shape).numel()
+    values = torch.randn(number, generator=generator) * torch.logspace(-10, 5, number)
+    values[::50] = torch.tensor([float("inf"), float("nan"), 7e4, 3.4e38]).repeat(number)[: len(values[::50])]
+    values = list(values.view(2, *shape).unbind())
+    rounding = StochasticRounding((Stream(0x9E3779B9, 7, 0), Stream(3, 0x85A308D3, 2**32 - 11)), 12345)
+    expected = [torch.zeros(shape, dtype=dtype) for _ in values]
+    params = [param.cuda() for param in expected]
+    negative = [-value.cuda() for value in values]  # kernels hold addresses only
+    directions = kernels.Matrices.of(negative)
+    divisors = kernels.Divisors(torch.ones(len(directions.addresses), directions.shape[0], device="cuda"), 1.0, 0.0)
+    kernels.move(params, directions, None, None, None, divisors, 1.0, 1.0, 0.0, None, rounding)
+    rounding.write(expected, [value.clone() for value in values])
+    for param, other in zip(params, expected, strict=True):
+        torch.testing.assert_close(param.cpu(), other, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

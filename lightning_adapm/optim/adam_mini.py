@@ -33,6 +33,7 @@ class AdamMini(RoleOptimizer):
         no_decay: Roles exempt from weight decay.
         state_dtype: Dtype of the momentum, as for AdaPM. Default float32 (float64 for float64 parameters).
         maximize: Whether the objective is maximized.
+        rounding: How bfloat16 and float16 parameters are rounded, ``"stochastic"`` or ``"nearest"``, as for AdaPM.
         update_in_backward: Whether parameters move inside backward, as for AdaPM.
 
     Raises:
@@ -69,6 +70,7 @@ class AdamMini(RoleOptimizer):
         no_decay: Iterable[str] = ("norm", "bias"),
         state_dtype: torch.dtype | str | None = None,
         maximize: bool = False,
+        rounding: str = "stochastic",
         update_in_backward: bool = False,
         **left_over: Any,
     ) -> None:
@@ -82,6 +84,7 @@ class AdamMini(RoleOptimizer):
                 "no_decay": no_decay,
                 "state_dtype": options.dtype_name(state_dtype),
                 "maximize": maximize,
+                "rounding": rounding,
             },
             roles=roles,
             unmatched=unmatched,

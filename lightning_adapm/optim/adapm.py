@@ -54,6 +54,9 @@ class AdaPM(RoleOptimizer):
             momentum have ``1 / (1 - beta1)`` times that bound: the one step of a rare token is all of its update,
             which AdamW spreads over as many. None: no bound.
         maximize: Whether the objective is maximized.
+        rounding: How bfloat16 and float16 parameters are rounded after their update in float32: ``"stochastic"``, up
+            or down at random with the right mean, so that updates below half a unit in the last place are not lost;
+            or ``"nearest"``.
         update_in_backward: In ``step(closure)``, move each parameter and free its gradient as soon as backward has
             produced it, so that gradients of the whole model never exist together. Several processes, and backward
             passes outside of ``step`` (accumulation, a gradient scaler), get an ordinary step, with a warning.
@@ -113,6 +116,7 @@ class AdaPM(RoleOptimizer):
         basis: str = "auto",
         clip_threshold: float | None = 1.0,
         maximize: bool = False,
+        rounding: str = "stochastic",
         update_in_backward: bool = False,
         **left_over: Any,
     ) -> None:
@@ -135,6 +139,7 @@ class AdaPM(RoleOptimizer):
                 "basis": basis,
                 "clip_threshold": clip_threshold,
                 "maximize": maximize,
+                "rounding": rounding,
             },
             roles=roles,
             unmatched=unmatched,

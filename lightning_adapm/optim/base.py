@@ -53,6 +53,7 @@ class RoleOptimizer(Checkpointed):
             live module that holds the tensors. Where none does, names are needed, or a group's ``role``; a group
             may also state ``n_head``, ``n_query_groups`` and ``head_size``.
         defaults: Options of the parameter groups: at least ``lr``, ``weight_decay``, ``no_decay`` and ``maximize``.
+            ``rounding`` is ``"stochastic"`` where they do not state it.
         roles: Roles for names, ``{regular expression: role or policy}``, searched in order before any built-in rule.
         unmatched: Policy of matrices without a known role. ``"error"`` refuses and lists them.
         update_in_backward: Whether ``step(closure)`` moves each parameter and frees its gradient inside backward.
@@ -82,6 +83,7 @@ class RoleOptimizer(Checkpointed):
         options.check_caller()
         groups.check_left_over(type(self), left_over or {})
         options.check_roles(roles, unmatched)
+        defaults = {"rounding": "stochastic", **defaults}
         defaults = options.plain(defaults, defaults, unmatched) | {"format_version": FORMAT_VERSION}
         self.check_options(defaults)
         self.name_rules = dict(roles or {})

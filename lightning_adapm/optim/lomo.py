@@ -15,6 +15,7 @@ from lightning_adapm.sharding.reduction import Reduction
 from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.parts import Part
 from lightning_adapm.step.paths import Path
+from lightning_adapm.step.rounding import StochasticRounding, widened
 
 
 class Lomo(RoleOptimizer):
@@ -28,6 +29,7 @@ class Lomo(RoleOptimizer):
         unmatched: ``"error"`` refuses matrices whose role is not found; any policy takes them.
         no_decay: Roles exempt from weight decay.
         maximize: Whether the objective is maximized.
+        rounding: How bfloat16 and float16 parameters are rounded, ``"stochastic"`` or ``"nearest"``, as for AdaPM.
         update_in_backward: Whether parameters move inside backward, as for AdaPM.
 
     Raises:
@@ -63,12 +65,19 @@ class Lomo(RoleOptimizer):
         unmatched: str = "none",
         no_decay: Iterable[str] = (),
         maximize: bool = False,
+        rounding: str = "stochastic",
         update_in_backward: bool = True,
         **left_over: Any,
     ) -> None:
         super().__init__(
             params,
-            {"lr": lr, "weight_decay": weight_decay, "no_decay": no_decay, "maximize": maximize},
+            {
+                "lr": lr,
+                "weight_decay": weight_decay,
+                "no_decay": no_decay,
+                "maximize": maximize,
+                "rounding": rounding,
+            },
             roles=roles,
             unmatched=unmatched,
             update_in_backward=update_in_backward,
@@ -101,6 +110,7 @@ class AdaLomo(RoleOptimizer):
         unmatched: ``"error"`` refuses matrices whose role is not found; any policy takes them as one piece.
         no_decay: Roles exempt from weight decay.
         maximize: Whether the objective is maximized.
+        rounding: How bfloat16 and float16 parameters are rounded, ``"stochastic"`` or ``"nearest"``, as for AdaPM.
         update_in_backward: Whether parameters move inside backward, as for AdaPM.
 
     Raises:
@@ -134,6 +144,7 @@ class AdaLomo(RoleOptimizer):
         unmatched: str = "none",
         no_decay: Iterable[str] = (),
         maximize: bool = False,
+        rounding: str = "stochastic",
         update_in_backward: bool = True,
         **left_over: Any,
     ) -> None:
@@ -147,6 +158,7 @@ class AdaLomo(RoleOptimizer):
                 "clip_threshold": clip_threshold,
                 "no_decay": no_decay,
                 "maximize": maximize,
+                "rounding": rounding,
             },
             roles=roles,
             unmatched=unmatched,
@@ -172,15 +184,19 @@ class AdaLomo(RoleOptimizer):
         lr, clip = float(group["lr"]), float(group["clip_threshold"])
         divisors, _ = second.denominators(grads, parts, step, reduction).settle(True)
         updates = list(torch._foreach_div(grads, divisors))
+        rounding = StochasticRounding.of(parts, step, group)
+        moved = params if rounding is None else widened(params)
         # of the matrices: a parameter's own view may have a dimension for heads, or those of a convolution
-        values = [param.to(grad.dtype).reshape(grad.shape) for param, grad in zip(params, grads, strict=True)]
+        values = [param.to(grad.dtype).reshape(grad.shape) for param, grad in zip(moved, grads, strict=True)]
         sizes = _root_mean_squares(values, reduction)
         lengths = _root_mean_squares(updates, reduction)
-        for param, update, size, length in zip(params, updates, sizes, lengths, strict=True):
+        for param, update, size, length in zip(moved, updates, sizes, lengths, strict=True):
             rate = lr * size.clamp_min(1e-3)
             if decay:
                 param.mul_(1 - rate * decay)
             param.sub_((update * (rate / (length / clip).clamp_min(1.0))).view(param.shape))
+        if rounding is not None:
+            rounding.write(params, moved)
 
 
 def _root_mean_squares(values: list[Tensor], reduction: Reduction) -> list[Tensor]:

@@ -15,6 +15,7 @@ from lightning_adapm.roles.assign import check_layout
 from lightning_adapm.roles.piece import POLICIES, ROLES, UNMATCHED, Piece
 from lightning_adapm.roles.rules import FUSED
 from lightning_adapm.sharding.find import shape_of
+from lightning_adapm.step.rounding import ROUNDINGS
 
 StateDtype = Mapping[str, str] | torch.dtype | str | None
 """A dtype, its name, or names of dtypes by policy."""
@@ -103,6 +104,7 @@ _RANGES: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "update_proj_gap": ("an int >= 1", lambda gap: isinstance(gap, int) and gap >= 1),
     "second_moment": (f"one of {', '.join(SECOND_MOMENTS)}", lambda kind: kind in SECOND_MOMENTS),
     "basis": (f"one of {', '.join(BASES)}", lambda basis: basis in BASES),
+    "rounding": (f"one of {', '.join(ROUNDINGS)}", lambda rounding: rounding in ROUNDINGS),
     "clip_threshold": ("a number > 0, or None for no bound", lambda clip: clip is None or clip > 0),
 }
 """Options with their condition, in words and as a test."""

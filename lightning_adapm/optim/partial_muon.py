@@ -55,6 +55,7 @@ class PartialMuon(RoleOptimizer):
         convolutions: Whether weights of convolutions have orthogonal updates, too, as matrices of outputs by the rest.
         ns_steps: Steps of the Newton-Schulz iteration that finds the orthogonal matrix.
         maximize: Whether the objective is maximized.
+        rounding: How bfloat16 and float16 parameters are rounded, ``"stochastic"`` or ``"nearest"``, as for AdaPM.
         update_in_backward: Whether parameters move inside backward, as for AdaPM.
 
     Raises:
@@ -88,6 +89,7 @@ class PartialMuon(RoleOptimizer):
         convolutions: bool = False,
         ns_steps: int = STEPS,
         maximize: bool = False,
+        rounding: str = "stochastic",
         update_in_backward: bool = False,
         **left_over: Any,
     ) -> None:
@@ -115,6 +117,7 @@ class PartialMuon(RoleOptimizer):
                 "ns_steps": ns_steps,
                 "clip_threshold": 1.0,  # of what takes Adam's update without full momentum, as in AdaPM
                 "maximize": maximize,
+                "rounding": rounding,
             },
             roles=roles,
             unmatched=unmatched,

@@ -28,6 +28,7 @@ from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.kernels import Divisors, Reading
 from lightning_adapm.step.launch import Matrices
 from lightning_adapm.step.parts import Part
+from lightning_adapm.step.rounding import StochasticRounding
 from lightning_adapm.step.watching import Observer
 
 _TOGETHER_NUMEL = 1 << 24
@@ -178,7 +179,7 @@ def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> N
     direction = _along(momentum, grads, number)
     if left is not None and right is not None:
         direction = direction._replace(factors=(left, right))
-    _move(batch, direction, direction, divisors, float(group["lr"]), clip, observer)
+    _move(batch, direction, direction, divisors, group, clip, observer)
 
 
 def step_with_reductions(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> None:
@@ -191,7 +192,7 @@ def step_with_reductions(batch: Batch, group: Mapping[str, Any], observer: Obser
         direction = momentum.direction(grads, batch.parts, batch.step, batch.reduction)
     clip = group.get("clip_threshold")
     clip = None if clip is None or direction.clamp is None else clip * direction.clamp
-    move(batch, direction, direction, float(group["lr"]), clip, observer)
+    move(batch, direction, direction, group, clip, observer)
 
 
 def _along(momentum: Momentum, grads: list[Tensor], number: int) -> Direction:
@@ -230,7 +231,12 @@ def _factored(
 
 
 def move(
-    batch: Batch, momentum: Direction, direction: Direction, lr: float, clip: float | None, observer: Observer | None
+    batch: Batch,
+    momentum: Direction,
+    direction: Direction,
+    group: Mapping[str, Any],
+    clip: float | None,
+    observer: Observer | None,
 ) -> None:
     """Move parameters along a direction that torch's operations have found, or moments of :class:`DeviceGradients`.
 
@@ -254,7 +260,7 @@ def move(
         moved = moved._replace(factors=(pad(left, (0, kernels.padded(k) - k)).to(kernels.FACTOR), right.contiguous()))
     if not isinstance(used, DeviceGradients):
         moved = moved._replace(tensors=[tensor.contiguous() for tensor in used])
-    _move(batch, moved if momentum is direction else momentum, moved, divisors, lr, clip, observer)
+    _move(batch, moved if momentum is direction else momentum, moved, divisors, group, clip, observer)
 
 
 def _move(
@@ -262,7 +268,7 @@ def _move(
     momentum: Direction,
     direction: Direction,
     divisors: Divisors,
-    lr: float,
+    group: Mapping[str, Any],
     clip: float | None,
     observer: Observer | None,
 ) -> None:
@@ -283,9 +289,10 @@ def _move(
         factors,
         divisors,
         direction.scale,
-        lr,
+        float(group["lr"]),
         parts[0].decay,
         clip,
+        StochasticRounding.of(parts, batch.step, group),
     )
     if observer is None:
         return

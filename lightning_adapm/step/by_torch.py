@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_adapm.moments.base import Denominators, Direction, State
 from lightning_adapm.step import by_kernels, watching
 from lightning_adapm.step.batching import Batch
+from lightning_adapm.step.rounding import StochasticRounding, widened
 from lightning_adapm.step.watching import Observer
 
 # A matrix of more elements than this is updated in parts: a table of tokens can have 1e9 of them, and temporaries of
@@ -41,20 +42,24 @@ def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> N
     lr, clip = float(group["lr"]), group.get("clip_threshold")
     clip = None if clip is None or direction.clamp is None else clip * direction.clamp
     if batch.path.moved_by_kernels:
-        by_kernels.move(batch, momentum, direction, lr, clip, observer)
+        by_kernels.move(batch, momentum, direction, group, clip, observer)
         return
     if observer is not None:
         watching.see_gradients(observer, batch)
+    rounding = StochasticRounding.of(parts, batch.step, group)
     for tile in _tiles(batch, direction):
         used = tile.direction.multiplied()
+        moved = tile.params if rounding is None else widened(tile.params)
         if part.decay:
-            torch._foreach_mul_(tile.params, 1 - lr * part.decay)
+            torch._foreach_mul_(moved, 1 - lr * part.decay)
         divisors, scale = tile.denominators.settle(as_adamw=direction.clamp is None)
         if observer is not None:
             shown = used._replace(scale=used.scale * scale)
             seen = used if momentum is direction else tile.of(momentum)
             watching.see_updates(observer, parts, seen, shown, watching.Divisors(divisors), clip, tile.first)
-        _apply(tile.params, used.tensors, divisors, used.scale * scale, lr, clip, used.scratch)
+        _apply(moved, used.tensors, divisors, used.scale * scale, lr, clip, used.scratch)
+        if rounding is not None:
+            rounding.write(tile.params, moved, tile.first)
 
 
 def _tiles(batch: Batch, direction: Direction) -> Iterator[Tile]:

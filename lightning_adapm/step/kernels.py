@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_adapm.moments.second import largest
 from lightning_adapm.sharding.find import has_values
 from lightning_adapm.step.launch import DTYPES, Matrices, launch
+from lightning_adapm.step.rounding import StochasticRounding
 
 FACTOR = torch.bfloat16
 """Dtype of the factors of a basis on their way to the parameters. Tensor cores multiply it twice as fast as TF32. The
@@ -298,11 +299,12 @@ def move(
     lr: float,
     decay: float,
     clip: float | None,
+    rounding: StochasticRounding | None,
 ) -> None:
     """``param = (1 - lr decay) param - lr clamp(scale (direction + left right) / (roots / correction + eps))``.
 
     ``left`` is ``(b, m, width)``, ``right`` ``(k, n)``, the two ``factors``. Instead of the direction, an ``average``
-    counts that takes it first, with its decay.
+    counts that takes it first, with its decay. Without ``rounding``, parameters are rounded to nearest.
     """
 
     param, used = params[0], directions.like
@@ -334,6 +336,7 @@ def move(
             moved.table if factors is None else factors[0],
             moved.table if factors is None else factors[1].table,
             moved.table if divisors.columns is None else divisors.columns,
+            moved.table if rounding is None else rounding.table(m * n, b, param.device),
         ),
         (
             m,
@@ -356,6 +359,7 @@ def move(
             lr,
             decay,
             clip or 0.0,
+            0.0 if rounding is None else float(rounding.step),  # exact: steps are counted in float32
         ),
         PARAMETER=param.dtype,
         DIRECTION=used.dtype,
@@ -370,6 +374,7 @@ def move(
         AVERAGED=average is not None,
         CLAMP=clip is not None,
         FACTORS=factors is not None,
+        STOCHASTIC=rounding is not None,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=32,

@@ -46,20 +46,21 @@ class Matrices(NamedTuple):
     @property
     def table(self) -> Tensor:
         """Addresses of the matrices, on the device."""
-        return _table(self.addresses, self.like.device)[0]
+        return numbers_on(self.addresses, self.like.device)[0]
 
     @property
     def aligned(self) -> bool:
         """Whether every row of every matrix begins at a multiple of 16 bytes."""
         size = self.like.element_size()
-        return not any(n * size % 16 for n in self.like.stride()[:-1]) and _table(self.addresses, self.like.device)[1]
+        whole = not any(n * size % 16 for n in self.like.stride()[:-1])
+        return whole and numbers_on(self.addresses, self.like.device)[1]
 
 
 @lru_cache(maxsize=4096)  # from step to step, memory is mostly where it was
-def _table(addresses: tuple[int, ...], device: torch.device) -> tuple[Tensor, bool]:
-    """Copy addresses to the device; also return whether all are multiples of 16."""
-    table = torch.tensor(addresses, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return table.to(device, non_blocking=True), not any(address % 16 for address in addresses)
+def numbers_on(numbers: tuple[int, ...], device: torch.device) -> tuple[Tensor, bool]:
+    """Copy numbers such as addresses to the device, in int64; also return whether all are multiples of 16."""
+    table = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return table.to(device, non_blocking=True), not any(number % 16 for number in numbers)
 
 
 _compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}

@@ -149,6 +149,15 @@ class Part:
         return self.held_shape.numel() if self.shard is None else self.shard.numel
 
     @property
+    def first_element(self) -> int:
+        """Place in the matrix, row by row, of the first element that this process holds."""
+        if self.shard is not None:
+            return self.shard.first * self.shard.width
+        if not self.is_shared or self.layout is None:
+            return 0
+        return self.layout.held[0] // max(1, self.layout.shape[1:].numel()) * self.shape[1:].numel()
+
+    @property
     def exact(self) -> torch.dtype:
         """Dtype of the arithmetic."""
         return torch.float64 if self.param.dtype == torch.float64 else torch.float32

@@ -9,6 +9,8 @@ has an entry that is not finite. ``TRITON_INTERPRET=1`` runs them on a CPU.
 import triton
 import triton.language as tl
 
+from lightning_adapm.step import triton_rounding
+
 
 @triton.jit
 def read(
@@ -287,6 +289,7 @@ def move(
     left,
     rights,
     root_columns,
+    streams,
     m,
     n,
     k,
@@ -306,6 +309,7 @@ def move(
     lr,
     decay,
     clip,
+    step,
     PARAMETER: tl.constexpr,
     DIRECTION: tl.constexpr,
     AVERAGE: tl.constexpr,
@@ -319,6 +323,7 @@ def move(
     AVERAGED: tl.constexpr,
     CLAMP: tl.constexpr,
     FACTORS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -330,7 +335,8 @@ def move(
     Roots are ``DENSE``, ``(b, m)``, where ``FACTORED`` times the ``root_columns`` ``(b, n)``, or at addresses with the
     strides given, 0 where they broadcast; where ``ELEMENTWISE``, these are averages of the squared direction, which
     they take first. Where ``CHECKED``, a direction with a flaw is zero. Where ``AVERAGED``, ``averages`` ``(m, n)``
-    take the direction and stand in its place.
+    take the direction and stand in its place. Where ``STOCHASTIC``, parameters are rounded by the bits of ``streams``
+    ``(b, 3)`` in this ``step``.
     """
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -389,4 +395,8 @@ def move(
     update = scale * d / (root / correction + eps)
     if CLAMP:
         update = tl.minimum(tl.maximum(update, -clip), clip)
-    tl.store(parameter, (p * (1 - lr * decay) - lr * update).to(PARAMETER), inside)
+    p = p * (1 - lr * decay) - lr * update
+    if STOCHASTIC:
+        random = triton_rounding.bits(streams + 3 * which, wide, column[None, :], n, step)
+        p = triton_rounding.rounded(p, random, PARAMETER)
+    tl.store(parameter, p.to(PARAMETER), inside)

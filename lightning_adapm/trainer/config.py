@@ -102,6 +102,7 @@ class AdaPMConfig(OptimizerConfig):
     basis: str = "auto"
     clip_threshold: float | None = 1.0
     maximize: bool = False
+    rounding: str = "stochastic"
     update_in_backward: bool = False
     make = AdaPM
 
@@ -127,6 +128,7 @@ class PartialMuonConfig(OptimizerConfig):
     convolutions: bool = False
     ns_steps: int = STEPS
     maximize: bool = False
+    rounding: str = "stochastic"
     update_in_backward: bool = False
     make = PartialMuon
 

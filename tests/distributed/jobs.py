@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -195,6 +196,8 @@ class Job:
     """In the names of stacks whose last expert gets no gradient in the first half of the steps."""
     frozen: str | None = None
     """In the names of parameters that are frozen for half of the steps, and then a parameter group of their own."""
+    drawn: bool = False
+    """Gradients are drawn, the same however a parameter is shared: no sum over processes has rounded them."""
     make: type = AdaPM
     watched: bool = False
     """By a monitor, in every step."""
@@ -225,8 +228,8 @@ class Job:
         optimizer = optimizer or self.optimizer(model)
         optimizer.observer = ResidualProbe() if self.watched else None
         if self.frozen is None:
-            train_share(model, optimizer, batches[:half], rank, world_size, self.broken, self.unseen)
-            train_share(model, optimizer, batches[half:], rank, world_size, self.broken)
+            train_share(model, optimizer, batches[:half], rank, world_size, self.broken, self.unseen, self.drawn)
+            train_share(model, optimizer, batches[half:], rank, world_size, self.broken, drawn=self.drawn)
             return optimizer
         for _, param in self._named(model, frozen=True):
             param.requires_grad_(False)
@@ -247,7 +250,7 @@ def loss_of(model, tokens):
     return gpt_loss(model, tokens) if isinstance(inner, GPT) else model(tokens)
 
 
-def train_share(model, optimizer, batches, rank=0, world_size=1, broken=None, unseen=None):
+def train_share(model, optimizer, batches, rank=0, world_size=1, broken=None, unseen=None, drawn=False):
     """Every process takes its share of each batch; strategies average the gradients.
 
     At every third step, the gradient of the parameter whose name has ``broken`` in it is NaN in its first element. That
@@ -264,7 +267,22 @@ def train_share(model, optimizer, batches, rank=0, world_size=1, broken=None, un
             layout = layout_of(param)
             if unseen in name and (layout is None or layout.held[1] == layout.shape.numel() > layout.held[0]):
                 local(param.grad)[-1].zero_()
+        if drawn:
+            draw_gradients(model, step)
         optimizer.step()
+
+
+def draw_gradients(model, step):
+    """Replace the gradients of a model by random ones, which depend on name and step."""
+    for name, param in model.named_parameters():
+        layout = layout_of(param)
+        shape = param.shape if layout is None else layout.shape
+        generator = torch.Generator().manual_seed(crc32(normalize(name).encode()) + step)
+        whole = torch.randn(shape, generator=generator).flatten().to(param.device)
+        first, last = (0, len(whole)) if layout is None else layout.held
+        if param.grad is not None:
+            held = local(param.grad)
+            held.copy_(whole[first:last].view(held.shape))
 
 
 def blocks_of(model):
@@ -391,5 +409,8 @@ JOBS |= {
     "gpt broken muon": Job("gpt", make=PartialMuon, broken="qkv"),
     "gpt int8": Job("gpt", {"rank": 8, "state_dtype": "int8"}, dtype=torch.float32, tolerance=1e-3),
     "gpt extending": Job("gpt", make=SignAdam),
+    # rounded at random as on one device, bit by bit
+    "gpt rounding": Job("gpt", {"momentum": "full", "lr": 1e-4}, dtype=torch.bfloat16, drawn=True, tolerance=1e-9),
+    "transposed rounding": Job("transposed", {"lr": 1e-4}, dtype=torch.bfloat16, drawn=True, make=Lomo, tolerance=1e-9),
     "plain maximize": Job("plain", {"maximize": True, "no_decay": ("norm", "bias")}),
 }

@@ -44,6 +44,8 @@ QUICK = (
     "gpt broken muon",
     "gpt lora-pre muon",
     "gpt extending",
+    "gpt rounding",
+    "transposed rounding",
 )
 
 

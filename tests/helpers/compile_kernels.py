@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 
 from lightning_adapm.step import kernels, triton_kernels
 
-SCALARS = dict.fromkeys("one beta1 scale correction eps beta2 lr decay clip count largest flush".split(), "fp32")
+SCALARS = dict.fromkeys("one beta1 scale correction eps beta2 lr decay clip step count largest flush".split(), "fp32")
 COMMON = {"GRAD": tl.float32, "FACTOR": tl.bfloat16, "ALIGNED": True, "BLOCK_R": 128}
 MOVED = dict.fromkeys(("PARAMETER", "DIRECTION", "AVERAGE"), tl.float32) | {
     "RIGHT": tl.bfloat16,
@@ -25,11 +25,12 @@ MOVED = dict.fromkeys(("PARAMETER", "DIRECTION", "AVERAGE"), tl.float32) | {
     "AVERAGED": False,
     "CLAMP": True,
     "FACTORS": True,
+    "STOCHASTIC": False,
     "BLOCK_K": 32,
 }
 READ = {"grads": "*i64", "bases": "*i64", "projected": "*fp32", "squares": "*fp32", "flaws": "*i32"}
 COMBINE = {"grads": "*i64", "weights": "*bf16", "flaws": "*i32", "combined": "*fp32"}
-MOVE = dict.fromkeys(("parameters", "directions", "averages", "rights"), "*i64") | {
+MOVE = dict.fromkeys(("parameters", "directions", "averages", "rights", "streams"), "*i64") | {
     "flaws": "*i32",
     "left": "*bf16",
     "root_columns": "*fp32",
@@ -42,6 +43,7 @@ ADVANCE = {"projected": "*fp32", "squares": "*fp32", "flaws": "*i32", "lefts": "
     "factors": "*bf16",
     "roots": "*fp32",
 }
+ROUNDED = {"PARAMETER": tl.float16, "DIRECTION": tl.float16, "STOCHASTIC": True}
 ADVANCED = {"LEFT": tl.float16, "REFRESHED": True, "BLOCKS": True, "SHARED": True}
 
 
@@ -86,6 +88,16 @@ def main():
         "combine": needed(triton_kernels.combine, COMBINE, {}, kernels.COMBINE, capability),
         "move": needed(triton_kernels.move, MOVE | {"roots": "*fp32"}, block, kernels.MOVE_ALONG, capability),
         "move, full": needed(triton_kernels.move, MOVE | {"roots": "*fp32"}, averaged, kernels.MOVE, capability),
+        "move, rounded": needed(
+            triton_kernels.move, MOVE | {"roots": "*fp32"}, averaged | ROUNDED, kernels.MOVE, capability
+        ),
+        "move along, rounded": needed(
+            triton_kernels.move,
+            MOVE | {"roots": "*fp32"},
+            block | ROUNDED | {"PARAMETER": tl.bfloat16},
+            kernels.MOVE_ALONG,
+            capability,
+        ),
         "move, elementwise": needed(
             triton_kernels.move, MOVE | {"roots": "*i64"}, elementwise, kernels.MOVE_ALONG_ELEMENTWISE, capability
         ),

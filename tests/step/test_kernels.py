@@ -18,6 +18,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from lightning_adapm import AdaPM
 from lightning_adapm.report.diagnostics import ResidualProbe
 from lightning_adapm.step import kernels, watching
+from lightning_adapm.step.rounding import StochasticRounding, Stream
 
 pytest.importorskip("triton", reason="the kernels are Triton's")
 
@@ -56,7 +57,7 @@ def interpreted(monkeypatch):
     return launched
 
 
-SCALARS = "one count largest tiny beta1 beta2 correction flush scale eps lr decay clip".split()
+SCALARS = "one count largest tiny beta1 beta2 correction flush scale eps lr decay clip step".split()
 
 
 class Mixed(nn.Module):
@@ -109,6 +110,8 @@ def test_as_without_kernels(interpreted, monkeypatch, second_moment, dtype, tole
     assert not interpreted
     assert relative_difference(weights, expected) < tolerance
     assert relative_difference(state, expected_state) < 2e-5
+    if dtype == torch.bfloat16:  # the last bit of a float32 decides now and then
+        assert (weights == expected).float().mean() > 0.99
     assert optimizer.nonfinite_gradients() == reference.nonfinite_gradients() != {}
 
 
@@ -192,6 +195,27 @@ def test_state_of_any_dtype(interpreted, monkeypatch, state_dtype, second_moment
     assert relative_difference(state, expected_state) < 1e-2  # rounding to the state's dtype goes either way
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(37,), (5, 37), (3, 5, 37)])
+def test_the_same_numbers_are_rounded_as_without_kernels(interpreted, dtype, shape):
+    """Bit by bit: of any size, subnormal and large ones, infinities and NaN; of two matrices or stacks of them."""
+    generator = torch.Generator().manual_seed(0)
+    number = 2 * torch.Size(shape).numel()
+    values = torch.randn(number, generator=generator) * torch.logspace(-10, 5, number)
+    values[::12] = torch.tensor([float("inf"), float("nan"), 7e4, 3.4e38, -3.4e38]).repeat(number)[: len(values[::12])]
+    values = list(values.view(2, *shape).unbind())
+    rounding = StochasticRounding((Stream(0x9E3779B9, 7, 0), Stream(3, 0x85A308D3, 2**32 - 11)), 12345)
+    params, expected = ([torch.zeros(shape, dtype=dtype) for _ in values] for _ in range(2))
+    negative = [-value for value in values]  # kernels hold addresses only
+    directions = kernels.Matrices.of(negative)
+    divisors = kernels.Divisors(torch.ones(len(directions.addresses), directions.shape[0]), 1.0, 0.0)
+    kernels.move(params, directions, None, None, None, divisors, 1.0, 1.0, 0.0, None, rounding)
+    assert interpreted == ["move"]
+    rounding.write(expected, [value.clone() for value in values])
+    for param, other in zip(params, expected, strict=True):
+        torch.testing.assert_close(param, other, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("by_kernels", [True, False])
 def test_a_large_gradient_is_no_infinity_in_a_small_dtype(interpreted, monkeypatch, by_kernels):
     monkeypatch.setattr(kernels, "runs_on", lambda device: by_kernels)
@@ -248,5 +272,5 @@ def test_tiles_fit_smaller_gpus():
     done = subprocess.run(command, env=compiled, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     needed = json.loads(done.stdout)
-    assert len(needed) == 7 and all(each["shared"] <= 99 * 1024 for each in needed.values()), needed
+    assert len(needed) == 9 and all(each["shared"] <= 99 * 1024 for each in needed.values()), needed
     assert not any(each["spilled"] for name, each in needed.items() if name != "combine"), needed
