@@ -18,6 +18,7 @@ STUDIES: dict[str, Study] = {
         defaults.text,
         defaults.longer,
         defaults.finetune,
+        defaults.rounding,
         large.gpt2,
         large.update_size,
         at_size.at_size,

@@ -26,7 +26,7 @@ class Copies:
             models.append(setting.shape.build())
         for model, path in zip(models, start or [], strict=False):
             model.load_state_dict(torch.load(path, weights_only=True))
-        self.models = [model.to(device.type) for model in models]
+        self.models = [model.to(device.type, getattr(torch, setting.weights)) for model in models]
         self.flat = torch.stack([nn.utils.parameters_to_vector(model.parameters()) for model in models]).detach()
         self.stacked, offset = {}, 0
         for name, first in models[0].named_parameters():

@@ -163,6 +163,7 @@ def resolve(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
         "no_decay",
         "basis",
         "maximize",
+        "rounding",
         "update_in_backward",
         "convolutions",
     )
