@@ -15,6 +15,16 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with what may take longest, which would otherwise be left to one worker while the others have ended."""
+
+    def seconds(item):
+        marker = item.get_closest_marker("timeout")
+        return marker.args[0] if marker else 0
+
+    items.sort(key=seconds, reverse=True)
+
+
 def pytest_collection_finish():
     """Keep what the imports made out of the search for live modules, which every optimizer from bare tensors makes."""
     gc.collect()
