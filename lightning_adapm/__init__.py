@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lightning_adapm.trainer.config import AdaPMConfig, PartialMuonConfig
     from lightning_adapm.trainer.mixin import AdaPMMixin
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AdaLomo",
