@@ -94,7 +94,7 @@ def page(result: dict[str, Any], plots: Sequence[str]) -> str:
         "",
         f"{show_count(result['parameters'])} parameters ({result['layers']} of {result['all_layers']} layers),"
         f" {result['batch']} windows of {result['length']} tokens. Each row is the moment of a step when most is alive;"
-        f" {by}. Transient is all that is none of the others; what updates inside backward frees gradients one by one.",
+        f" {by}. Transient is all that is none of the others; what updates inside backward frees gradients early.",
         "",
     ]
     for key, title in (("plain", "Without"), ("checkpointing", "With")):

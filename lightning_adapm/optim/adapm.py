@@ -57,9 +57,10 @@ class AdaPM(RoleOptimizer):
         rounding: How bfloat16 and float16 parameters are rounded after their update in float32: ``"stochastic"``, up
             or down at random with the right mean, so that updates below half a unit in the last place are not lost;
             or ``"nearest"``.
-        update_in_backward: In ``step(closure)``, move each parameter and free its gradient as soon as backward has
-            produced it, so that gradients of the whole model never exist together. Several processes, and backward
-            passes outside of ``step`` (accumulation, a gradient scaler), get an ordinary step, with a warning.
+        update_in_backward: In ``step(closure)``, move parameters and free their gradients while backward still runs.
+            When a gradient arrives, those that wait are together no larger than those of the largest transformer block
+            or parameter. Several processes, and backward passes outside of ``step`` (accumulation, a gradient scaler),
+            get an ordinary step, with a warning.
 
     Raises:
         ValueError: An option is out of range, or a matrix has no role.

@@ -56,7 +56,7 @@ class RoleOptimizer(Checkpointed):
             ``rounding`` is ``"stochastic"`` where they do not state it.
         roles: Roles for names, ``{regular expression: role or policy}``, searched in order before any built-in rule.
         unmatched: Policy of matrices without a known role. ``"error"`` refuses and lists them.
-        update_in_backward: Whether ``step(closure)`` moves each parameter and frees its gradient inside backward.
+        update_in_backward: Whether ``step(closure)`` moves parameters and frees their gradients inside backward.
         roles_matter: Whether a matrix is treated by its role, so that a role that is not found is worth a warning.
         left_over: Keywords that the subclass has no parameters for: those of ``torch.optim.AdamW`` get a warning.
 
@@ -97,6 +97,8 @@ class RoleOptimizer(Checkpointed):
         self.roles: dict[Tensor, str] = {}
         self.pieces: dict[Tensor, tuple[Piece, ...]] = {}
         self.reasons: dict[Tensor, str] = {}
+        self.blocks: dict[Tensor, str | None] = {}
+        """Name of the transformer block around each parameter; None outside."""
         self._numbers: dict[Tensor, int] = {}  # the same for a parameter on every process
         self._forget([])
         self._nonfinite = NonFiniteGradients()
@@ -152,6 +154,7 @@ class RoleOptimizer(Checkpointed):
         self.roles.update(assigned.roles)
         self.pieces.update(assigned.pieces)
         self.reasons.update(assigned.reasons)
+        self.blocks.update(assigned.blocks)
         for group in added:
             structure = {option: copy(group[option]) for option in self.structure}
             for param in group["params"]:
@@ -181,21 +184,22 @@ class RoleOptimizer(Checkpointed):
         """Take one step; ``closure`` reevaluates the model and returns the loss."""
         self.follow_groups()
         self._let_go()
-        loss, updated = None, {}
+        loss, early = None, None
         self._rates.clear()
         if self.update_in_backward:
             sharded = any(self.parts(param)[0].layout is not None for param in self.pieces)
-            with in_backward.armed(self.param_groups, closure, sharded, self._take) as updated, torch.enable_grad():
+            armed = in_backward.armed(self.param_groups, self.blocks, closure, sharded, self._take)
+            with armed as early, torch.enable_grad():
                 loss = None if closure is None else closure()
         elif closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self.check_not_replaced()
-        self.gradient_norm = torch.stack(list(updated.values())).sum().sqrt() if updated else None
+        self.gradient_norm = None if early is None else early.gradient_norm()
         moved = self._take([(index, group["params"]) for index, group in enumerate(self.param_groups)])
         self._nonfinite.finish_step()
         skipped = closure is not None and loss is None  # as Lightning skips a batch
-        if not moved and not updated and not skipped and not self._has_moved():
+        if not moved and self.gradient_norm is None and not skipped and not self._has_moved():
             warnings.warn(_NO_GRADIENT.format(type(self).__name__), stacklevel=4)
         return loss
 
@@ -204,7 +208,7 @@ class RoleOptimizer(Checkpointed):
         if len(self._held) == len(self.pieces):
             return
         held = set(self._held)
-        for known in (self.names, self.roles, self.pieces, self.reasons, self.built, self._numbers):
+        for known in (self.names, self.roles, self.pieces, self.reasons, self.blocks, self.built, self._numbers):
             for param in known.keys() - held:
                 del known[param]
         self._nonfinite.let_go(set(self._numbers.values()))
@@ -302,7 +306,8 @@ class RoleOptimizer(Checkpointed):
         self._parts: dict[Tensor, tuple[Any, tuple[Part, ...]]] = {}
         self._alike: weakref.WeakValueDictionary[Any, Alike] = weakref.WeakValueDictionary()
         self._settings: dict[int, tuple[Any, ...]] = {}
-        self._counters: defaultdict[int, StepCounters] = defaultdict(StepCounters)
+        self._counters: defaultdict[Tensor, StepCounters] = defaultdict(StepCounters)
+        """By the first of the parameters that are counted together."""
         self._rates: dict[int, float] = {}  # of this step, by group
 
     def _take(self, selected: Selection) -> bool:
@@ -319,7 +324,7 @@ class RoleOptimizer(Checkpointed):
         buckets: list[Bucket] = []
         with _without_autocast(next(param for _, params in selected for param in params).device.type):
             try:
-                gathered = [self._gather(*each, grads) for each, grads in zip(selected, found, strict=True)]
+                gathered = [self._gather(params, grads) for (_, params), grads in zip(selected, found, strict=True)]
                 buckets += chain.from_iterable(gathered)
                 self._nonfinite.agree(
                     pair for bucket in buckets for pair in zip(bucket.parts, bucket.grads, strict=True)
@@ -353,7 +358,7 @@ class RoleOptimizer(Checkpointed):
             options.check_trainable(part.name, part.piece, param, self.unmatched)
         self.state[param].update(new_state(parts, local(param).device))  # wrappers keep theirs in it too
 
-    def _gather(self, index: int, params: list[Tensor], grads: list[Tensor | None]) -> Iterable[Bucket]:
+    def _gather(self, params: list[Tensor], grads: list[Tensor | None]) -> Iterable[Bucket]:
         """Count the step of every parameter with a gradient, and sort its parts into buckets that step together."""
         moving: list[tuple[Tensor, tuple[Part, ...]]] = []
         for param, grad in zip(params, grads, strict=True):
@@ -367,7 +372,8 @@ class RoleOptimizer(Checkpointed):
                     moving.append((local(grad), parts))
         if not moving:
             return ()
-        counts = self._counters[index].count([parts[0].state for _, parts in moving])
+        first = moving[0][1][0].param
+        counts = self._counters[first].count([parts[0].state for _, parts in moving])
         return bucketed((grad, parts, step) for (grad, parts), step in zip(moving, counts, strict=True))
 
     def _move_together(self, buckets: Iterable[Bucket], group: Mapping[str, Any]) -> None:

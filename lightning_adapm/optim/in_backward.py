@@ -1,11 +1,13 @@
-"""Updates inside backward: each parameter moves, and its gradient is freed, once the gradient is complete.
+"""Updates inside backward: blocks of parameters move, and their gradients are freed, once these are complete.
 
-The method is LOMO's (arXiv 2306.09782). Hooks act only while :func:`armed`, inside ``step(closure)``. A backward pass
-outside of it (gradient accumulation, a gradient scaler, litgpt's loop) leads to an ordinary, equal step.
+The method is LOMO's (arXiv 2306.09782), which moves each parameter by itself. Hooks act only while :func:`armed`,
+inside ``step(closure)``. A backward pass outside of it (gradient accumulation, a gradient scaler, litgpt's loop) leads
+to an ordinary, equal step.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,66 +20,155 @@ Selection = Sequence[tuple[int, list[Tensor]]]
 """Indices of parameter groups, each with parameters of it."""
 
 
+class Waiting:
+    """Parameters whose gradients are complete and wait for others, so that pieces of one shape move together.
+
+    They wait as long as any gradient that is still to come fits into :attr:`bound` with them.
+
+    Args:
+        groups: The parameter groups.
+        blocks: Name of the transformer block around each parameter, None outside.
+    """
+
+    def __init__(self, groups: Iterable[Mapping[str, Any]], blocks: Mapping[Tensor, str | None]) -> None:
+        self._places = {
+            param: (index, place)
+            for index, group in enumerate(groups)
+            for place, param in enumerate(group["params"])
+            if param.requires_grad
+        }
+        self._to_come = Counter(param.nbytes for param in self._places)
+        """Number of gradients that are still to come, by their bytes."""
+        together: Counter[str | Tensor] = Counter()
+        for param in self._places:
+            together[blocks[param] or param] += param.nbytes
+        self.bound = max(together.values(), default=0)
+        """Bytes of the gradients of the largest transformer block or parameter. No more wait when a gradient comes."""
+        self._params: list[Tensor] = []
+        self._bytes = 0
+
+    @property
+    def params(self) -> Collection[Tensor]:
+        """All parameters that require a gradient."""
+        return self._places.keys()
+
+    def add(self, param: Tensor) -> bool:
+        """Add a parameter whose gradient is complete, and return whether it is time to take all that wait."""
+        self._params.append(param)
+        self._bytes += param.nbytes
+        self._to_come[param.nbytes] -= 1
+        smallest = min((size for size, number in self._to_come.items() if number), default=self.bound)
+        return self._bytes + smallest > self.bound
+
+    def take(self) -> Selection:
+        """Empty the collection and return its parameters in the order of their groups."""
+        found: dict[int, list[Tensor]] = {}
+        for param in sorted(self._params, key=self._places.__getitem__):
+            found.setdefault(self._places[param][0], []).append(param)
+        self._params, self._bytes = [], 0
+        return list(found.items())
+
+
+class EarlyUpdates:
+    """One step that moves parameters inside backward.
+
+    Args:
+        waiting: Parameters to move.
+        clip: Bound on the entries of gradients, None for no bound.
+        take: Function that moves parameters by their gradients.
+    """
+
+    def __init__(self, waiting: Waiting, clip: float | None, take: Callable[[Selection], Any]) -> None:
+        self._waiting, self._clip, self._take = waiting, clip, take
+        self._arrived: set[Tensor] = set()
+        self._norms: list[Tensor] = []
+        self._kept: Tensor | None = None
+        """A moved parameter with a gradient, until the next one comes: torch's clip_grad_value_, which the Trainer
+        still calls after backward, fails without any."""
+
+    @torch.no_grad()
+    def complete(self, param: Tensor) -> None:
+        """Collect a parameter whose gradient is complete, and move all that wait when it is time.
+
+        Raises:
+            RuntimeError: The gradient was complete before in this step.
+        """
+        if param in self._arrived:
+            raise RuntimeError(
+                "the closure ran backward twice, and update_in_backward=True has moved parameters in between;"
+                " add the losses and run backward once, or pass update_in_backward=False"
+            )
+        self.free()
+        self._arrived.add(param)
+        if self._clip is not None:
+            _gradient(param).clamp_(-self._clip, self._clip)
+        if self._waiting.add(param):
+            self._move(self._waiting.take())
+
+    def _move(self, selected: Selection) -> None:
+        params = [param for _, several in selected for param in several]
+        self._norms += _norms(params)
+        self._take(selected)
+        self._kept = min(params, key=torch.numel)
+        for param in params:
+            if param is not self._kept:
+                param.grad = None
+
+    def free(self) -> None:
+        """Free the gradient that was kept."""
+        if self._kept is not None:
+            self._kept.grad = None
+            self._kept = None
+
+    def gradient_norm(self) -> Tensor | None:
+        """Norm of all gradients of this step, with those that are still to be taken; None without early gradients."""
+        if not self._arrived:
+            return None
+        left = [param for param in self._waiting.params if param.grad is not None]  # none is kept by now
+        return torch.linalg.vector_norm(torch.stack([*self._norms, *_norms(left)]))
+
+
+def _gradient(param: Tensor) -> Tensor:
+    assert param.grad is not None
+    return param.grad
+
+
+def _norms(params: list[Tensor]) -> list[Tensor]:
+    """Norm of each gradient."""
+    grads = [_gradient(param) for param in params]
+    exact = torch.float64 if any(grad.dtype == torch.float64 for grad in grads) else torch.float32
+    return list(torch._foreach_norm(grads, 2, dtype=exact)) if grads else []
+
+
 @contextmanager
 def armed(
-    groups: Iterable[dict[str, Any]],
+    groups: Iterable[Mapping[str, Any]],
+    blocks: Mapping[Tensor, str | None],
     closure: Callable[[], Any] | None,
     sharded: bool,
     take: Callable[[Selection], Any],
-) -> Iterator[dict[Tensor, Tensor]]:
-    """Within the context, ``take`` each parameter of ``groups`` once its gradient is complete, and free the gradient.
+) -> Iterator[EarlyUpdates | None]:
+    """Within the context, ``take`` parameters soon after their gradients are complete, and free these.
 
-    Where gradients must wait for the end of backward, a warning is given instead, which Python shows once.
-
-    Yields:
-        The squared gradient norm of every parameter that was taken.
+    :class:`Waiting` says how soon. Parameters that still have a gradient afterwards are left to the caller. Where all
+    gradients must wait for the end of backward, a warning says so, which Python shows once, and nothing else happens.
 
     Raises:
         ValueError: The Trainer behind ``closure`` clips gradients by norm, or its module clips them itself.
         RuntimeError: Backward runs a second time in the same step.
     """
-    taken: dict[Tensor, Tensor] = {}
     if closure is None or sharded or _in_process_group():
         reason = "step() got no closure" if closure is None else "gradients of several processes are added after it"
         warnings.warn(f"update_in_backward=True frees no gradient early here: {reason}", stacklevel=6)
-        yield taken
+        yield None
         return
-    clip = clip_value_of(closure)
-    last: list[Tensor] = []
-
-    def free() -> None:
-        while last:
-            last.pop().grad = None
-
-    @torch.no_grad()
-    def update(index: int, param: Tensor) -> None:
-        if param in taken:
-            raise RuntimeError(
-                "the closure ran backward twice, and update_in_backward=True has moved parameters in between;"
-                " add the losses and run backward once, or pass update_in_backward=False"
-            )
-        assert param.grad is not None
-        if clip is not None:
-            param.grad.clamp_(-clip, clip)
-        exact = torch.promote_types(param.grad.dtype, torch.float32)
-        taken[param] = torch.linalg.vector_norm(param.grad, dtype=exact).square()
-        take([(index, [param])])
-        free()
-        if clip is None:
-            param.grad = None
-        else:  # torch's clip_grad_value_, which the Trainer still calls, fails without any gradient
-            last.append(param)
-
-    handles = [
-        param.register_post_accumulate_grad_hook(partial(update, index))
-        for index, group in enumerate(groups)
-        for param in group["params"]
-        if param.requires_grad
-    ]
+    waiting = Waiting(groups, blocks)
+    early = EarlyUpdates(waiting, clip_value_of(closure), take)
+    handles = [param.register_post_accumulate_grad_hook(early.complete) for param in waiting.params]
     try:
-        yield taken
+        yield early
     finally:
-        free()
+        early.free()
         for handle in handles:
             handle.remove()
 

@@ -35,6 +35,8 @@ class Assigned:
     """The outermost modules that were looked into, by their ids."""
     reasons: dict[Tensor, str] = field(default_factory=dict)
     """Rules that decided the roles."""
+    blocks: dict[Tensor, str | None] = field(default_factory=dict)
+    """Names of the transformer blocks around the parameters; None outside."""
 
 
 def assign_roles(
@@ -83,7 +85,7 @@ def assign_roles(
             check_layout(item.label, cuts[0], item.param)
             assigned.roots.update((id(root), root) for root in item.around[-1:])
             assigned.names[item.param], assigned.reasons[item.param] = item.label, why
-            assigned.roles[item.param] = role or UNMATCHED
+            assigned.roles[item.param], assigned.blocks[item.param] = role or UNMATCHED, item.block_path
             assigned.pieces[item.param] = tuple(replace(piece, block=item.block) for piece in cuts)
             if not item.packed:
                 check(item, assigned.pieces[item.param], group)

@@ -9,15 +9,16 @@ from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from models import PlainLM, PlainTraining, token_batches
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_adapm import AdaLomo, AdaPM, AdaPMMixin, OptimizerStateMonitor, ResidualNormMonitor
 
 
 class Module(PlainTraining, L.LightningModule):
-    def __init__(self, now, make=AdaPM, **options):
+    def __init__(self, now, make=AdaPM, layers=2, **options):
         super().__init__()
         torch.manual_seed(0)
-        self.net = PlainLM(bias=False).double()
+        self.net = PlainLM(bias=False, layers=layers).double()
         self.now, self.make, self.options = now, make, options
 
     def configure_optimizers(self):
@@ -82,12 +83,36 @@ def test_as_after_backward(tmp_path, options, make):
 def test_gradients_never_exist_together(tmp_path):
     alive = {now: AliveGradients() for now in (True, False)}
     for now, watch in alive.items():
-        module = Module(now)
+        module = Module(now, layers=6)
         fit(tmp_path, module, steps=2, callbacks=[watch])
     total = sum(p.numel() for p in module.parameters())
+    block = sum(p.numel() for p in module.net.layers[0].parameters())
     largest = max(p.numel() for p in module.parameters())
     assert alive[False].most == total
-    assert alive[True].most <= 2 * largest < total / 2
+    assert alive[True].most <= block + largest < total / 4
+
+
+@pytest.mark.parametrize(("vocab", "takes"), [(61, 5), (1000, 4)], ids=["blocks are larger", "embeddings are larger"])
+def test_complete_gradients_move_together_within_the_bound(vocab, takes):
+    model = PlainLM(vocab, bias=False, layers=4)
+    optimizer = AdaPM(model.parameters(), rank=2, update_in_backward=True)
+    bound = max(sum(p.nbytes for p in model.layers[0].parameters()), model.embed_tokens.weight.nbytes)
+    moved, take = [], optimizer._take
+
+    def watched(selected):
+        moved.append([p for _, params in selected for p in params if p.grad is not None])
+        return take(selected)
+
+    def arrives(param):
+        assert sum(p.nbytes for p in model.parameters() if p.grad is not None and p is not param) <= bound
+
+    optimizer._take = watched
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(arrives)
+    optimizer.step(lambda: model(token_batches(1)[0]).backward())
+    *early, left = moved
+    assert len(early) == takes and not left
+    assert sorted(id(p) for params in early for p in params) == sorted(map(id, model.parameters()))
 
 
 def test_scheduler_and_gradient_norm_are_true(tmp_path):
@@ -235,22 +260,30 @@ def test_two_backward_passes_are_refused():
         optimizer.step(closure)
 
 
-def test_frozen_unused_and_tied_parameters():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed, self.unused = nn.Embedding(7, 4), nn.Linear(4, 4)
-            self.mlp = nn.Linear(4, 4)
-            self.mlp.weight.requires_grad_(False)
+class Tied(nn.Module):
+    """With a tied, a frozen and an unused weight, and a block that is used twice."""
 
-        def forward(self, tokens):
-            return (self.mlp(self.embed(tokens)) @ self.embed.weight.T).square().mean()
+    def __init__(self, checkpointing):
+        super().__init__()
+        self.embed, self.unused = nn.Embedding(7, 4), nn.Linear(4, 4)
+        self.mlp, self.twice = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.mlp.weight.requires_grad_(False)
+        self.checkpointing = checkpointing
 
-    trained = []
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for layer in (self.twice, self.mlp, self.twice):
+            x = checkpoint(layer, x, use_reentrant=False) if self.checkpointing else layer(x)
+        return (x @ self.embed.weight.T).square().mean()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_frozen_unused_tied_and_repeated_parameters(checkpointing):
+    trained, norms = [], []
     for now in (True, False):
         torch.manual_seed(0)
-        model = Tied().double()
-        optimizer = AdaPM(model.parameters(), update_in_backward=now, roles={"unused": "mlp", "mlp": "mlp"})
+        model = Tied(checkpointing).double()
+        optimizer = AdaPM(model.parameters(), update_in_backward=now, roles={"unused|mlp|twice": "mlp"})
 
         def closure(model=model, optimizer=optimizer):
             optimizer.zero_grad()
@@ -262,5 +295,8 @@ def test_frozen_unused_and_tied_parameters():
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 optimizer.step(closure)
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            norms.append(optimizer.gradient_norm if now else nn.utils.get_total_norm(grads))
         trained.append(weights(model))
     assert torch.equal(*trained)
+    torch.testing.assert_close(norms[:4], norms[4:])
