@@ -16,6 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_ACCUMULATED = (
+    "update_in_backward=True saves no gradient memory here: {:,.1f} MiB of gradients were held before the step's"
+    " backward pass, as accumulate_grad_batches and zero_grad(set_to_none=False) do. Moments need the sum over all"
+    " accumulated batches, so that it must be held. Use larger batches with activation checkpointing instead"
+)
+
 Selection = Sequence[tuple[int, list[Tensor]]]
 """Indices of parameter groups, each with parameters of it."""
 
@@ -82,6 +88,8 @@ class EarlyUpdates:
         self._waiting, self._clip, self._take = waiting, clip, take
         self._arrived: set[Tensor] = set()
         self._norms: list[Tensor] = []
+        self.held_before = 0
+        """Bytes of gradients from before this backward pass, which adds to them, without the first one's."""
         self._kept: Tensor | None = None
         """A moved parameter with a gradient, until the next one comes: torch's clip_grad_value_, which the Trainer
         still calls after backward, fails without any."""
@@ -98,6 +106,9 @@ class EarlyUpdates:
                 "the closure ran backward twice, and update_in_backward=True has moved parameters in between;"
                 " add the losses and run backward once, or pass update_in_backward=False"
             )
+        if not self._arrived:
+            others = (each for each in self._waiting.params if each is not param)
+            self.held_before = sum(each.nbytes for each in others if each.grad is not None)
         self.free()
         self._arrived.add(param)
         if self._clip is not None:
@@ -152,6 +163,7 @@ def armed(
 
     :class:`Waiting` says how soon. Parameters that still have a gradient afterwards are left to the caller. Where all
     gradients must wait for the end of backward, a warning says so, which Python shows once, and nothing else happens.
+    Another one says what accumulation costs.
 
     Raises:
         ValueError: The Trainer behind ``closure`` clips gradients by norm, or its module clips them itself.
@@ -167,6 +179,8 @@ def armed(
     handles = [param.register_post_accumulate_grad_hook(early.complete) for param in waiting.params]
     try:
         yield early
+        if early.held_before:
+            warnings.warn(_ACCUMULATED.format(early.held_before / 2**20), stacklevel=6)
     finally:
         early.free()
         for handle in handles:

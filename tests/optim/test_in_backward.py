@@ -80,6 +80,13 @@ def test_as_after_backward(tmp_path, options, make):
     torch.testing.assert_close(weights(early), weights(late), rtol=0, atol=1e-9)
 
 
+def test_accumulation_says_what_it_costs(tmp_path):
+    module = Module(True)
+    total = sum(p.nbytes for p in module.parameters()) / 2**20
+    with pytest.warns(UserWarning, match=rf"saves no gradient memory here: {total:.1f} MiB"):
+        fit(tmp_path, module, steps=1, accumulate_grad_batches=4)
+
+
 def test_gradients_never_exist_together(tmp_path):
     alive = {now: AliveGradients() for now in (True, False)}
     for now, watch in alive.items():
