@@ -11,7 +11,7 @@ from operator import is_
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_adapm.moments.base import Momentum, SecondMoment
 from lightning_adapm.optim import groups, in_backward, options
@@ -188,7 +188,7 @@ class RoleOptimizer(Checkpointed):
         self._rates.clear()
         if self.update_in_backward:
             sharded = any(self.parts(param)[0].layout is not None for param in self.pieces)
-            armed = in_backward.armed(self.param_groups, self.blocks, closure, sharded, self._take)
+            armed = in_backward.armed(self.param_groups, self.blocks, self._holders(), closure, sharded, self._take)
             with armed as early, torch.enable_grad():
                 loss = None if closure is None else closure()
         elif closure is not None:
@@ -309,6 +309,13 @@ class RoleOptimizer(Checkpointed):
         self._counters: defaultdict[Tensor, StepCounters] = defaultdict(StepCounters)
         """By the first of the parameters that are counted together."""
         self._rates: dict[int, float] = {}  # of this step, by group
+        self._holding: list[weakref.ref[nn.Module]] | None = None
+
+    def _holders(self) -> list[nn.Module]:
+        """The outermost live modules that hold the parameters."""
+        if self._holding is None:  # found late: a LightningModule may be built around a model and its optimizer
+            self._holding = [weakref.ref(module) for module in find_roots(self.pieces)]
+        return [module for each in self._holding if (module := each()) is not None]
 
     def _take(self, selected: Selection) -> bool:
         """Take the gradients of parameters, group by group, and move them; whether there were any."""

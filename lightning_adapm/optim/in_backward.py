@@ -9,17 +9,24 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+from lightning_adapm.optim.clipping import clip_value_for
 
 _ACCUMULATED = (
     "update_in_backward=True saves no gradient memory here: {:,.1f} MiB of gradients were held before the step's"
     " backward pass, as accumulate_grad_batches and zero_grad(set_to_none=False) do. Moments need the sum over all"
     " accumulated batches, so that it must be held. Use larger batches with activation checkpointing instead"
+)
+
+_CHANGED = (
+    "gradients were changed after backward, as clip_grad_norm_ does, but update_in_backward=True had moved parameters"
+    " by the unchanged ones. Clip with Trainer(gradient_clip_val=..., gradient_clip_algorithm='value'), change"
+    " gradients in param.register_hook, or pass update_in_backward=False"
 )
 
 Selection = Sequence[tuple[int, list[Tensor]]]
@@ -93,6 +100,8 @@ class EarlyUpdates:
         self._kept: Tensor | None = None
         """A moved parameter with a gradient, until the next one comes: torch's clip_grad_value_, which the Trainer
         still calls after backward, fails without any."""
+        self._seen: tuple[Tensor, Tensor, int] | None = None
+        """A parameter, the last gradient that it had in backward, and the version of that."""
 
     @torch.no_grad()
     def complete(self, param: Tensor) -> None:
@@ -113,6 +122,7 @@ class EarlyUpdates:
         self._arrived.add(param)
         if self._clip is not None:
             _gradient(param).clamp_(-self._clip, self._clip)
+        self._see(param)
         if self._waiting.add(param):
             self._move(self._waiting.take())
 
@@ -121,21 +131,38 @@ class EarlyUpdates:
         self._norms += _norms(params)
         self._take(selected)
         self._kept = min(params, key=torch.numel)
+        self._see(self._kept)
         for param in params:
             if param is not self._kept:
                 param.grad = None
 
+    def _see(self, param: Tensor) -> None:
+        grad = _gradient(param)
+        self._seen = param, grad, grad._version
+
     def free(self) -> None:
         """Free the gradient that was kept."""
+        self._seen = None
         if self._kept is not None:
             self._kept.grad = None
             self._kept = None
+
+    def check_unchanged(self) -> None:
+        """Refuse changes of gradients, such as clipping, that came after parameters had moved.
+
+        Raises:
+            RuntimeError: A gradient was changed.
+        """
+        if self._clip is None and self._norms and self._seen is not None:
+            param, grad, version = self._seen
+            if param.grad is not None and (param.grad is not grad or grad._version != version):
+                raise RuntimeError(_CHANGED)
 
     def gradient_norm(self) -> Tensor | None:
         """Norm of all gradients of this step, with those that are still to be taken; None without early gradients."""
         if not self._arrived:
             return None
-        left = [param for param in self._waiting.params if param.grad is not None]  # none is kept by now
+        left = [param for param in self._waiting.params if param.grad is not None]  # none of them has moved
         return torch.linalg.vector_norm(torch.stack([*self._norms, *_norms(left)]))
 
 
@@ -155,6 +182,7 @@ def _norms(params: list[Tensor]) -> list[Tensor]:
 def armed(
     groups: Iterable[Mapping[str, Any]],
     blocks: Mapping[Tensor, str | None],
+    modules: Iterable[nn.Module],
     closure: Callable[[], Any] | None,
     sharded: bool,
     take: Callable[[Selection], Any],
@@ -166,8 +194,8 @@ def armed(
     Another one says what accumulation costs.
 
     Raises:
-        ValueError: The Trainer behind ``closure`` clips gradients by norm, or its module clips them itself.
-        RuntimeError: Backward runs a second time in the same step.
+        ValueError: The Trainer of one of ``modules`` clips gradients by norm, or the module clips them itself.
+        RuntimeError: Backward runs a second time in the same step, or gradients are changed after it.
     """
     if closure is None or sharded or _in_process_group():
         reason = "step() got no closure" if closure is None else "gradients of several processes are added after it"
@@ -175,10 +203,11 @@ def armed(
         yield None
         return
     waiting = Waiting(groups, blocks)
-    early = EarlyUpdates(waiting, clip_value_of(closure), take)
+    early = EarlyUpdates(waiting, clip_value_for(modules), take)
     handles = [param.register_post_accumulate_grad_hook(early.complete) for param in waiting.params]
     try:
         yield early
+        early.check_unchanged()
         if early.held_before:
             warnings.warn(_ACCUMULATED.format(early.held_before / 2**20), stacklevel=6)
     finally:
@@ -190,58 +219,3 @@ def armed(
 def _in_process_group() -> bool:
     # also of one process: DDP puts gradients back at the end of backward, and they would be taken twice
     return dist.is_available() and dist.is_initialized()
-
-
-def clip_value_of(closure: Any) -> float | None:
-    """The ``gradient_clip_val`` by value of the Lightning Trainer behind a closure, which finds no gradients to clip.
-
-    Warns of hooks of the module that find none either.
-
-    Raises:
-        ValueError: The Trainer clips by norm, or the module clips gradients itself.
-    """
-    while isinstance(closure, partial):
-        for argument in closure.args:
-            trainer = getattr(argument, "_trainer", None)
-            if trainer is not None:
-                _check_hooks(type(argument))
-                check_clipping(trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
-                return float(trainer.gradient_clip_val) if trainer.gradient_clip_val else None
-        closure = closure.func
-    return None
-
-
-def check_clipping(value: float | None, algorithm: Any) -> None:
-    """Refuse clipping by norm.
-
-    Raises:
-        ValueError: Gradients would be clipped by norm.
-    """
-    if value and str(getattr(algorithm, "value", algorithm) or "norm") == "norm":
-        raise ValueError(
-            f"gradient_clip_val={value} by norm needs the gradients of the whole model at once, and"
-            " update_in_backward=True frees each as soon as it is used; write gradient_clip_algorithm='value', or no"
-            " gradient_clip_val (AdaPM and AdaLomo bound every update by clip_threshold), or update_in_backward=False"
-        )
-
-
-def _check_hooks(module: type) -> None:
-    if _overrides(module, "configure_gradient_clipping"):
-        raise ValueError(
-            f"{module.__name__}.configure_gradient_clipping() finds no gradients: update_in_backward=True frees each as"
-            " soon as it is used; take the method out and write Trainer(gradient_clip_val=...,"
-            " gradient_clip_algorithm='value'), or pass update_in_backward=False"
-        )
-    for hook in ("on_after_backward", "on_before_optimizer_step"):
-        if _overrides(module, hook):
-            warnings.warn(
-                f"{module.__name__}.{hook}() finds no gradients: update_in_backward=True has used and freed them."
-                " Their norm is the optimizer's gradient_norm, after the step",
-                stacklevel=8,
-            )
-
-
-def _overrides(module: type, method: str) -> bool:
-    """Whether a LightningModule overrides a method, without importing Lightning."""
-    owner = next((each for each in module.__mro__ if method in vars(each)), object)
-    return owner is not object and owner.__module__.partition(".")[0] not in ("lightning", "pytorch_lightning")

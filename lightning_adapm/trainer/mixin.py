@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerTypeUnion, OptimizerLRScheduler
 from torch.optim import Optimizer
 
-from lightning_adapm.optim.in_backward import check_clipping
+from lightning_adapm.optim.clipping import check_clipping
 from lightning_adapm.trainer.config import AdaPMConfig, OptimizerConfig, PartialMuonConfig
 from lightning_adapm.trainer.schedule import Pace, Schedule, total_steps
 

@@ -185,6 +185,37 @@ def test_clipping_by_norm_is_refused_before_a_parameter_moves(tmp_path):
         fit(tmp_path, Mixed(), gradient_clip_val=1.0)
 
 
+def test_clipping_is_refused_for_an_optimizer_from_before_its_module(tmp_path):
+    net = PlainLM()
+    optimizer, before = AdaPM(net.parameters(), update_in_backward=True), weights(net)
+
+    class Around(PlainTraining, L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def configure_optimizers(self):
+            return optimizer
+
+    with pytest.raises(ValueError, match="by norm needs the gradients of the whole model at once"):
+        fit(tmp_path, Around(), gradient_clip_val=1.0)
+    assert torch.equal(weights(net), before)
+
+
+@pytest.mark.parametrize("unused", [False, True], ids=["all used", "with an unused layer"])
+def test_gradients_that_are_changed_after_backward_are_noticed(unused):
+    model = PlainLM()
+    model.unused = nn.Linear(1, 1) if unused else None  # gradients wait for its own to the end of backward
+    optimizer = AdaPM(model.parameters(), update_in_backward=True, roles={"unused": "mlp"})
+
+    def closure():
+        model(token_batches(1)[0]).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+    with pytest.raises(RuntimeError, match="gradients were changed after backward"):
+        optimizer.step(closure)
+
+
 def test_a_module_that_clips_in_its_own_way_is_refused(tmp_path):
     class Clipping(Module):
         def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
