@@ -35,6 +35,9 @@ from lightning_adapm.step.watching import Observer
 
 _NO_GRADIENT = "{}.step() found no gradient on any of its parameters, so nothing is trained"
 
+_FOUND_AGAIN = {"_held", "_groups", "_parts", "_alike", "_settings", "_counters", "_rates", "_holding", "_places"}
+"""Attributes that depend on the process and on modules, and which :meth:`RoleOptimizer.parts` and others find anew."""
+
 
 class RoleOptimizer(Checkpointed):
     """An optimizer that treats every parameter by its role in the transformer.
@@ -166,11 +169,12 @@ class RoleOptimizer(Checkpointed):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps only defaults, state and groups through pickling and deepcopy
-        kept = {key: value for key, value in vars(self).items() if not key.startswith("_") and self._is_own(key)}
-        return {**super().__getstate__(), **kept, "_nonfinite": self._nonfinite, "_numbers": self._numbers}
+        return {**super().__getstate__(), **{key: value for key, value in vars(self).items() if self._is_own(key)}}
 
     def _is_own(self, attribute: str) -> bool:
-        """Whether a public attribute is the optimizer's own, not a wrapped method or a monitor."""
+        """Whether a copy has the attribute, too: not hooks, wrapped methods, monitors and what is found again."""
+        if attribute.startswith("_optimizer_") or attribute in _FOUND_AGAIN:
+            return False
         return attribute != "observer" and not callable(getattr(type(self), attribute, None))
 
     def __setstate__(self, state: dict[str, Any]) -> None:

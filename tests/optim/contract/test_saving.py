@@ -194,7 +194,7 @@ def test_subclasses_keep_their_attributes(case):
 
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
-            self.notes = {"of": "mine"}
+            self.notes, self._secret = {"of": "mine"}, ["kept", "too"]
 
         def step(self, closure=None):
             self.notes["steps"] = self.notes.get("steps", 0) + 1
@@ -209,3 +209,4 @@ def test_subclasses_keep_their_attributes(case):
     if case is not REFERENCE:  # AdamW forgets them
         other = copy.deepcopy(optimizer)
         assert other.notes == optimizer.notes and other.notes is not optimizer.notes
+        assert other._secret == optimizer._secret and other._secret is not optimizer._secret
