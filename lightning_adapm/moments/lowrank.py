@@ -8,13 +8,14 @@ Source: AdaPM, arXiv 2510.09103, Algorithms 1 to 3 (low-rank momentum with resid
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lightning_adapm.moments.cache import kept
 from lightning_adapm.sharding.find import has_values
 from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
 
@@ -35,12 +36,6 @@ def starting_rows(rank: int, n: int, like: Tensor, columns: slice = slice(None))
         bits = ((bits ^ (bits >> shift)) * multiplier) & 0xFFFFFFFF
     # through 24 bits, which float32 holds exactly: not every device has float64
     return (bits >> 8).to(like.dtype) / 2**23 - 1
-
-
-@lru_cache(maxsize=64)
-def _kept_starting_rows(rank: int, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Cache of :func:`starting_rows` on the device, because every refresh needs them."""
-    return starting_rows(rank, n, torch.empty((), dtype=dtype, device=device))
 
 
 def orthonormal_rows(rows: Tensor) -> Tensor:
@@ -133,15 +128,18 @@ def iterated_rows(
     """
     rank, n = right.shape[-2:]
     empty = ~right.any(dim=-1, keepdim=True)
-    kept = has_values(right)  # one made under FakeTensorMode is of no use outside of it
-    start = _kept_starting_rows(rank, n, right.dtype, right.device) if kept else starting_rows(rank, n, right)
+    make = partial(starting_rows, rank, n, right.new_empty(()))
+    lasting = has_values(right) and not torch.compiler.is_compiling()  # of FakeTensorMode, none is of later use
+    start = kept((rank, n, right.dtype, right.device), make) if lasting else make()
     sketch = torch.where(empty, start, right)
     projected = grad @ sketch.mT
     reduction.rows(projected)
-    seen = torch.lerp(left, projected, 1 - beta1)  # left right rightᵀ is left: rows of the basis are orthonormal
+    # in place: of a table of tokens, each of these is as large as the state. left right rightᵀ is left, because rows of
+    # the basis are orthonormal
+    seen = torch.lerp(left, projected, 1 - beta1, out=projected)
     # Columns of unit length: keeps gradients of any scale inside float32 and the next product well conditioned.
     length = reduction.length(seen).clamp_min(torch.finfo(seen.dtype).tiny)
-    seen = seen * length.reciprocal().to(seen.dtype)
+    seen.mul_(length.reciprocal().to(seen.dtype))
     fresh, inner = reduction.total([seen.mT @ grad, reduction.owned(seen).mT @ left])
     rows = torch.baddbmm(fresh, inner, right, beta=1 - beta1, alpha=beta1)
     return rows, fresh.any(dim=-1, keepdim=True).any(dim=-2, keepdim=True)

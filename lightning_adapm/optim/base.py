@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_adapm.moments.base import Momentum, SecondMoment
+from lightning_adapm.moments.cache import DeviceCache
 from lightning_adapm.optim import groups, in_backward, options
 from lightning_adapm.optim.in_backward import Selection
 from lightning_adapm.optim.replaced import Built, Places
@@ -313,6 +314,7 @@ class RoleOptimizer(Checkpointed):
         self._counters: defaultdict[Tensor, StepCounters] = defaultdict(StepCounters)
         """By the first of the parameters that are counted together."""
         self._rates: dict[int, float] = {}  # of this step, by group
+        self._cache = DeviceCache()
         self._holding: list[weakref.ref[nn.Module]] | None = None
 
     def _holders(self) -> list[nn.Module]:
@@ -333,7 +335,8 @@ class RoleOptimizer(Checkpointed):
         if not any(grad is not None for grads in found for grad in grads):
             return False
         buckets: list[Bucket] = []
-        with _without_autocast(next(param for _, params in selected for param in params).device.type):
+        device = next(param for _, params in selected for param in params).device
+        with _without_autocast(device.type), self._cache.in_use():
             try:
                 gathered = [self._gather(params, grads) for (_, params), grads in zip(selected, found, strict=True)]
                 buckets += chain.from_iterable(gathered)
@@ -403,6 +406,10 @@ class RoleOptimizer(Checkpointed):
         by_kernels.refresh(ready)
         for batch in ready:
             self._update(batch, group)
+
+    def cached_bytes(self) -> int:
+        """Bytes that are kept from step to step for speed, besides the state, and freed with the optimizer."""
+        return self._cache.nbytes
 
     def step_paths(self) -> list[StepPath]:
         """List the path of every part in the next step, by kernels or by torch, and why.

@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 from lightning_adapm.optim import RoleOptimizer
 from lightning_adapm.roles.piece import Piece
 from lightning_adapm.sharding.find import local, shape_of
+from lightning_adapm.step.kernels import runs_on
+from lightning_adapm.step.launch import MOST_BYTES_OF_TABLES
 from lightning_adapm.step.parts import Part, new_state
 
 # How optimizers of torch and the peers call their first and second moments.
@@ -105,6 +107,19 @@ def measure(optimizer: Optimizer) -> StateBytes:
         return sum((state_bytes(state) for state in optimizer.state.values()), StateBytes())
     held = (held_bytes(optimizer.parts(param), state) for param, state in optimizer.state.items())
     return sum(chain.from_iterable(held), StateBytes())
+
+
+def cached_bytes(optimizer: RoleOptimizer) -> int:
+    """Bound of ``optimizer.cached_bytes()``: where refreshes of bases start, by shape, and tables of addresses."""
+    starts, devices = set(), set()
+    for param in optimizer.pieces:
+        for part in optimizer.parts(param):
+            devices.add(param.device)
+            if part.first.has_basis and param.requires_grad:
+                rank = min(getattr(part.first, "rank", 0), part.shape[-1])
+                starts.add((rank * part.shape[-1] * part.exact.itemsize, rank, param.device))
+    tables = MOST_BYTES_OF_TABLES * sum(runs_on(device) for device in devices)
+    return sum(size for size, _, _ in starts) + tables
 
 
 def adamw_bytes(shapes: Iterable[torch.Size], element_size: int = 4) -> StateBytes:

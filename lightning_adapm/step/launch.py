@@ -2,14 +2,20 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_adapm.moments.cache import MOST, kept
+
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 """Dtypes that the kernels support, with Triton's names."""
+
+
+MOST_BYTES_OF_TABLES = MOST * 512
+"""Tables of up to 64 addresses each, in blocks of a CUDA allocator."""
 
 
 class Matrices(NamedTuple):
@@ -56,9 +62,12 @@ class Matrices(NamedTuple):
         return whole and numbers_on(self.addresses, self.like.device)[1]
 
 
-@lru_cache(maxsize=4096)  # from step to step, memory is mostly where it was
 def numbers_on(numbers: tuple[int, ...], device: torch.device) -> tuple[Tensor, bool]:
     """Copy numbers such as addresses to the device, in int64; also return whether all are multiples of 16."""
+    return kept((numbers, device), partial(_placed, numbers, device))  # memory is mostly where it was a step ago
+
+
+def _placed(numbers: tuple[int, ...], device: torch.device) -> tuple[Tensor, bool]:
     table = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
     return table.to(device, non_blocking=True), not any(number % 16 for number in numbers)
 
