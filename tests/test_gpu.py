@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lightning_adapm import AdaPM
+from lightning_adapm.report.diagnostics import ResidualProbe
 from lightning_adapm.step import kernels
 from lightning_adapm.step.rounding import StochasticRounding, Stream
 
@@ -64,6 +65,43 @@ def test_no_step_after_the_first_waits_for_the_device(second_moment, dtype):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert all(param.isfinite().all() for param in net.parameters())
+
+
+@pytest.mark.parametrize("second_moment", ["elementwise", "block", "factored"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_monitor_changes_no_bit_and_waits_for_nothing(second_moment, dtype):
+    weights = []
+    for watched in (False, True):
+        net = model(dtype).cuda()
+        optimizer = AdaPM(net.named_parameters(), rank=3, update_proj_gap=3, second_moment=second_moment)
+        probe = optimizer.observer = ResidualProbe() if watched else None
+        for step in range(7):
+            gradients(net, step)
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error" if step else "default")
+            try:
+                optimizer.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        weights.append([param.detach() for param in net.parameters()])
+        paths = {row.path for row in optimizer.step_paths()}
+    assert all(map(torch.equal, *weights)) and paths == {"kernels"}
+    assert any("stationarity" in reading.figures for reading in probe.read())
+
+
+def test_first_steps_refreshes_and_monitors_hold_no_matrix():
+    """Above the second step, which does none of it; the matrix takes 512 MiB in float32."""
+    weight = nn.Parameter(torch.randn(65536, 2048, device="cuda", dtype=torch.bfloat16))
+    optimizer = AdaPM([("lm_head.weight", weight)], rank=16, update_proj_gap=2, second_moment="block")
+    optimizer._make_state(weight)
+    peaks = {}
+    for name, probe in {"first": None, "plain": None, "refresh": None, "watched": ResidualProbe()}.items():
+        weight.grad, optimizer.observer = torch.randn_like(weight), probe
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        optimizer.step()
+        peaks[name] = (torch.cuda.max_memory_allocated() - held) / 2**20
+    assert all(peak - peaks["plain"] < 160 for peak in peaks.values()), peaks
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

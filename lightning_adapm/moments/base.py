@@ -178,18 +178,38 @@ class Denominators(NamedTuple):
     correction: float
     """Correction of the bias: ``sqrt(1 - beta2**t)``."""
     eps: float
+    columns: list[Tensor] | None = None
+    """Factors ``(1, n)`` of roots ``(m, 1)``, which are multiplied late, so that parts of them can be."""
+
+    def part(self, first: int, last: int, like: Tensor) -> "Denominators":
+        """Select ``first`` to ``last`` in the first dimension of those of one tensor ``like``."""
+        roots = [_rows_of(root, first, last, like) for root in self.roots]
+        columns = self.columns and [_rows_of(column, first, last, like) for column in self.columns]
+        return self._replace(roots=roots, columns=columns)
+
+    def multiplied(self) -> "Denominators":
+        """Multiply the columns and the roots."""
+        if self.columns is None:
+            return self
+        return self._replace(roots=list(torch._foreach_mul(self.roots, self.columns)), columns=None)
 
     def settle(self, as_adamw: bool) -> tuple[list[Tensor], float]:
         """Divisors, and a factor for the quotients; overwrites the roots.
 
         The operations are AdamW's in AdamW's order, or save one pass over the roots.
         """
+        roots = self.multiplied().roots
         if not as_adamw:
-            torch._foreach_add_(self.roots, self.eps * self.correction)
-            return self.roots, self.correction
-        torch._foreach_div_(self.roots, self.correction)
-        torch._foreach_add_(self.roots, self.eps)
-        return self.roots, 1.0
+            torch._foreach_add_(roots, self.eps * self.correction)
+            return roots, self.correction
+        torch._foreach_div_(roots, self.correction)
+        torch._foreach_add_(roots, self.eps)
+        return roots, 1.0
+
+
+def _rows_of(tensor: Tensor, first: int, last: int, like: Tensor) -> Tensor:
+    each = tensor.dim() == like.dim() and len(tensor) == len(like)
+    return tensor[first:last] if each else tensor.clone()
 
 
 class SecondMoment(Moment):

@@ -183,10 +183,13 @@ class LowRankMomentum(Momentum):
         reduction.rows(projected)
         new_left = torch.lerp(moved, projected, 1 - self.beta1)
         inside = new_left / (1 - self.beta1**step)
-        factors = inside - projected, new_right
-        if new_right is not right and self.flush:
+        if self.debias:  # in place: of a table of tokens, each of these is as large as the state
+            inside.sub_(projected)
+        del projected
+        factors = inside, new_right
+        if self.debias and self.flush and new_right is not right:
             factors = (
-                torch.cat([inside - projected - self.payout * moved, self.payout * left], dim=-1),
+                torch.cat([inside.sub_(self.payout * moved), self.payout * left], dim=-1),
                 torch.cat([new_right, right], dim=-2),
             )
         self.storage.write(states, "exp_avg_l", split(new_left, lefts))  # only now: left may be a view of it

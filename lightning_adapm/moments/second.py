@@ -164,8 +164,8 @@ class FactoredSecondMoment(SecondMoment):
         tiny = torch.finfo(rows[0].dtype).tiny
         means = [mean.clamp_min(tiny) for mean in reduction.means(rows)]
         shares = [(row / mean).sqrt_() for row, mean in zip(rows, means, strict=True)]
-        roots = [share * column.sqrt() for share, column in zip(shares, columns, strict=True)]
-        return Denominators(roots, bias_correction(self.beta2, step), self.eps)
+        correction = bias_correction(self.beta2, step)
+        return Denominators(shares, correction, self.eps, list(torch._foreach_sqrt(columns)))
 
 
 def _rows_and_columns(shape: torch.Size, storage: Storage) -> dict[str, Entry]:

@@ -238,14 +238,15 @@ class ResidualProbe:
 
 def _residual(part: Part, grad: Tiles, basis: Tensor) -> tuple[Tensor, Tensor]:
     """Square of the norm of ``G - G RᵀR``, and its :func:`sketch`, from tiles of rows."""
-    rank = basis.shape[-2]
-    products = [rows @ basis[which].mT for which, _, rows in grad]
-    projected = torch.cat([basis.new_zeros(0, rank), *products]).view(*grad.shape[:-1], rank)
-    reduction_of([part]).rows(projected)
+    projected = None
+    if part.shard is not None and part.shard.cut:  # of cut rows, other processes have a part of the products
+        products = [rows @ basis[which].mT for which, _, rows in grad]
+        projected = reduction_of([part]).rows(torch.cat([basis.new_zeros(0, basis.shape[-2]), *products]).unsqueeze(0))
     square, sketched = basis.new_zeros(()), basis.new_zeros(_SKETCH, _SKETCH)
     above, height = _place(part)
     for which, first, rows in grad:
-        unseen = torch.addmm(rows, projected[which, first : first + len(rows)], basis[which], alpha=-1)
+        product = rows @ basis[which].mT if projected is None else projected[which, first : first + len(rows)]
+        unseen = torch.addmm(rows, product, basis[which], alpha=-1)
         if part.shard is not None:
             unseen = part.shard.held_only(unseen, first)
         square += unseen.square().sum()

@@ -100,7 +100,7 @@ class DeviceGradients(Stack):
 
     def __matmul__(self, columns: Tensor) -> Tensor:
         product = self.read(Matrices.of([columns.mT.to(kernels.FACTOR).contiguous()]))[..., : columns.shape[-1]]
-        return torch.where(self._counting[..., None], product, 0.0)
+        return product.masked_fill_(~self._counting[..., None], 0.0)
 
     def __rmatmul__(self, weights: Tensor) -> Tensor:
         return kernels.combine(self.matrices, weights.mT, self.reading.flaws)
@@ -247,17 +247,21 @@ def move(
     if isinstance(second, ElementwiseSecondMoment) and second.storage.plain and used is batch.grads:
         divisors = _elementwise(second, parts, number)
     else:
-        roots, correction, eps = second.denominators(batch.grads, parts, number, batch.reduction)
-        roots = [
-            (root if root.dim() else root.expand(*grad.shape[:-2], 1, 1)).contiguous()
-            for root, grad in zip(roots, used, strict=True)
-        ]
-        divisors = Divisors(Matrices.of(roots), correction, eps)
+        roots, correction, eps, columns = second.denominators(batch.grads, parts, number, batch.reduction)
+        if columns is None:
+            roots = [
+                (root if root.dim() else root.expand(*grad.shape[:-2], 1, 1)).contiguous()
+                for root, grad in zip(roots, used, strict=True)
+            ]
+            divisors = Divisors(Matrices.of(roots), correction, eps)
+        else:
+            shares, factors = (join(tensors).float().flatten(1).contiguous() for tensors in (roots, columns))
+            divisors = Divisors(shares, correction, eps, columns=factors)
     moved = direction
     if direction.factors is not None:
         left, right = direction.factors
         k = left.shape[-1]
-        moved = moved._replace(factors=(pad(left, (0, kernels.padded(k) - k)).to(kernels.FACTOR), right.contiguous()))
+        moved = moved._replace(factors=(pad(left.to(kernels.FACTOR), (0, kernels.padded(k) - k)), right.contiguous()))
     if not isinstance(used, DeviceGradients):
         moved = moved._replace(tensors=[tensor.contiguous() for tensor in used])
     _move(batch, moved if momentum is direction else momentum, moved, divisors, group, clip, observer)

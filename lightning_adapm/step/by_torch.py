@@ -76,9 +76,7 @@ def _tiles(batch: Batch, direction: Direction) -> Iterator[Tile]:
         if known is None:
             some = second.denominators([grads[0][first:last]], [_Rows(parts[0], first, last)], step, reduction)
         else:
-            (root,) = known.roots
-            each = root.dim() == grads[0].dim() and len(root) == len(grads[0])
-            some = known._replace(roots=[root[first:last] if each else root.clone()])
+            some = known.part(first, last, grads[0])
         yield Tile([params[0][first:last]], direction.part(first, last), some, first)
 
 

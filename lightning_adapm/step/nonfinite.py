@@ -16,6 +16,9 @@ from lightning_adapm.step.parts import Part
 _WATCHED = 3
 """Number of consecutive steps with only broken gradients before a warning."""
 
+_FINE = torch.zeros(1, dtype=torch.int32)
+"""Flaws of gradients that have none, of which one is as good as many."""
+
 _COPIED_TOGETHER = 8
 """Number of steps whose flaws are copied from a device together."""
 
@@ -94,12 +97,11 @@ class NonFiniteGradients:
             return self._zeroed(parts, torch.stack(exact))
         finite = self.agreed_on(parts)
         finite = _finite(exact) if finite is None else finite
-        flaws = (~finite).to(torch.int32)
-        if on_device or flaws.any():  # on a CPU, asking costs nothing
-            self.count(parts, flaws)
-            return [torch.where(fine, grad, 0.0) for fine, grad in zip(finite.unbind(), exact, strict=True)]
-        self._watch.see(flaws)
-        return exact
+        if not on_device and finite.all():  # on a CPU, asking costs nothing
+            self._watch.see(_FINE)
+            return exact
+        self.count(parts, (~finite).to(torch.int32))
+        return [torch.where(fine, grad, 0.0) for fine, grad in zip(finite.unbind(), exact, strict=True)]
 
     def _zeroed(self, parts: Sequence[Part], grads: Tensor) -> list[Tensor]:
         """Gradients as one tensor, by a few kernels for all of them."""

@@ -15,8 +15,10 @@ from models import relative_difference, tiny_gpt
 from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from benchmarks.costs.memory import Ledger
 from lightning_adapm import AdaPM
 from lightning_adapm.report.diagnostics import ResidualProbe
+from lightning_adapm.sharding.layout import Layout
 from lightning_adapm.step import kernels, watching
 from lightning_adapm.step.rounding import StochasticRounding, Stream
 
@@ -153,6 +155,46 @@ def test_a_monitor_keeps_the_path_and_every_bit(interpreted, monkeypatch, second
     for found, expected in zip(by_name(probe), by_name(reference), strict=True):
         assert found[:3] == expected[:3]
         assert found.figures == pytest.approx(expected.figures, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("second_moment", ["elementwise", "block", "factored"])
+def test_rows_that_processes_share_stay_with_the_kernels(interpreted, monkeypatch, second_moment):
+    """Also with full momentum, and vectors. The other process holds no row, so that sums are complete here."""
+    shapes = EACH_MOMENTUM | {"v_proj.bias": (12,)}
+    options = {"second_moment": second_moment, "spoiled": (3,), "basis": "replicate"}
+    monkeypatch.setattr(kernels, "runs_on", lambda device: False)
+    expected = stepped(shapes, **options)
+    monkeypatch.setattr(kernels, "runs_on", lambda device: True)
+
+    def layout(param):
+        return Layout(param.shape, ((0, param.numel()), (param.numel(), param.numel())), 0, "both", "a mesh")
+
+    monkeypatch.setattr("lightning_adapm.step.parts.layout_of", layout)
+    for module in ("sharding.reduction", "step.nonfinite"):
+        monkeypatch.setattr(f"lightning_adapm.{module}.all_reduce", lambda *_: None)
+    probe = ResidualProbe()
+    found, watched = stepped(shapes, **options), stepped(shapes, observer=probe, **options)
+    assert {row.path for row in found[2].step_paths()} == {"kernels and reductions"}
+    assert interpreted.count("move") == 2 * 5 * len(shapes)
+    assert torch.equal(watched[0], found[0]) and torch.equal(watched[1], found[1])
+    assert len(probe.read()) == 5 * len(shapes)
+    for one, other in zip(found[:2], expected[:2], strict=True):
+        assert relative_difference(one, other) < 2e-5
+
+
+def test_first_steps_and_refreshes_copy_no_gradient(interpreted):
+    """Where every step refreshes; what is allocated is of the size of factors."""
+    weight = nn.Parameter(torch.randn(256, 512).to(torch.bfloat16))
+    optimizer = AdaPM([("mlp.weight", weight)], rank=2, update_proj_gap=1, second_moment="block")
+    optimizer._make_state(weight)
+    for number in range(3):
+        weight.grad = torch.randn(256, 512, generator=torch.Generator().manual_seed(number)).to(torch.bfloat16)
+        state = [value for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor)]
+        ledger = Ledger({"held": [weight, weight.grad, *state]})
+        with ledger.following():
+            optimizer.step()
+        assert ledger.peak["transient"] < 4 * weight.numel() // 2
+    assert {"combine", "move"} <= set(interpreted)
 
 
 def by_name(probe):

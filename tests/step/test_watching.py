@@ -67,12 +67,13 @@ def test_nor_inside_backward_and_in_low_precision(name, in_backward, dtype):
 TILE = 4096
 
 
-def peak(watched, make=AdaPM, **options):
-    """Bytes that the second step of a large matrix allocates at most, and frees again."""
+def peak(watched, first=False, **options):
+    """Bytes that the ``first`` or the second step of a large matrix allocates at most, and frees again."""
     weight = nn.Parameter(torch.randn(2048, 128, generator=torch.Generator().manual_seed(0)))
-    optimizer = make([("lm_head.weight", weight)], rank=4, update_proj_gap=10, **options)
+    optimizer = AdaPM([("lm_head.weight", weight)], **{"rank": 4, "update_proj_gap": 10} | options)
     probe, ledger = ResidualProbe(), Ledger()
-    for number in range(2):
+    optimizer._make_state(weight)
+    for number in range(1 if first else 2):
         weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(number))
         optimizer.observer = probe if watched else None
         held = [weight, weight.grad, *(v for v in optimizer.state[weight].values() if isinstance(v, torch.Tensor))]
@@ -80,6 +81,14 @@ def peak(watched, make=AdaPM, **options):
         with ledger.following():
             optimizer.step()
     return ledger.peak["transient"]
+
+
+@pytest.mark.parametrize("second_moment", ["block", "elementwise", "factored"])
+def test_first_steps_and_refreshes_hold_no_matrix(monkeypatch, second_moment):
+    """Factors, sums and tiles take less than a byte per element; float32 takes four."""
+    monkeypatch.setattr(by_torch, "_TILE_NUMEL", TILE)
+    for first in (True, False):
+        assert peak(False, first=first, update_proj_gap=1, second_moment=second_moment) < 2048 * 128
 
 
 @pytest.mark.parametrize("second_moment", ["elementwise", "block", "factored"])
