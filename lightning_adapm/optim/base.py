@@ -36,7 +36,18 @@ from lightning_adapm.step.watching import Observer
 
 _NO_GRADIENT = "{}.step() found no gradient on any of its parameters, so nothing is trained"
 
-_FOUND_AGAIN = {"_held", "_groups", "_parts", "_alike", "_settings", "_counters", "_rates", "_holding", "_places"}
+_FOUND_AGAIN = {
+    "_held",
+    "_groups",
+    "_parts",
+    "_alike",
+    "_settings",
+    "_cache",
+    "_counters",
+    "_rates",
+    "_holding",
+    "_places",
+}
 """Attributes that depend on the process and on modules, and which :meth:`RoleOptimizer.parts` and others find anew."""
 
 
