@@ -259,11 +259,11 @@ def test_autograd_sees_a_step():
         loss.backward()
 
 
-@pytest.mark.parametrize("state_dtype", ["float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("state_dtype", ["float16", "bfloat16", "float64", "int8"])
 @pytest.mark.parametrize("second_moment", ["elementwise", "block", "factored"])
 def test_state_of_any_dtype(state_dtype, second_moment):
     net = model().cuda()
-    optimizer = AdaPM(net.named_parameters(), rank=3, state_dtype=state_dtype, second_moment=second_moment)
+    optimizer = AdaPM(net.named_parameters(), rank=8, state_dtype=state_dtype, second_moment=second_moment)
     for step in range(6):
         gradients(net, step)
         if step == 3:

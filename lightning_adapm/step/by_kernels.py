@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from lightning_adapm.moments import lowrank
 from lightning_adapm.moments.base import Direction, Momentum, Stack, State, join, split
 from lightning_adapm.moments.first import FullMomentum, LowRankMomentum, NoMomentum
+from lightning_adapm.moments.quantized import CODES, SCALE, EightBits
 from lightning_adapm.moments.second import (
     BlockSecondMoment,
     ElementwiseSecondMoment,
@@ -27,7 +28,6 @@ from lightning_adapm.step import kernels, watching
 from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.kernels import Divisors, Reading
 from lightning_adapm.step.launch import Matrices
-from lightning_adapm.step.parts import Part
 from lightning_adapm.step.rounding import StochasticRounding
 from lightning_adapm.step.watching import Observer
 
@@ -106,9 +106,9 @@ class DeviceGradients(Stack):
         return kernels.combine(self.matrices, weights.mT, self.reading.flaws)
 
 
-def _joined(parts: Sequence[Part], key: str) -> Tensor:
-    """Entries as one ``(b, ...)`` batch in float32; a copy, but of a single one."""
-    return join([part[key] for part in parts]).float()
+def _joined(values: list[Tensor]) -> Tensor:
+    """Values as one ``(b, ...)`` batch in float32; a copy, but of a single one."""
+    return join(values).float()
 
 
 def refresh(batches: Sequence[Batch]) -> None:
@@ -125,8 +125,9 @@ def refresh(batches: Sequence[Batch]) -> None:
         assert isinstance(grads, DeviceGradients)
         if momentum.rank >= grads.shape[-1]:
             continue
-        right = _joined(batch.parts, "exp_avg_r")
-        iterated = lowrank.iterated_rows(grads, _joined(batch.parts, "exp_avg_l"), right, momentum.beta1)
+        right = _joined([part["exp_avg_r"] for part in batch.parts])
+        left = _joined(momentum.storage.read(batch.parts, "exp_avg_l"))
+        iterated = lowrank.iterated_rows(grads, left, right, momentum.beta1)
         found.append((grads, (*iterated, right)))
         if sum(right.numel() for _, (_, _, right) in found) > _TOGETHER_NUMEL:
             _settle(found)
@@ -147,18 +148,21 @@ def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> N
     assert isinstance(grads, DeviceGradients)
     assert isinstance(momentum, NoMomentum | FullMomentum | LowRankMomentum)
     assert isinstance(second_moment, BlockSecondMoment | ElementwiseSecondMoment | FactoredSecondMoment)
+    held: list[Tensor] = []
     lefts = right = refreshed = projected = averages = blocks = left = roots = clip = None
     beta1 = 0.0
     if isinstance(momentum, LowRankMomentum):
-        lefts, beta1 = _matrices(states, "exp_avg_l"), momentum.beta1
+        held = momentum.storage.read(states, "exp_avg_l")
+        lefts, beta1 = Matrices.of(held), momentum.beta1
         # read by every block of rows: half the bytes are worth a copy
         kept = join([state["exp_avg_r"] for state in states])
         right = read = kept.to(kernels.FACTOR)
         if grads.basis is not None:
-            refreshed = _refreshed(states, kept.float(), grads.basis, momentum)
+            refreshed = _refreshed(held, kept.float(), grads.basis, momentum.payout)
             read = grads.basis.to(kernels.FACTOR)
             right = torch.cat([read, right], dim=-2)
-            momentum.storage.write(states, "exp_avg_r", split(grads.basis, [state["exp_avg_r"] for state in states]))
+            bases = split(grads.basis, [state["exp_avg_r"] for state in states])
+            momentum.storage.of_bases.write(states, "exp_avg_r", bases)
         projected = grads.read(Matrices.of([read]))
     if not isinstance(momentum, FullMomentum) and group.get("clip_threshold") is not None:
         clip = group["clip_threshold"] * momentum.clamp
@@ -169,6 +173,8 @@ def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> N
         left, roots = kernels.advance(
             grads.reading, projected, lefts, refreshed, averages, grads.shape[1:], blocks, betas, 1 - beta1**number
         )
+    if isinstance(momentum, LowRankMomentum):
+        momentum.storage.write(states, "exp_avg_l", held)
     if isinstance(second_moment, FactoredSecondMoment):
         divisors = _factored(second_moment, states, number, grads)
     elif roots is None:
@@ -202,12 +208,20 @@ def _along(momentum: Momentum, grads: list[Tensor], number: int) -> Direction:
     return Direction(grads, 1.0, scratch=False, clamp=None)
 
 
-def _refreshed(states: Sequence[Part], right: Tensor, basis: Tensor, momentum: LowRankMomentum) -> kernels.Refreshed:
+def _refreshed(lefts: list[Tensor], right: Tensor, basis: Tensor, payout: float) -> kernels.Refreshed:
     """Left factors under a new ``basis`` in the place of ``right``, both ``(b, r, n)``."""
-    held = _joined(states, "exp_avg_l")
-    if len(states) == 1:  # a view of the state, which is to change
+    held = _joined(lefts)
+    if len(lefts) == 1:  # a view of what is to change
         held = held.clone()
-    return kernels.Refreshed(held, lowrank.move_left(held, right, basis), momentum.payout)
+    return kernels.Refreshed(held, lowrank.move_left(held, right, basis), payout)
+
+
+def _average(momentum: FullMomentum, states: Sequence[State]) -> kernels.Average:
+    """The averages as they are stored: the kernel takes the direction into them."""
+    if isinstance(momentum.storage, EightBits):
+        scales = _matrices(states, "exp_avg" + SCALE)
+        return kernels.Average(_matrices(states, "exp_avg" + CODES), momentum.beta1, scales)
+    return kernels.Average(_matrices(states, "exp_avg"), momentum.beta1)
 
 
 def _matrices(states: Sequence[State], key: str) -> Matrices:
@@ -284,7 +298,7 @@ def _move(
     if isinstance(used, DeviceGradients):
         flaws = used.reading.flaws
         if isinstance(first, FullMomentum):
-            average = _matrices(parts, "exp_avg"), first.beta1
+            average = _average(first, parts)
     kernels.move(
         batch.params,
         used.matrices if isinstance(used, DeviceGradients) else Matrices.of(used),
@@ -302,7 +316,8 @@ def _move(
         return
     watching.see_gradients(observer, batch, flaws)
     if average is not None:  # which has taken the gradients in
-        direction, flaws = direction._replace(tensors=[part["exp_avg"] for part in parts]), None
+        assert isinstance(first, FullMomentum)
+        direction, flaws = direction._replace(tensors=first.storage.read(parts, "exp_avg")), None
         momentum = direction
     watching.see_updates(observer, parts, momentum, direction, _seen(divisors, len(parts)), clip, flaws=flaws)
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_adapm.moments.quantized import BLOCK
 from lightning_adapm.moments.second import largest
 from lightning_adapm.sharding.find import has_values
 from lightning_adapm.step.launch import DTYPES, Matrices, launch
@@ -288,11 +289,20 @@ class Divisors(NamedTuple):
     columns: Tensor | None = None
 
 
+class Average(NamedTuple):
+    """Averages of full momentum, which take the direction before anything else."""
+
+    values: Matrices
+    beta1: float
+    scales: Matrices | None = None
+    """Scales of values that are codes of :mod:`lightning_adapm.moments.quantized`."""
+
+
 def move(
     params: Sequence[Tensor],
     directions: Matrices,
     flaws: Tensor | None,
-    average: tuple[Matrices, float] | None,
+    average: Average | None,
     factors: tuple[Tensor, Matrices] | None,
     divisors: Divisors,
     scale: float,
@@ -304,7 +314,7 @@ def move(
     """``param = (1 - lr decay) param - lr clamp(scale (direction + left right) / (roots / correction + eps))``.
 
     ``left`` is ``(b, m, width)``, ``right`` ``(k, n)``, the two ``factors``. Instead of the direction, an ``average``
-    counts that takes it first, with its decay. Without ``rounding``, parameters are rounded to nearest.
+    counts that takes it first. Without ``rounding``, parameters are rounded to nearest.
     """
 
     param, used = params[0], directions.like
@@ -318,7 +328,7 @@ def move(
         strides = [0 if size == 1 else step for size, step in zip(divisors.roots.shape, apart, strict=True)]
         known += [] if divisors.beta2 is None else [divisors.roots]
     if average is not None:
-        known.append(average[0])
+        known.append(average.values)
     if factors is not None:
         known.append(factors[1])
     along = MOVE_ALONG if divisors.beta2 is None else MOVE_ALONG_ELEMENTWISE
@@ -332,11 +342,12 @@ def move(
             directions.table,
             divisors.roots.table if isinstance(divisors.roots, Matrices) else divisors.roots,
             moved.table if flaws is None else flaws,
-            moved.table if average is None else average[0].table,
+            moved.table if average is None else average.values.table,
             moved.table if factors is None else factors[0],
             moved.table if factors is None else factors[1].table,
             moved.table if divisors.columns is None else divisors.columns,
             moved.table if rounding is None else rounding.table(m * n, b, param.device),
+            moved.table if average is None or average.scales is None else average.scales.table,
         ),
         (
             m,
@@ -351,7 +362,7 @@ def move(
             1 if flaws is None else b // len(flaws),
         ),
         (
-            0.0 if average is None else average[1],
+            0.0 if average is None else average.beta1,
             scale,
             divisors.correction,
             divisors.eps,
@@ -363,7 +374,7 @@ def move(
         ),
         PARAMETER=param.dtype,
         DIRECTION=used.dtype,
-        AVERAGE=(param if average is None else average[0].like).dtype,
+        AVERAGE=(param if average is None else average.values.like).dtype,
         RIGHT=(param if factors is None else factors[1].like).dtype,
         FACTOR=FACTOR,
         ALIGNED=all(matrices.aligned for matrices in known),
@@ -372,6 +383,7 @@ def move(
         FACTORED=divisors.columns is not None,
         ELEMENTWISE=divisors.beta2 is not None,
         AVERAGED=average is not None,
+        SPAN=0 if average is None or average.scales is None else min(BLOCK, block_n),
         CLAMP=clip is not None,
         FACTORS=factors is not None,
         STOCHASTIC=rounding is not None,

@@ -12,6 +12,7 @@ from lightning_adapm.moments.cache import MOST, kept
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 """Dtypes that the kernels support, with Triton's names."""
+_CODES = {torch.int8: "int8"}
 
 
 MOST_BYTES_OF_TABLES = MOST * 512
@@ -110,7 +111,7 @@ def _of(dtype: torch.dtype) -> Any:
     """Triton's name of a dtype."""
     import triton.language as tl
 
-    return getattr(tl, DTYPES[dtype])
+    return getattr(tl, (DTYPES | _CODES)[dtype])
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

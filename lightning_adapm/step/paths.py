@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lightning_adapm.moments.first import FullMomentum, LowRankMomentum, NoMomentum
+from lightning_adapm.moments.quantized import EightBits
 from lightning_adapm.moments.second import BlockSecondMoment, ElementwiseSecondMoment, FactoredSecondMoment
 from lightning_adapm.step import kernels
 from lightning_adapm.step.launch import DTYPES
@@ -100,6 +101,8 @@ def _unknown_moments(part: Part) -> str:
         return "no kernels for blocks of columns"
     for entry in part.entries.values():
         storage = entry.storage
+        if isinstance(storage, EightBits):
+            continue
         if not storage.plain or (storage.dtype is not None and storage.dtype not in DTYPES):
             return f"no kernels for state in {storage}"
     return ""

@@ -290,6 +290,7 @@ def move(
     rights,
     root_columns,
     streams,
+    scales,
     m,
     n,
     k,
@@ -321,6 +322,7 @@ def move(
     FACTORED: tl.constexpr,
     ELEMENTWISE: tl.constexpr,
     AVERAGED: tl.constexpr,
+    SPAN: tl.constexpr,
     CLAMP: tl.constexpr,
     FACTORS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
@@ -335,8 +337,9 @@ def move(
     Roots are ``DENSE``, ``(b, m)``, where ``FACTORED`` times the ``root_columns`` ``(b, n)``, or at addresses with the
     strides given, 0 where they broadcast; where ``ELEMENTWISE``, these are averages of the squared direction, which
     they take first. Where ``CHECKED``, a direction with a flaw is zero. Where ``AVERAGED``, ``averages`` ``(m, n)``
-    take the direction and stand in its place. Where ``STOCHASTIC``, parameters are rounded by the bits of ``streams``
-    ``(b, 3)`` in this ``step``.
+    take the direction and stand in its place. With a ``SPAN`` they are codes of
+    :mod:`lightning_adapm.moments.quantized` with ``scales`` of so many columns each. Where ``STOCHASTIC``, parameters
+    are rounded by the bits of ``streams`` ``(b, 3)`` in this ``step``.
     """
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -385,11 +388,26 @@ def move(
         if ALIGNED:
             average = tl.multiple_of(average, 16)
         average += wide * n + column[None, :]
-        kept = tl.load(average, inside, 0.0).to(tl.float32)
+        kept = tl.load(average, inside, 0).to(tl.float32)
+        if SPAN:
+            scale_of = tl.load(scales + which).to(tl.pointer_type(tl.float32)) + wide * tl.cdiv(n, SPAN)
+            kept = kept / 127
+            kept = kept * tl.abs(kept) * tl.load(scale_of + (column // SPAN)[None, :], inside, 0.0)
         d = kept + (1 - beta1) * (d - kept)
         # an infinity would stay forever
-        kept = tl.minimum(tl.maximum(d, -65504.0), 65504.0) if tl.float16 == AVERAGE else d
-        tl.store(average, kept.to(AVERAGE), inside)
+        if SPAN:
+            d = tl.minimum(tl.maximum(d, -3.4028234e38), 3.4028234e38)
+            size = tl.where(inside, tl.abs(d), 0.0).reshape(BLOCK_M, BLOCK_N // SPAN, SPAN)
+            largest = tl.max(size, 2)
+            root = tl.sqrt(size / tl.maximum(largest, 1.1754944e-38)[:, :, None]).reshape(BLOCK_M, BLOCK_N)
+            code = tl.where(d < 0, -1.0, 1.0) * tl.floor(root * 127 + 0.5)
+            tl.store(average, code.to(tl.int8), inside)
+            block = tl.program_id(1) * (BLOCK_N // SPAN) + tl.arange(0, BLOCK_N // SPAN)[None, :]
+            largest = tl.where(largest < 1.1754944e-38, 0.0, largest)
+            tl.store(scale_of + block, largest, (row[:, None] < m) & (block < tl.cdiv(n, SPAN)))
+        else:
+            kept = tl.minimum(tl.maximum(d, -65504.0), 65504.0) if tl.float16 == AVERAGE else d
+            tl.store(average, kept.to(AVERAGE), inside)
     if FACTORS:
         d += product
     update = scale * d / (root / correction + eps)

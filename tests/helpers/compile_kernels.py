@@ -15,6 +15,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lightning_adapm.moments.quantized import BLOCK
 from lightning_adapm.step import kernels, triton_kernels
 
 SCALARS = dict.fromkeys("one beta1 scale correction eps beta2 lr decay clip step count largest flush".split(), "fp32")
@@ -23,6 +24,7 @@ MOVED = dict.fromkeys(("PARAMETER", "DIRECTION", "AVERAGE"), tl.float32) | {
     "RIGHT": tl.bfloat16,
     "CHECKED": True,
     "AVERAGED": False,
+    "SPAN": 0,
     "CLAMP": True,
     "FACTORS": True,
     "STOCHASTIC": False,
@@ -30,7 +32,7 @@ MOVED = dict.fromkeys(("PARAMETER", "DIRECTION", "AVERAGE"), tl.float32) | {
 }
 READ = {"grads": "*i64", "bases": "*i64", "projected": "*fp32", "squares": "*fp32", "flaws": "*i32"}
 COMBINE = {"grads": "*i64", "weights": "*bf16", "flaws": "*i32", "combined": "*fp32"}
-MOVE = dict.fromkeys(("parameters", "directions", "averages", "rights", "streams"), "*i64") | {
+MOVE = dict.fromkeys(("parameters", "directions", "averages", "rights", "streams", "scales"), "*i64") | {
     "flaws": "*i32",
     "left": "*bf16",
     "root_columns": "*fp32",
@@ -96,6 +98,13 @@ def main():
             MOVE | {"roots": "*fp32"},
             block | ROUNDED | {"PARAMETER": tl.bfloat16},
             kernels.MOVE_ALONG,
+            capability,
+        ),
+        "move, full in eight bits": needed(
+            triton_kernels.move,
+            MOVE | {"roots": "*fp32"},
+            averaged | ROUNDED | {"AVERAGE": tl.int8, "SPAN": BLOCK},
+            kernels.MOVE,
             capability,
         ),
         "move, elementwise": needed(

@@ -52,6 +52,7 @@ MORE = {"attn_out": "low_rank", "embedding": "full"}
         ("tiny-llama-1.1b", {}, 0.930, 0.965),
         ("Llama-3-8B", {}, 0.927, 0.963),
         ("Llama-3-8B", {"state_dtype": "bfloat16"}, 0.963, 0.982),
+        ("Llama-3-8B", {"state_dtype": "int8"}, 0.976, 0.988),
         ("Llama-3-8B", {"state_dtype": "bfloat16", "momentum": MORE}, 0.927, 0.963),
     ],
 )

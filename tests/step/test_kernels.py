@@ -258,6 +258,36 @@ def test_the_same_numbers_are_rounded_as_without_kernels(interpreted, dtype, sha
         torch.testing.assert_close(param, other, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("second_moment", ["elementwise", "block"])
+def test_state_in_eight_bits(interpreted, monkeypatch, second_moment):
+    """Low-rank factors, and full momentum in rows of one block, of several and of a rest; watched."""
+    shapes = {
+        "q_proj.weight": (40, 60),
+        "v_proj.weight": (12, 300),
+        "0.v_proj.weight": (5, 2100),
+        "k_proj.weight": (9, 8),
+    }
+    options = {"state_dtype": "int8", "second_moment": second_moment, "rank": 8, "spoiled": (3,)}
+    probe, plain = ResidualProbe(), ResidualProbe()
+    weights, _, optimizer = stepped(shapes, observer=probe, **options)
+    assert {row.path for row in optimizer.step_paths()} == {"kernels"} and "move" in interpreted
+    monkeypatch.setattr(kernels, "runs_on", lambda device: False)
+    expected, _, reference = stepped(shapes, observer=plain, **options)
+    assert relative_difference(weights, expected) < 1e-4
+    for found, other in zip(by_name(probe), by_name(plain), strict=True):
+        assert found.figures == pytest.approx(other.figures, rel=0.02, abs=1e-3)
+    compared = 0
+    for state, other in zip(optimizer.state.values(), reference.state.values(), strict=True):
+        for key in (key for key in state if key.endswith(("_codes", "_scale"))):
+            compared += 1
+            if key.endswith("_scale"):
+                torch.testing.assert_close(state[key], other[key], rtol=1e-3, atol=0)
+            else:
+                apart = (state[key].int() - other[key].int()).abs()
+                assert apart.max() <= 1 and apart.count_nonzero() <= 0.01 * apart.numel()
+    assert compared == 8
+
+
 @pytest.mark.parametrize("by_kernels", [True, False])
 def test_a_large_gradient_is_no_infinity_in_a_small_dtype(interpreted, monkeypatch, by_kernels):
     monkeypatch.setattr(kernels, "runs_on", lambda device: by_kernels)
@@ -314,5 +344,5 @@ def test_tiles_fit_smaller_gpus():
     done = subprocess.run(command, env=compiled, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     needed = json.loads(done.stdout)
-    assert len(needed) == 9 and all(each["shared"] <= 99 * 1024 for each in needed.values()), needed
+    assert len(needed) == 10 and all(each["shared"] <= 99 * 1024 for each in needed.values()), needed
     assert not any(each["spilled"] for name, each in needed.items() if name != "combine"), needed
