@@ -31,4 +31,10 @@ def state_dtype() -> Study:
             Shape(layers=2, width=192, n_head=6, context=128), steps=200, batch=8, val_windows=128, points=2
         ),
         baselines={name: (f"{name}, float32",) for name in ("AdaPM", "PartialMuon")},
+        finding=(
+            "Little, on a small model over three seeds: int8 ends 0.0008 +- 0.0004 nats above float32 for AdaPM and "
+            "0.0012 +- 0.0003 for PartialMuon, both within 0.003; bfloat16 ends equal. One learning rate each: at 2e-3 "
+            "one seed of AdaPM ended 0.13 apart in float32 and bfloat16, so that such a rate shows nothing. More "
+            "steps, other rates and larger models were not run."
+        ),
     )

@@ -34,7 +34,7 @@ SHORTEST = 8
 CODES, SCALE = "_codes", "_scale"
 
 _TOP = 127
-_TILE_NUMEL = 1 << 20
+_TILE_NUMEL = 1 << 22
 """Number of values that are coded at a time, which bounds temporaries."""
 
 
@@ -63,11 +63,21 @@ class EightBits(Storage):
         return {key + CODES: like.new_zeros(shape, dtype=torch.int8), key + SCALE: like.new_zeros(scales)}
 
     def read(self, states: Sequence[State], key: str) -> list[Tensor]:
-        return [decoded_from(state[key + CODES], state[key + SCALE]) for state in states]
+        codes, scales = ([state[key + suffix] for state in states] for suffix in self.suffixes)
+        if len(codes) > 1 and _alike(codes):  # a few kernels for all of them
+            return list(decoded_from(torch.stack(codes), torch.stack(scales)).unbind())
+        return [decoded_from(*pair) for pair in zip(codes, scales, strict=True)]
 
     def write(self, states: Sequence[State], key: str, values: Sequence[Tensor]) -> None:
-        for state, value in zip(states, values, strict=True):
-            encode(value, state[key + CODES], state[key + SCALE])
+        codes, scales = ([state[key + suffix] for state in states] for suffix in self.suffixes)
+        if len(codes) > 1 and _alike(codes):
+            together = [each[0].new_empty((len(each), *each[0].shape)) for each in (codes, scales)]
+            encode(torch.stack(list(values)), *together)
+            for kept, new in zip((codes, scales), together, strict=True):
+                torch._foreach_copy_(kept, list(new.unbind()))
+            return
+        for parts in zip(values, codes, scales, strict=True):
+            encode(*parts)
 
 
 def eight_bits_for(shape: torch.Size) -> Storage:
@@ -88,11 +98,13 @@ def encode(values: Tensor, codes: Tensor, scales: Tensor) -> None:
     """Write the nearest codes of ``values`` and the scales of their blocks into ``codes`` and ``scales``."""
     if not values.numel():
         return
-    if values.dim() > 1 and values.numel() > _TILE_NUMEL and len(values) > 1:
-        rows = max(1, _TILE_NUMEL * len(values) // values.numel())
-        for parts in zip(values.split(rows), codes.split(rows), scales.split(rows), strict=True):
-            encode(*parts)
-        return
+    values, codes, scales = values.flatten(0, -2), codes.flatten(0, -2), scales.flatten(0, -2)
+    rows = max(1, _TILE_NUMEL // values.shape[-1])
+    for parts in zip(values.split(rows), codes.split(rows), scales.split(rows), strict=True):
+        _encode(*parts)
+
+
+def _encode(values: Tensor, codes: Tensor, scales: Tensor) -> None:
     finfo = torch.finfo(scales.dtype)
     values = values.to(scales.dtype).nan_to_num(0.0, finfo.max, finfo.min)
     for block, scale in _blocks(values, scales):
@@ -101,6 +113,10 @@ def encode(values: Tensor, codes: Tensor, scales: Tensor) -> None:
         block.div_(largest.clamp_min(finfo.tiny))
     roots = values.abs().sqrt_().mul_(_TOP).round_()
     codes.copy_(roots.copysign_(values))
+
+
+def _alike(tensors: Sequence[Tensor]) -> bool:
+    return all(tensor.shape == tensors[0].shape for tensor in tensors)
 
 
 def _blocks(values: Tensor, scales: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -224,6 +224,18 @@ def _average(momentum: FullMomentum, states: Sequence[State]) -> kernels.Average
     return kernels.Average(_matrices(states, "exp_avg"), momentum.beta1)
 
 
+def _taken(momentum: FullMomentum, states: Sequence[State], grads: DeviceGradients) -> list[Tensor]:
+    """The averages as they move parameters: those in place, or copies of what a kernel is about to store as codes.
+
+    Small entries differ from their codes by far more than an update should seem to.
+    """
+    averages = momentum.storage.read(states, "exp_avg")
+    if momentum.storage.plain:
+        return averages
+    finite = [torch.where(flaw == 0, grad.float(), 0.0) for grad, flaw in zip(grads, grads.reading.flaws, strict=True)]
+    return list(torch._foreach_lerp(averages, finite, 1 - momentum.beta1))
+
+
 def _matrices(states: Sequence[State], key: str) -> Matrices:
     return Matrices.of([state[key] for state in states])
 
@@ -291,6 +303,7 @@ def _move(
     observer: Observer | None,
 ) -> None:
     parts, used, factors, flaws, average = batch.parts, direction.tensors, None, None, None
+    taken: list[Tensor] = []
     first = parts[0].first
     if direction.factors is not None:
         left, right = direction.factors
@@ -299,6 +312,8 @@ def _move(
         flaws = used.reading.flaws
         if isinstance(first, FullMomentum):
             average = _average(first, parts)
+            if observer is not None:
+                taken = _taken(first, parts, used)
     kernels.move(
         batch.params,
         used.matrices if isinstance(used, DeviceGradients) else Matrices.of(used),
@@ -316,9 +331,8 @@ def _move(
         return
     watching.see_gradients(observer, batch, flaws)
     if average is not None:  # which has taken the gradients in
-        assert isinstance(first, FullMomentum)
-        direction, flaws = direction._replace(tensors=first.storage.read(parts, "exp_avg")), None
-        momentum = direction
+        momentum = direction = direction._replace(tensors=taken)
+        flaws = None
     watching.see_updates(observer, parts, momentum, direction, _seen(divisors, len(parts)), clip, flaws=flaws)
 
 

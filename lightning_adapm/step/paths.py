@@ -99,9 +99,10 @@ def _unknown_moments(part: Part) -> str:
         return f"no kernels for {type(second).__name__}"
     if isinstance(second, BlockSecondMoment) and second.outputs != -2:
         return "no kernels for blocks of columns"
-    for entry in part.entries.values():
+    momentum = first.entries(part.shape)
+    for key, entry in part.entries.items():
         storage = entry.storage
-        if isinstance(storage, EightBits):
+        if type(storage) is EightBits and key in momentum:
             continue
         if not storage.plain or (storage.dtype is not None and storage.dtype not in DTYPES):
             return f"no kernels for state in {storage}"

@@ -399,8 +399,8 @@ def move(
             d = tl.minimum(tl.maximum(d, -3.4028234e38), 3.4028234e38)
             size = tl.where(inside, tl.abs(d), 0.0).reshape(BLOCK_M, BLOCK_N // SPAN, SPAN)
             largest = tl.max(size, 2)
-            root = tl.sqrt(size / tl.maximum(largest, 1.1754944e-38)[:, :, None]).reshape(BLOCK_M, BLOCK_N)
-            code = tl.where(d < 0, -1.0, 1.0) * tl.floor(root * 127 + 0.5)
+            share = tl.sqrt(size / tl.maximum(largest, 1.1754944e-38)[:, :, None]).reshape(BLOCK_M, BLOCK_N)
+            code = tl.where(d < 0, -1.0, 1.0) * tl.floor(share * 127 + 0.5)
             tl.store(average, code.to(tl.int8), inside)
             block = tl.program_id(1) * (BLOCK_N // SPAN) + tl.arange(0, BLOCK_N // SPAN)[None, :]
             largest = tl.where(largest < 1.1754944e-38, 0.0, largest)

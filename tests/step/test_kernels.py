@@ -267,7 +267,7 @@ def test_state_in_eight_bits(interpreted, monkeypatch, second_moment):
         "0.v_proj.weight": (5, 2100),
         "k_proj.weight": (9, 8),
     }
-    options = {"state_dtype": "int8", "second_moment": second_moment, "rank": 8, "spoiled": (3,)}
+    options = {"state_dtype": "int8", "second_moment": second_moment, "rank": 8, "spoiled": (3,), "clip_threshold": 0.7}
     probe, plain = ResidualProbe(), ResidualProbe()
     weights, _, optimizer = stepped(shapes, observer=probe, **options)
     assert {row.path for row in optimizer.step_paths()} == {"kernels"} and "move" in interpreted
@@ -275,7 +275,7 @@ def test_state_in_eight_bits(interpreted, monkeypatch, second_moment):
     expected, _, reference = stepped(shapes, observer=plain, **options)
     assert relative_difference(weights, expected) < 1e-4
     for found, other in zip(by_name(probe), by_name(plain), strict=True):
-        assert found.figures == pytest.approx(other.figures, rel=0.02, abs=1e-3)
+        assert found.figures == pytest.approx(other.figures, rel=1e-3, abs=1e-5)
     compared = 0
     for state, other in zip(optimizer.state.values(), reference.state.values(), strict=True):
         for key in (key for key in state if key.endswith(("_codes", "_scale"))):
