@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import repeat
+from typing import Any
 
 import lightning as L
 import torch
@@ -11,15 +14,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.utils.checkpoint import checkpoint
 from torchmetrics import MeanMetric
 
 from lightning_adapm.litgpt.checks import check_data
 from lightning_adapm.litgpt.model import build, litgpt_config, load_tokenizer
 from lightning_adapm.litgpt.weights import give_shards, place_weights, take_weights
 from lightning_adapm.trainer.mixin import AdaPMMixin
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 __all__ = ["LitGPTModule", "batch_length", "batch_rows", "litgpt_config"]
 
@@ -47,7 +48,8 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
         tokenizer_dir: Folder of the tokenizer for litgpt's data modules; ``None`` for ``checkpoint_dir``.
         micro_batch_size: Sequences per batch on each process, for litgpt's data modules.
         max_seq_length: Positions per sequence, for litgpt's data modules; ``None`` for the model's ``block_size``.
-        lm_head_chunk_size: Number of positions whose logits are computed together, to save memory; 0 for all.
+        lm_head_chunk_size: Number of positions whose logits are computed together, and again in the backward pass, to
+            save memory; 0 for all. Models that cap their logits compute them once and keep them.
         activation_checkpointing: Whether each block's activations are computed again in the backward pass, to save
             memory.
         torch_compile: Whether the model is compiled with ``torch.compile``.
@@ -202,16 +204,39 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
         inputs, targets = _shifted(batch)
         ignored = getattr(getattr(self._trainer, "datamodule", None), "ignore_index", -100)
         size = self.lm_head_chunk_size
-        logits = self.model(inputs, lm_head_chunk_size=size) if size else [self(inputs)]
-        parts = targets.split(size or targets.size(1), dim=1)
-        total = sum(
-            torch.nn.functional.cross_entropy(
-                part.flatten(0, 1).float(), wanted.flatten(), ignore_index=ignored, reduction="sum"
+        if not size:
+            total = _summed_loss(self(inputs), targets, ignored)
+        elif self.model.config.final_logit_softcapping is not None:  # which litgpt applies to what the head returns
+            logits = self.model(inputs, lm_head_chunk_size=size)
+            total = sum(map(_summed_loss, logits, targets.split(size, dim=1), repeat(ignored)))
+        else:
+            with _without_head(self.model):
+                chunks = self.model(inputs).split(size, dim=1)
+            total = sum(
+                checkpoint(self._head_loss, chunk, wanted, ignored, use_reentrant=False)
+                for chunk, wanted in zip(chunks, targets.split(size, dim=1), strict=True)
             )
-            for part, wanted in zip(logits, parts, strict=True)
-        )
         count = (targets != ignored).sum()
         return total / count.clamp(min=1), count
+
+    def _head_loss(self, hidden: Tensor, targets: Tensor, ignored: int) -> Tensor:
+        return _summed_loss(self.model.lm_head(hidden), targets, ignored)
+
+
+@contextmanager
+def _without_head(model: torch.nn.Module) -> Iterator[None]:
+    """Within the context, a ``GPT`` returns what its output layer would get; the layer itself stays as it is."""
+    head, model.lm_head = model.lm_head, torch.nn.Identity()
+    try:
+        yield
+    finally:
+        model.lm_head = head
+
+
+def _summed_loss(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=ignored, reduction="sum"
+    )
 
 
 def batch_rows(batch: Tensor | Mapping[str, Any]) -> int:

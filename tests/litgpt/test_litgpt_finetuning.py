@@ -150,6 +150,24 @@ def test_activation_checkpointing_changes_nothing_but_memory(base):
     assert [row.role for row in explain(again)] == [row.role for row in explain(plain)]
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"tie_embeddings": True}, {"config": LORA | {"lora_head": True}}], ids=["plain", "tied", "LoRA"]
+)
+def test_logits_in_chunks_change_nothing_but_memory(base, options):
+    whole, chunked = (LitGPTModule(checkpoint_dir=str(base), lm_head_chunk_size=size, **options) for size in (0, 4))
+    chunked.load_state_dict(whole.state_dict())
+    kept = []
+    for module in (whole, chunked):
+        with torch.autograd.graph.saved_tensors_hooks(lambda value: kept[-1].append(value.shape) or value, lambda x: x):
+            kept.append([])
+            loss, _ = module._loss(sft_batch())
+        loss.backward()
+    for one, other in zip(whole.parameters(), chunked.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    assert [any(shape[-1:] == (320,) for shape in shapes) for shapes in kept] == [True, False]  # logits
+    assert list(chunked.state_dict()) == list(whole.state_dict())
+
+
 def test_what_is_wrong_is_said_before_training(base, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"`checkpoint_dir`: '.*nowhere' does not exist"):
         LitGPTModule(checkpoint_dir=str(tmp_path / "nowhere"))
