@@ -23,7 +23,7 @@ from benchmarks.costs.peers import OUT_OF_MEMORY, Peer, attempt, select
 from benchmarks.costs.training_step import PARTS, Setting, free, measure
 from benchmarks.pages.page import provenance, session, stacked_bars, table, write
 from benchmarks.studies.decoder import Shape
-from lightning_adapm.report.tables import show_bytes, show_count
+from lightning_adapm.report.tables import read_bytes, show_bytes, show_count
 
 
 def deepest(shape: Shape, peer: Peer, setting: Setting, checkpointing: bool, budget: int) -> dict[str, int]:
@@ -134,14 +134,11 @@ def _budget_lines(result: dict[str, Any]) -> list[str]:
 
 
 def byte_count(words: str) -> int:
-    """``"24GiB"`` as bytes: the type of a ``--budget`` option."""
-    for unit, power in (("KiB", 10), ("MiB", 20), ("GiB", 30), ("TiB", 40)):
-        if words.endswith(unit):
-            try:
-                return int(float(words.removesuffix(unit)) * 2**power)
-            except ValueError:
-                break
-    raise argparse.ArgumentTypeError(f"must be a number with KiB, MiB, GiB or TiB, such as 24GiB, but got {words!r}")
+    """The type of a ``--budget`` option."""
+    try:
+        return read_bytes(words)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def run(args: argparse.Namespace, shape: Shape, peers: Sequence[Peer]) -> None:

@@ -5,10 +5,13 @@ import warnings
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
+from benchmarks import recipe_memory
 from lightning_adapm import AdaPM
 from lightning_adapm.report.diagnostics import ResidualProbe
+from lightning_adapm.report.tables import read_bytes
 from lightning_adapm.step import kernels
 from lightning_adapm.step.rounding import StochasticRounding, Stream
 
@@ -272,3 +275,13 @@ def test_state_of_any_dtype(state_dtype, second_moment):
         optimizer.step()
     held = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
     assert all(value.isfinite().all() for value in (*held, *net.parameters()))
+
+
+def test_a_step_is_planned_within_five_percent_of_the_allocator(tmp_path):
+    """Llama-3.2-1B with the memory options of the recipes for small cards; weights are drawn at random."""
+    recipe = yaml.safe_load((recipe_memory.RECIPES / "trainer/finetune/llama-3.2-3b-full-12gb.yaml").read_text())
+    recipe["model"]["init_args"]["model_name"] = "Llama-3.2-1B"
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    planned = read_bytes("".join(recipe_memory.step_line(path).split()[3:5]))
+    assert recipe_memory.measure(path, limit=None) == pytest.approx(planned, rel=0.05)

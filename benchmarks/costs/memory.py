@@ -1,34 +1,13 @@
-"""Bytes: what an optimizer's state holds, and what a piece of work allocates on the way."""
+"""Bytes that an optimizer's state holds."""
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable
 
-import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from lightning_adapm.report.ledger import Ledger, tensors_in
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Plain tensors in a state, however deep: in containers, in objects of a package, in quantized tensors."""
-    if isinstance(value, Tensor):
-        if hasattr(value, "__tensor_flatten__"):
-            for name in value.__tensor_flatten__()[0]:
-                yield from tensors_in(getattr(value, name))
-        else:
-            yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_in(item)
-    elif hasattr(value, "__dict__") and not isinstance(value, type):
-        yield from tensors_in(vars(value))
+__all__ = ["Ledger", "held_bytes", "state_bytes", "storages", "tensors_in"]
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
@@ -47,80 +26,3 @@ def held_bytes(tensors: Iterable[Tensor]) -> int:
 def state_bytes(optimizer: Optimizer) -> int:
     """Bytes of all tensors in the state, including quantized ones and those inside objects of packages."""
     return held_bytes(tensors_in(list(optimizer.state.values())))
-
-
-class Ledger(TorchDispatchMode):
-    """Follows every storage that operations make meanwhile, by category, and counts the operations.
-
-    What an operation allocates and frees inside itself is not seen. ``peak`` is by category at the moment when most
-    was alive.
-    """
-
-    def __init__(self, known: Mapping[str, Iterable[Tensor]] | None = None) -> None:
-        super().__init__()
-        self.category = "transient"
-        self.begin(known or {})
-
-    def begin(self, known: Mapping[str, Iterable[Tensor]]) -> None:
-        """Forget everything but the tensors that are there now, by category."""
-        self.operations = 0
-        self.peak: Counter[str] = Counter()
-        self._alive: Counter[str] = Counter()
-        self._entries: dict[int, tuple[StorageWeakRef, str, int]] = {}
-        for category, tensors in known.items():
-            for tensor in tensors:
-                self._enter(tensor, category)
-        self._note()
-
-    def claim(self, tensor: Tensor, category: str) -> None:
-        """Count the storage of ``tensor`` as ``category`` from now on."""
-        key = tensor.untyped_storage()._cdata
-        if key in self._entries:
-            self._leave(key)
-        self._enter(tensor, category)
-        if self._alive.total() == self.peak.total():
-            self.peak = Counter(self._alive)
-
-    @contextmanager
-    def following(self) -> Iterator[None]:
-        """Follow what happens meanwhile; what would be compiled runs operation by operation, to be seen."""
-        with torch.compiler.set_stance("force_eager"), self:
-            yield
-
-    @contextmanager
-    def counting(self, category: str) -> Iterator[None]:
-        """Within the context, count allocations under ``category``."""
-        before, self.category = self.category, category
-        try:
-            yield
-        finally:
-            self.category = before
-
-    def _enter(self, tensor: Tensor, category: str) -> None:
-        storage = tensor.untyped_storage()
-        # no other storage has this key as long as there is a weak reference to the one that had it
-        if storage._cdata not in self._entries:
-            self._entries[storage._cdata] = (StorageWeakRef(storage), category, storage.nbytes())
-            self._alive[category] += storage.nbytes()
-
-    def _leave(self, key: int) -> None:
-        _, category, size = self._entries.pop(key)
-        self._alive[category] -= size
-
-    def _note(self) -> None:
-        if self._alive.total() <= self.peak.total():
-            return
-        for key in [key for key, (storage, _, _) in self._entries.items() if storage.expired()]:
-            self._leave(key)
-        if self._alive.total() > self.peak.total():
-            self.peak = Counter(self._alive)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.operations += 1
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                for plain in tensors_in(tensor):
-                    self._enter(plain, self.category)
-        self._note()
-        return out

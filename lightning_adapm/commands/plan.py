@@ -7,7 +7,7 @@ import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -15,13 +15,24 @@ import yaml
 from jsonargparse import ArgumentParser, get_loader
 from torch import nn
 
+from lightning_adapm.commands.step import Loop, first_fitting, print_step
 from lightning_adapm.litgpt.model import MODEL_CONFIG
+from lightning_adapm.litgpt.module import LitGPTModule
 from lightning_adapm.optim import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre, PartialMuon
 from lightning_adapm.optim.options import options_of
 from lightning_adapm.report.explain import VARIANTS, Explanation, compare, explain
-from lightning_adapm.report.tables import as_text, comparison_table, pieces_table, show_count, summarize, summary_table
+from lightning_adapm.report.tables import (
+    as_text,
+    comparison_table,
+    new_table,
+    pieces_table,
+    read_bytes,
+    show_count,
+    summarize,
+    summary_table,
+)
 from lightning_adapm.roles.assign import suggested_roles
-from lightning_adapm.trainer.recipes import with_files
+from lightning_adapm.trainer.recipes import recipes, with_files
 
 _LITGPT = "lightning_adapm.litgpt.LitGPTModule"
 _DTYPES = {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64", "64": "float64"}
@@ -36,31 +47,55 @@ NEIGHBORS: tuple[type[Any], ...] = (AdamMini, PartialMuon, LoRAPre, AdaLomo, Lom
 _SHAPE_THE_STATE = ("rank", "second_moment", "momentum", "roles", "unmatched", "state_dtype")
 _DESCRIPTION = """\
 Compare the optimizer state of a model before training: AdamW, Adam-mini, AdaPM, AdaPM with block second moments, and
-PartialMuon. The model is built on the meta device, so no weight takes memory.
+PartialMuon. The model is built on the meta device, so no weight takes memory. With --fits, weights, gradients,
+activations and transients of a training step are planned, too.
 
   lightning-adapm plan --model_name Llama-3-8B --dtype bfloat16
   lightning-adapm plan --config recipe:pretrain/quickstart --rank 4 --explain
+  lightning-adapm plan --config recipe:finetune/llama-3-8b-full --fits 24GiB
+  lightning-adapm plan --fits 24GiB
 """
+
+
+class Reading(NamedTuple):
+    """What the words of a command line describe: a model on the meta device, and an optimizer."""
+
+    model: nn.Module
+    label: str
+    recipe: Mapping[str, Any]
+    options: Mapping[str, Any]
+    """Options of AdaPM that replace the module's own settings."""
+    neighbor: tuple[type[Any], dict[str, Any]] | None
+    """Another optimizer of this package, and its options."""
+    every_parameter: bool
 
 
 def run(words: list[str]) -> int:
     """Print the plan that the words after ``plan`` specify.
 
     Returns:
-        The exit status, which is 1 where a matrix has no role and AdaPM would refuse to train.
+        The exit status, which is 1 where a matrix has no role and AdaPM would refuse to train, and where a training
+        step does not fit into the memory after ``--fits``.
     """
     parser, words = _parser(), with_files(words)
     peek = argparse.ArgumentParser(prog=parser.prog, usage=parser.usage, add_help=False, allow_abbrev=False)
     peek.add_argument("--model_name")
     peek.add_argument("--config", action="append")
     peek.add_argument("--model")
+    peek.add_argument("--fits")
     peek.add_argument("-h", "--help", action="store_true")
-    source, _ = peek.parse_known_args(words)
+    source, rest = peek.parse_known_args(words)
     sources = [f"--{name}" for name in ("model_name", "config", "model") if getattr(source, name)]
     if len(sources) > 1:
         parser.error(f"{' and '.join(sources)} each describe the model; give one of them")
+    if not sources and source.fits and not rest:
+        return _list_fitting(parser, read_bytes(source.fits))
     if not sources and not source.help:
         parser.error("which model? Give --model_name NAME (of litgpt), --config FILE or --model CLASS")
+    return _report(*_read(parser, source, words), source.fits and read_bytes(source.fits))
+
+
+def _read(parser: ArgumentParser, source: argparse.Namespace, words: list[str]) -> Reading:
     recipe = _named(source.model_name) if source.model_name else _merged(source.config or [])
     model = _model_section(recipe, source.config)
     settings = parser.parse_args([*([f"--model={json.dumps(model)}"] if model else []), *words], defaults=False)
@@ -72,13 +107,13 @@ def run(words: list[str]) -> int:
             built.configure_model()
     built.to(getattr(torch, dtype))
     label = source.model_name or type(built).__name__
-    return _report(built, label, options, _neighbor(recipe), bool(settings.get("explain")))
+    return Reading(built, label, recipe, options, _neighbor(recipe), bool(settings.get("explain")))
 
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="lightning-adapm plan",
-        usage="lightning-adapm plan (--model_name NAME | --config FILE | --model CLASS) [options]",
+        usage="lightning-adapm plan (--model_name NAME | --config FILE | --model CLASS | --fits SIZE) [options]",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,  # type: ignore[arg-type]
     )
@@ -94,6 +129,11 @@ def _parser() -> ArgumentParser:
         "--dtype",
         type=Literal["float32", "bfloat16", "float16", "float64"],
         help="dtype of the parameters (default: the recipe's precision, else float32)",
+    )
+    parser.add_argument(
+        "--fits",
+        type=str,
+        help="memory of a GPU, such as 24GiB: whether a training step fits; without a model, which recipes do",
     )
     parser.add_argument(
         "--explain",
@@ -210,17 +250,16 @@ def _recipe_dtype(recipe: Mapping[str, Any]) -> str:
 def _report(
     model: nn.Module,
     label: str,
+    recipe: Mapping[str, Any],
     options: Mapping[str, Any],
     neighbor: tuple[type[Any], dict[str, Any]] | None,
     every_parameter: bool,
+    limit: int | None,
 ) -> int:
     variants, name = compare(model, **options), "AdaPM"
-    settings: Any = model
-    if neighbor is None and getattr(model, "adapm_class", AdaPM) is not AdaPM:
-        neighbor = settings.adapm_class, {**settings.adapm_options, **options}
-    ours = variants[name]
-    if neighbor is not None:
-        make, arguments = neighbor
+    ours, arguments = variants[name], {**getattr(model, "adapm_options", {}), **options}
+    if (chosen := _chosen(model, options, neighbor)) is not None:
+        make, arguments = chosen
         name = make.__name__
         ours = variants[name] = explain(make(model.named_parameters(), **arguments))
     totals = {"AdamW": ours.adamw_in_dtype} | {name: variant.total for name, variant in variants.items()}
@@ -234,10 +273,45 @@ def _report(
     print(as_text(summary_table(summarize(ours), "role", len(ours), name)))
     if every_parameter:
         print(as_text(pieces_table(ours)))
+    fits = limit is None or print_step(model, recipe, arguments, ours.total.total, limit)
     if not ours.unmatched:
-        return 0
+        return int(not fits)
     print(_advice(ours))
     return 1
+
+
+def _chosen(
+    model: nn.Module, options: Mapping[str, Any], neighbor: tuple[type[Any], dict[str, Any]] | None
+) -> tuple[type[Any], dict[str, Any]] | None:
+    """The optimizer that a recipe or a module names, and its options, where it is not AdaPM."""
+    settings: Any = model
+    if neighbor is None and getattr(model, "adapm_class", AdaPM) is not AdaPM:
+        return settings.adapm_class, {**settings.adapm_options, **options}
+    return neighbor
+
+
+def _list_fitting(parser: ArgumentParser, limit: int) -> int:
+    """Print the recipes with a training step that fits, as they are or with changes of options."""
+    table = new_table()
+    for header in ("Recipe", "Step", "With", "Planned"):
+        table.add_column(header, justify="right" if header == "Planned" else "left")
+    for name, file in recipes().items():
+        recipe = _merged([str(file)])
+        if not {"model", "model_name"} & recipe.keys() and "checkpoint_dir" not in recipe:
+            continue  # changes to other recipes
+        words = [f"--config={file}"]
+        try:
+            reading = _read(parser, argparse.Namespace(model_name=None, config=[str(file)]), words)
+        except (FileNotFoundError, ValueError):  # it starts from the result of another
+            continue
+        if type(reading.model) is not LitGPTModule:
+            continue
+        chosen = _chosen(reading.model, reading.options, reading.neighbor)
+        make, options = chosen or (AdaPM, {**reading.model.adapm_options, **reading.options})
+        if row := first_fitting(reading.model, Loop.of(recipe, reading.model, options), make, options, limit):
+            table.add_row(name, *row)
+    print(as_text(table))
+    return 0
 
 
 def _advice(ours: Explanation) -> str:

@@ -204,6 +204,7 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
         inputs, targets = _shifted(batch)
         ignored = getattr(getattr(self._trainer, "datamodule", None), "ignore_index", -100)
         size = self.lm_head_chunk_size
+        total: Tensor | int
         if not size:
             total = _summed_loss(self(inputs), targets, ignored)
         elif self.model.config.final_logit_softcapping is not None:  # which litgpt applies to what the head returns

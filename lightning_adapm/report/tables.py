@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_adapm.report.diagnostics import StateReport, role_label
+from lightning_adapm.report.memory import StepBytes
 from lightning_adapm.report.plan import Row, StateBytes
 from lightning_adapm.roles.piece import UNMATCHED
 
@@ -22,6 +23,21 @@ def show_bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} GiB" if size < 1024 else f"{size / 1024:.2f} TiB"
+
+
+def read_bytes(words: str) -> int:
+    """Read a number of bytes such as ``"24GiB"``.
+
+    Raises:
+        ValueError: There is no number, or no such unit.
+    """
+    for power, unit in enumerate(("KiB", "MiB", "GiB", "TiB"), 1):
+        if words.endswith(unit):
+            try:
+                return int(float(words.removesuffix(unit)) * 1024**power)
+            except ValueError:
+                break
+    raise ValueError(f"a size must be a number with KiB, MiB, GiB or TiB, such as 24GiB, but got {words!r}")
 
 
 def show_saving(held: int, reference: int) -> str:
@@ -179,6 +195,16 @@ def comparison_table(totals: Mapping[str, StateBytes], references: Mapping[str, 
         table.add_row(field.replace("_", " "), *sizes, end_section=field == "other")
     for name, reference in references.items():
         table.add_row(f"saved of {name}", *(show_saving(size.total, reference.total) for size in totals.values()))
+    return table
+
+
+def step_table(step: StepBytes) -> Table:
+    """Draw the memory of a training step, part by part."""
+    table = new_table(show_footer=True)
+    table.add_column("Part", "total")
+    table.add_column("Bytes", show_bytes(step.total), justify="right")
+    for part, size in vars(step).items():
+        table.add_row(part, show_bytes(size))
     return table
 
 

@@ -242,6 +242,51 @@ def test_as_a_user_starts_it(tmp_path):
     assert failed.returncode == 1 and len(failed.stderr.splitlines()) == 1
 
 
+def test_whether_a_step_fits(plan):
+    words = ["--config", QUICKSTART, "--model.config.n_layer=2", "--fits"]
+    status, out, _, _ = plan(*words, "1TiB")
+    assert status == 0
+    assert "A training step at its peak, as planned: " in out
+    parts = dict(re.findall(r"^  (weights|gradients|state|activations|transients) +(\d.*B)$", out, re.M))
+    assert len(parts) == 5 and "0 B" not in (parts["weights"], parts["state"], parts["activations"])
+    assert re.search(r"^1.00 TiB: fits, .* are left$", out, re.M)
+    status, out, _, _ = plan(*words, "1MiB")
+    assert status == 1 and re.search(r"^1.0 MiB: does not fit, \d.* are missing$", out, re.M)
+    status, out, _, _ = plan("--model", "models.PlainLM", "--fits", "1GiB")
+    assert (
+        status == 0 and "activations are planned for LitGPTModule alone" in out and re.search(r"activations +0 B", out)
+    )
+    assert "a size must be a number with KiB" in plan("--model", "models.PlainLM", "--fits=much")[0]
+
+
+def test_a_mixture_of_experts_is_planned_without_activations(plan):
+    fields = {
+        "n_expert": 4,
+        "n_expert_per_token": 2,
+        "mlp_class_name": "LLaMAMoE",
+        "intermediate_size": 32,
+        "bias": False,
+    }
+    words = [f"--model.config.{name}={value}" for name, value in fields.items()]
+    assert (
+        "activations of a mixture of experts depend on the tokens"
+        in plan("--model_name=pythia-14m", *words, "--fits=80GiB")[1]
+    )
+
+
+def test_recipes_that_fit(plan, monkeypatch):
+    shipped = {name: QUICKSTART.with_stem(name) for name in ("quickstart", "quickstart-adamw")}
+    monkeypatch.setattr(plan_command, "recipes", lambda: shipped)
+    status, out, _, _ = plan("--fits", "40GiB")
+    assert status == 0
+    (row,) = [line for line in out.splitlines() if "quickstart" in line]
+    assert "update_in_backward" not in row and row.split()[0] == "quickstart"
+    needed = float(re.search(r"([\d.]+) MiB$", row)[1])
+    changed = plan("--fits", f"{0.9 * needed}MiB")[1]
+    assert "update_in_backward" in changed
+    assert "quickstart" not in plan("--fits", "1MiB")[1]
+
+
 @pytest.mark.parametrize(("name", "make"), [("lora-pre", LoRAPre), ("adalomo", AdaLomo), ("adam-mini", AdamMini)])
 def test_a_recipe_with_a_neighbor_as_its_optimizer(plan, name, make):
     status, out, *_ = plan("--config", QUICKSTART, "--config", QUICKSTART.with_stem(f"quickstart-{name}"))

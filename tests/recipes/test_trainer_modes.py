@@ -43,6 +43,7 @@ def finetune(start, out, lr):
         "--model.init_args.model_name=null",
         f"--model.init_args.checkpoint_dir={start}",
         f"--model.init_args.adapm.lr={lr}",
+        "--model.init_args.max_seq_length=512",
         "--data.num_workers=0",
         "--data.val_split_fraction=0.25",
     ]
@@ -106,7 +107,9 @@ def test_resumed_equals_uninterrupted(workplace, corpus):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["finetune/pythia-1b-full", "finetune/llama-3-8b-lora"])
+@pytest.mark.parametrize(
+    "recipe", ["finetune/pythia-1b-full", "finetune/llama-3-8b-full-24gb", "finetune/llama-3-8b-lora"]
+)
 def test_finetuning_from_it(workplace, recipe):
     words = finetune(PRETRAINED, f"runs/{recipe}", 1e-2)
     words += ["--data.json_path=instructions.json", "--model.init_args.micro_batch_size=6"]

@@ -1,0 +1,152 @@
+"""How a recipe trains, and the memory of one of its training steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_adapm.litgpt.module import LitGPTModule
+from lightning_adapm.optim.options import options_of
+from lightning_adapm.report.explain import explain
+from lightning_adapm.report.memory import StepBytes, step_bytes
+from lightning_adapm.report.tables import as_text, show_bytes, step_table
+
+_MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+@dataclass(frozen=True)
+class Loop:
+    """How a recipe trains on one device.
+
+    Args:
+        rows: Sequences of a micro-batch.
+        length: Positions per sequence.
+        accumulation: Micro-batches of an optimizer step.
+        in_backward: Whether each parameter moves, and its gradient is freed, once the gradient is complete.
+        autocast: Dtype of products under mixed precision; None for that of the weights.
+        litgpt: Whether litgpt's own loop trains, which computes all logits at once.
+    """
+
+    rows: int
+    length: int
+    accumulation: int = 1
+    in_backward: bool = False
+    autocast: torch.dtype | None = None
+    litgpt: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.length} tokens" + (", updates in backward" if self.in_backward else "")
+
+    @classmethod
+    def of(cls, recipe: Mapping[str, Any], module: LitGPTModule, options: Mapping[str, Any]) -> Loop:
+        """Read from a recipe, and from its module, how it trains with an optimizer of these options."""
+        longest = module.model.config.block_size
+        trainer, train = recipe.get("trainer"), recipe.get("train")
+        if not isinstance(trainer, Mapping) and isinstance(train, Mapping):
+            rows = train.get("micro_batch_size") or 1
+            together = max(1, (train.get("global_batch_size") or rows) // rows)
+            length = min(train.get("max_seq_length") or longest, longest)
+            return cls(rows, length, together, autocast=_MIXED.get(str(recipe.get("precision"))), litgpt=True)
+        trainer = trainer if isinstance(trainer, Mapping) else {}
+        data = (recipe.get("data") or {}).get("init_args") or {}  # of TextDataModule, which has its own sizes
+        together = trainer.get("accumulate_grad_batches") or 1
+        return cls(
+            data.get("batch_size") or module.micro_batch_size,
+            min(data.get("block_size") or module.max_seq_length or longest, longest),
+            together,
+            bool(options.get("update_in_backward")) and together == 1,
+            _MIXED.get(str(trainer.get("precision"))),
+        )
+
+    def loss(self, module: LitGPTModule) -> Tensor:
+        """Loss of a micro-batch of tokens without values."""
+        tokens = torch.empty(self.rows, self.length + 1, dtype=torch.int64, device="meta")
+        if not self.litgpt:
+            return module._loss(tokens)[0]
+        from litgpt.utils import chunked_cross_entropy
+
+        return chunked_cross_entropy(module.model(tokens[:, :-1]), tokens[:, 1:])
+
+    def step(self, module: LitGPTModule, state: int) -> StepBytes | None:
+        """Memory of a step with ``state`` bytes of optimizer state; None where the work depends on the tokens."""
+        if module.model.config.n_expert:
+            return None
+        accumulating = self.accumulation > 1
+        return step_bytes(module, lambda: self.loss(module), state, self.in_backward, accumulating, self.autocast)
+
+
+def at_rest(module: nn.Module, state: int) -> StepBytes:
+    """Weights, gradients and optimizer state of any module, without what a step needs on top."""
+    weights, gradients = (
+        sum(value.numel() * value.element_size() for value in values)
+        for values in (
+            (*module.parameters(), *module.buffers()),
+            (param for param in module.parameters() if param.requires_grad),
+        )
+    )
+    return StepBytes(weights, gradients, state)
+
+
+def print_step(model: nn.Module, recipe: Mapping[str, Any], options: Mapping[str, Any], state: int, limit: int) -> bool:
+    """Print the memory of a training step, and return whether it fits into ``limit`` bytes."""
+    step, about = None, "are planned for LitGPTModule alone"
+    if type(model) is LitGPTModule:
+        loop = Loop.of(recipe, model, options)
+        step, about = loop.step(model, state), "of a mixture of experts depend on the tokens"
+    if step is None:
+        step = at_rest(model, state)
+        print(f"Weights, gradients and state of a training step; activations {about}")
+    else:
+        print(f"A training step at its peak, as planned: {loop}")
+    print(as_text(step_table(step)))
+    left = limit - step.total
+    verdict = f"fits, {show_bytes(left)} are left" if left >= 0 else f"does not fit, {show_bytes(-left)} are missing"
+    print(f"{show_bytes(limit)}: {verdict}")
+    return left >= 0
+
+
+_CHANGES: tuple[tuple[str, Mapping[str, Any]], ...] = (
+    ("", {}),
+    ("state_dtype=bfloat16", {"state_dtype": "bfloat16"}),
+    ("update_in_backward", {"in_backward": True}),
+    ("update_in_backward, state_dtype=bfloat16", {"in_backward": True, "state_dtype": "bfloat16"}),
+    ("update_in_backward, state_dtype=int8", {"in_backward": True, "state_dtype": "int8"}),
+    (
+        "update_in_backward, state_dtype=int8, micro-batches of 1",
+        {"in_backward": True, "state_dtype": "int8", "rows": 1},
+    ),
+)
+"""Changes of options that save memory, the simplest first, by the words for them."""
+
+
+def first_fitting(
+    module: LitGPTModule, loop: Loop, make: type[Any], options: Mapping[str, Any], limit: int
+) -> tuple[str, str, str] | None:
+    """The step, the simplest change of options with which it fits into ``limit`` bytes, and its bytes."""
+    steps: dict[Loop, StepBytes | None] = {}
+    for words, change in _CHANGES:
+        new = _changed(loop, change)
+        storage = {key: value for key, value in change.items() if key == "state_dtype"}
+        if new is None or not storage.keys() <= set(options_of(make)):
+            continue
+        if new not in steps:
+            steps[new] = new.step(module, 0)
+        step = steps[new]
+        if step is None:
+            return None
+        state = explain(make(module.named_parameters(), **{**options, **storage})).total.total
+        if step.total + state <= limit:
+            return str(new), words, show_bytes(step.total + state)
+    return None
+
+
+def _changed(loop: Loop, change: Mapping[str, Any]) -> Loop | None:
+    """The loop with one of the changes; None where it does not apply."""
+    if change.get("in_backward") and loop.litgpt:
+        return None
+    new = replace(loop, rows=change.get("rows", loop.rows), in_backward=change.get("in_backward", loop.in_backward))
+    return replace(new, accumulation=1) if new.in_backward else new

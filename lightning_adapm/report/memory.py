@@ -1,0 +1,157 @@
+"""Memory of a whole training step, planned by running it on the meta device, where tensors have sizes and no values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from lightning_adapm.report.ledger import Ledger
+
+STEP_BYTES = 8
+"""Transient bytes of an optimizer's step for each element that moves at a time: two copies in float32, a bound."""
+
+STEP_NUMEL = 1 << 24
+"""Elements of small matrices that move at a time on a GPU; a larger matrix moves alone."""
+
+_IN_LOW_PRECISION = (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.conv1d)
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Bytes at the moment of a training step when most is held.
+
+    Args:
+        weights: Parameters and buffers.
+        gradients: Gradients of parameters.
+        state: State of the optimizer.
+        activations: What the forward pass has made and the backward pass still needs.
+        transients: All else: what backward works on, blocks that are computed again, and the optimizer's step.
+    """
+
+    weights: int = 0
+    gradients: int = 0
+    state: int = 0
+    activations: int = 0
+    transients: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.state + self.activations + self.transients
+
+
+def step_bytes(
+    model: nn.Module,
+    loss: Callable[[], Tensor],
+    state: int,
+    in_backward: bool = False,
+    accumulating: bool = False,
+    autocast: torch.dtype | None = None,
+) -> StepBytes:
+    """Plan the memory of one training step on a GPU.
+
+    Forward and backward run once on the meta device, and every tensor is counted as long as it is alive. Attention
+    counts as the fused kernels keep it. What an operation allocates and frees inside itself is not seen. A step of the
+    optimizer counts as ``STEP_BYTES`` for every element that moves at a time. With updates in backward, each gradient
+    counts as freed at once; gradients that wait to move together add to the peak where a transformer block is larger
+    than the largest matrix.
+
+    Args:
+        model: Module on the meta device.
+        loss: Computes the loss of a micro-batch.
+        state: Bytes of optimizer state.
+        in_backward: Whether each parameter moves, and its gradient is freed, once the gradient is complete.
+        accumulating: Whether gradients of an earlier micro-batch are there already.
+        autocast: Dtype of products under mixed precision; None for that of the weights.
+    """
+    trained = [param for param in model.parameters() if param.requires_grad]
+    for param in trained:
+        param.grad = torch.empty_like(param) if accumulating else None
+    ledger = Ledger()
+    handles = [param.register_post_accumulate_grad_hook(partial(_complete, ledger, in_backward)) for param in trained]
+    ledger.begin(
+        {
+            "weights": [*model.parameters(), *model.buffers()],
+            "gradients": [param.grad for param in trained if param.grad is not None],
+        }
+    )
+    try:
+        with ledger.following(), _FusedAttention(), nullcontext() if autocast is None else _Autocast(autocast):
+            with ledger.counting("activations"):
+                value = loss()
+            # not value.backward(), which leaves the modes, so that blocks would be computed again without them
+            engine: Any = torch.autograd.Variable._execution_engine
+            ones = torch.ones_like(value)
+            engine.run_backward((value,), (ones,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+            del value, ones
+            if not in_backward:
+                numels = [param.numel() for param in trained]
+                _move(max(min(STEP_NUMEL, sum(numels)), *numels))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for param in trained:
+            param.grad = None
+    peak = ledger.peak
+    return StepBytes(peak["weights"], peak["gradients"], state, peak["activations"], peak["transient"])
+
+
+def _complete(ledger: Ledger, in_backward: bool, param: Tensor) -> None:
+    """Hook that counts a gradient, and moves its parameter where that happens inside backward."""
+    assert param.grad is not None
+    ledger.claim(param.grad, "gradients")
+    if in_backward:
+        _move(param.numel())
+        param.grad = None
+
+
+def _move(numel: int) -> None:
+    """Allocate what a step of the optimizer allocates for this many elements, for a moment."""
+    torch.empty(STEP_BYTES * numel, dtype=torch.uint8, device="meta")
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention as fused kernels keep it: without a matrix of scores, which the meta device would make."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return _Attention.apply(*args[:3])
+        return func(*args, **(kwargs or {}))
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        batch, heads, length, _ = query.shape
+        out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+        scale = query.new_empty(batch, heads, length, dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, scale)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return tuple(torch.empty_like(each) for each in ctx.saved_tensors[:3])
+
+
+class _Autocast(TorchFunctionMode):
+    """Products in a lower precision, as ``torch.autocast`` has them on other devices than this one."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _IN_LOW_PRECISION or func is F.scaled_dot_product_attention:
+            args = tree_map(self._cast, args)
+        return func(*args, **(kwargs or {}))
+
+    def _cast(self, value: Any) -> Any:
+        return value.to(self._dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
