@@ -257,6 +257,7 @@ def _report(
     limit: int | None,
 ) -> int:
     variants, name = compare(model, **options), "AdaPM"
+    make: type[Any] = AdaPM
     ours, arguments = variants[name], {**getattr(model, "adapm_options", {}), **options}
     if (chosen := _chosen(model, options, neighbor)) is not None:
         make, arguments = chosen
@@ -273,7 +274,7 @@ def _report(
     print(as_text(summary_table(summarize(ours), "role", len(ours), name)))
     if every_parameter:
         print(as_text(pieces_table(ours)))
-    fits = limit is None or print_step(model, recipe, arguments, ours.total.total, limit)
+    fits = limit is None or print_step(model, recipe, make, arguments, ours.total.total, limit)
     if not ours.unmatched:
         return int(not fits)
     print(_advice(ours))

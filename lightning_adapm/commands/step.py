@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_adapm.litgpt.module import LitGPTModule
+from lightning_adapm.optim import RoleOptimizer
+from lightning_adapm.optim.in_backward import Waiting
 from lightning_adapm.optim.options import options_of
 from lightning_adapm.report.explain import explain
 from lightning_adapm.report.memory import StepBytes, step_bytes
 from lightning_adapm.report.tables import as_text, show_bytes, step_table
+from lightning_adapm.step.transients import step_transients
 
 _MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -26,7 +30,7 @@ class Loop:
         rows: Sequences of a micro-batch.
         length: Positions per sequence.
         accumulation: Micro-batches of an optimizer step.
-        in_backward: Whether each parameter moves, and its gradient is freed, once the gradient is complete.
+        in_backward: Whether parameters move, and their gradients are freed, inside the backward pass.
         autocast: Dtype of products under mixed precision; None for that of the weights.
         litgpt: Whether litgpt's own loop trains, which computes all logits at once.
     """
@@ -71,12 +75,20 @@ class Loop:
 
         return chunked_cross_entropy(module.model(tokens[:, :-1]), tokens[:, 1:])
 
-    def step(self, module: LitGPTModule, state: int) -> StepBytes | None:
+    def step(self, module: LitGPTModule, optimizer: RoleOptimizer, state: int) -> StepBytes | None:
         """Memory of a step with ``state`` bytes of optimizer state; None where the work depends on the tokens."""
         if module.model.config.n_expert:
             return None
-        accumulating = self.accumulation > 1
-        return step_bytes(module, lambda: self.loss(module), state, self.in_backward, accumulating, self.autocast)
+        parts = chain.from_iterable(optimizer.parts(param) for param in optimizer.pieces if param.requires_grad)
+        return step_bytes(
+            module,
+            lambda: self.loss(module),
+            state,
+            step_transients(parts, self.in_backward),
+            Waiting(optimizer.param_groups, optimizer.blocks) if self.in_backward else None,
+            accumulating=self.accumulation > 1,
+            autocast=self.autocast,
+        )
 
 
 def at_rest(module: nn.Module, state: int) -> StepBytes:
@@ -91,12 +103,20 @@ def at_rest(module: nn.Module, state: int) -> StepBytes:
     return StepBytes(weights, gradients, state)
 
 
-def print_step(model: nn.Module, recipe: Mapping[str, Any], options: Mapping[str, Any], state: int, limit: int) -> bool:
+def print_step(
+    model: nn.Module,
+    recipe: Mapping[str, Any],
+    make: type[RoleOptimizer],
+    options: Mapping[str, Any],
+    state: int,
+    limit: int,
+) -> bool:
     """Print the memory of a training step, and return whether it fits into ``limit`` bytes."""
     step, about = None, "are planned for LitGPTModule alone"
     if type(model) is LitGPTModule:
         loop = Loop.of(recipe, model, options)
-        step, about = loop.step(model, state), "of a mixture of experts depend on the tokens"
+        optimizer = make(model.named_parameters(), **options)
+        step, about = loop.step(model, optimizer, state), "of a mixture of experts depend on the tokens"
     if step is None:
         step = at_rest(model, state)
         print(f"Weights, gradients and state of a training step; activations {about}")
@@ -124,7 +144,7 @@ _CHANGES: tuple[tuple[str, Mapping[str, Any]], ...] = (
 
 
 def first_fitting(
-    module: LitGPTModule, loop: Loop, make: type[Any], options: Mapping[str, Any], limit: int
+    module: LitGPTModule, loop: Loop, make: type[RoleOptimizer], options: Mapping[str, Any], limit: int
 ) -> tuple[str, str, str] | None:
     """The step, the simplest change of options with which it fits into ``limit`` bytes, and its bytes."""
     steps: dict[Loop, StepBytes | None] = {}
@@ -133,12 +153,13 @@ def first_fitting(
         storage = {key: value for key, value in change.items() if key == "state_dtype"}
         if new is None or not storage.keys() <= set(options_of(make)):
             continue
+        optimizer = make(module.named_parameters(), **{**options, **storage})
         if new not in steps:
-            steps[new] = new.step(module, 0)
+            steps[new] = new.step(module, optimizer, 0)
         step = steps[new]
         if step is None:
             return None
-        state = explain(make(module.named_parameters(), **{**options, **storage})).total.total
+        state = explain(optimizer).total.total
         if step.total + state <= limit:
             return str(new), words, show_bytes(step.total + state)
     return None

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,13 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from lightning_adapm.optim.in_backward import Waiting
 from lightning_adapm.report.ledger import Ledger
-
-STEP_BYTES = 8
-"""Transient bytes of an optimizer's step for each element that moves at a time: two copies in float32, a bound."""
-
-STEP_NUMEL = 1 << 24
-"""Elements of small matrices that move at a time on a GPU; a larger matrix moves alone."""
 
 _IN_LOW_PRECISION = (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.conv1d)
 
@@ -52,23 +48,22 @@ def step_bytes(
     model: nn.Module,
     loss: Callable[[], Tensor],
     state: int,
-    in_backward: bool = False,
+    transients: int = 0,
+    waiting: Waiting | None = None,
     accumulating: bool = False,
     autocast: torch.dtype | None = None,
 ) -> StepBytes:
     """Plan the memory of one training step on a GPU.
 
     Forward and backward run once on the meta device, and every tensor is counted as long as it is alive. Attention
-    counts as the fused kernels keep it. What an operation allocates and frees inside itself is not seen. A step of the
-    optimizer counts as ``STEP_BYTES`` for every element that moves at a time. With updates in backward, each gradient
-    counts as freed at once; gradients that wait to move together add to the peak where a transformer block is larger
-    than the largest matrix.
+    counts as the fused kernels keep it. What an operation allocates and frees inside itself is not seen.
 
     Args:
         model: Module on the meta device.
         loss: Computes the loss of a micro-batch.
         state: Bytes of optimizer state.
-        in_backward: Whether each parameter moves, and its gradient is freed, once the gradient is complete.
+        transients: Bytes that the optimizer's step allocates and frees again, which may be updates in backward.
+        waiting: Chooses the gradients that wait for each other where parameters move in backward; None elsewhere.
         accumulating: Whether gradients of an earlier micro-batch are there already.
         autocast: Dtype of products under mixed precision; None for that of the weights.
     """
@@ -76,7 +71,9 @@ def step_bytes(
     for param in trained:
         param.grad = torch.empty_like(param) if accumulating else None
     ledger = Ledger()
-    handles = [param.register_post_accumulate_grad_hook(partial(_complete, ledger, in_backward)) for param in trained]
+    handles = [
+        param.register_post_accumulate_grad_hook(partial(_complete, ledger, waiting, transients)) for param in trained
+    ]
     ledger.begin(
         {
             "weights": [*model.parameters(), *model.buffers()],
@@ -92,9 +89,7 @@ def step_bytes(
             ones = torch.ones_like(value)
             engine.run_backward((value,), (ones,), False, False, (), allow_unreachable=True, accumulate_grad=True)
             del value, ones
-            if not in_backward:
-                numels = [param.numel() for param in trained]
-                _move(max(min(STEP_NUMEL, sum(numels)), *numels))
+            _allocate(transients)
     finally:
         for handle in handles:
             handle.remove()
@@ -104,18 +99,19 @@ def step_bytes(
     return StepBytes(peak["weights"], peak["gradients"], state, peak["activations"], peak["transient"])
 
 
-def _complete(ledger: Ledger, in_backward: bool, param: Tensor) -> None:
-    """Hook that counts a gradient, and moves its parameter where that happens inside backward."""
+def _complete(ledger: Ledger, waiting: Waiting | None, transients: int, param: Tensor) -> None:
+    """Hook that counts a gradient, and lets parameters move where that happens inside backward."""
     assert param.grad is not None
     ledger.claim(param.grad, "gradients")
-    if in_backward:
-        _move(param.numel())
-        param.grad = None
+    if waiting is not None and waiting.add(param):
+        _allocate(transients)
+        for each in chain.from_iterable(params for _, params in waiting.take()):
+            each.grad = None
 
 
-def _move(numel: int) -> None:
-    """Allocate what a step of the optimizer allocates for this many elements, for a moment."""
-    torch.empty(STEP_BYTES * numel, dtype=torch.uint8, device="meta")
+def _allocate(size: int) -> None:
+    """Allocate bytes for a moment."""
+    torch.empty(size, dtype=torch.uint8, device="meta")
 
 
 class _FusedAttention(TorchFunctionMode):

@@ -52,6 +52,14 @@ def bucketed(moving: Iterable[tuple[Tensor, Iterable[Part], int]]) -> Iterable[B
     return buckets.values()
 
 
+def most_together(numel: int, device: str, uncopied: bool, due: bool) -> int:
+    """Number of matrices of ``numel`` elements in a batch, where a step copies gradients or not, or refreshes bases."""
+    limit = _BATCH_NUMEL.get(device, _BATCH_NUMEL["cuda"])
+    if uncopied:
+        limit = _REFRESHED_NUMEL if due else _UNCOPIED_NUMEL
+    return max(1, limit // max(1, numel))
+
+
 def batches(bucket: Bucket, path: Path) -> Iterator[Batch]:
     """A bucket in batches of a bounded size, the same on every process that holds a part of them.
 
@@ -60,11 +68,8 @@ def batches(bucket: Bucket, path: Path) -> Iterator[Batch]:
     part, grad = bucket.parts[0], bucket.grads[0]
     shard = part.shard
     numel = grad.numel() if shard is None else shard.most * shard.layout.shape[1:].numel()
-    if shard is not None or not path.kernels:
-        limit = _BATCH_NUMEL.get(grad.device.type, _BATCH_NUMEL["cuda"])
-    else:
-        limit = _REFRESHED_NUMEL if part.first.due(bucket.step) else _UNCOPIED_NUMEL
-    size = max(1, limit // max(1, numel))
+    uncopied = shard is None and path.kernels
+    size = most_together(numel, grad.device.type, uncopied, part.first.due(bucket.step))
     if shard is not None and part.second.whole_matrices:
         size = max(size, len(shard.layout.spans))  # every process has a matrix to work on
     for start in range(0, len(bucket.parts), size):

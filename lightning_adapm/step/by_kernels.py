@@ -31,7 +31,7 @@ from lightning_adapm.step.launch import Matrices
 from lightning_adapm.step.rounding import StochasticRounding
 from lightning_adapm.step.watching import Observer
 
-_TOGETHER_NUMEL = 1 << 24
+TOGETHER_NUMEL = 1 << 24
 """Maximum number of elements of bases that are made orthonormal together, as copies in float64."""
 
 Iterated = tuple[Tensor, Tensor, Tensor]
@@ -129,7 +129,7 @@ def refresh(batches: Sequence[Batch]) -> None:
         left = _joined(momentum.storage.read(batch.parts, "exp_avg_l"))
         iterated = lowrank.iterated_rows(grads, left, right, momentum.beta1)
         found.append((grads, (*iterated, right)))
-        if sum(right.numel() for _, (_, _, right) in found) > _TOGETHER_NUMEL:
+        if sum(right.numel() for _, (_, _, right) in found) > TOGETHER_NUMEL:
             _settle(found)
             found = []
     if found:

@@ -65,7 +65,7 @@ def path_of(parts: Sequence[Part], grads: Sequence[Tensor], maximize: bool) -> P
         return Path("torch", reason)
     if maximize:
         return Path("torch and kernels", "maximize=True negates gradients")
-    if reason := _unknown_moments(part):
+    if reason := unknown_moments(part):
         return Path("torch and kernels", reason)
     if part.shard is not None:
         return Path("kernels and reductions", "processes share the rows")
@@ -88,7 +88,7 @@ def _unknown_layout(parts: Sequence[Part], grads: Sequence[Tensor]) -> str:
     return ""
 
 
-def _unknown_moments(part: Part) -> str:
+def unknown_moments(part: Part) -> str:
     """Why the kernels cannot take the moments of a part; empty where they can."""
     first, second = part.first, part.second
     if type(first) not in (NoMomentum, FullMomentum, LowRankMomentum):

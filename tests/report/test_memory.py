@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from lightning_adapm import AdaPM
 from lightning_adapm.litgpt.module import LitGPTModule
-from lightning_adapm.report import memory
+from lightning_adapm.optim.in_backward import Waiting
 from lightning_adapm.report.ledger import Ledger
 from lightning_adapm.report.memory import step_bytes
 
@@ -31,7 +32,7 @@ def planned(module, **options):
     )
 
 
-def measured(module, free=False):
+def measured(module, waiting=None):
     """The most bytes of tensors at once in forward and backward on the CPU, and the bytes that the former keeps."""
     tokens, ledger, kept = torch.randint(300, TOKENS), Ledger(), {}
     own = [*module.parameters(), *module.buffers()]
@@ -43,9 +44,13 @@ def measured(module, free=False):
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    if free:
-        for param in module.parameters():
-            param.register_post_accumulate_grad_hook(lambda param: setattr(param, "grad", None))
+    def complete(param):
+        if waiting.add(param):
+            for each in (each for _, params in waiting.take() for each in params):
+                each.grad = None
+
+    for param in module.parameters() if waiting else ():
+        param.register_post_accumulate_grad_hook(complete)
     ledger.begin({"weights": own})
     with ledger.following():
         module._loss(tokens)[0].backward()
@@ -53,11 +58,6 @@ def measured(module, free=False):
         loss = module._loss(tokens)[0]
     del loss
     return ledger.peak.total(), sum(kept.values())
-
-
-@pytest.fixture(autouse=True)
-def without_a_step(monkeypatch):
-    monkeypatch.setattr(memory, "STEP_BYTES", 0)
 
 
 @pytest.mark.parametrize("options", MEMORY.values(), ids=MEMORY)
@@ -73,14 +73,20 @@ def test_a_step_is_planned_within_five_percent(model, options):
 
 
 def test_gradients_that_are_freed_in_backward():
+    """Those of a block wait for each other, in the plan as in training."""
     with torch.device("meta"):
         module = module_of("grouped queries", activation_checkpointing=True, lm_head_chunk_size=16)
-    all_at_once, one_by_one = planned(module), planned(module, in_backward=True)
-    assert one_by_one.gradients < 0.4 * all_at_once.gradients
+    all_at_once, in_blocks = planned(module), planned(module, waiting=waiting_of(module))
+    assert in_blocks.gradients < 0.5 * all_at_once.gradients
     real = module_of("grouped queries", activation_checkpointing=True, lm_head_chunk_size=16)
-    assert one_by_one.total - 7 == pytest.approx(measured(real, free=True)[0], rel=0.05)
+    assert in_blocks.total - 7 == pytest.approx(measured(real, waiting_of(real))[0], rel=0.05)
     size = sum(param.nbytes for param in module.parameters())
     assert planned(module, accumulating=True).gradients == size
+
+
+def waiting_of(module):
+    optimizer = AdaPM(module.named_parameters())
+    return Waiting(optimizer.param_groups, optimizer.blocks)
 
 
 def test_mixed_precision():
@@ -92,10 +98,9 @@ def test_mixed_precision():
     assert plan.activations == pytest.approx(kept, rel=0.05)
 
 
-def test_the_optimizers_step_counts(monkeypatch):
+def test_the_optimizers_step_counts():
     with torch.device("meta"):
         module = module_of("grouped queries")
-    monkeypatch.setattr(memory, "STEP_BYTES", 800)
-    assert planned(module).transients == 800 * sum(param.numel() for param in module.parameters())
-    largest = max(param.numel() for param in module.parameters())
-    assert planned(module, in_backward=True).transients >= 800 * largest
+    size = 800 * sum(param.numel() for param in module.parameters())
+    assert planned(module, transients=size).transients == size
+    assert planned(module, transients=size, waiting=waiting_of(module)).transients >= size

@@ -21,6 +21,7 @@ from lightning_adapm.report.diagnostics import ResidualProbe
 from lightning_adapm.sharding.layout import Layout
 from lightning_adapm.step import kernels, watching
 from lightning_adapm.step.rounding import StochasticRounding, Stream
+from lightning_adapm.step.transients import step_transients
 
 pytest.importorskip("triton", reason="the kernels are Triton's")
 
@@ -94,7 +95,7 @@ def trained(dtype, steps=8, spoiled=(), **options):
 
 def test_bases_are_refreshed_in_groups_of_a_bounded_size(interpreted, monkeypatch):
     together = trained(torch.float32, rank=2)[0]
-    monkeypatch.setattr("lightning_adapm.step.by_kernels._TOGETHER_NUMEL", 1)
+    monkeypatch.setattr("lightning_adapm.step.by_kernels.TOGETHER_NUMEL", 1)
     torch.testing.assert_close(trained(torch.float32, rank=2)[0], together)
 
 
@@ -195,6 +196,27 @@ def test_first_steps_and_refreshes_copy_no_gradient(interpreted):
             optimizer.step()
         assert ledger.peak["transient"] < 4 * weight.numel() // 2
     assert {"combine", "move"} <= set(interpreted)
+
+
+@pytest.mark.parametrize("second_moment", ["elementwise", "block", "factored"])
+def test_a_step_by_kernels_allocates_no_more_than_is_planned(interpreted, second_moment):
+    """In the first step, in one that refreshes and in one that does not."""
+    torch.manual_seed(0)
+    weights = {f"layers.{i}.mlp.weight": nn.Parameter(torch.randn(384, 256).bfloat16()) for i in range(3)}
+    optimizer = AdaPM(list(weights.items()), rank=8, update_proj_gap=2, second_moment=second_moment)
+    of_a_monitor = 4 * 6 * 384 * 256
+    bound = step_transients(p for weight in weights.values() for p in optimizer.parts(weight)) - of_a_monitor
+    assert bound < sum(4 * weight.numel() for weight in weights.values()) / 2
+    for weight in weights.values():
+        optimizer._make_state(weight)
+    for _ in range(3):
+        for weight in weights.values():
+            weight.grad = torch.randn(384, 256).bfloat16()
+        state = [v for each in optimizer.state.values() for v in each.values() if isinstance(v, torch.Tensor)]
+        ledger = Ledger({"held": [*weights.values(), *(weight.grad for weight in weights.values()), *state]})
+        with ledger.following():
+            optimizer.step()
+        assert 0 < ledger.peak["transient"] <= bound
 
 
 def by_name(probe):

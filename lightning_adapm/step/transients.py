@@ -1,0 +1,58 @@
+"""Bound of what a step on a GPU allocates and frees again, computed from shapes."""
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Sequence
+
+from lightning_adapm.step.batching import most_together
+from lightning_adapm.step.by_kernels import TOGETHER_NUMEL
+from lightning_adapm.step.launch import DTYPES
+from lightning_adapm.step.parts import Part
+from lightning_adapm.step.paths import unknown_moments
+from lightning_adapm.step.watching import TILE_NUMEL
+
+_FACTORS = 8
+"""Copies of the left factors of matrices that step together, all in float32, in a first step."""
+
+_COPIES = 2
+"""Copies in float32 of matrices that step together by torch's operations. An assumption."""
+
+_TILES = 6
+"""Tiles in float32 that a monitor holds."""
+
+
+def step_transients(parts: Iterable[Part], in_backward: bool = False) -> int:
+    """Bound of the bytes that a step on one GPU holds for a moment, besides weights, gradients and state.
+
+    It is that of docs/training.md, for gradients in the dtype of their parameters, with a monitor.
+
+    Args:
+        parts: All parts that are trained.
+        in_backward: Whether blocks of parameters move as soon as their gradients are complete.
+    """
+    moving: defaultdict[Hashable, list[Part]] = defaultdict(list)
+    largest = 0
+    for part in parts:
+        moving[part.piece.block if in_backward else None].append(part)
+        largest = max(largest, part.shape.numel())
+    return max(map(_of_one_step, moving.values()), default=0) + 4 * _TILES * min(TILE_NUMEL, largest)
+
+
+def _of_one_step(parts: Sequence[Part]) -> int:
+    """Bound for parts that move in one step: batches come one after another, the next bases of all before them."""
+    alike: defaultdict[Hashable, list[Part]] = defaultdict(list)
+    for part in parts:
+        alike[part.alike].append(part)
+    batches, bases = [], 0
+    for bucket in alike.values():
+        part = bucket[0]
+        kernels = part.param.dtype in DTYPES and not unknown_moments(part)
+        together = min(len(bucket), most_together(part.shape.numel(), "cuda", kernels, due=True))
+        if not kernels:
+            batches.append(4 * _COPIES * together * part.shape.numel())
+        elif part.first.has_basis:
+            entries = part.first.entries(part.shape)
+            left, right = ((entries[key].shape or part.shape).numel() for key in ("exp_avg_l", "exp_avg_r"))
+            batches.append(4 * _FACTORS * together * left)
+            bases += right * len(bucket)
+    in_float64 = 4 * min(bases, TOGETHER_NUMEL)  # as they are made orthonormal, and products of them
+    return max(batches, default=0) + 4 * bases + 8 * in_float64
