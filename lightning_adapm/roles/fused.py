@@ -104,7 +104,8 @@ def cut(item: Named, role: str, stated: Heads = Heads()) -> tuple[Piece, ...]:
     Raises:
         ValueError: The rows of a fused weight are unknown.
     """
-    heads = stated if stated.n_head else find_heads(item.around)
+    with_heads = role in ("query", "key", "kv", *FUSED)  # others are not asked: modules far around would be searched
+    heads = find_heads(item.around) if with_heads and not stated.n_head else stated
     if role == "kv":
         return _cut_kv(item, heads)
     if role in FUSED:

@@ -4,6 +4,7 @@ Nothing is downloaded and no weight gets memory: classes are built from their de
 and experts. ``tests/helpers/architectures.py`` writes the results to docs/architectures.md.
 """
 
+import gc
 import os
 import re
 import warnings
@@ -229,6 +230,14 @@ def check(model, optimizer, result, look):
             result.wrong.append(f"{names[param]}: {'/'.join(sorted(pieces[param]))}, but is {'/'.join(sorted(roles))}")
 
 
+def leave_out_of_searches(imported):
+    """Keep what importing a class has made out of the search for live modules, which every optimizer makes several
+    times: among a million objects it would take most of the sweep.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 def sweep(classes=None):
     """``{class name: Result}``; of each model type, forwards are run until one has shown attention weights."""
     results, shown = {}, set()
@@ -236,6 +245,8 @@ def sweep(classes=None):
         warnings.simplefilter("ignore")
         transformers.logging.set_verbosity(transformers.logging.CRITICAL)
         for name, kind in (classes or model_classes()).items():
+            model = None
+            leave_out_of_searches(getattr(transformers, name))
             try:
                 model = build(name, kind)
             except Exception as error:
