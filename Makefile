@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 LITDATA := boto3 filelock obstore requests tifffile
 RECIPE := recipes/trainer/pretrain
 FIT    := $(BIN)/lightning-adapm fit --config $(RECIPE)/quickstart.yaml
-# Two thirds of the recipe, so that three runs end within five minutes.
+# Two thirds of the recipe: three runs, one after another.
 SHORT  := --trainer.limit_train_batches=400
 # Every test keeps to one thread, so that each core takes tests of its own.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist wo
 .PHONY: help pretrain test test-slow lint types package docs clean
 
 help:
-	@echo "make pretrain   train the quick start with AdamW, AdaPM and PartialMuon (under 5 minutes on two CPU cores)"
+	@echo "make pretrain   train the quick start with AdamW, AdaPM and PartialMuon (six to seven minutes on two CPU cores)"
 	@echo "make test       the tests"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make lint       ruff"
