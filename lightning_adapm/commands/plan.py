@@ -58,7 +58,7 @@ activations and transients of a training step are planned, too.
 
 
 class Reading(NamedTuple):
-    """What the words of a command line describe: a model on the meta device, and an optimizer."""
+    """A model on the meta device and an optimizer, as the words of a command line describe them."""
 
     model: nn.Module
     label: str

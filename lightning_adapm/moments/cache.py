@@ -54,6 +54,6 @@ _CURRENT: ContextVar[DeviceCache | None] = ContextVar("cache of the optimizer wh
 
 
 def kept(key: Hashable, make: Callable[[], _Value]) -> _Value:
-    """What the cache of the step that runs holds under ``key``; made anew outside of steps."""
+    """Look ``key`` up in the cache of the step that runs; outside of steps, make its value anew."""
     cache = _CURRENT.get()
     return make() if cache is None else cache.get(key, make)
