@@ -77,6 +77,7 @@ PEERS: tuple[Peer, ...] = (
         training_only=True,
     ),
     Peer("AdaPM, every step", "AdaPM", {"update_proj_gap": 1}),
+    Peer("PartialMuon", "PartialMuon", interval=10),
     Peer("AdamMini", "AdamMini"),
     Peer("LoRAPre", "LoRAPre"),
     Peer("LoRAPre, Muon", "LoRAPre", {"variant": "muon"}),
