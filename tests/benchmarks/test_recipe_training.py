@@ -1,0 +1,27 @@
+"""A recipe is measured as it trains, next to AdamW; here on the CPU, which has no allocator to ask."""
+
+import pytest
+import torch
+import yaml
+
+from benchmarks import recipe_training
+from lightning_adapm import AdaPM
+
+MODEL = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 60, "padded_vocab_size": 64, "block_size": 16}
+ADAPM = {"second_moment": "block", "state_dtype": "bfloat16", "update_in_backward": True}
+ARGUMENTS = {"config": MODEL, "checkpoint_dir": "missing", "max_seq_length": 8, "lm_head_chunk_size": 4, "adapm": ADAPM}
+
+
+@pytest.mark.parametrize("name", recipe_training.OPTIMIZERS)
+def test_a_recipe_is_measured(tmp_path, name, monkeypatch):
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump({"trainer": {"precision": "bf16-true"}, "model": {"init_args": ARGUMENTS}}))
+    made = []
+    make = recipe_training.OPTIMIZERS[name]
+    monkeypatch.setitem(recipe_training.OPTIMIZERS, name, lambda module: made.append(make(module)) or made[-1])
+    row = recipe_training.measure(path, name, device="cpu", timed=1)
+    assert len(row["seconds"]) == recipe_training.WATCHED + 1
+    assert row["tokens_per_second"] == pytest.approx(8 / row["seconds"][-1])
+    assert {param.dtype for param in made[0].param_groups[0]["params"]} == {torch.bfloat16}
+    assert isinstance(made[0], AdaPM) == ("AdamW" not in name)
+    assert getattr(made[0], "update_in_backward", False) == (name == "recipe")
