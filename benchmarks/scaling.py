@@ -5,21 +5,17 @@ and as counted on 1, 2 and 4 real ones (gloo, FSDP2).
 """
 
 import argparse
-import os
-import sys
-import tempfile
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import multiprocessing
 from torch.distributed.fsdp import fully_shard
 
 from benchmarks.costs.models import MODELS
+from benchmarks.costs.processes import over_processes, run_on
 from benchmarks.pages.page import RESULTS, provenance, session, stacked_bars, table, write
 from benchmarks.studies.decoder import Decoder, Shape
 from lightning_adapm import AdaPM
@@ -52,19 +48,15 @@ def paper(shape: Shape, world_size: int, basis: str, **options: Any) -> Scaling:
 
 def count(world_size: int, basis: str) -> Counted:
     """Train the small model on as many processes, and count; all of them are gone afterwards."""
-    with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.start_processes(_train, (world_size, basis, folder), world_size)
-        exchanged, kept, state = torch.load(Path(folder) / "counted.pt")
+    exchanged, kept, state = run_on(world_size, "cpu", _train, basis)
     interval = exchanged[1 : 1 + GAP]  # the first step also finds out where there is a gradient
     step = min(interval)
     return Counted(kept, state, step, sum(interval) - GAP * step)
 
 
-def _train(rank: int, world_size: int, basis: str, folder: str) -> None:
+def _train(basis: str) -> tuple[list[int], list[int], list[int]]:
     """One process: an interval of steps after the first, each of whose bytes are counted."""
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", store, timedelta(seconds=120), rank=rank, world_size=world_size)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     model = Decoder(SMALL)
     for block in model.blocks:
@@ -80,15 +72,8 @@ def _train(rank: int, world_size: int, basis: str, folder: str) -> None:
         optimizer.step()
         exchanged.append(TRAFFIC.bytes - before)
     held = measure(optimizer)
-    gathered: list[Any] = [None] * world_size
-    dist.all_gather_object(gathered, (held.momentum, held.total))
-    if rank == 0:
-        kept, state = zip(*gathered, strict=True)
-        torch.save((exchanged, list(kept), list(state)), Path(folder) / "counted.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads now and then abort an interpreter that shuts down
+    kept, state = zip(*over_processes((held.momentum, held.total)), strict=True)
+    return exchanged, list(kept), list(state)
 
 
 def bases(world_size: int) -> Sequence[str]:

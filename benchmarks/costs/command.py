@@ -4,11 +4,13 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.costs.models import DTYPES, MODELS, numel
-from benchmarks.costs.peers import Peer, chosen
+from benchmarks.costs.peers import PEERS, Peer, chosen
 from benchmarks.pages.page import RESULTS
 from benchmarks.studies.decoder import Shape
 from benchmarks.studies.optimizers import UnavailableError
@@ -17,14 +19,18 @@ LATE = "no time left (--time-limit)"
 """Why a peer is skipped once time has run out."""
 
 
-def parser_of(module: str, description: str | None) -> argparse.ArgumentParser:
-    """Make a parser with the options for models, devices, time limits and outputs."""
+def parser_of(module: str, description: str | None, peers: Sequence[Peer] = PEERS) -> argparse.ArgumentParser:
+    """Make a parser with the options for models, devices, ``peers``, time limits and outputs."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{module}", description=description)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--model", choices=MODELS, default="llama")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the parameters")
     parser.add_argument(
-        "--peers", nargs="*", type=chosen, metavar="NAME", help="only those whose names contain one of these"
+        "--peers",
+        nargs="*",
+        type=partial(chosen, peers=peers),
+        metavar="NAME",
+        help="only those whose names contain one of these",
     )
     parser.add_argument("--peer-limit", type=float, default=20, help="seconds that a refresh by SVDs may take")
     parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds, after which the rest is skipped")

@@ -129,19 +129,19 @@ def attempt(peer: Peer, work: Callable[[], Result]) -> tuple[Result | None, str 
         return None, f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
-def chosen(word: str) -> tuple[Peer, ...]:
-    """The peers whose names contain ``word``: the type of a ``--peers`` option.
+def chosen(word: str, peers: Sequence[Peer] = PEERS) -> tuple[Peer, ...]:
+    """Those of ``peers`` whose names contain ``word``: the type of a ``--peers`` option.
 
     Raises:
         argparse.ArgumentTypeError: no name contains it.
     """
-    found = tuple(peer for peer in PEERS if word in peer.name)
+    found = tuple(peer for peer in peers if word in peer.name)
     if not found:
-        names = ", ".join(repr(peer.name) for peer in PEERS)
+        names = ", ".join(repr(peer.name) for peer in peers)
         raise argparse.ArgumentTypeError(f"{word!r} is in none of the names {names}")
     return found
 
 
-def select(found: Sequence[Sequence[Peer]] | None) -> tuple[Peer, ...]:
-    """Each peer once of what a ``--peers`` option was given; all without it."""
-    return PEERS if found is None else tuple(dict.fromkeys(peer for several in found for peer in several))
+def select(found: Sequence[Sequence[Peer]] | None, peers: tuple[Peer, ...] = PEERS) -> tuple[Peer, ...]:
+    """Each peer once of what a ``--peers`` option was given; all ``peers`` without it."""
+    return peers if found is None else tuple(dict.fromkeys(peer for several in found for peer in several))

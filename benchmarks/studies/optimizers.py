@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks.studies.trials import Trial
+from benchmarks.studies.trials import Bookkeeping, Trial
 from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre, PartialMuon
 from lightning_adapm.moments.policy import momentum_table
 from lightning_adapm.optim import partial_muon
@@ -25,7 +25,13 @@ TABLES = ("wte", "wpe", "lm_head")
 """Parts of names of matrices that are not hidden: what Muon, GaLore and APOLLO leave to AdamW."""
 ROLES: dict[str, Callable[..., Optimizer]] = {"AdaPM": AdaPM, "trial": Trial, "PartialMuon": PartialMuon}
 """Kinds whose momentum depends on the role."""
-OURS = ROLES | {"AdaLomo": AdaLomo, "AdamMini": AdamMini, "LoRAPre": LoRAPre, "Lomo": Lomo}
+OURS = ROLES | {
+    "AdaLomo": AdaLomo,
+    "AdamMini": AdamMini,
+    "Bookkeeping": Bookkeeping,
+    "LoRAPre": LoRAPre,
+    "Lomo": Lomo,
+}
 
 
 class UnavailableError(Exception):

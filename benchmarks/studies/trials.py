@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.studies import damping
-from lightning_adapm import AdaPM
+from lightning_adapm import AdaPM, PartialMuon
 from lightning_adapm.moments import lowrank
-from lightning_adapm.moments.base import Direction, Momentum, Stack, State, join, split
+from lightning_adapm.moments.base import Direction, Momentum, SecondMoment, Stack, State, join, split
 from lightning_adapm.moments.first import LowRankMomentum
+from lightning_adapm.moments.orthogonal import Orthogonal
 from lightning_adapm.moments.storage import Entry
 from lightning_adapm.roles.piece import Piece
 from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
@@ -299,3 +300,18 @@ LOW_RANK: dict[str, type[LowRankMomentum]] = {
     "gradient descent": GradientDescent,
     "re-projected": Reprojected,
 }
+
+
+class NotIterated(Orthogonal):
+    """Newton-Schulz without its steps: matrices are scaled and exchanged only."""
+
+    def iterated(self, normalized: Tensor) -> Tensor:
+        return normalized
+
+
+class Bookkeeping(PartialMuon):
+    """PartialMuon without Newton-Schulz: what its step costs besides, momentum and exchanges of matrices included."""
+
+    def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
+        found = super().second_moment_for(piece, shape, group)
+        return NotIterated(found.steps) if isinstance(found, Orthogonal) else found

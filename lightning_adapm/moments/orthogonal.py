@@ -12,7 +12,7 @@ it by matrix products alone. Of two forms of the same iteration, the one with le
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -45,8 +45,15 @@ class Orthogonal(NoSecondMoment):
         if isinstance(reduction, ProcessReduction):
             rows, found = reduction.shards[0].size, self._over_processes(used, reduction)
         else:
-            rows, found = used[0].shape[-2], split(newton_schulz(join(used), self.steps), used)
+            whole = join(used)
+            dtype = product_dtype(whole.device, whole.dtype)
+            found = split(self.iterated(_normalized(whole, _squares(whole), dtype)), used)
+            rows = used[0].shape[-2]
         return Direction(found, 0.2 * max(rows, used[0].shape[-1]) ** 0.5, scratch=True, clamp=None)
+
+    def iterated(self, normalized: Tensor) -> Tensor:
+        """Orthogonalize whole matrices ``(b, m, n)`` of norm 1."""
+        return _iterated(normalized, self.steps)
 
     def _over_processes(self, parts: list[Tensor], reduction: ProcessReduction) -> list[Tensor]:
         """The rows of this process; each matrix is worked on by one of those that hold it."""
@@ -54,7 +61,7 @@ class Orthogonal(NoSecondMoment):
         squares = reduction.total([_squares(part.unsqueeze(0)) for part in held])
         dtype = product_dtype(parts[0].device, parts[0].dtype)
         held = [_normalized(part, total[0], dtype) for part, total in zip(held, squares, strict=True)]
-        return Owners(reduction.shards).apply(partial(_iterated, steps=self.steps), held)
+        return Owners(reduction.shards).apply(self.iterated, held)
 
 
 def newton_schulz(matrices: Tensor, steps: int = STEPS, dtype: torch.dtype | None = None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from litgpt import GPT, Config
 from torch import nn
 
-from benchmarks import docs, step_time, training_time
+from benchmarks import docs, step_time, step_time_sharded, training_time
 from benchmarks.costs import peers
 from benchmarks.costs.memory import state_bytes
 from benchmarks.costs.models import MODELS, materialize, numel, shorten
@@ -235,6 +235,26 @@ def test_training_steps_are_timed_with_and_without_an_optimizer(monkeypatch, tmp
         assert len(row["turns_ms"]) == 2
         assert row["added_ms"] == pytest.approx(row["mean_ms"] - alone["mean_ms"])
         assert row["tokens_per_second"] == pytest.approx(32 / (1e-3 * row["mean_ms"]))
+
+
+@pytest.mark.slow
+def test_steps_are_timed_on_processes(monkeypatch, tmp_path):
+    monkeypatch.setattr(step_time_sharded, "MODELS", {"llama": TINY})
+    words = ["step_time_sharded", "--length", "8", "--repeats", "2", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*words, "--peers", "fused", "bases", "PartialMuon", "--profile", "fused"])
+    step_time_sharded.main()
+    name = "step_time_sharded-fsdp2-2-cpu-llama-float32"
+    assert "AdamW, fused: 21 steps" in (tmp_path / f"{name}-profile.txt").read_text()
+    assert "| AdaPM block, bases sharded |" in (tmp_path / f"{name}.md").read_text()
+    rows = json.loads((tmp_path / f"{name}.json").read_text())["rows"]
+    assert rows["AdamW, fused"]["exchanged"] == {"step": 0, "most": 0}
+    replicated, sharded = (rows[f"AdaPM block, bases {how}"] for how in ("replicated", "sharded"))
+    assert replicated["exchanged"]["step"] < sharded["exchanged"]["step"] < sharded["exchanged"]["most"]
+    assert replicated["state_bytes"] > sharded["state_bytes"]
+    assert [len(row["step"]["turns_ms"]) for row in rows.values()] == [2] * 5
+    assert [name for name in rows if "training" not in rows[name]] == ["PartialMuon without Newton-Schulz"]
+    whole, besides = rows["PartialMuon"], rows["PartialMuon without Newton-Schulz"]
+    assert whole["exchanged"] == besides["exchanged"] and whole["state_bytes"] == besides["state_bytes"]
 
 
 def test_what_an_optimizer_adds_is_not_known_without_forward_and_backward_alone():
