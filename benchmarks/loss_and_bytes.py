@@ -17,7 +17,7 @@ from benchmarks.costs.memory import state_bytes
 from benchmarks.pages.page import RESULTS, provenance, session, table, write
 from benchmarks.pages.table import Table, best, plotting, rivals, select, tabulate
 from benchmarks.studies import STUDIES, Study
-from benchmarks.studies.optimizers import OURS, Parameters, build, missing, resolve
+from benchmarks.studies.optimizers import OURS, TRIALS, Parameters, build, missing, resolve
 from benchmarks.studies.store import Store
 
 PANELS = {
@@ -65,7 +65,7 @@ def points(names: Sequence[str], results: Path = RESULTS) -> list[Point]:
             labels = [label for label in rows if label == rival or not label.startswith("AdamW")]
             for label in labels:
                 kind = study.variants[label][0]
-                if kind != "trial" and not missing(kind):
+                if kind not in TRIALS and not missing(kind):
                     found.setdefault(label, _point(study, name, rows, label, rival))
     return sorted(found.values(), key=lambda point: not point.label.startswith("AdamW"))
 

@@ -1,4 +1,4 @@
-"""Curves of runs by steps, bytes and seconds, steps to a baseline's loss, and observed figures."""
+"""Curves of runs by steps, what was read and seconds, steps to a baseline's loss, and observed figures."""
 
 import itertools
 import math
@@ -56,16 +56,19 @@ def steps_table(study: Study, table: Table) -> list[str]:
 
 
 def mean_curve(results: Mapping[int, dict[str, Any]], setting: Setting) -> dict[str, list[float]]:
-    """Over the seeds: loss against steps, bytes and, where all have them, seconds; up to where the first diverged."""
+    """Over the seeds: loss against steps, bytes or tokens read and, where all have them, seconds.
+
+    The curve ends where the first one diverged.
+    """
     curves = [result["curve"] for result in results.values()]
-    found: dict[str, list[float]] = {"loss": [], "steps": [], "bytes": [], "seconds": []}
+    found: dict[str, list[float]] = {"loss": [], "steps": [], "read": [], "seconds": []}
     for points in zip(*curves, strict=False):
         if any(point[1] is None for point in points):
             break
         timed = all(len(point) > 2 for point in points)
         found["loss"].append(statistics.fmean(point[1] for point in points))
         found["steps"].append(points[0][0])
-        found["bytes"].append(points[0][0] * setting.batch * setting.shape.context)
+        found["read"].append(points[0][0] * setting.batch * setting.shape.context)
         found["seconds"].append(statistics.fmean(point[2] for point in points) if timed else math.nan)
     return found
 
@@ -79,10 +82,11 @@ def plot_curves(study: Study, table: Table, path: Path) -> bool:
     for index, (label, cells) in enumerate(table.items()):
         lr = best(cells)
         curve = mean_curve(cells[lr].results, study.setting_of(label))
-        for axes, unit in zip(panels, ("steps", "bytes", "seconds"), strict=True):
+        for axes, unit in zip(panels, ("steps", "read", "seconds"), strict=True):
             axes.plot(curve[unit], curve["loss"], label=f"{label}, {lr:g}", **style(index, label))
-    for axes, unit in zip(panels, ("steps", "bytes read", "seconds of training per run"), strict=True):
-        axes.set(xlabel=unit, yscale="log")
+    labels = "steps", f"{study.setting.shape.unit}s read", "seconds of training per run"
+    for axes, label in zip(panels, labels, strict=True):
+        axes.set(xlabel=label, yscale="log")
         axes.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("validation loss (nats)")
     panels[0].legend(fontsize=6)

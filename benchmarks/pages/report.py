@@ -129,13 +129,9 @@ def plot(table: Table, path: Path) -> bool:
 
 def opening(name: str, study: Study) -> list[str]:
     """Question, finding and setting."""
-    setting = study.setting
-    what = (
-        f"{setting.shape}; {setting.steps} steps of {setting.batch} images"
-        if study.images
-        else f"{setting.shape}; {setting.steps} steps of {setting.batch} x {setting.shape.context} bytes"
-    )
-    unit = "image" if study.images else "byte"
+    setting, unit = study.setting, study.setting.shape.unit
+    windows = "" if study.images else f"x {setting.shape.context} "
+    what = f"{setting.shape}; {setting.steps} steps of {setting.batch} {windows}{unit}s"
     return [
         f"# {name}",
         "",
@@ -180,7 +176,7 @@ def section(study: Study, table: Table, image: Path) -> list[str]:
         page += steps_table(study, table)
         curves = image.with_name(f"{image.stem}-curves.svg")
         if plot_curves(study, table, curves) or curves.exists():
-            page += [f"![validation loss by steps, bytes and seconds]({curves.name})", ""]
+            page += [f"![validation loss by steps, {study.setting.shape.unit}s and seconds]({curves.name})", ""]
     page += observed_tables(table)
     seen = image.with_name(f"{image.stem}-observed.svg")
     if plot_observed(table, seen) or seen.exists():

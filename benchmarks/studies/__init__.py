@@ -1,6 +1,6 @@
 """The studies, as data: what is asked, which variants answer it, and at which learning rates."""
 
-from benchmarks.studies import ablation, at_size, comparison, defaults, large, precision
+from benchmarks.studies import ablation, at_size, comparison, defaults, large, on_tokens, precision
 from benchmarks.studies.base import BESIDE, BEST, SIZES, Study, adamw, adapm
 
 STUDIES: dict[str, Study] = {
@@ -24,6 +24,9 @@ STUDIES: dict[str, Study] = {
         at_size.at_size,
         at_size.at_size_llama,
         at_size.partial_muon,
+        on_tokens.tokens_gpt2,
+        on_tokens.tokens_llama_60m,
+        on_tokens.tokens_llama_130m,
         comparison.convergence,
         comparison.instructions,
         comparison.recurrent,

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.studies.compiled import compile_blocks, fastest_attention
+from benchmarks.studies.decoder import Decoder
+from benchmarks.studies.head import LARGE, losses_and_slopes, mean_loss
 from benchmarks.studies.setting import Device, Setting
 from benchmarks.studies.text import NO_TARGET
 
@@ -21,6 +24,7 @@ class Copies:
 
     def __init__(self, setting: Setting, seeds: list[int], device: Device, start: list[Path] | None) -> None:
         self.setting, self.device, models = setting, device, []
+        self.no_target = max(NO_TARGET, setting.shape.vocab)
         for seed in seeds:
             torch.manual_seed(seed)
             models.append(setting.shape.build())
@@ -39,6 +43,7 @@ class Copies:
         if device.compile:
             compile_blocks(self.models[0])
         self.attention = fastest_attention if device.compile else nullcontext
+        self.slope = torch.compile(losses_and_slopes, dynamic=False) if device.compile else losses_and_slopes
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for index, model in enumerate(self.models):
@@ -48,16 +53,25 @@ class Copies:
     def losses(self, windows: Tensor) -> Tensor:
         """Mean loss of each copy over the targets, in nats, on its ``windows`` ``(copies, batch, context + 1)``."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.setting.bf16), self.attention():
-            logits = self.forward(windows[..., :-1] % NO_TARGET)
+            if self.setting.shape.vocab > LARGE and len(self.models) == 1:
+                return self._by_parts_of_logits(windows[0])
+            logits = self.forward(windows[..., :-1] % self.no_target)
         each = logits.shape[1] // windows.shape[1]  # a decoder predicts every byte, a classifier the last
         targets = windows[..., -each:].flatten(1)
         losses = F.cross_entropy(
             logits.flatten(0, 1).float(),
-            targets.masked_fill(targets >= NO_TARGET, -100).flatten(),
+            targets.masked_fill(targets >= self.no_target, -100).flatten(),
             ignore_index=-100,
             reduction="none",
         )
-        return losses.view_as(targets).sum(dim=1) / (targets < NO_TARGET).sum(dim=1).clamp_min(1)
+        return losses.view_as(targets).sum(dim=1) / (targets < self.no_target).sum(dim=1).clamp_min(1)
+
+    def _by_parts_of_logits(self, windows: Tensor) -> Tensor:
+        """Loss of a single decoder whose logits would take several times the memory of everything else."""
+        decoder = cast(Decoder, self.models[0])
+        dtype = torch.bfloat16 if self.setting.bf16 else decoder.head.dtype
+        hidden, targets = decoder.hidden(windows[:, :-1]), windows[:, 1:].flatten()
+        return mean_loss(hidden, decoder.head, targets, dtype, self.slope).unsqueeze(0)
 
     def _alone(self, tokens: Tensor) -> Tensor:
         return self.models[0](tokens[0]).unsqueeze(0)

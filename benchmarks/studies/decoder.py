@@ -34,10 +34,16 @@ class Shape:
 
     def __str__(self) -> str:
         kind = "Llama-like" if self.llama else "GPT-2-like"
-        return (
+        words = (
             f"A {kind} decoder: {self.layers} layers, width {self.width}, {self.n_head} heads,"
             f" {self.n_query_groups or self.n_head} of keys and values"
         )
+        return words if self.unit == "byte" else f"{words}, a vocabulary of {self.vocab} tokens"
+
+    @property
+    def unit(self) -> str:
+        """What is predicted: bytes, or tokens of a vocabulary that is larger."""
+        return "byte" if self.vocab <= 256 else "token"
 
     @property
     def tied(self) -> bool:
@@ -140,7 +146,13 @@ class Decoder(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(param)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    @property
+    def head(self) -> Tensor:
+        """Weight of the head."""
+        return self.wte.weight if self.lm_head is None else self.lm_head.weight
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Output of the last norm, ``(batch * time, width)``."""
         batch, time = tokens.shape
         x = self.wte(tokens)
         if self.wpe is not None:
@@ -148,4 +160,7 @@ class Decoder(nn.Module):
         x = x.flatten(0, 1)  # so that under vmap a linear layer is one batched product
         for block in self.blocks:
             x = block(x, batch)
-        return F.linear(self.norm(x), self.wte.weight if self.lm_head is None else self.lm_head.weight)
+        return self.norm(x)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.linear(self.hidden(tokens), self.head)

@@ -21,6 +21,7 @@ class Recurrent:
     lstm: bool = True
     vocab: int = 256
     words: ClassVar[str] = "An LSTM language model"
+    unit: ClassVar[str] = "byte"
 
     def build(self) -> nn.Module:
         return RecurrentLM(self)
@@ -76,6 +77,7 @@ class Images:
     side: int = 16
     vocab: int = 10
     words: ClassVar[str] = "A residual network with group norms"
+    unit: ClassVar[str] = "image"
 
     @property
     def context(self) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from benchmarks.studies.trials import Bookkeeping, Trial
+from benchmarks.studies.updated import UpdatedLoRAPre
 from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre, PartialMuon
 from lightning_adapm.moments.policy import momentum_table
 from lightning_adapm.optim import partial_muon
@@ -30,8 +31,11 @@ OURS = ROLES | {
     "AdamMini": AdamMini,
     "Bookkeeping": Bookkeeping,
     "LoRAPre": LoRAPre,
+    "LoRAPre trial": UpdatedLoRAPre,
     "Lomo": Lomo,
 }
+TRIALS = ("trial", "LoRAPre trial")
+"""Kinds that are only tried, outside the package."""
 
 
 class UnavailableError(Exception):

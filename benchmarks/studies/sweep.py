@@ -24,12 +24,13 @@ from benchmarks.studies.optimizers import missing, resolve
 from benchmarks.studies.setting import Device, Run, Setting
 from benchmarks.studies.store import Store, hardware, versions
 from benchmarks.studies.text import Text, read_text
+from benchmarks.studies.tokens import Tokens
 from benchmarks.studies.training import train
 
 PRETRAINING_LR, PRETRAINING_STEPS = 2e-3, 600
 
-Source = Path | Images | None
-"""Source of the data: a text file, images of these sizes, or Python's sources."""
+Source = Path | Images | Tokens | None
+"""Source of the data: a text file, images of these sizes, tokens of a text, or Python's sources."""
 
 _text: dict[Source, Text] = {}
 
@@ -123,8 +124,11 @@ def sweep(
         "versions": versions(),
     }
     gpus = visible_gpus() if device.type == "cuda" else []
+    source = source_of(studies[0][0], data)
+    if isinstance(source, Tokens):
+        load(source)  # tokenized once, not by every worker
     with ExitStack() as stop:
-        workers = start_workers(jobs, gpus, None if studies[0][0].images else data)
+        workers = start_workers(jobs, gpus, None if isinstance(source, Images) else source)
         for worker in workers:
             stop.enter_context(worker)
         folder = studies[0][1].path.parent
@@ -185,10 +189,10 @@ def distinct(groups: Iterable[Group]) -> Iterator[Group]:
 
 def source_of(study: Study, data: Path | None) -> Source:
     """Load a study's data; ``data`` is the option of the command line."""
-    if not study.images:
-        return data
-    assert isinstance(study.setting.shape, Images)
-    return study.setting.shape
+    shape = study.setting.shape
+    if isinstance(shape, Images):
+        return shape
+    return Tokens(data, shape.vocab) if shape.unit == "token" else data
 
 
 def starting(study: Study, store: Store, queue: "Queue", stack: int) -> Setting:
@@ -282,7 +286,13 @@ def lasting(result: dict[str, Any]) -> float:
 
 def load(source: Source) -> Text:
     if source not in _text:
-        _text[source] = made_images(source) if isinstance(source, Images) else read_text(source)
+        match source:
+            case Images():
+                _text[source] = made_images(source)
+            case Tokens():
+                _text[source] = source.read()
+            case _:
+                _text[source] = read_text(source)
     return _text[source]
 
 

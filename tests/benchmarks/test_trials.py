@@ -25,6 +25,7 @@ from benchmarks.studies.store import Store
 from benchmarks.studies.text import NO_TARGET, Text, read_text
 from benchmarks.studies.training import batch_starts, schedule, train, validate
 from benchmarks.studies.trials import ExactSVD, GradientDescent, Reprojected, Scaled, Trial, average
+from benchmarks.studies.updated import MOMENTS, UpdatedLoRAPre
 from lightning_adapm.moments.first import LowRankMomentum
 
 CPU = Device()
@@ -341,6 +342,29 @@ def test_a_damped_update_divides_by_the_second_moment_and_what_no_momentum_avera
         root = (average / (1 - 0.9**step) + damping * outside.square()).sqrt()
         expected = (1 - lr * decay) * expected - lr * (outside + inside) / (root + 1e-8)
         torch.testing.assert_close(weight.detach(), expected)
+
+
+@pytest.mark.parametrize("moments", [MOMENTS, MOMENTS[:1], MOMENTS[1:]], ids=" and ".join)
+def test_updated_factors_are_those_that_a_step_leaves_behind(moments):
+    torch.manual_seed(0)
+    weight, lr, betas = torch.nn.Parameter(torch.randn(12, 8, dtype=torch.float64)), 1e-2, (0.9, 0.95)
+    trial = UpdatedLoRAPre([("mlp.weight", weight)], lr=lr, betas=betas, rank=2, weight_decay=0.0, moments=moments)
+    before = dict.fromkeys(("exp_avg_l", "exp_avg_sq_l"), torch.zeros(12, 2)) | dict.fromkeys(
+        ("exp_avg_r", "exp_avg_sq_r"), torch.zeros(2, 8)
+    )
+    for step in range(1, 4):
+        expected, weight.grad = weight.detach().clone(), torch.randn(12, 8, dtype=torch.float64)
+        trial.step()
+        after = {key: value.double() for key, value in trial.state[weight].items()}
+        first, second = (
+            (after if name in moments else before)[f"{key}_l"].double()
+            @ (after if name in moments else before)[f"{key}_r"].double()
+            for name, key in zip(MOMENTS, ("exp_avg", "exp_avg_sq"), strict=True)
+        )
+        average = (0.9 * first + 0.1 * weight.grad) / (1 - 0.9**step)
+        squares = (0.95 * second.square() + 0.05 * weight.grad.square()) / (1 - 0.95**step)
+        torch.testing.assert_close(weight.detach(), expected - lr * average / (squares.sqrt() + 1e-8))
+        before = {key: value.clone() for key, value in after.items()}
 
 
 def test_a_study_begins_with_the_runs_that_it_wants_first(tmp_path):

@@ -1,0 +1,85 @@
+"""Text as tokens of a byte-level BPE that is trained on it, once: vocabulary and tokens are kept beside the text."""
+
+import hashlib
+import itertools
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.studies.text import Text, read_text
+from lightning_adapm.data.tokens import default_cache_dir, train_tokenizer
+
+TRAINED_ON = 48_000_000
+"""Bytes at the beginning of the training text from which the vocabulary is made."""
+PIECE = 1 << 16
+"""Bytes that are tokenized as one text, up to the end of a line."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of a text file, of Python's sources without a ``path``, in a vocabulary of at most ``vocab``."""
+
+    path: Path | None
+    vocab: int
+
+    def read(self) -> Text:
+        """Tokenize the text, unless that was done before.
+
+        The vocabulary is trained on the training part alone, so that nothing of the validation text is in it.
+
+        Raises:
+            ValueError: The text is questions and answers, or too short.
+        """
+        file = self._file()
+        if not file.exists():
+            unfinished = file.with_name(f"{file.name}.{os.getpid()}")
+            torch.save(self._tokenized(), unfinished)
+            unfinished.replace(file)  # in one move: several processes may do this at once
+        train, val = torch.load(file, weights_only=True)
+        digest = hashlib.sha256(train.numpy().tobytes() + val.numpy().tobytes()).hexdigest()[:8]
+        source = f"Python {platform.python_version()} sources" if self.path is None else self.path.name
+        return Text(f"{source} ({len(train) / 1e6:.1f} million of {self.vocab} tokens, {digest})", train, val)
+
+    def _file(self) -> Path:
+        """File of the tokens: beside the text, or in the user's cache where that folder cannot be written to."""
+        raw = read_text().name.encode() if self.path is None else self.path.read_bytes()
+        key = hashlib.sha256(f"{self.vocab} {TRAINED_ON} ".encode() + raw).hexdigest()[:8]
+        stem = "python-sources" if self.path is None else self.path.name
+        folder = default_cache_dir()
+        if self.path is not None and os.access(self.path.parent, os.W_OK):
+            folder = self.path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{stem}.bpe{self.vocab}-{key}.pt"
+
+    def _tokenized(self) -> tuple[Tensor, Tensor]:
+        text = read_text(self.path)
+        if text.starts is not None:
+            raise ValueError(f"--data {self.path}: holds questions and answers; studies on tokens train on plain text")
+        train, val = (part.numpy().tobytes() for part in (text.train, text.val))
+        tokenizer = train_tokenizer(pieces(train[:TRAINED_ON]), self.vocab)
+        return encode(tokenizer, train, self.vocab), encode(tokenizer, val, self.vocab)
+
+
+def pieces(raw: bytes) -> Iterator[str]:
+    """Cut a text at ends of lines."""
+    start = 0
+    while start < len(raw):
+        end = raw.find(b"\n", start + PIECE) + 1 or len(raw)
+        yield raw[start:end].decode(errors="replace")
+        start = end
+
+
+def encode(tokenizer: Any, raw: bytes, vocab: int) -> Tensor:
+    """Tokens of a text, in the smallest signed integers that hold the vocabulary."""
+    dtype = torch.int16 if vocab <= 2**15 else torch.int32
+    texts, parts = pieces(raw), [torch.empty(0, dtype=dtype)]
+    while batch := list(itertools.islice(texts, 256)):  # bounded memory, and work for all cores
+        encoded = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        parts += [torch.tensor(encoding.ids, dtype=dtype) for encoding in encoded]
+    return torch.cat(parts)

@@ -1,0 +1,69 @@
+"""Studies on tokens: the text as tokens, and the loss of a vocabulary whose logits are never all there."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from benchmarks.pages.report import report
+from benchmarks.studies import Study, adamw, head, sweep
+from benchmarks.studies.copies import Copies
+from benchmarks.studies.decoder import Shape
+from benchmarks.studies.setting import Device, Setting
+from benchmarks.studies.store import Store
+from benchmarks.studies.tokens import Tokens
+
+CPU = Device()
+TINY = Setting(Shape(layers=1, width=16, n_head=2, context=8, vocab=300), steps=2, batch=2, val_windows=4)
+
+
+@pytest.fixture
+def prose(tmp_path):
+    file = tmp_path / "prose.txt"
+    file.write_text("".join(f"line {number} of a text, and é\n" for number in range(4000)))
+    return file
+
+
+def test_tokens_are_made_once_and_are_those_of_the_text(prose, monkeypatch):
+    text = Tokens(prose, 300).read()
+    assert text.train.dtype == torch.int16 and text.train.max() < 300
+    (_,) = prose.parent.glob("prose.txt.bpe300-*.pt")
+    monkeypatch.setattr("benchmarks.studies.tokens.train_tokenizer", None)
+    again = Tokens(prose, 300).read()
+    assert again.name == text.name and torch.equal(again.train, text.train) and torch.equal(again.val, text.val)
+    prose.write_text("another\n" * 100)
+    with pytest.raises(TypeError):  # nothing is kept of this text
+        Tokens(prose, 300).read()
+
+
+def test_questions_and_answers_are_no_text_for_tokens(tmp_path):
+    file = tmp_path / "some.jsonl"
+    file.write_text('{"question": "why?", "answer": "so"}\n' * 40)
+    with pytest.raises(ValueError, match="plain text"):
+        Tokens(file, 300).read()
+
+
+@pytest.mark.parametrize("llama", [False, True])
+def test_a_loss_by_parts_of_the_logits_has_the_gradients_of_the_whole(llama, monkeypatch):
+    copies = Copies(dataclasses.replace(TINY, shape=dataclasses.replace(TINY.shape, llama=llama)), [0], CPU, None)
+    windows = torch.randint(300, (1, 2, 9), generator=torch.Generator().manual_seed(0))
+    found = []
+    for large in (1000, 200):
+        monkeypatch.setattr("benchmarks.studies.copies.LARGE", large)
+        monkeypatch.setattr(head, "POSITIONS", 5)
+        copies.backward(windows)
+        with torch.no_grad():
+            losses = copies.losses(windows)
+        found.append([losses, *(param.grad for param in copies.models[0].parameters())])
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole, atol=1e-7, rtol=1e-5)
+
+
+def test_a_study_on_tokens_trains_and_its_page_says_so(prose, tmp_path):
+    study = Study("Which?", {"AdamW": adamw()}, (1e-3,), (), 1, TINY, curves=True)
+    store = Store(tmp_path / "results" / "study.json")
+    sweep.sweep([(study, store)], prose, CPU, jobs=1, stack=1, deadline=math.inf)
+    report("study", study, Store(store.path))
+    page = store.path.with_suffix(".md").read_text()
+    assert "a vocabulary of 300 tokens; 2 steps of 2 x 8 tokens" in page and "nats per token" in page
