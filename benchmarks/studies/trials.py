@@ -68,14 +68,14 @@ class Trial(AdaPM):
     def _damps(self, part: Part) -> bool:
         return self.damping > 0 and part.first.name != "full"
 
-    def _path(self, parts: Sequence[Part], grads: Sequence[Tensor], group: Mapping[str, Any]) -> Path:
-        return Path("torch", "damped") if self._damps(parts[0]) else super()._path(parts, grads, group)
+    def path_for(self, parts: Sequence[Part], grads: Sequence[Tensor], group: Mapping[str, Any]) -> Path:
+        return Path("torch", "damped") if self._damps(parts[0]) else super().path_for(parts, grads, group)
 
-    def _move(self, batch: Batch, group: Mapping[str, Any]) -> None:
+    def move(self, batch: Batch, group: Mapping[str, Any]) -> None:
         if self._damps(batch.parts[0]):
             damping.move(batch, group, self.damping)
         else:
-            super()._move(batch, group)
+            super().move(batch, group)
 
     def _tried(self, momentum: LowRankMomentum) -> Momentum:
         fields = {field.name: getattr(momentum, field.name) for field in dataclasses.fields(momentum)}

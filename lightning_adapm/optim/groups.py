@@ -1,7 +1,7 @@
 """Parameter groups of an optimizer: with every option, and without shared values."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -30,6 +30,25 @@ def fill(group: Mapping[str, Any], defaults: Mapping[str, Any], unmatched: str) 
 def settings_of(group: Mapping[str, Any], keys: Iterable[str]) -> tuple[Any, ...]:
     """Copy of a group's options, for comparisons after the group has changed."""
     return tuple(_frozen(group.get(key)) for key in keys)
+
+
+def joined(
+    selected: Iterable[tuple[int, list[Tensor]]], groups: Sequence[Mapping[str, Any]], defaults: Iterable[str]
+) -> list[tuple[int, list[Tensor]]]:
+    """Join parameters of groups with equal options, so that they step together.
+
+    Args:
+        selected: Indices of groups, each with parameters of it.
+        groups: All parameter groups.
+        defaults: Names of the options.
+
+    Returns:
+        The same, by the first of the groups that are joined.
+    """
+    found: dict[Any, tuple[int, list[Tensor]]] = {}
+    for index, params in selected:
+        found.setdefault(settings_of(groups[index], defaults), (index, []))[1].extend(params)
+    return list(found.values())
 
 
 def _frozen(value: Any) -> Any:

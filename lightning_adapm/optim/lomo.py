@@ -175,10 +175,10 @@ class AdaLomo(RoleOptimizer):
         """Choose row and column means."""
         return RelativeSecondMoment()
 
-    def _path(self, parts: Sequence[Part], grads: Sequence[Tensor], group: Mapping[str, Any]) -> Path:
+    def path_for(self, parts: Sequence[Part], grads: Sequence[Tensor], group: Mapping[str, Any]) -> Path:
         return Path("torch", "updates are scaled by the size of their matrix")
 
-    def _move(self, batch: Batch, group: Mapping[str, Any]) -> None:
+    def move(self, batch: Batch, group: Mapping[str, Any]) -> None:
         parts, params, grads, step, _, reduction = batch
         second, decay = parts[0].second, parts[0].decay
         lr, clip = float(group["lr"]), float(group["clip_threshold"])

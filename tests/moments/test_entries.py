@@ -103,7 +103,7 @@ def test_options_that_change_in_every_step_build_no_part_anew():
         assert all(one is other for one, other in zip(parts, before, strict=True))
         full = next(part.first for part in parts if isinstance(part.first, FullMomentum))
         assert full.beta1 == 0.9 - 0.01 * step
-    assert buckets == len({part.alike for part in before}) == len(optimizer._alike) < len(before)
+    assert buckets == len({part.alike for part in before}) == len(optimizer._table.alike) < len(before)
 
 
 def test_step_paths_cover_every_part():

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from towers import Classifier, Tower, TwoTowers, by_parameter, steps
 
 from lightning_adapm import AdaLomo, AdaPM, explain
-from lightning_adapm.optim.base import RoleOptimizer
 from lightning_adapm.roles.live import find_roots
+from lightning_adapm.step.engine import Engine
 
 WAYS = {
     "list": lambda m: list(m.parameters()),
@@ -363,10 +363,8 @@ def test_rates_by_layer_step_together(monkeypatch):
     model = PlainLM()
     optimizer = AdaPM([{"params": [param]} for param in model.parameters()])
     moved = []
-    move = RoleOptimizer._update
-    monkeypatch.setattr(
-        RoleOptimizer, "_update", lambda self, batch, *rest: (moved.append(batch), move(self, batch, *rest))
-    )
+    move = Engine._update
+    monkeypatch.setattr(Engine, "_update", lambda self, batch, *rest: (moved.append(batch), move(self, batch, *rest)))
     train(model, optimizer, token_batches(1))
     apart = len(moved)
     moved.clear()

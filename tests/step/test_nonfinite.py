@@ -146,7 +146,7 @@ def test_counts_are_kept_by_piece_however_pieces_are_batched():
         optimizer.step()
     counts = [sum(step % 3 == i and step % (i + 2) != 0 for step in range(30)) for i in range(3)]
     assert optimizer.nonfinite_gradients() == {f"mlp.{i}.weight": count for i, count in enumerate(counts) if count}
-    assert len(optimizer._nonfinite._counts) <= 4
+    assert len(optimizer._engine.nonfinite._counts) <= 4
 
 
 def broken_steps(optimizer, params, pattern):
@@ -169,7 +169,7 @@ def test_gradients_that_are_all_broken_for_steps_are_warned_of_once():
     pattern = [1, 1, 0, 1, 1, "partly", 1, 1, 1, 1, 1, 0, 1, 1, 1]
     assert broken_steps(optimizer, params, pattern) == [0] * 8 + [1] * 7
     assert broken_steps(copy.deepcopy(optimizer), params, [1] * 4) == [0] * 4
-    assert optimizer._nonfinite._watch._flaws == []
+    assert optimizer._engine.nonfinite._watch._flaws == []
 
 
 def test_gradients_used_in_backward_are_watched_by_step():

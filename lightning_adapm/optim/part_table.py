@@ -1,0 +1,90 @@
+"""The parts of an optimizer's parameters, with the moments that the options of their groups mean."""
+
+import weakref
+from collections.abc import Mapping, Sequence
+from operator import is_
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from lightning_adapm.optim.groups import settings_of
+from lightning_adapm.optim.registry import Registry
+from lightning_adapm.roles.live import find_roots
+from lightning_adapm.step.parts import Alike, Chooser, Part, parts_of
+
+
+class Tuner(Chooser, Protocol):
+    """Optimizer whose parameter groups decide the moments of parts."""
+
+    param_groups: list[dict[str, Any]]
+    defaults: dict[str, Any]
+
+    @property
+    def state(self) -> Mapping[Tensor, Any]: ...
+
+
+class PartTable:
+    """The parts of every parameter as groups list them now; built anew when lists of parameters change.
+
+    It depends on process groups and modules, and is not copied with its optimizer.
+
+    Args:
+        registry: What the parameters are.
+        groups: The parameter groups; none before they are known.
+    """
+
+    def __init__(self, registry: Registry, groups: Sequence[Mapping[str, Any]] = ()) -> None:
+        self._registry = registry
+        self.held = [param for group in groups for param in group["params"]]
+        """All parameters, group by group."""
+        self._groups = {param: index for index, group in enumerate(groups) for param in group["params"]}
+        self._parts: dict[Tensor, tuple[Any, tuple[Part, ...]]] = {}
+        self.alike: weakref.WeakValueDictionary[Any, Alike] = weakref.WeakValueDictionary()
+        """Tokens of parts that step together, by what they have in common."""
+        self._settings: dict[int, tuple[Any, ...]] = {}
+        self._modules: list[weakref.ref[nn.Module]] | None = None
+
+    def __contains__(self, param: Tensor) -> bool:
+        return param in self._groups
+
+    def lists(self, held: Sequence[Tensor]) -> bool:
+        """Whether ``held`` are still all parameters, group by group."""
+        return len(held) == len(self.held) and all(map(is_, held, self.held))
+
+    def parts(self, param: Tensor, tuner: Tuner) -> tuple[Part, ...]:
+        """Parts of a parameter, with their moments."""
+        form = param.shape, param.dtype, param.device
+        known = self._parts.get(param)
+        # found again in another shape: FSDP1 makes parameters one-dimensional after the optimizer is built
+        if known is None or known[0] != form:
+            registry, index = self._registry, self._groups[param]
+            registry.built[param].check_shape(param)
+            registry.built[param].check(param, tuner.param_groups[index], tuner.state.get(param, {}))
+            parts = parts_of(registry.numbers[param], registry.names[param], param, registry.pieces[param])
+            for part in parts:
+                self._tune(part, tuner, index)
+            known = self._parts[param] = form, parts
+        return known[1]
+
+    def retune(self, index: int, tuner: Tuner) -> None:
+        """Let parts follow the options of their group, the one with this ``index``, where these have changed."""
+        group = tuner.param_groups[index]
+        settings = settings_of(group, (key for key in tuner.defaults if key != "lr"))
+        if settings != self._settings.get(index):
+            self._settings[index] = settings
+            for param in group["params"]:
+                self._registry.built[param].check(param, group, tuner.state.get(param, {}))
+                for part in self._parts[param][1] if param in self._parts else ():
+                    self._tune(part, tuner, index)
+
+    def _tune(self, part: Part, tuner: Tuner, index: int) -> None:
+        part.tune(tuner, tuner.param_groups[index])
+        processes = None if part.shard is None else part.shard.layout.group
+        common = part.first, part.second, part.decay, part.shape, part.param.dtype, part.param.device, processes
+        part.alike = self.alike.setdefault(common, Alike())
+
+    def modules(self) -> list[nn.Module]:
+        """The outermost live modules that hold the parameters."""
+        if self._modules is None:  # found late: a LightningModule may be built around a model and its optimizer
+            self._modules = [weakref.ref(module) for module in find_roots(self._registry.pieces)]
+        return [module for each in self._modules if (module := each()) is not None]

@@ -1,0 +1,76 @@
+"""What an optimizer knows of its parameters by identity: names, roles, pieces, and the modules that hold them."""
+
+from collections.abc import Collection, Sequence
+from copy import copy
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_adapm.optim.replaced import Built, Places
+from lightning_adapm.roles.assign import Assigned
+from lightning_adapm.roles.live import find_roots
+from lightning_adapm.roles.piece import Piece
+from lightning_adapm.sharding.find import shape_of
+
+
+class Registry:
+    """What every parameter of an optimizer is, by identity. It is copied with the optimizer, and in no checkpoint."""
+
+    def __init__(self) -> None:
+        self.names: dict[Tensor, str] = {}
+        self.roles: dict[Tensor, str] = {}
+        self.pieces: dict[Tensor, tuple[Piece, ...]] = {}
+        self.reasons: dict[Tensor, str] = {}
+        """Rules that decided the roles."""
+        self.blocks: dict[Tensor, str | None] = {}
+        """Names of the transformer blocks around the parameters; None outside."""
+        self.numbers: dict[Tensor, int] = {}
+        """Numbers of the parameters in the order of their coming: the same on every process."""
+        self.built: dict[Tensor, Built] = {}
+        """Names, shapes and options that the pieces and the state of every parameter were made for."""
+        self._places: list[Places] | None = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_places": None}  # other modules hold the parameters of a copy
+
+    def add(self, assigned: Assigned, structure: Sequence[str]) -> None:
+        """Add the parameters of new groups, whose options named in ``structure`` shape the state."""
+        first = 1 + max(self.numbers.values(), default=-1)
+        self.numbers.update((param, first + place) for place, param in enumerate(assigned.pieces))
+        self.names.update(assigned.names)
+        self.roles.update(assigned.roles)
+        self.pieces.update(assigned.pieces)
+        self.reasons.update(assigned.reasons)
+        self.blocks.update(assigned.blocks)
+        for group in assigned.groups:
+            options = {option: copy(group[option]) for option in structure}
+            self.built.update((param, Built(self.names[param], shape_of(param), options)) for param in group["params"])
+        if self._places is not None:
+            self._places.append(Places(assigned.roots.values(), assigned.names))
+
+    def let_go(self, held: Collection[Tensor]) -> None:
+        """Forget all parameters except ``held``, so that their memory is given back."""
+        for known in (self.names, self.roles, self.pieces, self.reasons, self.blocks, self.built, self.numbers):
+            for param in known.keys() - held:
+                del known[param]
+
+    def label(self, group: dict[str, Any]) -> None:
+        """Let the names and roles in a parameter group follow its parameters, each of which is trained once."""
+        params = group["params"]
+        if len(set(params)) != len(params):
+            params = group["params"] = list(dict.fromkeys(params))
+        if [self.names[param] for param in params] != group["param_names"]:
+            group["param_names"] = [self.names[param] for param in params]
+            group["roles"] = [self.roles[param] for param in params]
+
+    def check_not_replaced(self, optimizer: Optimizer) -> None:
+        """Refuse a model whose parameters are no longer those of its optimizer.
+
+        Raises:
+            RuntimeError: Naming the first of them, and where to build the optimizer instead.
+        """
+        held = {param: self.names[param] for group in optimizer.param_groups for param in group["params"]}
+        if self._places is None:
+            self._places = [Places(find_roots(held), held, complete=False)]
+        self._places = [places.check(held, optimizer) for places in self._places]
