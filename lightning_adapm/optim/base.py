@@ -73,7 +73,6 @@ class RoleOptimizer(Checkpointed):
         roles_matter: bool = True,
         left_over: Mapping[str, Any] | None = None,
     ) -> None:
-        options.check_caller()
         groups.check_left_over(type(self), left_over or {})
         options.check_roles(roles, unmatched)
         defaults = {"rounding": "stochastic", **defaults}

@@ -2,7 +2,6 @@
 
 import difflib
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Number
 from typing import Any
@@ -179,23 +178,6 @@ def dtype_name(dtype: torch.dtype | str | None) -> str | None:
         names = ", ".join(str(each).removeprefix("torch.") for each in STATE_DTYPES)
         raise ValueError(f"state_dtype must be one of {names}, but got {dtype!r}")
     return str(found).removeprefix("torch.")
-
-
-def check_caller() -> None:
-    """Refuse torch's ZeroRedundancyOptimizer, which builds its optimizer from tensors without their names.
-
-    Raises:
-        TypeError: It is that class.
-    """
-    zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
-    frame = sys._getframe(1) if zero is not None else None
-    while frame is not None:
-        if frame.f_globals is vars(zero):  # locals, once asked for, would stay alive as long as their frame
-            raise TypeError(
-                "ZeroRedundancyOptimizer does not work with AdaPM: it hands over parameters without the names that tell"
-                " their roles. Build AdaPM itself under DDP; its state is small enough to be kept on every process"
-            )
-        frame = frame.f_back
 
 
 def check_held(group: Mapping[str, Any], pieces: Mapping[Tensor, Any]) -> None:

@@ -1,6 +1,6 @@
 """Counters of the steps that parameters have taken, one tensor for each."""
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from operator import is_
 from typing import Any
 
@@ -21,6 +21,10 @@ class StepCounters:
         self._all = torch.empty(0)
         self._views: tuple[Tensor, ...] = ()
 
+    def have_counted(self, states: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether these very states were counted together last time: none of them has been replaced since."""
+        return len(states) == len(self._views) and all(map(is_, [state["step"] for state in states], self._views))
+
     def count(self, states: Sequence[MutableMapping[str, Any]]) -> list[int]:
         """Count one more step for each of ``states``, and return the numbers."""
         held = [state["step"] for state in states]
@@ -28,7 +32,7 @@ class StepCounters:
             for number in held:
                 number += 1
             return [int(number) for number in held]
-        if len(held) != len(self._views) or not all(map(is_, held, self._views)):
+        if not self.have_counted(states):
             self._all = torch.stack(held)
             self._views = self._all.unbind()
             for state, view in zip(states, self._views, strict=True):

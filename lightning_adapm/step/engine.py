@@ -42,6 +42,17 @@ class Moving(NamedTuple):
         """Whether any process holds an element of it."""
         return self.held.numel() > 0 or self.parts[0].layout is not None
 
+    def settle(self) -> None:
+        """Bring scalars of the state to the device of the parameter.
+
+        ZeroRedundancyOptimizer loads all scalars to the CPU, where torch's optimizers have only counters of steps.
+        """
+        for part in self.parts:
+            for key, entry in part.entries.items():
+                name = part.prefix + key
+                if entry.shape is not None and not entry.shape and isinstance(self.state.get(name), Tensor):
+                    self.state[name] = self.state[name].to(self.held.device)
+
     def bind(self) -> "Moving":
         """Let the parts find themselves in the parameter and its state, until they are released."""
         for part in self.parts:
@@ -102,7 +113,11 @@ class Engine:
         moving = [each.bind() for each in moving if each.is_something]
         if not moving:
             return []
-        steps = self._counters[moving[0].parts[0].param].count([each.state for each in moving])
+        counters, states = self._counters[moving[0].parts[0].param], [each.state for each in moving]
+        if not counters.have_counted(states):
+            for each in moving:
+                each.settle()
+        steps = counters.count(states)
         return list(bucketed((each.grad, each.parts, step) for each, step in zip(moving, steps, strict=True)))
 
     def _move_together(self, buckets: Iterable[Bucket], group: Mapping[str, Any], rule: Rule) -> None:

@@ -1,5 +1,6 @@
 """What the tests of strategies train, the same on one device and on many processes."""
 
+import copy
 import functools
 import inspect
 import os
@@ -22,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import CustomPolicy
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre, PartialMuon
@@ -201,6 +203,8 @@ class Job:
     make: type = AdaPM
     watched: bool = False
     """By a monitor, in every step."""
+    zero: bool = False
+    """Under DDP with ZeroRedundancyOptimizer, whatever the strategy of the others; saved and loaded at half."""
     tolerance: float = 1e-9
     """Of a weight, relative to its norm."""
 
@@ -242,6 +246,23 @@ class Job:
 
     def batches(self):
         return token_batches(self.steps, size=(8, 9))
+
+
+def train_zero(job, rank, world_size):
+    """The model that a job gives where each process has the state of some parameters only."""
+    model, half = DistributedDataParallel(job.build()), job.steps // 2
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), job.make, **job.settings)
+    train_share(model, optimizer, job.batches()[:half], rank, world_size)
+    saved = {}
+    for other in range(world_size):
+        optimizer.consolidate_state_dict(other)
+        if other == rank:
+            saved = copy.deepcopy(optimizer.state_dict())
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), job.make, **job.settings)
+    optimizer.load_state_dict(saved)
+    train_share(model, optimizer, job.batches()[half:], rank, world_size)
+    assert len(optimizer.optim.state) < len(list(model.parameters()))
+    return model
 
 
 def loss_of(model, tokens):
@@ -412,5 +433,8 @@ JOBS |= {
     # rounded at random as on one device, bit by bit
     "gpt rounding": Job("gpt", {"momentum": "full", "lr": 1e-4}, dtype=torch.bfloat16, drawn=True, tolerance=1e-9),
     "transposed rounding": Job("transposed", {"lr": 1e-4}, dtype=torch.bfloat16, drawn=True, make=Lomo, tolerance=1e-9),
+    "gpt zero": Job("gpt", {"second_moment": "block"}, zero=True),
+    "gqa zero muon": Job("gqa", make=PartialMuon, zero=True),
+    "gpt zero lomo": Job("gpt", make=AdaLomo, zero=True),
     "plain maximize": Job("plain", {"maximize": True, "no_decay": ("norm", "bias")}),
 }

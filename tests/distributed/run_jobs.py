@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 
 import torch
-from jobs import JOBS, WRAP, device, processes, weights_of
+from jobs import JOBS, WRAP, device, processes, train_zero, weights_of
 
 WATCHED = "plain factored"
 
@@ -17,6 +17,9 @@ def main(strategy, output, *names):
     with processes() as (rank, world_size):
         for name in names:
             job = JOBS[name]
+            if job.zero:
+                weights[name] = weights_of(train_zero(job, rank, world_size))
+                continue
             model = job.build().to(device())
             # as LightningCLI does: FSDP1 keeps the parameters, and makes them one-dimensional
             early = job.optimizer(model) if strategy.endswith(" late") else None

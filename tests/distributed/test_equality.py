@@ -47,13 +47,14 @@ QUICK = (
     "gpt rounding",
     "transposed rounding",
 )
+ZERO = ("gpt zero", "gqa zero muon", "gpt zero lomo")
 
 
 @pytest.mark.parametrize(("strategy", "world_size"), [("fsdp1", 2), ("fsdp1 late", 2), ("fsdp2", 4)])
 def test_equals_one_device(strategy, world_size, tmp_path):
     # FSDP1 and DDP themselves do not unfreeze, and FSDP1 cuts up stacks
-    only_fsdp2 = ("plain unfrozen", "experts broken")
-    assert_one_device(strategy, world_size, tmp_path, QUICK + only_fsdp2 * (strategy == "fsdp2"))
+    only = {"fsdp1": ZERO, "fsdp2": ("plain unfrozen", "experts broken")}
+    assert_one_device(strategy, world_size, tmp_path, QUICK + only.get(strategy, ()))
 
 
 @pytest.mark.parametrize("strategy", ["fsdp1", "fsdp2"])
@@ -85,7 +86,7 @@ def test_wrapped(strategy, tmp_path):
 )
 def test_every_job_equals_one_device(strategy, world_size, tmp_path):
     # some are for other tests, and FSDP1 cuts up stacks
-    others = ("gpt float32", "gpt long", "plain unfrozen")
+    others = ("gpt float32", "gpt long", "plain unfrozen", *ZERO)
     names = [
         name
         for name in JOBS

@@ -8,7 +8,6 @@ import torch.distributed as dist
 from models import PlainLM, token_batches
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from lightning_adapm import AdaPM
@@ -21,13 +20,6 @@ def one_process(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("groups", [False, True], ids=["tensors", "groups with a role"])
-def test_zero_redundancy_optimizer(one_process, groups):
-    params = list(PlainLM().parameters())
-    with pytest.raises(TypeError, match="ZeroRedundancyOptimizer does not work with AdaPM.*under DDP"):
-        ZeroRedundancyOptimizer([{"params": params, "role": "mlp"}] if groups else params, optimizer_class=AdaPM)
 
 
 def test_parameters_replaced_after_construction():

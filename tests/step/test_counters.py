@@ -44,3 +44,20 @@ def test_a_frozen_parameter_keeps_its_count(tmp_path):
     assert counts == {6} and int(optimizer.state[frozen]["step"]) == 2
     optimizer.load_state_dict(torch.load(tmp_path / "state.pt"))
     assert {int(state["step"]) for state in optimizer.state.values()} == {2, 5}
+
+
+def test_scalars_that_were_loaded_to_another_device_come_back():
+    """As ZeroRedundancyOptimizer loads them: to the CPU, into a state dict of its own."""
+    param = torch.nn.Parameter(torch.ones(3, device="meta"))
+    optimizer = AdaPM([("norm.weight", param)], second_moment="block")
+    for _ in range(2):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        assert {key: value.device.type for key, value in optimizer.state[param].items()} == {
+            "step": "cpu",
+            "exp_avg": "meta",
+            "exp_avg_sq": "meta",
+        }
+        optimizer.state[param] = {
+            key: value if value.dim() else torch.tensor(1.0) for key, value in optimizer.state[param].items()
+        }
