@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from lightning_adapm.moments.storage import EXACT, State, Storage
+from lightning_adapm.moments.tiles import spans
 
 BLOCK = 256
 """Number of values of a row that have one scale; the last block of a row may be shorter."""
@@ -34,8 +35,6 @@ SHORTEST = 8
 CODES, SCALE = "_codes", "_scale"
 
 _TOP = 127
-_TILE_NUMEL = 1 << 22
-"""Number of values that are coded at a time, which bounds temporaries."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +98,8 @@ def encode(values: Tensor, codes: Tensor, scales: Tensor) -> None:
     if not values.numel():
         return
     values, codes, scales = values.flatten(0, -2), codes.flatten(0, -2), scales.flatten(0, -2)
-    rows = max(1, _TILE_NUMEL // values.shape[-1])
-    for parts in zip(values.split(rows), codes.split(rows), scales.split(rows), strict=True):
-        _encode(*parts)
+    for first, last in spans(values):
+        _encode(values[first:last], codes[first:last], scales[first:last])
 
 
 def _encode(values: Tensor, codes: Tensor, scales: Tensor) -> None:

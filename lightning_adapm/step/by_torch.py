@@ -7,14 +7,11 @@ import torch
 from torch import Tensor
 
 from lightning_adapm.moments.base import Denominators, Direction, State
+from lightning_adapm.moments.tiles import fits_a_tile, spans
 from lightning_adapm.step import by_kernels, watching
 from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.rounding import StochasticRounding, widened
 from lightning_adapm.step.watching import Observer
-
-# A matrix of more elements than this is updated in parts: a table of tokens can have 1e9 of them, and temporaries of
-# its size would be larger than all the state that is saved.
-_TILE_NUMEL = 1 << 22
 
 
 class Tile(NamedTuple):
@@ -65,26 +62,18 @@ def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> N
 def _tiles(batch: Batch, direction: Direction) -> Iterator[Tile]:
     parts, params, grads, step, _, reduction = batch
     second = parts[0].second
-    rows = _rows_of_a_tile(params[0], grads[0])
-    if len(parts) > 1 or rows is None:
+    # whole: parts that share kernels, small ones, and rows that the parameter has elsewhere, as interleaved heads
+    if len(parts) > 1 or fits_a_tile(grads[0]) or len(params[0]) != len(grads[0]):
         yield Tile(params, direction, second.denominators(grads, parts, step, reduction))
         return
     in_tiles = second.elementwise and all(entry.storage.plain for entry in second.entries(parts[0].shape).values())
     known = None if in_tiles else second.denominators(grads, parts, step, reduction)
-    for first in range(0, len(grads[0]), rows):
-        last = min(first + rows, len(grads[0]))
+    for first, last in spans(grads[0]):
         if known is None:
             some = second.denominators([grads[0][first:last]], [_Rows(parts[0], first, last)], step, reduction)
         else:
             some = known.part(first, last, grads[0])
         yield Tile([params[0][first:last]], direction.part(first, last), some, first)
-
-
-def _rows_of_a_tile(param: Tensor, grad: Tensor) -> int | None:
-    """Size of a tile in the gradient's first dimension; None for all, as for a scalar and for interleaved heads."""
-    if grad.numel() <= _TILE_NUMEL or len(param) != len(grad):
-        return None
-    return max(1, _TILE_NUMEL * len(grad) // grad.numel())
 
 
 class _Rows:

@@ -3,12 +3,12 @@
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 
+from lightning_adapm.moments.tiles import TILE_NUMEL
 from lightning_adapm.step.batching import most_together
 from lightning_adapm.step.by_kernels import TOGETHER_NUMEL
 from lightning_adapm.step.launch import DTYPES
 from lightning_adapm.step.parts import Part
 from lightning_adapm.step.paths import unknown_moments
-from lightning_adapm.step.watching import TILE_NUMEL
 
 _FACTORS = 8
 """Copies of the left factors of matrices that step together, all in float32, in a first step."""

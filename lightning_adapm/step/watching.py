@@ -7,11 +7,9 @@ import torch
 from torch import Tensor
 
 from lightning_adapm.moments.base import Direction
+from lightning_adapm.moments.tiles import spans
 from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.parts import Part
-
-TILE_NUMEL = 1 << 22
-"""Maximum number of elements that an observer sees at a time, unless a single row has more."""
 
 
 class Tiles:
@@ -55,13 +53,6 @@ class Observer(Protocol):
         units of lr. Elements that other processes hold are zero.
         """
         ...
-
-
-def spans(matrix: Tensor) -> Iterator[tuple[int, int]]:
-    """Rows of the tiles of a tensor: the first, and the one after the last."""
-    count = max(1, TILE_NUMEL // max(1, matrix[:1].numel()))
-    for first in range(0, len(matrix), count):
-        yield first, min(first + count, len(matrix))
 
 
 def see_gradients(observer: Observer, batch: Batch, flaws: Tensor | None = None) -> None:

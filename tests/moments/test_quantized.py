@@ -11,7 +11,7 @@ from models import PlainLM, relative_difference, tiny_gpt, token_batches, train
 from torch import nn
 
 from lightning_adapm import AdamMini, AdaPM, LoRAPre, PartialMuon
-from lightning_adapm.moments import quantized
+from lightning_adapm.moments import tiles
 from lightning_adapm.moments.quantized import BLOCK, EightBits
 from lightning_adapm.moments.storage import decoded
 
@@ -57,7 +57,7 @@ def test_values_come_back_within_half_a_code(shape, exponent, spread, dtype, see
     again = stored(found)
     assert all(torch.equal(again[key], value) for key, value in state.items())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantized, "_TILE_NUMEL", 300)
+        patch.setattr(tiles, "TILE_NUMEL", 300)
         assert all(torch.equal(stored(values)[key], value) for key, value in state.items())
 
 

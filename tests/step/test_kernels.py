@@ -17,9 +17,10 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from benchmarks.costs.memory import Ledger
 from lightning_adapm import AdaPM
+from lightning_adapm.moments import tiles
 from lightning_adapm.report.diagnostics import ResidualProbe
 from lightning_adapm.sharding.layout import Layout
-from lightning_adapm.step import kernels, watching
+from lightning_adapm.step import kernels
 from lightning_adapm.step.rounding import StochasticRounding, Stream
 from lightning_adapm.step.transients import step_transients
 
@@ -146,7 +147,7 @@ def test_a_monitor_keeps_the_path_and_every_bit(interpreted, monkeypatch, second
     options = {"second_moment": second_moment, "spoiled": (3,), "roles": {"experts": "mlp"}, "clip_threshold": 0.7}
     plain, launches = stepped(shapes, **options), list(interpreted)
     interpreted.clear()
-    monkeypatch.setattr(watching, "TILE_NUMEL", 50)
+    monkeypatch.setattr(tiles, "TILE_NUMEL", 50)
     probe, reference = ResidualProbe(), ResidualProbe()
     watched = stepped(shapes, observer=probe, **options)
     assert interpreted == launches

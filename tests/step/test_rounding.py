@@ -7,8 +7,9 @@ from torch import nn
 
 import lightning_adapm
 from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre, PartialMuon
+from lightning_adapm.moments import tiles
 from lightning_adapm.optim import RoleOptimizer
-from lightning_adapm.step import by_torch, rounding
+from lightning_adapm.step import rounding
 from lightning_adapm.step.rounding import Stream, rounded
 
 HALF = (torch.bfloat16, torch.float16)
@@ -147,10 +148,10 @@ def test_a_steady_gradient_moves_weights_as_in_float32(make):
 def test_a_matrix_in_tiles_is_rounded_as_a_whole(monkeypatch):
     options = {"second_moment": "elementwise", "momentum": "none"}
     whole, _ = trained(AdaPM, torch.bfloat16, range(3), **options)
-    monkeypatch.setattr(by_torch, "_TILE_NUMEL", 50)
+    monkeypatch.setattr(tiles, "TILE_NUMEL", 50)
     monkeypatch.setattr(rounding, "_CHUNK_NUMEL", {"cpu": 7})
-    tiles, _ = trained(AdaPM, torch.bfloat16, range(3), **options)
-    assert equal(tiles, whole)
+    in_tiles, _ = trained(AdaPM, torch.bfloat16, range(3), **options)
+    assert equal(in_tiles, whole)
 
 
 def test_in_backward_as_in_an_ordinary_step():

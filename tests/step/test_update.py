@@ -6,6 +6,7 @@ from models import PlainLM, tiny_gpt
 from torch import nn
 
 from lightning_adapm import AdaPM
+from lightning_adapm.moments import tiles
 from lightning_adapm.step import by_torch as update
 
 
@@ -50,14 +51,14 @@ def trained(make, second_moment, steps=23):
 def test_in_parts_is_as_at_once(monkeypatch, make, second_moment):
     at_once = trained(make, second_moment)
     parts = []
-    tiles = update._tiles
+    in_tiles = update._tiles
 
     def counted(*args, **kwargs):
-        found = list(tiles(*args, **kwargs))
+        found = list(in_tiles(*args, **kwargs))
         parts.append(len(found))
         return found
 
-    monkeypatch.setattr(update, "_TILE_NUMEL", 100)
+    monkeypatch.setattr(tiles, "TILE_NUMEL", 100)
     monkeypatch.setattr(update, "_tiles", counted)
     monkeypatch.setattr("lightning_adapm.step.batching._BATCH_NUMEL", {"cpu": 1, "cuda": 1})
     in_parts = trained(make, second_moment)

@@ -8,8 +8,8 @@ from torch import nn
 
 from benchmarks.costs.memory import Ledger
 from lightning_adapm import AdaPM
+from lightning_adapm.moments import tiles
 from lightning_adapm.report.diagnostics import ResidualProbe
-from lightning_adapm.step import by_torch, watching
 
 OWN = {name: case for name, case in CASES.items() if name != "AdaLomo"}  # which moves by its own formula
 
@@ -45,9 +45,8 @@ def test_a_monitor_changes_no_bit(monkeypatch, name):
     found, at_once = trained(OWN[name], watched=True)
     assert_same(found, plain)
     assert {reading.role for reading in at_once} >= {"query", "value", "mlp", "norm"}
-    monkeypatch.setattr(watching, "TILE_NUMEL", 100)
+    monkeypatch.setattr(tiles, "TILE_NUMEL", 100)
     if "Muon" not in name and "muon" not in name:  # whose iteration enlarges the rounding of other batches
-        monkeypatch.setattr(by_torch, "_TILE_NUMEL", 100)
         monkeypatch.setattr("lightning_adapm.step.batching._BATCH_NUMEL", {"cpu": 1, "cuda": 1})
     _, in_tiles = trained(OWN[name], watched=True)
     for one, other in zip(in_tiles, at_once, strict=True):
@@ -86,14 +85,13 @@ def peak(watched, first=False, **options):
 @pytest.mark.parametrize("second_moment", ["block", "elementwise", "factored"])
 def test_first_steps_and_refreshes_hold_no_matrix(monkeypatch, second_moment):
     """Factors, sums and tiles take less than a byte per element; float32 takes four."""
-    monkeypatch.setattr(by_torch, "_TILE_NUMEL", TILE)
+    monkeypatch.setattr(tiles, "TILE_NUMEL", TILE)
     for first in (True, False):
         assert peak(False, first=first, update_proj_gap=1, second_moment=second_moment) < 2048 * 128
 
 
 @pytest.mark.parametrize("second_moment", ["elementwise", "block", "factored"])
 def test_a_monitor_holds_a_few_tiles(monkeypatch, second_moment):
-    monkeypatch.setattr(watching, "TILE_NUMEL", TILE)
-    monkeypatch.setattr(by_torch, "_TILE_NUMEL", TILE)
+    monkeypatch.setattr(tiles, "TILE_NUMEL", TILE)
     plain, found = (peak(watched, second_moment=second_moment) for watched in (False, True))
     assert found - plain <= 6 * 4 * TILE < 2048 * 128  # bytes of tiles in float32, a quarter of the matrix

@@ -1,0 +1,23 @@
+"""Tiles: some rows of a tensor at a time, so that temporaries are of a bounded size."""
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+TILE_NUMEL = 1 << 22
+"""Maximum number of elements of a tile, unless a single row has more.
+
+A table of tokens can have 1e9 elements, and temporaries of its size would be larger than all the state that is saved.
+"""
+
+
+def fits_a_tile(tensor: Tensor) -> bool:
+    """Whether a tensor is worked on as a whole."""
+    return tensor.numel() <= TILE_NUMEL
+
+
+def spans(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    """Rows of each tile of a tensor, along its first dimension: the first, and the one after the last."""
+    count = max(1, TILE_NUMEL // max(1, tensor[:1].numel()))
+    for first in range(0, len(tensor), count):
+        yield first, min(first + count, len(tensor))
