@@ -30,10 +30,11 @@ class Lomo(RoleOptimizer):
         no_decay: Roles exempt from weight decay.
         maximize: Whether the objective is maximized.
         rounding: How bfloat16 and float16 parameters are rounded, ``"stochastic"`` or ``"nearest"``, as for AdaPM.
-        update_in_backward: Whether parameters move inside backward, as for AdaPM.
+        update_in_backward: Whether ``step(closure)`` moves parameters and frees their gradients inside backward, as for
+            AdaPM, but by default. Several processes, and backward passes outside of ``step``, get an ordinary step.
 
     Raises:
-        ValueError: An option is out of range.
+        ValueError: An option is out of range, or a matrix has no role where ``unmatched="error"``.
         TypeError: Parameters lack names and roles, or are complex.
 
     State of a parameter:
@@ -41,7 +42,10 @@ class Lomo(RoleOptimizer):
     - ``step``: number of steps, a float32 scalar on the CPU.
 
     Numerics: the update is computed in float32, or float64 for float64 parameters, and rounded once to the parameter's
-    dtype.
+    dtype. On CUDA, gradients are copied in float32, some at a time, and a kernel moves the parameters.
+
+    A gradient with an infinity or a NaN is taken as zero, for the whole piece, and counted: see
+    :meth:`nonfinite_gradients`.
 
     Example::
 
@@ -107,14 +111,14 @@ class AdaLomo(RoleOptimizer):
         weight_decay: Decoupled weight decay.
         clip_threshold: Bound on the root mean square of ``U``.
         roles: Roles for names, which say how fused weights are cut.
-        unmatched: ``"error"`` refuses matrices whose role is not found; any policy takes them as one piece.
+        unmatched: ``"error"`` refuses matrices whose role is not found; any policy takes each of them as one piece.
         no_decay: Roles exempt from weight decay.
         maximize: Whether the objective is maximized.
         rounding: How bfloat16 and float16 parameters are rounded, ``"stochastic"`` or ``"nearest"``, as for AdaPM.
-        update_in_backward: Whether parameters move inside backward, as for AdaPM.
+        update_in_backward: Whether parameters move inside backward, as for Lomo.
 
     Raises:
-        ValueError: An option is out of range.
+        ValueError: An option is out of range, or a matrix has no role where ``unmatched="error"``.
         TypeError: Parameters lack names and roles, or are complex.
 
     State of a parameter whose matrix is ``(m, n)``; a fused weight has the entries per piece,
@@ -125,7 +129,9 @@ class AdaLomo(RoleOptimizer):
       of squares.
     - ``exp_avg_sq`` in place of both where the parameter is not a matrix, in its shape.
 
-    Numerics: arithmetic is in float32, or float64 for float64 parameters. There are no kernels of its own on CUDA.
+    Numerics: arithmetic is in float32, or float64 for float64 parameters, and parameters are rounded once. On CUDA, the
+    same operations of torch run as on the CPU; there are no kernels. A gradient with an infinity or a NaN is taken as
+    zero, for the whole piece.
 
     Example::
 

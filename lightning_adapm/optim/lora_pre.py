@@ -56,8 +56,8 @@ class LoRAPre(RoleOptimizer):
       for ``variant="muon"``.
     - ``exp_avg`` and ``exp_avg_sq`` ``(m, n)`` instead where a piece has AdamW's moments.
 
-    Numerics: arithmetic is in float32, or float64 for float64 parameters; inverses are in float64. There are no kernels
-    of its own on CUDA.
+    Numerics: arithmetic is in float32, or float64 for float64 parameters; inverses are in float64. On CUDA, moments are
+    torch's operations on copies of gradients in float32, some at a time, and a kernel moves the parameters.
 
     Example::
 

@@ -62,7 +62,30 @@ class PartialMuon(RoleOptimizer):
         ValueError: An option is out of range, or a matrix has no role.
         TypeError: Parameters lack names and roles, or are complex.
 
-    State of a parameter has AdaPM's names: ``exp_avg`` is Muon's momentum buffer.
+    State of a parameter whose matrix is ``(m, n)``; "float32" is float64 for float64 parameters. A fused weight has the
+    entries per piece, for instance ``query.exp_avg_l``; a stack of matrices ``(b, m, n)`` has ``b`` in front of every
+    shape.
+
+    - ``step``: number of steps, a float32 scalar on the CPU.
+    - ``exp_avg`` ``(m, n)``: full momentum, Muon's buffer, in ``state_dtype``, by default float32.
+    - ``exp_avg_l`` ``(m, rank)``, ``exp_avg_r`` ``(rank, n)``, in ``state_dtype``, and the int ``seeded``: low-rank
+      momentum, its orthonormal basis, and whether every matrix has a basis yet.
+    - ``exp_avg_sq``, or ``exp_avg_sq_row`` and ``exp_avg_sq_col``, float32: second moment of what has Adam's update, as
+      AdaPM's. Hidden matrices have none.
+    - Codes and scales in place of a momentum where ``state_dtype`` is int8, as AdaPM's.
+
+    Numerics: arithmetic is in float32, or float64 for float64 parameters, whatever the dtype of parameters and state.
+    The products of the Newton-Schulz iteration are in bfloat16 where the device has instructions for it, on CUDA from
+    compute capability 8.0, else in float32; in float64 for float64 parameters. A momentum
+    that is zero gives no update, and a gradient with an infinity or a NaN is taken as zero for the whole piece.
+
+    Example::
+
+        optimizer = PartialMuon(model.named_parameters(), lr=2e-3)
+        loss = model(batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
     """
 
     structure = ("rank", "second_moment", "momentum", "state_dtype", "basis", "convolutions")
@@ -133,6 +156,7 @@ class PartialMuon(RoleOptimizer):
         options.check_option(group, "ns_steps", "an int >= 1", lambda steps: isinstance(steps, int) and steps >= 1)
 
     def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:
+        """Choose the momentum of a piece by its role. With ``nesterov``, that of hidden matrices looks ahead."""
         if not is_orthogonal(piece, shape, group):
             return policy.momentum_for(piece, shape, group)
         mu = group["mu"]
@@ -151,6 +175,7 @@ class PartialMuon(RoleOptimizer):
         return from_muon(saved)
 
     def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
+        """Choose orthogonal updates for hidden matrices, the option ``second_moment`` for everything else."""
         if is_orthogonal(piece, shape, group):
             return Orthogonal(group["ns_steps"])
         return policy.second_moment_for(piece, shape, group)
