@@ -14,10 +14,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.utils.checkpoint import checkpoint
 from torchmetrics import MeanMetric
 
 from lightning_adapm.litgpt.checks import check_data
+from lightning_adapm.litgpt.loss import chunked_loss, summed_loss
 from lightning_adapm.litgpt.model import build, litgpt_config, load_tokenizer
 from lightning_adapm.litgpt.weights import give_shards, place_weights, take_weights
 from lightning_adapm.trainer.mixin import AdaPMMixin
@@ -204,24 +204,17 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
         inputs, targets = _shifted(batch)
         ignored = getattr(getattr(self._trainer, "datamodule", None), "ignore_index", -100)
         size = self.lm_head_chunk_size
-        total: Tensor | int
         if not size:
-            total = _summed_loss(self(inputs), targets, ignored)
+            total = summed_loss(self(inputs), targets, ignored)
         elif self.model.config.final_logit_softcapping is not None:  # which litgpt applies to what the head returns
             logits = self.model(inputs, lm_head_chunk_size=size)
-            total = sum(map(_summed_loss, logits, targets.split(size, dim=1), repeat(ignored)))
+            total = torch.stack(list(map(summed_loss, logits, targets.split(size, dim=1), repeat(ignored)))).sum()
         else:
             with _without_head(self.model):
-                chunks = self.model(inputs).split(size, dim=1)
-            total = sum(
-                checkpoint(self._head_loss, chunk, wanted, ignored, use_reentrant=False)
-                for chunk, wanted in zip(chunks, targets.split(size, dim=1), strict=True)
-            )
+                hidden = self.model(inputs)
+            total = chunked_loss(self.model.lm_head, hidden, targets, ignored, size)
         count = (targets != ignored).sum()
         return total / count.clamp(min=1), count
-
-    def _head_loss(self, hidden: Tensor, targets: Tensor, ignored: int) -> Tensor:
-        return _summed_loss(self.model.lm_head(hidden), targets, ignored)
 
 
 @contextmanager
@@ -232,12 +225,6 @@ def _without_head(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         model.lm_head = head
-
-
-def _summed_loss(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
-    return torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=ignored, reduction="sum"
-    )
 
 
 def batch_rows(batch: Tensor | Mapping[str, Any]) -> int:
