@@ -14,8 +14,8 @@ from lightning_adapm.litgpt.module import LitGPTModule
 from lightning_adapm.optim import RoleOptimizer
 from lightning_adapm.optim.in_backward import Waiting
 from lightning_adapm.optim.options import options_of
-from lightning_adapm.report.explain import explain
 from lightning_adapm.report.memory import StepBytes, step_bytes
+from lightning_adapm.report.plan import plan
 from lightning_adapm.report.tables import as_text, show_bytes, step_table
 from lightning_adapm.step.transients import step_transients
 
@@ -88,6 +88,7 @@ class Loop:
             Waiting(optimizer.param_groups, optimizer.blocks) if self.in_backward else None,
             accumulating=self.accumulation > 1,
             autocast=self.autocast,
+            blocks=module.model.transformer.h if module.model.config.sliding_window_indices is None else None,
         )
 
 
@@ -147,19 +148,22 @@ def first_fitting(
     module: LitGPTModule, loop: Loop, make: type[RoleOptimizer], options: Mapping[str, Any], limit: int
 ) -> tuple[str, str, str] | None:
     """The step, the simplest change of options with which it fits into ``limit`` bytes, and its bytes."""
+    optimizer = make(module.named_parameters(), **options)
     steps: dict[Loop, StepBytes | None] = {}
     for words, change in _CHANGES:
         new = _changed(loop, change)
         storage = {key: value for key, value in change.items() if key == "state_dtype"}
         if new is None or not storage.keys() <= set(options_of(make)):
             continue
-        optimizer = make(module.named_parameters(), **{**options, **storage})
+        state = sum(row.bytes.total for row in plan(optimizer, storage))
+        held = at_rest(module, state)
+        if held.total - (held.gradients if new.in_backward else 0) > limit:
+            continue
         if new not in steps:
             steps[new] = new.step(module, optimizer, 0)
         step = steps[new]
         if step is None:
             return None
-        state = explain(optimizer).total.total
         if step.total + state <= limit:
             return str(new), words, show_bytes(step.total + state)
     return None

@@ -62,6 +62,16 @@ class Ledger(TorchDispatchMode):
         if self._alive.total() == self.peak.total():
             self.peak = Counter(self._alive)
 
+    def alive(self) -> Counter[str]:
+        """Bytes that are alive now, by category."""
+        self._leave_expired()
+        return Counter(self._alive)
+
+    def end_section(self) -> Counter[str]:
+        """The peak since the last section ended; that of the next one starts from what is alive now."""
+        peak, self.peak = self.peak, self.alive()
+        return peak
+
     @contextmanager
     def following(self) -> Iterator[None]:
         """Follow what happens meanwhile; what would be compiled runs operation by operation, to be seen."""
@@ -91,10 +101,13 @@ class Ledger(TorchDispatchMode):
     def _note(self) -> None:
         if self._alive.total() <= self.peak.total():
             return
-        for key in [key for key, (storage, _, _) in self._entries.items() if storage.expired()]:
-            self._leave(key)
+        self._leave_expired()
         if self._alive.total() > self.peak.total():
             self.peak = Counter(self._alive)
+
+    def _leave_expired(self) -> None:
+        for key in [key for key, (storage, _, _) in self._entries.items() if storage.expired()]:
+            self._leave(key)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_adapm.optim.in_backward import Waiting
 from lightning_adapm.report.ledger import Ledger
+from lightning_adapm.report.shortened import Shortened
 
 _IN_LOW_PRECISION = (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.conv1d)
 
@@ -52,6 +53,7 @@ def step_bytes(
     waiting: Waiting | None = None,
     accumulating: bool = False,
     autocast: torch.dtype | None = None,
+    blocks: nn.ModuleList | None = None,
 ) -> StepBytes:
     """Plan the memory of one training step on a GPU.
 
@@ -66,6 +68,7 @@ def step_bytes(
         waiting: Chooses the gradients that wait for each other where parameters move in backward; None elsewhere.
         accumulating: Whether gradients of an earlier micro-batch are there already.
         autocast: Dtype of products under mixed precision; None for that of the weights.
+        blocks: Blocks of the model that pass one tensor on. Where they are alike, the first few run for all.
     """
     trained = [param for param in model.parameters() if param.requires_grad]
     for param in trained:
@@ -81,7 +84,12 @@ def step_bytes(
         }
     )
     try:
-        with ledger.following(), _FusedAttention(), nullcontext() if autocast is None else _Autocast(autocast):
+        with (
+            Shortened(blocks, ledger, waiting) as shortened,
+            ledger.following(),
+            _FusedAttention(),
+            nullcontext() if autocast is None else _Autocast(autocast),
+        ):
             with ledger.counting("activations"):
                 value = loss()
             # not value.backward(), which leaves the modes, so that blocks would be computed again without them
@@ -95,7 +103,7 @@ def step_bytes(
             handle.remove()
         for param in trained:
             param.grad = None
-    peak = ledger.peak
+    peak = shortened.peak()
     return StepBytes(peak["weights"], peak["gradients"], state, peak["activations"], peak["transient"])
 
 

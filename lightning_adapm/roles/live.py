@@ -67,7 +67,10 @@ def find_roots(tensors: Iterable[Tensor]) -> list[nn.Module]:
     A LightningModule goes before a module around it, and of several that hold the same tensors, the one that is being
     trained, then the smallest. Wrappers are not counted as outermost.
     """
-    held, above, outermost = _holders({id(tensor) for tensor in tensors})
+    wanted = {id(tensor) for tensor in tensors}
+    if not wanted:  # as when an optimizer is begun without parameters
+        return []
+    held, above, outermost = _holders(wanted)
     lightning = [module for module in above if is_lightning(module)]
     inside = {id(inner) for module in lightning for inner in _inside(module) if inner is not module}
     candidates = [*outermost, *(module for module in lightning if id(module) not in inside)]

@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
-
 from lightning_adapm.moments.orthogonal import STEPS
 from lightning_adapm.optim import AdaPM, PartialMuon, options
 
@@ -49,8 +47,8 @@ class OptimizerConfig:
             raise ValueError(f"schedule must be one of {', '.join(_SCHEDULES)}, but got {self.schedule!r}")
         if not _is_number(self.min_lr_ratio) or not 0 <= self.min_lr_ratio <= 1:
             raise ValueError(f"min_lr_ratio must be a number in [0, 1], but got {self.min_lr_ratio!r}")
-        # the optimizer checks its own options, when it is built
-        self.make([{"params": [torch.zeros(1)], "role": "norm"}], **self.optimizer_options)
+        # the optimizer checks its own options when it is built; without parameters, no module is looked for
+        self.make([{"params": []}], **self.optimizer_options)
 
     @property
     def optimizer_options(self) -> dict[str, Any]:

@@ -84,6 +84,48 @@ def test_gradients_that_are_freed_in_backward():
     assert planned(module, accumulating=True).gradients == size
 
 
+def test_the_gradient_of_a_large_head_is_held_once():
+    """In the plan as in training; adding up the gradients of chunks held it three times."""
+    sizes = SIZES | LLAMA | {"padded_vocab_size": 20_000}
+    with torch.device("meta"):
+        module = LitGPTModule(config=sizes, lm_head_chunk_size=2)
+    plan, head = planned(module, waiting=waiting_of(module)), module.model.lm_head.weight.nbytes
+    assert head < plan.gradients + plan.transients < 1.6 * head
+    real = LitGPTModule(config=sizes, lm_head_chunk_size=2)
+    assert plan.total - 7 == pytest.approx(measured(real, waiting_of(real))[0], rel=0.05)
+
+
+@pytest.mark.parametrize("model", ["grouped queries", "LoRA"])
+@pytest.mark.parametrize("in_backward", [False, True])
+@pytest.mark.parametrize("options", [{}, MEMORY["checkpointing"] | MEMORY["chunks"]], ids=["plain", "checkpointing"])
+def test_few_blocks_tell_what_many_need(model, in_backward, options):
+    with torch.device("meta"):
+        module = LitGPTModule(config=SIZES | MODELS[model] | {"n_layer": 12}, **options)
+    blocks, counted = module.model.transformer.h, []
+    blocks[5].register_forward_hook(lambda *_: counted.append(1))
+    for accumulating in (False, True):
+        few, all_of_them = (
+            planned(
+                module,
+                waiting=waiting_of(module) if in_backward else None,
+                accumulating=accumulating,
+                blocks=each,
+            )
+            for each in (blocks, None)
+        )
+        assert len(blocks) == 12
+        assert few.total == pytest.approx(all_of_them.total, rel=0.01 if in_backward else 1e-3)
+    assert len(counted) == 2  # not when few blocks run
+
+
+def test_blocks_that_differ_all_run():
+    with torch.device("meta"):
+        module = LitGPTModule(config=SIZES | LLAMA | {"n_layer": 6})
+    module.model.transformer.h[4].mlp.requires_grad_(False)
+    plans = [planned(module, blocks=blocks) for blocks in (module.model.transformer.h, None)]
+    assert plans[0] == plans[1]
+
+
 def waiting_of(module):
     optimizer = AdaPM(module.named_parameters())
     return Waiting(optimizer.param_groups, optimizer.blocks)
