@@ -50,7 +50,7 @@ class DeviceGradients(Stack):
 
     def __init__(self, grads: list[Tensor], finite: Tensor | None) -> None:
         super().__init__(grads)
-        self.matrices = Matrices.of(self)
+        self.matrices = Matrices.of(grads)  # not of this object: no circle may keep gradients alive
         self._agreed = None if finite is None else (~finite).to(torch.int32)
         self._reading: Reading | None = None
         self.basis: Tensor | None = None

@@ -1,5 +1,6 @@
 """The kernels of a CUDA step, interpreted on a CPU: the same training as without them."""
 
+import gc
 import importlib
 import json
 import os
@@ -13,6 +14,7 @@ import torch
 from commands import HELPERS
 from models import relative_difference, tiny_gpt
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from benchmarks.costs.memory import Ledger
@@ -197,6 +199,25 @@ def test_first_steps_and_refreshes_copy_no_gradient(interpreted):
             optimizer.step()
         assert ledger.peak["transient"] < 4 * weight.numel() // 2
     assert {"combine", "move"} <= set(interpreted)
+
+
+@pytest.mark.parametrize("second_moment", ["elementwise", "block", "factored"])
+@pytest.mark.parametrize("probe", [None, ResidualProbe()])
+def test_a_step_by_kernels_holds_no_gradient_afterwards(interpreted, second_moment, probe):
+    """Not until the garbage collector comes: what frees gradients within backward would free none."""
+    weight = nn.Parameter(torch.randn(24, 32).bfloat16())
+    optimizer = AdaPM([("mlp.weight", weight)], rank=2, update_proj_gap=2, second_moment=second_moment)
+    optimizer.observer = probe
+    gc.disable()
+    try:
+        for _ in range(3):
+            weight.grad = torch.randn(24, 32).bfloat16()
+            held = StorageWeakRef(weight.grad.untyped_storage())
+            optimizer.step()
+            weight.grad = None
+            assert held.expired()
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("second_moment", ["elementwise", "block", "factored"])
