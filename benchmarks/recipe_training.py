@@ -22,6 +22,7 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader
 
@@ -93,6 +94,13 @@ class Watch(L.Callback):
             trainer.callbacks[:] = [self]  # type: ignore[attr-defined]
 
 
+class Staying(SingleDeviceStrategy):
+    """Strategy that leaves the model where it is in the end: tens of gigabytes take long to the host."""
+
+    def teardown(self) -> None:
+        pass
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -139,8 +147,9 @@ def train(recipe: Mapping[str, Any], make: Callable[[LitGPTModule], Optimizer], 
     tokens = RandomTokens(rows, length, module.model.config.vocab_size, steps * together)
     L.Trainer(
         max_steps=steps,
-        devices=1,
         accelerator=device,
+        strategy=Staying(torch.device(device, 0) if device == "cuda" else device),
+        devices=1,
         precision=trainer.get("precision"),
         accumulate_grad_batches=together,
         callbacks=[OptimizerStateMonitor(WATCHED - 1), ResidualNormMonitor(WATCHED - 1), watch],
@@ -203,6 +212,7 @@ def time_start(path: Path, folder: Path, device: str) -> dict[str, Any]:
     began = time.perf_counter()
     found: dict[str, Any] = {"checkpoint_bytes": write_weights(module, folder)}
     found["writing_seconds"] = time.perf_counter() - began
+    print(f"written: {found['writing_seconds']:.1f} s", flush=True)
     del module
     overlay = {
         "trainer": {

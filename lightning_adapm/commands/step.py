@@ -87,6 +87,7 @@ class Loop:
             step_transients(parts, self.in_backward),
             Waiting(optimizer.param_groups, optimizer.blocks) if self.in_backward else None,
             accumulating=self.accumulation > 1,
+            freed_late=not self.litgpt and not self.in_backward,
             autocast=self.autocast,
             blocks=module.model.transformer.h if module.model.config.sliding_window_indices is None else None,
         )

@@ -52,6 +52,7 @@ def step_bytes(
     transients: int = 0,
     waiting: Waiting | None = None,
     accumulating: bool = False,
+    freed_late: bool = False,
     autocast: torch.dtype | None = None,
     blocks: nn.ModuleList | None = None,
 ) -> StepBytes:
@@ -67,12 +68,13 @@ def step_bytes(
         transients: Bytes that the optimizer's step allocates and frees again, which may be updates in backward.
         waiting: Chooses the gradients that wait for each other where parameters move in backward; None elsewhere.
         accumulating: Whether gradients of an earlier micro-batch are there already.
+        freed_late: Whether those of the last step stay until the forward pass is over, as under the Trainer.
         autocast: Dtype of products under mixed precision; None for that of the weights.
         blocks: Blocks of the model that pass one tensor on. Where they are alike, the first few run for all.
     """
     trained = [param for param in model.parameters() if param.requires_grad]
     for param in trained:
-        param.grad = torch.empty_like(param) if accumulating else None
+        param.grad = torch.empty_like(param) if accumulating or freed_late else None
     ledger = Ledger()
     handles = [
         param.register_post_accumulate_grad_hook(partial(_complete, ledger, waiting, transients)) for param in trained
@@ -92,6 +94,8 @@ def step_bytes(
         ):
             with ledger.counting("activations"):
                 value = loss()
+            for param in trained if not accumulating else ():
+                param.grad = None
             # not value.backward(), which leaves the modes, so that blocks would be computed again without them
             engine: Any = torch.autograd.Variable._execution_engine
             ones = torch.ones_like(value)

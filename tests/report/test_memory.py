@@ -131,6 +131,15 @@ def waiting_of(module):
     return Waiting(optimizer.param_groups, optimizer.blocks)
 
 
+def test_the_trainer_frees_gradients_after_the_next_forward_pass():
+    with torch.device("meta"):
+        module, tokens = module_of("grouped queries"), torch.empty(1, 9, dtype=torch.int64)
+    early, late = (step_bytes(module, lambda: module._loss(tokens)[0], 0, freed_late=each) for each in (False, True))
+    size = sum(param.nbytes for param in module.parameters())
+    assert early.gradients <= size == late.gradients
+    assert late.total > early.total and late.activations > 0
+
+
 def test_mixed_precision():
     with torch.device("meta"):
         module = module_of("grouped queries")
