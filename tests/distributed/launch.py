@@ -1,6 +1,7 @@
-"""Starts real processes (gloo, CPU) that run a script of this folder, with a time limit.
+"""Starts real processes that run a script of this folder, with a time limit.
 
-They are forked from a process that has imported torch, Lightning and litgpt, which takes each some six seconds.
+They are forked from a process that has imported torch, Lightning and litgpt, which takes each some six seconds. Where
+there are GPUs they start anew: a process that has looked for them cannot be forked into one that uses them.
 """
 
 import multiprocessing
@@ -14,11 +15,14 @@ from contextlib import contextmanager
 from multiprocessing import forkserver
 from pathlib import Path
 
+import torch
+
 import lightning_adapm
 
 FOLDER = Path(__file__).parent
 PATHS = [str(Path(lightning_adapm.__file__).parents[1]), str(FOLDER.parent / "helpers"), str(FOLDER)]
-FORKING = multiprocessing.get_context("forkserver")
+FORKED = not torch.cuda.is_available()
+CONTEXT = multiprocessing.get_context("forkserver" if FORKED else "spawn")
 
 
 def run_processes(script, world_size, *words, timeout=600):
@@ -36,7 +40,8 @@ def run_processes(script, world_size, *words, timeout=600):
 @contextmanager
 def started(script, world_size, *words):
     """The processes and the files that they write to; ended, if they still run, when the context is left."""
-    _ensure_server()
+    if FORKED:
+        _ensure_server()
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -56,7 +61,7 @@ def started(script, world_size, *words):
                     "LOCAL_RANK": str(rank),
                 }
                 command = [str(FOLDER / script), *map(str, words)]
-                processes.append(FORKING.Process(target=_run, args=(command, env, output)))
+                processes.append(CONTEXT.Process(target=_run, args=(command, env, output)))
                 processes[-1].start()
             yield processes, outputs
         finally:
@@ -70,7 +75,7 @@ def _ensure_server():
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, *filter(None, [before])])
     try:
-        FORKING.set_forkserver_preload(["jobs"])
+        CONTEXT.set_forkserver_preload(["jobs"])
         forkserver.ensure_running()
     finally:
         if before is None:
