@@ -44,6 +44,9 @@ class LoRAPre(RoleOptimizer):
         rounding: How bfloat16 and float16 parameters are rounded, ``"stochastic"`` or ``"nearest"``, as for AdaPM.
         update_in_backward: Whether parameters move inside backward, as for AdaPM.
 
+    A step uses the factors from before its gradient. A transcription of the paper has the updated ones, which ended
+    0.03 nats lower in a small study where LoRA-Pre is 0.41 behind AdamW, with single updates up to 24 times as large.
+
     Raises:
         ValueError: An option is out of range, or a matrix has no role.
         TypeError: Parameters lack names and roles, or are complex.
