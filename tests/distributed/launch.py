@@ -75,7 +75,7 @@ def _ensure_server():
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, *filter(None, [before])])
     try:
-        CONTEXT.set_forkserver_preload(["jobs"])
+        CONTEXT.set_forkserver_preload(["jobs", "strategies"])
         forkserver.ensure_running()
     finally:
         if before is None:

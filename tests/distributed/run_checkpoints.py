@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from jobs import JOBS, WRAP, processes, train_share, weights_of
+from jobs import JOBS, train_share
+from strategies import WRAP, processes, weights_of
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 

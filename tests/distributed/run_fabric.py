@@ -5,11 +5,12 @@ import sys
 from pathlib import Path
 
 import torch
-from jobs import JOBS, leave, loss_of, shard, weights_of
+from jobs import JOBS, loss_of
 from lightning import Fabric
 from lightning.fabric.plugins.precision import FSDPPrecision
 from lightning.fabric.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, fsdp
 from run_trainer import TIMEOUT, full_state
+from strategies import leave, shard, weights_of
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import CustomPolicy
 

@@ -7,7 +7,8 @@ import sys
 from dataclasses import replace
 
 import torch
-from jobs import JOBS, WRAP, device, processes, train_zero, weights_of
+from jobs import JOBS, train_zero
+from strategies import WRAP, device, processes, weights_of
 
 WATCHED = "plain factored"
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
-from jobs import JOBS, processes, shard, train_share
+from jobs import JOBS, train_share
+from strategies import processes, shard
 
 from lightning_adapm.report.plan import measure
 from lightning_adapm.sharding.reduction import TRAFFIC

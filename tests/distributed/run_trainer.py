@@ -17,10 +17,11 @@ from pathlib import Path
 import lightning as L
 import lightning.pytorch.strategies.fsdp as fsdp_module
 import torch
-from jobs import JOBS, leave, loss_of, on_cuda, shard, weights_of
+from jobs import JOBS, loss_of
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from strategies import leave, on_cuda, shard, weights_of
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import (
     FullOptimStateDictConfig,

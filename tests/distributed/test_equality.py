@@ -4,9 +4,10 @@ import functools
 
 import pytest
 import torch
-from jobs import JOBS, WRAP
+from jobs import JOBS
 from launch import run_processes
 from models import relative_difference
+from strategies import WRAP
 
 pytestmark = pytest.mark.timeout(900)
 

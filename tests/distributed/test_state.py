@@ -1,9 +1,11 @@
 """State saved on some processes under one strategy, loaded on others under another: the same training goes on."""
 
 import itertools
+import os
 
 import pytest
 import torch
+from filelock import FileLock
 from jobs import JOBS
 from launch import run_processes
 from models import relative_difference
@@ -13,6 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 NAMES = ("gpt elementwise", "transposed block", "plain factored", "odd elementwise", "plain lora-pre")
 NAMES += ("gqa partial muon", "gpt int8")
+SAVED_BY = (("single", 1), ("ddp", 2), ("fsdp1", 2), ("fsdp2", 2), ("fsdp1", 4), ("fsdp2", 4))
 
 
 def names(*strategies):
@@ -28,11 +31,17 @@ def differences(weights, name):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Checkpoints at half of every job, sharded and full, of every strategy."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    for strategy, world_size in (("single", 1), ("ddp", 2), ("fsdp1", 2), ("fsdp2", 2), ("fsdp1", 4), ("fsdp2", 4)):
-        actions = [f"save:{strategy}:{name}:{strategy} on {world_size} {name}" for name in names(strategy)]
-        run_processes("run_checkpoints.py", world_size, folder, *actions)
+    """Checkpoints at half of every job, sharded and full, of every strategy. Workers of pytest-xdist share them."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "checkpoints"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            making = folder.with_suffix(".making")
+            making.mkdir(exist_ok=True)
+            for strategy, world_size in SAVED_BY:
+                actions = [f"save:{strategy}:{name}:{strategy} on {world_size} {name}" for name in names(strategy)]
+                run_processes("run_checkpoints.py", world_size, making, *actions)
+            making.rename(folder)
     return folder
 
 
