@@ -11,7 +11,7 @@ from lightning_adapm.moments.base import Momentum, SecondMoment
 from lightning_adapm.optim import groups, in_backward, options
 from lightning_adapm.optim.in_backward import Selection
 from lightning_adapm.optim.part_table import PartTable
-from lightning_adapm.optim.registry import Registry
+from lightning_adapm.optim.registry import Registered, Registry
 from lightning_adapm.roles.assign import assign_roles
 from lightning_adapm.roles.context import Named
 from lightning_adapm.roles.inputs import read_groups
@@ -29,7 +29,7 @@ from lightning_adapm.step.watching import Observer
 _NO_GRADIENT = "{}.step() found no gradient on any of its parameters, so nothing is trained"
 
 
-class RoleOptimizer(Checkpointed):
+class RoleOptimizer(Registered, Checkpointed):
     """An optimizer that treats every parameter by its role in the transformer.
 
     It finds names and roles, cuts fused weights into pieces, and takes pieces of one shape through a step together.
@@ -149,31 +149,6 @@ class RoleOptimizer(Checkpointed):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget()
-
-    @property
-    def names(self) -> dict[Tensor, str]:
-        """Name of each parameter."""
-        return self._registry.names
-
-    @property
-    def roles(self) -> dict[Tensor, str]:
-        """Role of each parameter."""
-        return self._registry.roles
-
-    @property
-    def pieces(self) -> dict[Tensor, tuple[Piece, ...]]:
-        """Pieces of each parameter, each with one role."""
-        return self._registry.pieces
-
-    @property
-    def reasons(self) -> dict[Tensor, str]:
-        """Rule that decided the role of each parameter."""
-        return self._registry.reasons
-
-    @property
-    def blocks(self) -> dict[Tensor, str | None]:
-        """Name of the transformer block around each parameter; None outside."""
-        return self._registry.blocks
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

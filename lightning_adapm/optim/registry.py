@@ -74,3 +74,34 @@ class Registry:
         if self._places is None:
             self._places = [Places(find_roots(held), held, complete=False)]
         self._places = [places.check(held, optimizer) for places in self._places]
+
+
+class Registered:
+    """What a registry knows, as attributes of its optimizer."""
+
+    _registry: Registry
+
+    @property
+    def names(self) -> dict[Tensor, str]:
+        """Name of each parameter."""
+        return self._registry.names
+
+    @property
+    def roles(self) -> dict[Tensor, str]:
+        """Role of each parameter."""
+        return self._registry.roles
+
+    @property
+    def pieces(self) -> dict[Tensor, tuple[Piece, ...]]:
+        """Pieces of each parameter, each with one role."""
+        return self._registry.pieces
+
+    @property
+    def reasons(self) -> dict[Tensor, str]:
+        """Rule that decided the role of each parameter."""
+        return self._registry.reasons
+
+    @property
+    def blocks(self) -> dict[Tensor, str | None]:
+        """Name of the transformer block around each parameter; None outside."""
+        return self._registry.blocks

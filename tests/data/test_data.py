@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from texts import write_corpus
+from trainers import quiet_trainer
 
 from lightning_adapm.data import TextDataModule, TrainLoader, ValLoader, tokens
 from lightning_adapm.data.corpus import find_corpus
@@ -51,12 +52,8 @@ class Recorder(L.LightningModule):
 
 def fit(data, folder, ckpt_path=None, callbacks=(), **options):
     recorder = Recorder()
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    if not callbacks:
-        quiet["enable_checkpointing"] = False
-    L.Trainer(default_root_dir=folder, callbacks=list(callbacks), **quiet, **options).fit(
-        recorder, datamodule=data, ckpt_path=ckpt_path
-    )
+    trainer = quiet_trainer(folder, callbacks=list(callbacks), enable_checkpointing=bool(callbacks), **options)
+    trainer.fit(recorder, datamodule=data, ckpt_path=ckpt_path)
     return recorder.seen
 
 

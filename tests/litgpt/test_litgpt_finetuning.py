@@ -14,6 +14,7 @@ from litgpt import GPT, Config
 from litgpt.data import JSON, Alpaca
 from litgpt.utils import check_valid_checkpoint_dir, chunked_cross_entropy
 from torchmetrics.text import Perplexity
+from trainers import quiet_trainer
 
 from lightning_adapm import LitGPTCheckpoint, explain
 from lightning_adapm.litgpt.checkpoint import write_checkpoint
@@ -33,8 +34,7 @@ def base(tmp_path_factory):
 
 
 def trainer(tmp_path, **options):
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    return L.Trainer(default_root_dir=tmp_path, **quiet | {"logger": False, "enable_checkpointing": False} | options)
+    return quiet_trainer(tmp_path, **({"enable_checkpointing": False} | options))
 
 
 def instructions(tmp_path, **options):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from trainers import quiet_trainer
 
 from lightning_adapm.data import TextDataModule
 from lightning_adapm.litgpt.module import LitGPTModule
@@ -31,11 +32,6 @@ CONFIG = {
 def data_module(corpus, tmp_path, **options):
     options = {"vocab_size": 300, "block_size": 16, "batch_size": 4, "val_fraction": 0.2} | options
     return TextDataModule(str(corpus), "*.txt", cache_dir=str(tmp_path / "cache"), **options)
-
-
-def trainer(tmp_path, **options):
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    return L.Trainer(default_root_dir=tmp_path, **quiet, **options)
 
 
 def test_config_describes_the_whole_model():
@@ -75,7 +71,7 @@ def test_fit_learns_and_logs(corpus, tmp_path):
     """The words repeat, so a few steps must bring the loss far below that of guessing."""
     L.seed_everything(0)
     module = LitGPTModule(config=CONFIG, adapm={"lr": 1e-2})
-    run = trainer(tmp_path, max_steps=60, val_check_interval=30, enable_checkpointing=False)
+    run = quiet_trainer(tmp_path, max_steps=60, val_check_interval=30, enable_checkpointing=False)
     run.fit(module, datamodule=data_module(corpus, tmp_path))
     assert {"train_loss", "val_loss", "val_ppl"} <= set(run.callback_metrics)
     metrics = run.validate(module, datamodule=data_module(corpus, tmp_path), verbose=False)[0]
@@ -86,7 +82,7 @@ def test_fit_learns_and_logs(corpus, tmp_path):
 def test_validation_averages_over_windows(corpus, tmp_path):
     module = LitGPTModule(config=CONFIG)
     data = data_module(corpus, tmp_path, batch_size=3)
-    logged = trainer(tmp_path).validate(module, datamodule=data, verbose=False)[0]["val_loss"]
+    logged = quiet_trainer(tmp_path).validate(module, datamodule=data, verbose=False)[0]["val_loss"]
     with torch.no_grad():
         losses = [
             torch.nn.functional.cross_entropy(module(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
@@ -96,14 +92,14 @@ def test_validation_averages_over_windows(corpus, tmp_path):
     assert logged == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
     # The next mean starts anew: without an output layer every token is as likely as any other.
     torch.nn.init.zeros_(module.model.lm_head.weight)
-    logged = trainer(tmp_path).validate(module, datamodule=data, verbose=False)[0]["val_loss"]
+    logged = quiet_trainer(tmp_path).validate(module, datamodule=data, verbose=False)[0]["val_loss"]
     assert logged == pytest.approx(math.log(320), rel=1e-5)
 
 
 def test_checkpoint_rebuilds_the_module(corpus, tmp_path):
     settings = {"lr": 3e-3}
     module = LitGPTModule(config=CONFIG, tie_embeddings=True, adapm=settings)
-    run = trainer(tmp_path, max_steps=2, limit_val_batches=0)
+    run = quiet_trainer(tmp_path, max_steps=2, limit_val_batches=0)
     run.fit(module, datamodule=data_module(corpus, tmp_path))
     run.save_checkpoint(tmp_path / "model.ckpt")
     again = LitGPTModule.load_from_checkpoint(tmp_path / "model.ckpt", map_location="cpu")
@@ -116,7 +112,7 @@ def test_checkpoint_rebuilds_the_module(corpus, tmp_path):
 def test_lr_find_puts_weights_and_data_back(corpus, tmp_path):
     module, data = LitGPTModule(config=CONFIG), data_module(corpus, tmp_path)
     before = module.model.lm_head.weight.detach().clone()
-    run = trainer(tmp_path, max_steps=30, enable_checkpointing=False)
+    run = quiet_trainer(tmp_path, max_steps=30, enable_checkpointing=False)
     Tuner(run).lr_find(module, datamodule=data, num_training=20)
     assert torch.equal(module.model.lm_head.weight, before)
     assert data.train_dataloader().position == 0

@@ -12,6 +12,7 @@ from finetuning import CONFIG, write_instructions, write_tokenizer
 from litgpt import GPT, Config
 from litgpt.data import JSON
 from torch import nn
+from trainers import quiet_trainer
 
 from lightning_adapm.litgpt.checkpoint import write_checkpoint
 from lightning_adapm.litgpt.module import LitGPTModule
@@ -46,17 +47,7 @@ def in_file(tensor):
 
 
 def trained(module, tmp_path, precision, steps=1):
-    run = L.Trainer(
-        max_steps=steps,
-        precision=precision,
-        accelerator="cpu",
-        default_root_dir=tmp_path,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    run = quiet_trainer(tmp_path, max_steps=steps, precision=precision, limit_val_batches=0, enable_checkpointing=False)
     data = JSON(write_instructions(tmp_path / "instructions.json"), val_split_fraction=0.25, num_workers=0)
     run.fit(module, datamodule=data)
     return module

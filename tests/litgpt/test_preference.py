@@ -8,6 +8,7 @@ import pytest
 import torch
 from finetuning import CONFIG, write_preferences, write_tokenizer
 from litgpt.tokenizer import Tokenizer
+from trainers import quiet_trainer
 
 from lightning_adapm.litgpt.preference import DPOModule, PreferenceData, answer_log_probs, dpo_margins
 
@@ -58,8 +59,7 @@ def test_training_prefers_the_chosen_and_leaves_the_reference(tmp_path):
     tokenizer = str(write_tokenizer(tmp_path / "tokenizer"))
     module = DPOModule(beta=0.5, config=CONFIG, tokenizer_dir=tokenizer, micro_batch_size=6, adapm={"lr": 3e-3})
     before = {name: value.clone() for name, value in module.reference.state_dict().items()}
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
-    run = L.Trainer(max_epochs=4, enable_checkpointing=False, default_root_dir=tmp_path, **quiet)
+    run = quiet_trainer(tmp_path, max_epochs=4, enable_checkpointing=False)
     run.fit(module, datamodule=data)
     assert run.callback_metrics["val_loss"] < 0.6 * math.log(2)
     assert run.callback_metrics["val_accuracy"] == 1

@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from models import PlainTraining
 from torch import nn
+from trainers import quiet_trainer
 
 from lightning_adapm import AdaPM, LoRAPre
 
@@ -36,18 +37,8 @@ class Watch(Callback):
 
 
 def fit(tmp_path, module, steps=10, callbacks=(), **options):
-    trainer = L.Trainer(
-        default_root_dir=tmp_path,
-        limit_train_batches=steps,
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=list(callbacks),
-        **options,
-    )
+    options |= {"limit_train_batches": steps, "callbacks": list(callbacks)}
+    trainer = quiet_trainer(tmp_path, max_epochs=1, enable_checkpointing=False, **options)
     trainer.fit(module)
     return trainer
 

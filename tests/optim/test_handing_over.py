@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from towers import Classifier, Tower, TwoTowers, by_parameter, steps
+from trainers import quiet_trainer
 
 from lightning_adapm import AdaLomo, AdaPM, explain
 from lightning_adapm.roles.live import find_roots
@@ -115,10 +116,7 @@ class Lit(L.LightningModule):
 
 
 def fit(module, tmp_path, *callbacks, **options):
-    trainer = L.Trainer(
-        default_root_dir=tmp_path, max_epochs=3, accelerator="cpu", logger=False, enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=False, callbacks=list(callbacks), **options,
-    )  # fmt: skip
+    trainer = quiet_trainer(tmp_path, max_epochs=3, enable_checkpointing=False, callbacks=list(callbacks), **options)
     trainer.fit(module)
     return trainer.optimizers[0]
 

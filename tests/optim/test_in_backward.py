@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 from models import PlainLM, PlainTraining, token_batches
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from trainers import quiet_trainer
 
 from lightning_adapm import AdaLomo, AdaPM, AdaPMMixin, OptimizerStateMonitor, ResidualNormMonitor
 
@@ -42,14 +43,11 @@ class AliveGradients(Callback):
 
 
 def fit(tmp_path, module, steps=8, ckpt_path=None, callbacks=(), **options):
-    trainer = L.Trainer(
-        default_root_dir=tmp_path,
+    trainer = quiet_trainer(
+        tmp_path,
         max_steps=steps,
-        accelerator="cpu",
         logger=CSVLogger(tmp_path) if callbacks else False,
         log_every_n_steps=1,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         enable_checkpointing=False,
         callbacks=list(callbacks),
         **options,

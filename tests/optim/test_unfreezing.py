@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 from models import PlainLM, PlainTraining, tiny_gpt
 from torch import nn
+from trainers import quiet_trainer
 
 from lightning_adapm import AdaPM, AdaPMMixin
 
@@ -35,16 +36,8 @@ class All(AdaPMMixin, Named):
 
 
 def fit(tmp_path, module, callbacks, epochs=3):
-    trainer = L.Trainer(
-        default_root_dir=tmp_path,
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_train_batches=3,
-        limit_val_batches=1,
-        callbacks=callbacks,
+    trainer = quiet_trainer(
+        tmp_path, max_epochs=epochs, limit_train_batches=3, limit_val_batches=1, callbacks=callbacks
     )
     trainer.fit(module)
     (optimizer,) = trainer.optimizers

@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceXLAStrategy
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import PlainTraining, token_batches
+from trainers import quiet_trainer
 
 from lightning_adapm import AdaPM, AdaPMConfig, AdaPMMixin, PartialMuon, PartialMuonConfig, explain
 from lightning_adapm.data import TrainLoader
@@ -23,8 +24,7 @@ class Module(AdaPMMixin, PlainTraining, L.LightningModule):
 
 
 def trainer(tmp_path, **options):
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
-    return L.Trainer(default_root_dir=tmp_path, **(quiet | {"max_steps": 8} | options))
+    return quiet_trainer(tmp_path, **({"max_steps": 8} | options))
 
 
 @pytest.mark.parametrize(("make", "config"), [(AdaPM, AdaPMConfig), (PartialMuon, PartialMuonConfig)])

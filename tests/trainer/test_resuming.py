@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, ModelCheckpoint
 from models import PlainLM, token_batches
 from torch.utils.data import DataLoader
+from trainers import quiet_trainer
 
 from lightning_adapm import AdaPM, AdaPMMixin
 
@@ -80,15 +81,7 @@ def run(folder, make, callback, ckpt_path=None, saver=ModelCheckpoint):
     """Train, with a checkpoint at the end of every epoch; the module and the optimizer."""
     module = make()
     saver = saver(folder, filename="{epoch}", monitor="loss", save_top_k=-1, save_on_train_epoch_end=True)
-    trainer = L.Trainer(
-        max_epochs=EPOCHS,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[callback(), saver],
-        default_root_dir=folder,
-    )
+    trainer = quiet_trainer(folder, max_epochs=EPOCHS, callbacks=[callback(), saver])
     trainer.fit(module, ckpt_path=ckpt_path, weights_only=False)
     return module, trainer.optimizers[0]
 

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import (
 )
 from models import PlainLM, token_batches
 from torch.utils.data import DataLoader
+from trainers import quiet_trainer
 
 from lightning_adapm import AdaPM, AdaPMMixin
 from lightning_adapm.trainer.schedule import lr_factor
@@ -51,9 +52,8 @@ class Mixed(AdaPMMixin, Tiny):
 
 def fit(tmp_path, module, *callbacks, ckpt_path=None, **options):
     """A quiet run on the CPU; its Trainer."""
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     limits = {"max_epochs": EPOCHS, "enable_checkpointing": False}
-    trainer = L.Trainer(default_root_dir=tmp_path, callbacks=list(callbacks), **(quiet | limits | options))
+    trainer = quiet_trainer(tmp_path, callbacks=list(callbacks), **(limits | options))
     trainer.fit(module, ckpt_path=ckpt_path)
     return trainer
 
