@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 import yaml
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from lightning_adapm.data.tokens import save_tokenizer
 
@@ -29,8 +31,8 @@ class LitGPTCheckpoint(L.Callback):
         out_dir: Directory to write, such as ``"out/pretrain/final"``.
 
     Raises:
-        MisconfigurationException: Before training, where the module is no ``LitGPTModule`` or the strategy writes
-            sharded checkpoints.
+        MisconfigurationException: Before training, where the module is no ``LitGPTModule`` or FSDP1 writes sharded
+            checkpoints.
     """
 
     def __init__(self, out_dir: str) -> None:
@@ -44,22 +46,28 @@ class LitGPTCheckpoint(L.Callback):
                 f"LitGPTCheckpoint writes models of LitGPTModule, but the model is a {type(pl_module).__name__};"
                 " remove the callback, or train a LitGPTModule"
             )
-        strategy = trainer.strategy
-        distributed = getattr(strategy, "_save_distributed_checkpoint", False)
-        if distributed or getattr(strategy, "_state_dict_type", "full") != "full":
+        if getattr(trainer.strategy, "_state_dict_type", "full") != "full":
             raise MisconfigurationException(
-                f"LitGPTCheckpoint needs all weights on one process, but {type(strategy).__name__} leaves them spread;"
-                " set save_distributed_checkpoint: false (ModelParallelStrategy) or state_dict_type: full"
-                " (FSDPStrategy)"
+                f"LitGPTCheckpoint needs all weights on one process, but {type(trainer.strategy).__name__} leaves them"
+                " spread; set state_dict_type: full"
             )
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        state = trainer.strategy.lightning_module_state_dict()  # all processes take part
+        state = _whole_state(trainer.strategy)  # all processes take part
         if trainer.is_global_zero:
             write_checkpoint(self.out_dir, pl_module, state, getattr(trainer, "datamodule", None))
         trainer.strategy.barrier("LitGPTCheckpoint")
+
+
+def _whole_state(strategy: Strategy) -> dict[str, Any]:
+    """All weights, on the first process at least, whatever form the strategy's own checkpoints have."""
+    if not isinstance(strategy, ModelParallelStrategy):
+        return strategy.lightning_module_state_dict()
+    assert strategy.model is not None
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(strategy.model, options=options)
 
 
 def write_checkpoint(out_dir: Path, module: Any, state: dict[str, Any], data: Any = None) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import recipe_training
+from benchmarks import recipe_memory, recipe_sharded, recipe_training
 from lightning_adapm import AdaPM
 
 MODEL = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 60, "padded_vocab_size": 64, "block_size": 16}
@@ -25,3 +25,16 @@ def test_a_recipe_is_measured(tmp_path, name, monkeypatch):
     assert {param.dtype for param in made[0].param_groups[0]["params"]} == {torch.bfloat16}
     assert isinstance(made[0], AdaPM) == ("AdamW" not in name)
     assert getattr(made[0], "update_in_backward", False) == (name == "recipe")
+
+
+@pytest.mark.slow
+def test_a_recipe_trains_saves_and_resumes_on_processes(tmp_path):
+    """Llama-3-8B's, shrunk."""
+    folder = recipe_memory.RECIPES / "trainer/finetune"
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump({"model": {"init_args": ARGUMENTS | {"model_name": None}}}))
+    recipes = [folder / "llama-3-8b-full.yaml", folder / "llama-3-8b-full-fsdp2.yaml", path]
+    result = recipe_sharded.measure(recipe_sharded.read(recipes, 2), 2, "cpu")
+    assert result["tokens"] == 2 * 4 * 8
+    assert result["resumed_losses"] == result["losses"][recipe_sharded.SAVED :]
+    assert len(set(result["losses"])) == recipe_sharded.SAVED + recipe_sharded.AFTER

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+import yaml
 from test_equality import QUICK, assert_one_device
 from test_trainer import assert_one_device as assert_resumed
 from test_trainer import fits
+
+from benchmarks import recipe_memory, recipe_sharded
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,3 +40,16 @@ def test_saved_and_resumed_by_the_trainer(tmp_path):
     ]
     fits(tmp_path, CARDS, *(job | each for each in saves + loads))
     assert_resumed(tmp_path, "gpt block", [each["weights"] for each in loads])
+
+
+def test_the_recipe_for_several_cards_trains_saves_and_resumes(tmp_path):
+    """Llama-3-8B's, shrunk. Attention's backward pass adds in any order."""
+    config = {"n_layer": 4, "n_embd": 256, "n_head": 4, "n_query_groups": 2, "vocab_size": 1000, "block_size": 128}
+    sizes = {"model_name": None, "config": config, "max_seq_length": 128, "adapm": {"lr": 1e-2}}
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump({"model": {"init_args": sizes}}))
+    folder = recipe_memory.RECIPES / "trainer/finetune"
+    recipes = [folder / "llama-3-8b-full.yaml", folder / "llama-3-8b-full-fsdp2.yaml", path]
+    result = recipe_sharded.measure(recipe_sharded.read(recipes, CARDS), CARDS, "cuda")
+    assert result["resumed_losses"] == pytest.approx(result["losses"][recipe_sharded.SAVED :], rel=1e-2)
+    assert result["losses"][-1] < 0.9 * result["losses"][0]

@@ -2,6 +2,7 @@
 
 import lightning as L
 import pytest
+import torch
 import yaml
 from commands import RECIPES, logged, run, shrunk
 from jsonargparse import ActionConfigFile
@@ -53,13 +54,18 @@ QUICKSTARTS = [path for path in FILES if path.stem.startswith("quickstart")]
 @pytest.mark.parametrize("path", QUICKSTARTS, ids=lambda path: path.relative_to(RECIPES).as_posix())
 def test_recipe_runs(path, corpus, tmp_path):
     words = [word for config in configs(path) for word in ("--config", config)]
-    if path.stem.endswith("-fsdp2"):  # Llama's recipe, which is too large for a test, has both
+    if path.stem.endswith("-fsdp2"):  # as Llama's recipe, which is too large for a test
         words += ["--model.init_args.lm_head_chunk_size=6", "--model.init_args.activation_checkpointing=true"]
+        words += ["--trainer.strategy.init_args.save_distributed_checkpoint=true"]
+        words += ["--trainer.callbacks+=lightning_adapm.LitGPTCheckpoint", "--trainer.callbacks.out_dir=final"]
     run(tmp_path, "fit", *words, *shrunk(corpus, tmp_path))
     (table,) = tmp_path.rglob("metrics.csv")
     losses = [float(value) for value in logged(table.parent, "val_loss")]
     assert len(losses) == 2
     assert losses[1] < losses[0]
+    if path.stem.endswith("-fsdp2"):
+        saved = torch.load(tmp_path / "final" / "lit_model.pth", weights_only=True)
+        assert len(saved["lm_head.weight"]) == 512  # rows of both processes
 
 
 @pytest.mark.parametrize("path", STATING_MEMORY, ids=lambda path: path.relative_to(RECIPES).as_posix())
