@@ -51,7 +51,7 @@ class _LinearLoss(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.ignored, ctx.size = ignored, size
         ctx.dtype = F.linear(hidden[:0, :, :0], weight[:, :0]).dtype  # autocast's, where that is on
-        total = torch.zeros((), device=hidden.device)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)  # the default may be bfloat16
         for _, logits, wanted in _chunks(ctx, hidden, weight, bias, targets):
             total += summed_loss(logits, wanted, ignored)
         return total

@@ -37,4 +37,4 @@ def test_a_recipe_trains_saves_and_resumes_on_processes(tmp_path):
     result = recipe_sharded.measure(recipe_sharded.read(recipes, 2), 2, "cpu")
     assert result["tokens"] == 2 * 4 * 8
     assert result["resumed_losses"] == result["losses"][recipe_sharded.SAVED :]
-    assert len(set(result["losses"])) == recipe_sharded.SAVED + recipe_sharded.AFTER
+    assert len(set(result["losses"])) == recipe_sharded.SAVED + recipe_sharded.AFTER  # in float32

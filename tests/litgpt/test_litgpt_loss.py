@@ -63,3 +63,12 @@ def test_hooks_of_the_head_see_every_chunk():
     for one, other in zip(gradients(torch.float32, whole), gradients(torch.float32, hooked), strict=True):
         torch.testing.assert_close(one, other)
     assert seen[:4] == [4, 4, 4, 2]
+
+
+def test_losses_are_summed_in_float32_whatever_the_default_dtype():
+    """The Trainer's bf16-true makes bfloat16 the default."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert gradients(torch.bfloat16, chunked)[0].dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
