@@ -36,6 +36,16 @@ def peaks(result: Result) -> Cells:
         yield words, [show_bytes(part["peak"]) if part and "peak" in part else "" for part in parts]
 
 
+def recipes(result: Result) -> Cells:
+    """The limit, peak bytes and tokens per second of a recipe, and of AdamW in its place."""
+    base = result["rows"].get(BASE, {}).get("tokens_per_second")
+    for name, row in result["rows"].items():
+        if "peak" in row:
+            speed = row["tokens_per_second"]
+            ratio = f"{speed / base:.2f}" if base else ""
+            yield f", {name}", [row["limit"], show_bytes(row["peak"]), f"{speed:,.0f}", ratio]
+
+
 def _relative(rows: Mapping[str, Mapping[str, Any]], names: tuple[str, ...]) -> list[str]:
     base, *others = (rows.get(name, {}).get("mean_ms") for name in names)
     if not base:
@@ -47,6 +57,7 @@ SECTIONS: dict[str, tuple[tuple[str, ...], Callable[[Result], Cells]]] = {
     "step_time": ((BASE, "AdamW", *OURS), step_times),
     "training_time": ((BASE, *OURS, BACKWARD), training_times),
     "peak_memory": ((BASE, *OURS, BACKWARD), peaks),
+    "recipe_training": (("limit", "peak", "tokens per second", f"/ {BASE}"), recipes),
 }
 """Benchmarks, with the columns of their tables and the cells of a result."""
 

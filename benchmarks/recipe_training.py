@@ -243,7 +243,7 @@ def time_start(path: Path, folder: Path, device: str) -> dict[str, Any]:
 
 def page(result: Mapping[str, Any]) -> str:
     """The result as Markdown."""
-    lines = [f"# Training of a recipe: {result['recipe']}", "", provenance(result), ""]
+    lines = [f"# Training of a recipe: {result['model']}", "", provenance(result), ""]
     if result["rows"]:
         lines += _rows(result)
     if start := result["start"]:
@@ -287,8 +287,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     file = args.output / f"recipe_training-{args.recipe.stem}.json"
+    recipe = yaml.safe_load(args.recipe.read_text(encoding="utf-8"))
     result = session("recipe_training", args.device) | {
-        "recipe": args.recipe.stem,
+        "device": args.device,
+        "model": args.recipe.stem,
+        "dtype": recipe["trainer"].get("precision", "32-true"),
         "planned": planned_step(args.recipe) if args.rows else "",
         "rows": {},
         "start": None,

@@ -112,9 +112,11 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         self.operations += 1
-        for tensor in tree_leaves(out):
+        known = len(self._entries)
+        for tensor in (out,) if type(out) is Tensor else tree_leaves(out):
             if isinstance(tensor, Tensor):
                 for plain in tensors_in(tensor):
                     self._enter(plain, self.category)
-        self._note()
+        if len(self._entries) > known:  # views allocate nothing
+            self._note()
         return out
