@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_adapm.moments import lowrank
 from lightning_adapm.optim import RoleOptimizer
+from lightning_adapm.report.orthogonality import Deviation
 from lightning_adapm.report.plan import StateBytes, adamw_bytes, held_bytes, state_bytes
 from lightning_adapm.roles.context import describe
 from lightning_adapm.roles.find import find_role
@@ -165,6 +166,8 @@ class _Seen:
     """Square of the direction's norm."""
     residual: tuple[Tensor, Tensor] | None = None
     """Square of the residual's norm, and its sketch; None without a basis."""
+    deviation: Deviation | None = None
+    """Deviation of the update from an orthogonal matrix; None where it is not orthogonalized."""
 
 
 class ResidualProbe:
@@ -175,10 +178,13 @@ class ResidualProbe:
     - ``update_max``: largest entry of ``|update| / lr``, before any clamp;
     - ``clamped``: share of its entries beyond ``clip_threshold``, where there is one;
     - ``norm``: ``‖G - G RᵀR‖_F / ‖M^‖_F``, where there is a basis ``R``; ``M^`` is the direction used;
+    - ``orthogonality``: ``‖U Uᵀ - I‖_F / sqrt(m)`` of an orthogonal update ``U``, on its smaller side ``m``; see
+      :class:`~lightning_adapm.report.orthogonality.Deviation`;
     - ``stationarity``: cosine between the residual and the one observed before it, from sketches of them. The residual
       correction assumes that it is near 1.
 
-    Between steps, it keeps a sketch of 256 numbers per piece. During a step, it holds tiles of gradients and updates.
+    Between steps, it keeps a sketch of 256 numbers per piece. During a step, it holds tiles of gradients and updates,
+    and until they are read at most 32 rows of each orthogonal update.
     Observing reads nothing back from the device; :meth:`read` does so once.
     """
 
@@ -196,6 +202,8 @@ class ResidualProbe:
         if basis is not None:
             basis = reduction_of([part]).columns(basis.reshape(-1, *basis.shape[-2:]), grad.shape[-1])
             seen.residual = _residual(part, grad, basis.to(part.exact))
+        if part.second.whole_matrices:
+            seen.deviation = Deviation(part)
         self._seen.append(seen)
         self._latest[part.key] = seen
 
@@ -206,6 +214,8 @@ class ResidualProbe:
         seen = self._latest[part.key]
         seen.largest = torch.maximum(seen.largest, update.abs().max())
         seen.direction = seen.direction + direction.square().sum()
+        if seen.deviation is not None:
+            seen.deviation.see(update)
         if clip_threshold is not None:
             seen.clamped = seen.clamped + (update.abs() > clip_threshold).sum()
             seen.reading = seen.reading._replace(entries=part.held_numel)
@@ -223,6 +233,8 @@ class ResidualProbe:
         figures = {"update_max": seen.largest}
         if seen.reading.entries:
             figures["clamped"] = seen.clamped / seen.reading.entries
+        if seen.deviation is not None:
+            figures["orthogonality"] = seen.deviation.settle()
         if seen.residual is not None:
             values = [seen.residual[0], seen.direction.clone(), seen.residual[1]]
             tiny = torch.finfo(seen.direction.dtype).tiny

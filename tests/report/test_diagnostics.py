@@ -77,6 +77,23 @@ def test_probe_sees_the_direction_that_is_made_orthogonal():
         assert "clamped" not in reading.figures
 
 
+@pytest.mark.parametrize("shape", [(40, 120), (120, 40), (3, 50, 60)])
+def test_probe_estimates_how_far_an_update_is_from_orthogonal(monkeypatch, shape):
+    """From tiles that end anywhere; in a stack, squares are averaged over matrices."""
+    monkeypatch.setattr("lightning_adapm.moments.tiles.TILE_NUMEL", 500)
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(shape, dtype=torch.float64))
+    optimizer = PartialMuon([("layers.0.mlp.weight", weight)], lr=1.0, rank=2, weight_decay=0)
+    probe, before = ResidualProbe(), weight.detach().clone()
+    optimizer.observer, weight.grad = probe, torch.randn_like(weight)
+    optimizer.step()
+    update = (before - weight.detach()) / (0.2 * max(shape[-2:]) ** 0.5)
+    values = torch.linalg.svdvals(update)
+    (reading,) = probe.read()
+    expected = (values.square() - 1).square().mean().sqrt().item()
+    assert reading.figures["orthogonality"] == pytest.approx(expected, rel=0.15)
+
+
 def test_stationarity_of_a_constant_residual_is_one():
     weight = torch.nn.Parameter(torch.randn(12, 10))
     optimizer = AdaPM([("mlp.weight", weight)], rank=2, update_proj_gap=50)

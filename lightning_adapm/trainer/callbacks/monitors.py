@@ -102,6 +102,8 @@ class ResidualNormMonitor(L.Callback):
     - ``norm_mean/<role>``, ``norm_max/<role>`` and ``norm_by_layer/<layer>``: the norm of the residual relative to the
       direction, ``‖G - G RᵀR‖_F / ‖M^‖_F``.
     - ``stationarity/<role>``: the cosine between this residual and the one logged before.
+    - ``orthogonality/<role>`` with PartialMuon: ``‖U Uᵀ - I‖_F / sqrt(m)`` of the orthogonal update ``U``, on its
+      smaller side, estimated to about 5 %. It is 0 for an orthogonal matrix and 1 for zero.
     - ``update_max/<role>``: the largest ``|update| / lr`` before any clamp.
     - ``clamped/<role>``: the share of entries beyond ``clip_threshold``.
     - ``nonfinite_gradients``: the number of gradients, over parameters and all steps so far, with an infinity or a NaN.

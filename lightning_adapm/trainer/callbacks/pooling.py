@@ -68,6 +68,7 @@ class ResidualFigures:
 
     def __init__(self, optimizer: RoleOptimizer) -> None:
         low_rank: list[tuple[str, str]] = []
+        orthogonal: list[str] = []
         all_roles: list[str] = []
         for group in optimizer.param_groups:
             for name, param in zip(group["param_names"], group["params"], strict=True):
@@ -75,11 +76,14 @@ class ResidualFigures:
                     all_roles.append(role_label(part.piece.role))
                     if part.first.has_basis:
                         low_rank.append((name, role_label(part.piece.role)))
+                    if part.second.whole_matrices:
+                        orthogonal.append(role_label(part.piece.role))
         self.layers = layer_labels(name for name, _ in low_rank)
         numbered_first = sorted(dict.fromkeys(self.layers.values()), key=lambda label: not label[-1].isdigit())
         self.names = ["nonfinite_gradients", *(f"norm_by_layer/{label}" for label in numbered_first)]
         low_rank_roles = [role for _, role in low_rank]
         kinds = {"norm": low_rank_roles, "stationarity": low_rank_roles, "update_max": all_roles, "clamped": all_roles}
+        kinds |= {"orthogonality": orthogonal} if orthogonal else {}
         self.names += [f"{kind}/{role}" for kind, roles in kinds.items() for role in dict.fromkeys(["all", *roles])]
 
     def figures(self, readings: Iterable[Reading]) -> Iterable[tuple[str, float, float]]:
