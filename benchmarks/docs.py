@@ -26,7 +26,9 @@ def step_times(result: Result) -> Cells:
 
 def training_times(result: Result) -> Cells:
     """The same for forward, backward and step together."""
-    yield f", {result['batch']} x {result['length']} tokens", _relative(result["rows"], (BASE, *OURS, BACKWARD))
+    times = result.get("accumulate", 1)
+    tokens = f"{result['batch']} x {result['length']} tokens" + (f", {times} times" if times > 1 else "")
+    yield f", {tokens}", _relative(result["rows"], (BASE, *OURS, BACKWARD))
 
 
 def peaks(result: Result) -> Cells:

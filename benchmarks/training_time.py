@@ -65,6 +65,8 @@ def summarize(rows: Sequence[Measured], tokens: int) -> dict[str, dict[str, Any]
 def page(result: dict[str, Any], plot: str | None) -> str:
     """The result as Markdown."""
     products = ", products in bfloat16 (autocast)" if result["autocast"] else ""
+    times = result.get("accumulate", 1)
+    often = f", {times} times before each step" if times > 1 else ""
     lines = [
         f"# Time of a training step: {result['model']}, {result['batch']} x {result['length']} tokens,"
         f" {result['device']}",
@@ -72,10 +74,10 @@ def page(result: dict[str, Any], plot: str | None) -> str:
         provenance(result),
         "",
         f"{show_count(result['parameters'])} parameters ({result['layers']} of {result['all_layers']} layers),"
-        f" {result['dtype']}, {result['batch']} windows of {result['length']} random tokens{products}. The mean is over"
-        f" {result['repeats']} turns of whole refresh intervals ({INTERVAL} steps; where 200, one timed refresh counts"
-        " as one step in 200), in parentheses the means of the fastest and the slowest turn. Added is what a step takes"
-        " beyond forward and backward alone.",
+        f" {result['dtype']}, {result['batch']} windows of {result['length']} random tokens{often}{products}. The mean"
+        f" is over {result['repeats']} turns of whole refresh intervals ({INTERVAL} steps; where 200, one timed refresh"
+        " counts as one step in 200), in parentheses the means of the fastest and the slowest turn. Added is what a"
+        " step takes beyond forward and backward alone.",
         "",
     ]
     rows = []
@@ -100,7 +102,9 @@ def page(result: dict[str, Any], plot: str | None) -> str:
 def run(args: argparse.Namespace) -> None:
     """Measure one model, and write the JSON, the page and the plot."""
     shape, on_gpu = MODELS[args.model], args.device == "cuda"
-    setting = Setting(args.device, DTYPES[args.dtype], args.batch, args.length, args.peer_limit, args.autocast)
+    setting = Setting(
+        args.device, DTYPES[args.dtype], args.batch, args.length, args.peer_limit, args.autocast, args.accumulate
+    )
     plan = Plan(
         args.device,
         args.repeats,
@@ -110,12 +114,13 @@ def run(args: argparse.Namespace) -> None:
         deadline=time.monotonic() + args.time_limit,
     )
     measured = measure(shape, select(args.peers), setting, plan)
-    rows = summarize(measured, args.batch * args.length)
+    rows = summarize(measured, args.batch * args.length * args.accumulate)
     result = session("training_time", args.device) | {
         **described(args.device, args.model, args.dtype, shape, shape.layers),
         "autocast": args.autocast,
         "batch": args.batch,
         "length": args.length,
+        "accumulate": args.accumulate,
         "repeats": plan.repeats,
         "rows": rows,
     }
@@ -126,7 +131,8 @@ def run(args: argparse.Namespace) -> None:
         if "mean_ms" in row and name != NOTHING.name
     }
     dtype = f"{args.dtype}-autocast" if args.autocast else args.dtype
-    file = args.output / f"training_time-{args.device}-{args.model}-{dtype}-{args.batch}x{args.length}.json"
+    windows = f"{args.batch}x{args.length}" + (f"x{args.accumulate}" if args.accumulate > 1 else "")
+    file = args.output / f"training_time-{args.device}-{args.model}-{dtype}-{windows}.json"
     plot = file.with_suffix(".svg")
     drawn = stacked_bars(plot, f"{args.model}, {args.dtype}, {args.device}", "milliseconds", bars)
     write(file, result, page(result, plot.name if drawn else None))
@@ -138,7 +144,10 @@ def main() -> None:
     add_windows(parser, batch=8)
     parser.add_argument("--autocast", action="store_true", help="products in bfloat16, as precision bf16-mixed")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each optimizer")
+    parser.add_argument("--accumulate", type=int, default=1, help="backward passes of a step, not for updates in them")
     args = parser.parse_args()
+    if args.accumulate > 1 and any(peer.in_backward for peer in select(args.peers)):
+        parser.error("--accumulate is not for peers that update inside backward; leave them out of --peers")
     check_length(parser, args.length, args.model, MODELS[args.model])
     run(args)
 

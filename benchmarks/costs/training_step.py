@@ -26,7 +26,9 @@ WARMUP = 2
 
 @dataclass(frozen=True)
 class Setting:
-    """Setting of a step: ``batch`` windows of ``length`` tokens on a device; ``autocast`` has products in bfloat16."""
+    """Setting of a step: ``batch`` windows of ``length`` tokens on a device, ``accumulate`` times; ``autocast`` has
+    products in bfloat16.
+    """
 
     device: str
     dtype: torch.dtype
@@ -34,6 +36,7 @@ class Setting:
     length: int
     svd_limit: float = math.inf
     autocast: bool = False
+    accumulate: int = 1
 
 
 def _claim(ledger: Ledger, param: Tensor) -> None:
@@ -65,7 +68,8 @@ class Training:
     def gradients(self) -> None:
         """A step without the optimizer's."""
         self.optimizer.zero_grad()
-        self.backward()
+        for _ in range(self.setting.accumulate):
+            self.backward()
 
     def step(self) -> None:
         if self.in_backward:

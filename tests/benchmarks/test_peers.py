@@ -217,12 +217,16 @@ def test_the_command(monkeypatch, tmp_path):
         assert (tmp_path / f"step_time-cpu-llama-{dtype}.svg").exists()
 
 
-def test_training_steps_are_timed_with_and_without_an_optimizer(monkeypatch, tmp_path):
+def test_training_steps_are_timed_with_and_without_an_optimizer(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(training_time, "MODELS", {"llama": TINY})
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     words = ["training_time", "--autocast", "--batch", "2", "--length", "16", "--output", str(tmp_path)]
     words += ["--repeats", "2", "--peers", "AdamW, fused", "AdaPM block, in backward", "AdaLomo", "bitsandbytes"]
+    monkeypatch.setattr(sys, "argv", [*words, "--accumulate", "2"])
+    with pytest.raises(SystemExit):
+        training_time.main()
+    assert "update inside backward" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", words)
     training_time.main()
     page = (tmp_path / "training_time-cpu-llama-float32-autocast-2x16.md").read_text()
