@@ -38,6 +38,13 @@ def starting_rows(rank: int, n: int, like: Tensor, columns: slice = slice(None))
     return (bits >> 8).to(like.dtype) / 2**23 - 1
 
 
+def kept_starting_rows(rank: int, n: int, like: Tensor) -> Tensor:
+    """:func:`starting_rows`, kept by the optimizer whose step runs."""
+    make = partial(starting_rows, rank, n, like.new_empty(()))
+    lasting = has_values(like) and not torch.compiler.is_compiling()  # of FakeTensorMode, none is of later use
+    return kept((rank, n, like.dtype, like.device), make) if lasting else make()
+
+
 def orthonormal_rows(rows: Tensor) -> Tensor:
     """Make the rows of ``rows`` ``(b, r, n)`` orthonormal; a row that depends on earlier ones becomes zero."""
     return orthonormalize([rows])[0][0]
@@ -128,10 +135,7 @@ def iterated_rows(
     """
     rank, n = right.shape[-2:]
     empty = ~right.any(dim=-1, keepdim=True)
-    make = partial(starting_rows, rank, n, right.new_empty(()))
-    lasting = has_values(right) and not torch.compiler.is_compiling()  # of FakeTensorMode, none is of later use
-    start = kept((rank, n, right.dtype, right.device), make) if lasting else make()
-    sketch = torch.where(empty, start, right)
+    sketch = torch.where(empty, kept_starting_rows(rank, n, right), right)
     projected = grad @ sketch.mT
     reduction.rows(projected)
     # in place: of a table of tokens, each of these is as large as the state. left right rightᵀ is left, because rows of

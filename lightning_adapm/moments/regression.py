@@ -42,10 +42,11 @@ class Regressor:
         """Predict ``targets`` ``(b, m, n)`` with the factors, then fit the factors to them."""
         lefts, rights = (self.storage.read(states, f"{self.prefix}_{side}") for side in "lr")
         left, right = join(lefts).to(targets.dtype), join(rights).to(targets.dtype)
-        start = lowrank.starting_rows(self.rank, targets.shape[-1], right) * (_SPREAD * 3**0.5)
+        start = lowrank.kept_starting_rows(self.rank, targets.shape[-1], right) * (_SPREAD * 3**0.5)
         right = torch.where(right.any(-1, keepdim=True).any(-2, keepdim=True), right, start)
-        # finite: both factors may have met one huge gradient at once, where their order is Jacobi's
-        predicted = (left @ right).nan_to_num_(0.0, 0.0, 0.0)
+        predicted = left @ right
+        if self.order == "jacobi":  # both factors may have met one huge gradient at once
+            predicted.nan_to_num_(0.0, 0.0, 0.0)
         seen = targets @ right.mT
         reduction.rows(seen)
         new_left = torch.lerp(_over_gram(seen, right @ right.mT), left, self.decay)
@@ -67,9 +68,12 @@ def _over_gram(rows: Tensor, gram: Tensor) -> Tensor:
     exact = gram.double()
     level = exact.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     damping = (_DAMPING * level).clamp_min(torch.finfo(torch.float64).tiny ** 0.5)
-    damped = exact + damping * torch.eye(gram.shape[-1], dtype=torch.float64, device=gram.device)
+    identity = torch.eye(gram.shape[-1], dtype=torch.float64, device=gram.device)
+    damped = exact + damping * identity
     factor, _ = torch.linalg.cholesky_ex(damped)
-    return torch.cholesky_solve(rows.double().mT, factor).mT.to(rows.dtype)
+    # of the small matrix alone: solving for all rows takes a GPU many times longer than a product
+    half = torch.linalg.solve_triangular(factor, identity, upper=False)
+    return (rows.double() @ (half.mT @ half)).to(rows.dtype)
 
 
 @dataclass(frozen=True)
@@ -160,5 +164,5 @@ class LowRankSecondMoment(SecondMoment):
         grad = join(grads)
         predicted = self._regressor.fit(grad.abs(), states, reduction)
         # not lerp: infinity minus infinity would be NaN
-        root = predicted.square_().mul_(self.beta2).add_(grad.square(), alpha=1 - self.beta2).sqrt_()
+        root = predicted.square_().mul_(self.beta2).addcmul_(grad, grad, value=1 - self.beta2).sqrt_()
         return Denominators(split(root, grads), (1 - self.beta2**step) ** 0.5, self.eps)

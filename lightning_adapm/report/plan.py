@@ -110,13 +110,13 @@ def measure(optimizer: Optimizer) -> StateBytes:
 
 
 def cached_bytes(optimizer: RoleOptimizer) -> int:
-    """Bound of ``optimizer.cached_bytes()``: where refreshes of bases start, by shape, and tables of addresses."""
+    """Bound of ``optimizer.cached_bytes()``: where bases and regressors start, by shape, and tables of addresses."""
     starts, devices = set(), set()
     for param in optimizer.pieces:
         for part in optimizer.parts(param):
             devices.add(param.device)
-            if part.first.has_basis and param.requires_grad:
-                rank = min(getattr(part.first, "rank", 0), part.shape[-1])
+            if (rank := getattr(part.first, "rank", 0)) and param.requires_grad:
+                rank = min(rank, part.shape[-1])
                 starts.add((rank * part.shape[-1] * part.exact.itemsize, rank, param.device))
     tables = MOST_BYTES_OF_TABLES * sum(runs_on(device) for device in devices)
     return sum(size for size, _, _ in starts) + tables

@@ -93,7 +93,7 @@ class NonFiniteGradients:
         if not has_values(exact[0]):
             return exact
         on_device = exact[0].device.type != "cpu"
-        if on_device and exact[0].dim() and all(grad.shape == exact[0].shape for grad in exact):
+        if on_device and exact[0].dim() and len(exact) > 1 and all(grad.shape == exact[0].shape for grad in exact):
             return self._zeroed(parts, torch.stack(exact))
         finite = self.agreed_on(parts)
         finite = _finite(exact) if finite is None else finite
