@@ -9,10 +9,11 @@ import yaml
 from torch import nn
 
 from benchmarks import recipe_memory, recipe_training
-from lightning_adapm import AdaPM
+from lightning_adapm import AdaLomo, AdaPM, Lomo, PartialMuon
+from lightning_adapm.moments import orthogonal as reference
 from lightning_adapm.report.diagnostics import ResidualProbe
 from lightning_adapm.report.tables import read_bytes
-from lightning_adapm.step import kernels
+from lightning_adapm.step import kernels, orthogonal
 from lightning_adapm.step.rounding import StochasticRounding, Stream
 
 pytestmark = [
@@ -59,6 +60,64 @@ def test_the_same_weights_as_on_a_cpu(second_moment, dtype, tolerance):
         assert optimizer.nonfinite_gradients() == {"lm_head.weight": 1}
     for (name, p), q in zip(nets[0].named_parameters(), nets[1].parameters(), strict=True):
         assert (p - q.cpu()).norm() <= tolerance * p.norm(), name
+
+
+NEIGHBORS = {
+    "PartialMuon": (PartialMuon, {"rank": 3, "update_proj_gap": 3}),
+    "Muon": (PartialMuon, {"momentum": "full"}),
+    "AdaLomo": (AdaLomo, {"update_in_backward": False}),
+    "Lomo": (Lomo, {"update_in_backward": False}),
+}
+
+
+@pytest.mark.parametrize("name", NEIGHBORS)
+def test_the_neighbors_move_as_on_a_cpu(monkeypatch, name):
+    """Relative to what they moved. Products of Newton-Schulz are in bfloat16 here, and in float32 there."""
+    make, options = NEIGHBORS[name]
+    nets, start = [model(), model().cuda()], model()
+    for net in nets:
+        optimizer = make(net.named_parameters(), lr=1e-2, **options)
+        for step in range(8):
+            gradients(net, step)
+            if step == 5:
+                net["lm_head"].weight.grad[0, 0] = float("inf")
+            optimizer.step()
+    assert "kernels" in {row.path for row in optimizer.step_paths()}
+    for (key, p), q, before in zip(nets[0].named_parameters(), nets[1].parameters(), start.parameters(), strict=True):
+        tolerance = 0.05 if make is PartialMuon else 1e-4
+        assert (p - q.cpu()).norm() <= tolerance * (p - before).norm(), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", NEIGHBORS)
+def test_no_step_of_the_neighbors_waits_for_the_device(name, dtype):
+    """Watched or not: a monitor changes no bit."""
+    make, options = NEIGHBORS[name]
+    weights = []
+    for probe in (None, ResidualProbe()):
+        net = model(dtype).cuda()
+        optimizer = make(net.named_parameters(), **options)
+        optimizer.observer = probe
+        for step in range(7):
+            gradients(net, step)
+            step_without_waiting(optimizer, may_wait=step == 0)
+        weights.append([param.detach() for param in net.parameters()])
+    assert all(map(torch.equal, *weights)) and all(param.isfinite().all() for param in weights[0])
+
+
+@pytest.mark.parametrize("shape", [(3, 2048, 2048), (2, 512, 2048), (2, 2048, 512), (2, 1000, 777), (3, 100, 130)])
+def test_newton_schulz_by_symmetric_products(shape):
+    """In bfloat16, next to the plain form in float64; and one product of columns, with what is added."""
+    matrices = torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    matrices /= matrices.norm(dim=(-2, -1), keepdim=True)
+    found = orthogonal.iterated(matrices.bfloat16(), 5).double()
+    expected = reference._plain(matrices.double(), 5)
+    assert (found - expected).norm() < 0.05 * expected.norm()
+    given = matrices.bfloat16()
+    added = given.mT @ given
+    product = orthogonal.symmetric(given.mT, given.mT, added, alpha=0.5, beta=2.0).double()
+    expected = 0.5 * given.double().mT @ given.double() + 2 * added.double()
+    assert (product - expected).norm() < 5e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("second_moment", ["elementwise", "block", "factored"])

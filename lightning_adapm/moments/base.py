@@ -152,6 +152,11 @@ class Momentum(Moment):
     has_basis: ClassVar[bool] = False
     """Whether it averages projections of gradients on an orthonormal basis."""
 
+    @property
+    def share(self) -> float:
+        """Share of the average in the direction; the rest is the gradient, as if another such came."""
+        return 1.0
+
     def basis(self, state: State) -> Tensor | None:
         """The basis ``(r, n)``, or those of a stack, where there is one."""
         return None

@@ -19,11 +19,15 @@ from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
 class NesterovMomentum(FullMomentum):
     """Muon's first moment: ``(1 - beta1) G + beta1 B`` with the average ``B``."""
 
+    @property
+    def share(self) -> float:
+        return self.beta1
+
     def direction(
         self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
     ) -> Direction:
         averages = super().direction(grads, states, step, reduction).tensors
-        return Direction(list(torch._foreach_lerp(grads, averages, self.beta1)), 1.0, scratch=True, clamp=None)
+        return Direction(list(torch._foreach_lerp(grads, averages, self.share)), 1.0, scratch=True, clamp=None)
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,14 @@ class NesterovLowRankMomentum(LowRankMomentum):
     so that both parts have one scale.
     """
 
+    @property
+    def share(self) -> float:
+        return self.beta1
+
     def direction(
         self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
     ) -> Direction:
         plain = super().direction(grads, states, step, reduction)
         assert plain.factors is not None
         left, right = plain.factors  # of what the average differs in from the gradient
-        return plain._replace(factors=(self.beta1 * left, right))
+        return plain._replace(factors=(self.share * left, right))

@@ -23,7 +23,7 @@ from lightning_adapm.moments.second import NoSecondMoment
 from lightning_adapm.sharding.owners import Owners
 from lightning_adapm.sharding.reduction import ONE_PROCESS, ProcessReduction, Reduction
 
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Coefficients of ``X``, ``X Xᵀ X`` and ``(X Xᵀ)² X`` in each step, by Keller Jordan."""
 STEPS = 5
 
@@ -49,7 +49,7 @@ class Orthogonal(NoSecondMoment):
             dtype = product_dtype(whole.device, whole.dtype)
             found = split(self.iterated(_normalized(whole, _squares(whole), dtype)), used)
             rows = used[0].shape[-2]
-        return Direction(found, 0.2 * max(rows, used[0].shape[-1]) ** 0.5, scratch=True, clamp=None)
+        return sized(found, rows)
 
     def iterated(self, normalized: Tensor) -> Tensor:
         """Orthogonalize whole matrices ``(b, m, n)`` of norm 1."""
@@ -62,6 +62,11 @@ class Orthogonal(NoSecondMoment):
         dtype = product_dtype(parts[0].device, parts[0].dtype)
         held = [_normalized(part, total[0], dtype) for part, total in zip(held, squares, strict=True)]
         return Owners(reduction.shards).apply(self.iterated, held)
+
+
+def sized(found: list[Tensor], rows: int) -> Direction:
+    """Orthogonal matrices of so many ``rows``, over all processes, as updates of the size of AdamW's."""
+    return Direction(found, 0.2 * max(rows, found[0].shape[-1]) ** 0.5, scratch=True, clamp=None)
 
 
 def newton_schulz(matrices: Tensor, steps: int = STEPS, dtype: torch.dtype | None = None) -> Tensor:
@@ -108,13 +113,13 @@ def _iterated(found: Tensor, steps: int) -> Tensor:
     """Iterate on matrices of norm 1, in the form with less work."""
     if not found.numel():
         return found
-    parts = _parts(steps, found.dtype)
+    parts = gram_parts(steps, found.dtype)
     if _work_of_gram(found.shape, parts) < _work_of_plain(found.shape, steps):
         return _by_gram(found, parts)
     return _plain(found, steps)
 
 
-def _parts(steps: int, dtype: torch.dtype) -> tuple[int, ...]:
+def gram_parts(steps: int, dtype: torch.dtype) -> tuple[int, ...]:
     """Number of steps of the Gram form with one Gram matrix."""
     if dtype.itemsize > 2 or steps < 2:
         return (steps,)
@@ -140,7 +145,7 @@ def _gram(found: Tensor) -> Tensor:
 def _added(found: Tensor, polynomial: Tensor) -> Tensor:
     """Compute ``a found + polynomial found``, with the polynomial on the smaller side."""
     left, right = (polynomial, found) if found.shape[-2] <= found.shape[-1] else (found, polynomial)
-    return torch.baddbmm(found, left, right, beta=_COEFFICIENTS[0])
+    return torch.baddbmm(found, left, right, beta=COEFFICIENTS[0])
 
 
 def _plain(found: Tensor, steps: int) -> Tensor:
@@ -160,7 +165,7 @@ def _product(gram: Tensor, steps: int) -> Tensor:
     """Matrix that stands for several steps, computed from the Gram matrix."""
     polynomial = _polynomial(gram)
     product = polynomial.clone()
-    product.diagonal(dim1=-2, dim2=-1).add_(_COEFFICIENTS[0])
+    product.diagonal(dim1=-2, dim2=-1).add_(COEFFICIENTS[0])
     for _ in range(steps - 1):
         # the matrix's next Gram matrix: (a + p) S (a + p)
         gram = _added(_added(gram, polynomial), polynomial)
@@ -171,5 +176,5 @@ def _product(gram: Tensor, steps: int) -> Tensor:
 
 def _polynomial(gram: Tensor) -> Tensor:
     """Compute ``b S + c S²``. The ``a`` is added elsewhere, because it would round the rest away here."""
-    _, b, c = _COEFFICIENTS
+    _, b, c = COEFFICIENTS
     return torch.baddbmm(gram, gram, gram, beta=b, alpha=c)

@@ -16,7 +16,7 @@ from lightning_adapm.moments.base import Denominators, SecondMoment, Stack, Stat
 from lightning_adapm.moments.storage import EXACT, Entry, Storage
 from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
 
-_ADDED = 1e-30
+ADDED = 1e-30
 """Constant that AdaLomo adds to squares."""
 
 
@@ -247,6 +247,10 @@ class RelativeSecondMoment(SecondMoment):
             return {"exp_avg_sq": Entry(shape, rows=True, storage=self.storage)}
         return _rows_and_columns(shape, self.storage)
 
+    def weight(self, step: int) -> float:
+        """Weight of this step's squares in the averages."""
+        return float(step**-0.8)
+
     def from_dense(self, dense: Tensor, state: dict[str, Any]) -> None:
         for key, stored in state.items():
             self.storage.write([state], key, [_reduced(dense, stored.shape)])
@@ -254,7 +258,7 @@ class RelativeSecondMoment(SecondMoment):
     def denominators(
         self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
     ) -> Denominators:
-        weight = step**-0.8
+        weight = self.weight(step)
         if grads[0].dim() < 2:
             averages = self.storage.read(states, "exp_avg_sq")
             torch._foreach_lerp_(averages, [_squares(grad) for grad in grads], weight)
@@ -262,7 +266,7 @@ class RelativeSecondMoment(SecondMoment):
             return Denominators(list(torch._foreach_sqrt(averages)), 1.0, 0.0)
         rows, columns = (self.storage.read(states, key) for key in ("exp_avg_sq_row", "exp_avg_sq_col"))
         for key, averages, dim in (("exp_avg_sq_row", rows, -1), ("exp_avg_sq_col", columns, -2)):
-            means = [mean + _ADDED for mean in mean_squares(grads, dim, reduction)]
+            means = [mean + ADDED for mean in mean_squares(grads, dim, reduction)]
             torch._foreach_lerp_(averages, means, weight)
             self.storage.write(states, key, averages)
         shares = [(row / mean).sqrt_() for row, mean in zip(rows, reduction.means(rows), strict=True)]
@@ -272,4 +276,4 @@ class RelativeSecondMoment(SecondMoment):
 
 def _squares(grad: Tensor) -> Tensor:
     # bounded: infinity would stay in the average, and become NaN in the next
-    return grad.square().add_(_ADDED).clamp_max_(largest(grad.dtype))
+    return grad.square().add_(ADDED).clamp_max_(largest(grad.dtype))

@@ -15,6 +15,7 @@ from lightning_adapm.sharding.reduction import Reduction
 from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.parts import Part
 from lightning_adapm.step.paths import Path
+from lightning_adapm.step.relative import SMALLEST
 from lightning_adapm.step.rounding import StochasticRounding, widened
 
 
@@ -42,7 +43,7 @@ class Lomo(RoleOptimizer):
     - ``step``: number of steps, a float32 scalar on the CPU.
 
     Numerics: the update is computed in float32, or float64 for float64 parameters, and rounded once to the parameter's
-    dtype. On CUDA, gradients are copied in float32, some at a time, and a kernel moves the parameters.
+    dtype. On CUDA, kernels move the parameters, without copies of gradients.
 
     A gradient with an infinity or a NaN is taken as zero, for the whole piece, and counted: see
     :meth:`nonfinite_gradients`.
@@ -129,8 +130,8 @@ class AdaLomo(RoleOptimizer):
       of squares.
     - ``exp_avg_sq`` in place of both where the parameter is not a matrix, in its shape.
 
-    Numerics: arithmetic is in float32, or float64 for float64 parameters, and parameters are rounded once. On CUDA, the
-    same operations of torch run as on the CPU; there are no kernels. A gradient with an infinity or a NaN is taken as
+    Numerics: arithmetic is in float32, or float64 for float64 parameters, and parameters are rounded once. On CUDA,
+    kernels move matrices, and torch's operations vectors and shards. A gradient with an infinity or a NaN is taken as
     zero, for the whole piece.
 
     Example::
@@ -182,7 +183,10 @@ class AdaLomo(RoleOptimizer):
         return RelativeSecondMoment()
 
     def path_for(self, parts: Sequence[Part], grads: Sequence[Tensor], group: Mapping[str, Any]) -> Path:
-        return Path("torch", "updates are scaled by the size of their matrix")
+        path = super().path_for(parts, grads, group)
+        if path.whole or not path.moved_by_kernels:
+            return path
+        return Path("torch", path.reason)  # updates are scaled by the size of their matrix
 
     def move(self, batch: Batch, group: Mapping[str, Any]) -> None:
         parts, params, grads, step, _, reduction = batch
@@ -197,7 +201,7 @@ class AdaLomo(RoleOptimizer):
         sizes = _root_mean_squares(values, reduction)
         lengths = _root_mean_squares(updates, reduction)
         for param, update, size, length in zip(moved, updates, sizes, lengths, strict=True):
-            rate = lr * size.clamp_min(1e-3)
+            rate = lr * size.clamp_min(SMALLEST)
             if decay:
                 param.mul_(1 - rate * decay)
             param.sub_((update * (rate / (length / clip).clamp_min(1.0))).view(param.shape))

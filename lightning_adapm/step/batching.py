@@ -11,9 +11,11 @@ from lightning_adapm.step.paths import Path
 
 # Parts of one shape are taken through a step together while their gradients hold at most this many elements: small
 # matrices share kernels, large ones (which fill a device alone) are not copied and bound the temporaries.
-_BATCH_NUMEL = {"cpu": 1 << 16, "cuda": 1 << 24}
+_BATCH_NUMEL = {"cpu": 1 << 16, "cuda": 1 << 26}
 # Where nothing is copied, temporaries are projections, a small share of that, and several of them in a refresh.
 _UNCOPIED_NUMEL, _REFRESHED_NUMEL = 1 << 29, 1 << 28
+# Whole matrices are copied in the dtype of products, and fill a device only by several.
+_WHOLE_NUMEL = 1 << 27
 
 
 class Bucket(NamedTuple):
@@ -52,10 +54,14 @@ def bucketed(moving: Iterable[tuple[Tensor, Iterable[Part], int]]) -> Iterable[B
     return buckets.values()
 
 
-def most_together(numel: int, device: str, uncopied: bool, due: bool) -> int:
-    """Number of matrices of ``numel`` elements in a batch, where a step copies gradients or not, or refreshes bases."""
+def most_together(numel: int, device: str, uncopied: bool, due: bool, whole: bool) -> int:
+    """Number of matrices of ``numel`` elements in a batch, where a step copies gradients or not, refreshes bases, or
+    works on whole matrices.
+    """
     limit = _BATCH_NUMEL.get(device, _BATCH_NUMEL["cuda"])
-    if uncopied:
+    if whole and device != "cpu":
+        limit = _WHOLE_NUMEL
+    elif uncopied:
         limit = _REFRESHED_NUMEL if due else _UNCOPIED_NUMEL
     return max(1, limit // max(1, numel))
 
@@ -69,7 +75,8 @@ def batches(bucket: Bucket, path: Path) -> Iterator[Batch]:
     shard = part.shard
     numel = grad.numel() if shard is None else shard.most * shard.layout.shape[1:].numel()
     uncopied = shard is None and path.kernels
-    size = most_together(numel, grad.device.type, uncopied, part.first.due(bucket.step))
+    whole = part.second.whole_matrices and (path.kernels or shard is not None)  # the same on every process
+    size = most_together(numel, grad.device.type, uncopied, part.first.due(bucket.step), whole)
     if shard is not None and part.second.whole_matrices:
         size = max(size, len(shard.layout.spans))  # every process has a matrix to work on
     for start in range(0, len(bucket.parts), size):

@@ -17,14 +17,17 @@ from torch.nn.functional import pad
 from lightning_adapm.moments import lowrank
 from lightning_adapm.moments.base import Direction, Momentum, Stack, State, join, split
 from lightning_adapm.moments.first import FullMomentum, LowRankMomentum, NoMomentum
+from lightning_adapm.moments.orthogonal import Orthogonal
 from lightning_adapm.moments.quantized import CODES, SCALE, EightBits
 from lightning_adapm.moments.second import (
     BlockSecondMoment,
     ElementwiseSecondMoment,
     FactoredSecondMoment,
+    NoSecondMoment,
+    RelativeSecondMoment,
     bias_correction,
 )
-from lightning_adapm.step import kernels, watching
+from lightning_adapm.step import kernels, orthogonal, relative, watching
 from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.kernels import Divisors, Reading
 from lightning_adapm.step.launch import Matrices
@@ -146,8 +149,13 @@ def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> N
     part, states, number = batch.parts[0], batch.parts, batch.step
     momentum, second_moment, grads = part.first, part.second, batch.grads
     assert isinstance(grads, DeviceGradients)
+    if isinstance(second_moment, RelativeSecondMoment):
+        relative.step(batch, grads.matrices, grads.reading, group)
+        return
     assert isinstance(momentum, NoMomentum | FullMomentum | LowRankMomentum)
-    assert isinstance(second_moment, BlockSecondMoment | ElementwiseSecondMoment | FactoredSecondMoment)
+    assert isinstance(
+        second_moment, BlockSecondMoment | ElementwiseSecondMoment | FactoredSecondMoment | NoSecondMoment
+    )
     held: list[Tensor] = []
     lefts = right = refreshed = projected = averages = blocks = left = roots = clip = None
     beta1 = 0.0
@@ -169,22 +177,27 @@ def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> N
     if isinstance(second_moment, BlockSecondMoment):
         averages, blocks = _matrices(states, "exp_avg_sq"), second_moment.blocks
     if lefts is not None or averages is not None:
-        betas = beta1, second_moment.beta2
+        betas = beta1, second_moment.beta2 if isinstance(second_moment, BlockSecondMoment) else 0.0
         left, roots = kernels.advance(
             grads.reading, projected, lefts, refreshed, averages, grads.shape[1:], blocks, betas, 1 - beta1**number
         )
     if isinstance(momentum, LowRankMomentum):
         momentum.storage.write(states, "exp_avg_l", held)
+    direction = _along(momentum, grads, number)
+    if left is not None and right is not None:
+        direction = direction._replace(factors=(left, right))
+    if isinstance(second_moment, Orthogonal):
+        move(batch, *_orthogonalized(batch, direction, momentum.share, observer), group, None, observer)
+        return
     if isinstance(second_moment, FactoredSecondMoment):
         divisors = _factored(second_moment, states, number, grads)
+    elif isinstance(second_moment, NoSecondMoment):
+        divisors = _ones(grads.matrices)
     elif roots is None:
         assert isinstance(second_moment, ElementwiseSecondMoment)
         divisors = _elementwise(second_moment, states, number)
     else:
         divisors = Divisors(roots, bias_correction(second_moment.beta2, number), second_moment.eps)
-    direction = _along(momentum, grads, number)
-    if left is not None and right is not None:
-        direction = direction._replace(factors=(left, right))
     _move(batch, direction, direction, divisors, group, clip, observer)
 
 
@@ -196,9 +209,50 @@ def step_with_reductions(batch: Batch, group: Mapping[str, Any], observer: Obser
         direction = _along(momentum, grads, batch.step)
     else:
         direction = momentum.direction(grads, batch.parts, batch.step, batch.reduction)
+    if batch.parts[0].second.whole_matrices:
+        if direction.factors is not None:  # which have the share of the momentum
+            direction = direction._replace(factors=_padded(*direction.factors))
+        share = momentum.share if isinstance(momentum, FullMomentum) else 1.0
+        move(batch, *_orthogonalized(batch, direction, share, observer), group, None, observer)
+        return
     clip = group.get("clip_threshold")
     clip = None if clip is None or direction.clamp is None else clip * direction.clamp
     move(batch, direction, direction, group, clip, observer)
+
+
+def _orthogonalized(
+    batch: Batch, direction: Direction, share: float, observer: Observer | None
+) -> tuple[Direction, Direction]:
+    """The direction as it is orthogonalized, which only an observer needs, and the update.
+
+    ``share`` is that of the momentum in the direction: of the factors, or of a full average, which is taken further.
+    """
+    first, second, grads = batch.parts[0].first, batch.parts[0].second, batch.grads
+    assert isinstance(grads, DeviceGradients) and isinstance(second, Orthogonal)
+    average, factors = _average(first, batch.parts) if isinstance(first, FullMomentum) else None, None
+    if direction.factors is not None:
+        left, right = direction.factors
+        factors = left, Matrices.of([right])
+    found, squares = orthogonal.direct(grads.matrices, grads.reading.flaws, average, factors, share)
+    shown = direction if observer is None else Direction(split(found.clone(), grads), 1.0, scratch=False, clamp=None)
+    return shown, orthogonal.updates(found, squares, second.steps, grads, batch.reduction)
+
+
+def applied(batch: Batch, direction: Direction) -> Direction | None:
+    """The update along a direction that torch's operations have found, if kernels orthogonalize whole matrices."""
+    second = batch.parts[0].second
+    if type(second) is not Orthogonal or not batch.path.moved_by_kernels or batch.parts[0].shard is not None:
+        return None
+    used = direction.multiplied().tensors
+    found = torch.cat([each.to(kernels.FACTOR).reshape(-1, *each.shape[-2:]) for each in used])
+    squares = torch.linalg.vector_norm(found, dim=(-2, -1), dtype=torch.float64).square_()
+    return orthogonal.updates(found, squares, second.steps, used, batch.reduction)
+
+
+def _padded(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors as kernels read them."""
+    k = left.shape[-1]
+    return pad(left.to(kernels.FACTOR), (0, kernels.padded(k) - k)), right.contiguous()
 
 
 def _along(momentum: Momentum, grads: list[Tensor], number: int) -> Direction:
@@ -246,6 +300,10 @@ def _elementwise(second_moment: ElementwiseSecondMoment, states: Sequence[State]
     return Divisors(_matrices(states, "exp_avg_sq"), correction, second_moment.eps, second_moment.beta2)
 
 
+def _ones(directions: Matrices) -> Divisors:
+    return Divisors(torch.ones(len(directions.addresses), directions.shape[0], device=directions.like.device), 1.0, 0.0)
+
+
 def _factored(
     second_moment: FactoredSecondMoment, states: Sequence[State], number: int, grads: DeviceGradients
 ) -> Divisors:
@@ -272,6 +330,8 @@ def move(
     second = parts[0].second
     if isinstance(second, ElementwiseSecondMoment) and second.storage.plain and used is batch.grads:
         divisors = _elementwise(second, parts, number)
+    elif isinstance(second, NoSecondMoment):
+        divisors = _ones(Matrices.of(used))
     else:
         roots, correction, eps, columns = second.denominators(batch.grads, parts, number, batch.reduction)
         if columns is None:
@@ -285,9 +345,7 @@ def move(
             divisors = Divisors(shares, correction, eps, columns=factors)
     moved = direction
     if direction.factors is not None:
-        left, right = direction.factors
-        k = left.shape[-1]
-        moved = moved._replace(factors=(pad(left.to(kernels.FACTOR), (0, kernels.padded(k) - k)), right.contiguous()))
+        moved = moved._replace(factors=_padded(*direction.factors))
     if not isinstance(used, DeviceGradients):
         moved = moved._replace(tensors=[tensor.contiguous() for tensor in used])
     _move(batch, moved if momentum is direction else momentum, moved, divisors, group, clip, observer)
@@ -303,6 +361,7 @@ def _move(
     observer: Observer | None,
 ) -> None:
     parts, used, factors, flaws, average = batch.parts, direction.tensors, None, None, None
+    shown = batch.grads.reading.flaws if isinstance(batch.grads, DeviceGradients) else None
     taken: list[Tensor] = []
     first = parts[0].first
     if direction.factors is not None:
@@ -329,7 +388,7 @@ def _move(
     )
     if observer is None:
         return
-    watching.see_gradients(observer, batch, flaws)
+    watching.see_gradients(observer, batch, shown)
     if average is not None:  # which has taken the gradients in
         momentum = direction = direction._replace(tensors=taken)
         flaws = None

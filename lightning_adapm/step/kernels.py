@@ -253,10 +253,15 @@ def advance(
 
 
 def factor(
-    reading: Reading, sums: Tensor, averages: tuple[Matrices, Matrices], shape: torch.Size, beta2: float
+    reading: Reading,
+    sums: Tensor,
+    averages: tuple[Matrices, Matrices],
+    shape: torch.Size,
+    beta2: float,
+    extra: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Take a reading of gradients of ``shape`` ``(m, n)`` and their ``sums`` over columns, which are overwritten, into
-    ``averages`` of means of squares over rows ``(m, 1)`` and columns ``(1, n)``.
+    ``averages`` of means of squares, plus ``extra``, over rows ``(m, 1)`` and columns ``(1, n)``.
 
     Returns:
         Factors of the roots of the second moments: of the averages of rows over their mean ``(b, m)``, and ``(b, n)``.
@@ -269,10 +274,32 @@ def factor(
         (len(squares), 1, 1),
         (squares, sums, flaws, rows.table, columns.table, shares),
         (m, n, len(squares) // len(flaws)),
-        (float(m), float(n), _LARGEST, _TINY, beta2),
+        (float(m), float(n), _LARGEST, _TINY, beta2, extra),
         BLOCK=1024,
     )
     return shares, sums
+
+
+def relate(grads: Matrices, shares: Tensor, roots: Tensor, flaws: Tensor) -> Tensor:
+    """Sums of squares ``(b,)`` of gradients over the products of ``shares`` ``(b, m)`` and ``roots`` ``(b, n)``."""
+    b, (m, n) = len(grads.addresses), grads.shape
+    block_m, block_n, warps, stages = _narrowed(MOVE, n)
+    grid = -(-m // block_m), -(-n // block_n), b
+    sums = shares.new_empty(b, grid[0] * grid[1])
+    launch(
+        "relate",
+        grid,
+        (grads.table, shares, roots, flaws, sums),
+        (m, n, grads.stride, b // len(flaws)),
+        (),
+        GRAD=grads.like.dtype,
+        ALIGNED=grads.aligned,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return sums.sum(dim=1)
 
 
 class Divisors(NamedTuple):
@@ -310,11 +337,13 @@ def move(
     decay: float,
     clip: float | None,
     rounding: StochasticRounding | None,
+    rates: Tensor | None = None,
 ) -> None:
     """``param = (1 - lr decay) param - lr clamp(scale (direction + left right) / (roots / correction + eps))``.
 
     ``left`` is ``(b, m, width)``, ``right`` ``(k, n)``, the two ``factors``. Instead of the direction, an ``average``
-    counts that takes it first. Without ``rounding``, parameters are rounded to nearest.
+    counts that takes it first. Without ``rounding``, parameters are rounded to nearest. ``rates`` ``(b,)`` multiply
+    ``lr``.
     """
 
     param, used = params[0], directions.like
@@ -348,6 +377,7 @@ def move(
             moved.table if divisors.columns is None else divisors.columns,
             moved.table if rounding is None else rounding.table(m * n, b, param.device),
             moved.table if average is None or average.scales is None else average.scales.table,
+            moved.table if rates is None else rates,
         ),
         (
             m,
@@ -387,6 +417,7 @@ def move(
         CLAMP=clip is not None,
         FACTORS=factors is not None,
         STOCHASTIC=rounding is not None,
+        RATED=rates is not None,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=32,

@@ -6,11 +6,28 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lightning_adapm.moments.first import FullMomentum, LowRankMomentum, NoMomentum
+from lightning_adapm.moments.nesterov import NesterovLowRankMomentum, NesterovMomentum
+from lightning_adapm.moments.orthogonal import Orthogonal
 from lightning_adapm.moments.quantized import EightBits
-from lightning_adapm.moments.second import BlockSecondMoment, ElementwiseSecondMoment, FactoredSecondMoment
+from lightning_adapm.moments.second import (
+    BlockSecondMoment,
+    ElementwiseSecondMoment,
+    FactoredSecondMoment,
+    NoSecondMoment,
+    RelativeSecondMoment,
+)
 from lightning_adapm.step import kernels
 from lightning_adapm.step.launch import DTYPES
 from lightning_adapm.step.parts import Part
+
+_SECOND_MOMENTS = (
+    NoSecondMoment,
+    ElementwiseSecondMoment,
+    BlockSecondMoment,
+    FactoredSecondMoment,
+    RelativeSecondMoment,
+    Orthogonal,
+)
 
 
 class Path(NamedTuple):
@@ -85,24 +102,29 @@ def _unknown_layout(parts: Sequence[Part], grads: Sequence[Tensor]) -> str:
         return "no kernels for this dtype or memory layout, or this process holds nothing"
     if len({part.held_shape for part in parts}) > 1:
         return "processes hold different numbers of rows of these parts"
+    if parts[0].second.whole_matrices and shard.cut:
+        return "processes share rows of matrices that are orthogonalized"
     return ""
 
 
 def unknown_moments(part: Part) -> str:
     """Why the kernels cannot take the moments of a part; empty where they can."""
     first, second = part.first, part.second
-    if type(first) not in (NoMomentum, FullMomentum, LowRankMomentum):
+    known = (NesterovMomentum, NesterovLowRankMomentum) if second.whole_matrices else ()
+    if type(first) not in (NoMomentum, FullMomentum, LowRankMomentum, *known):
         return f"no kernels for {type(first).__name__}"
     if isinstance(first, LowRankMomentum) and not first.debias:
         return "no kernels for low-rank momentum without its residual"
-    if type(second) not in (ElementwiseSecondMoment, BlockSecondMoment, FactoredSecondMoment):
+    if type(second) not in _SECOND_MOMENTS:
         return f"no kernels for {type(second).__name__}"
     if isinstance(second, BlockSecondMoment) and second.outputs != -2:
         return "no kernels for blocks of columns"
+    if isinstance(second, RelativeSecondMoment) and len(part.shape) < 2:
+        return "no kernels for updates of vectors relative to their size"
     momentum = first.entries(part.shape)
     for key, entry in part.entries.items():
         storage = entry.storage
-        if type(storage) is EightBits and key in momentum:
+        if type(storage) is EightBits and key in momentum and not (second.whole_matrices and key == "exp_avg"):
             continue
         if not storage.plain or (storage.dtype is not None and storage.dtype not in DTYPES):
             return f"no kernels for state in {storage}"

@@ -3,10 +3,14 @@
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 
+import torch
+
 from lightning_adapm.moments.tiles import TILE_NUMEL
+from lightning_adapm.step import kernels as step_kernels
 from lightning_adapm.step.batching import most_together
 from lightning_adapm.step.by_kernels import TOGETHER_NUMEL
 from lightning_adapm.step.launch import DTYPES
+from lightning_adapm.step.orthogonal import DIRECT
 from lightning_adapm.step.parts import Part
 from lightning_adapm.step.paths import unknown_moments
 
@@ -15,6 +19,9 @@ _FACTORS = 8
 
 _COPIES = 2
 """Copies in float32 of matrices that step together by torch's operations. An assumption."""
+
+_DIRECTIONS, _SQUARES = 3, 5
+"""Copies of matrices that are orthogonalized, and of their Gram matrices, in the dtype of products."""
 
 _TILES = 6
 """Tiles in float32 that a monitor holds."""
@@ -46,13 +53,26 @@ def _of_one_step(parts: Sequence[Part]) -> int:
     for bucket in alike.values():
         part = bucket[0]
         kernels = part.param.dtype in DTYPES and not unknown_moments(part)
-        together = min(len(bucket), most_together(part.shape.numel(), "cuda", kernels, due=True))
+        whole = kernels and part.second.whole_matrices
+        together = min(len(bucket), most_together(part.shape.numel(), "cuda", kernels, due=True, whole=whole))
+        needed = together * _of_whole_matrices(part.shape) if whole else 0
         if not kernels:
-            batches.append(4 * _COPIES * together * part.shape.numel())
+            needed = 4 * _COPIES * together * part.shape.numel()
         elif part.first.has_basis:
             entries = part.first.entries(part.shape)
             left, right = ((entries[key].shape or part.shape).numel() for key in ("exp_avg_l", "exp_avg_r"))
-            batches.append(4 * _FACTORS * together * left)
+            needed += 4 * _FACTORS * together * left
             bases += right * len(bucket)
+        batches.append(needed)
     in_float64 = 4 * min(bases, TOGETHER_NUMEL)  # as they are made orthonormal, and products of them
     return max(batches, default=0) + 4 * bases + 8 * in_float64
+
+
+def _of_whole_matrices(shape: torch.Size) -> int:
+    """Directions, a copy for a monitor, updates, and square matrices of Newton-Schulz; sizes of tiles."""
+    m, n = shape[-2:]
+    stack = shape[:-2].numel()
+    square = _SQUARES * min(m, n) ** 2
+    tiles = -(-m // DIRECT[0]) * -(-n // DIRECT[1])
+    product = step_kernels.FACTOR.itemsize
+    return stack * (product * (_DIRECTIONS * m * n + square) + 40 * tiles)

@@ -10,6 +10,9 @@ import triton
 import triton.language as tl
 
 from lightning_adapm.step import triton_rounding
+from lightning_adapm.step.triton_orthogonal import direct as direct
+from lightning_adapm.step.triton_orthogonal import rescale as rescale
+from lightning_adapm.step.triton_orthogonal import symmetric as symmetric
 
 
 @triton.jit
@@ -246,10 +249,11 @@ def factor(
     largest,
     tiny,
     beta2,
+    extra,
     BLOCK: tl.constexpr,
 ):
     """Take sums of squares of rows, ``squares`` ``(b, m)``, and of columns, ``sums`` ``(b, n)``, into averages of their
-    means, each not above ``largest``; ``rows`` is ``m`` and ``columns`` ``n`` in floating point.
+    means, each not above ``largest``, plus ``extra``; ``rows`` is ``m`` and ``columns`` ``n`` in floating point.
 
     ``shares`` ``(b, m)`` are the roots of the averages of rows over their mean, and the roots of those of columns
     overwrite the sums.
@@ -261,9 +265,10 @@ def factor(
     for start in range(0, m, BLOCK):
         row = start + tl.arange(0, BLOCK)
         mean = tl.where(counts, tl.load(squares + which * m + row, row < m, 0.0), 0.0) / columns
-        value = beta2 * tl.load(averages + row, row < m, 0.0) + (1 - beta2) * tl.minimum(mean, largest)
+        mean = tl.minimum(mean, largest) + extra
+        value = beta2 * tl.load(averages + row, row < m, 0.0) + (1 - beta2) * mean
         tl.store(averages + row, value, row < m)
-        total += value
+        total += tl.where(row < m, value, 0.0)
     whole = tl.maximum(tl.sum(total, 0) / rows, tiny)
     for start in range(0, m, BLOCK):
         row = start + tl.arange(0, BLOCK)
@@ -274,9 +279,45 @@ def factor(
         column = start + tl.arange(0, BLOCK)
         at = sums + which * n + column
         mean = tl.where(counts, tl.load(at, column < n, 0.0), 0.0) / rows
-        value = beta2 * tl.load(averages + column, column < n, 0.0) + (1 - beta2) * tl.minimum(mean, largest)
+        mean = tl.minimum(mean, largest) + extra
+        value = beta2 * tl.load(averages + column, column < n, 0.0) + (1 - beta2) * mean
         tl.store(averages + column, value, column < n)
         tl.store(at, tl.sqrt(value), column < n)
+
+
+@triton.jit
+def relate(
+    grads,
+    shares,
+    roots,
+    flaws,
+    sums,
+    m,
+    n,
+    stride,
+    each,
+    GRAD: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """``sums`` ``(b, tiles)``: sums of squares of matrices over the products of ``shares`` ``(b, m)`` and ``roots``
+    ``(b, n)``, zero those with a flaw.
+    """
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    which = tl.program_id(2).to(tl.int64)
+    grad = tl.load(grads + which).to(tl.pointer_type(GRAD))
+    if ALIGNED:
+        grad = tl.multiple_of(grad, 16)
+    at = grad + row.to(tl.int64)[:, None] * stride + column[None, :]
+    g = tl.load(at, (row[:, None] < m) & (column[None, :] < n), 0.0).to(tl.float32)
+    g = tl.where(tl.load(flaws + which // each) == 0, g, 0.0)
+    share = tl.load(shares + which * m + row, row < m, 1.0)
+    root = tl.load(roots + which * n + column, column < n, 1.0)
+    ratio = g / (share[:, None] * root[None, :])
+    place = (which * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(sums + place, tl.sum(tl.sum(ratio * ratio, 1), 0))
 
 
 @triton.jit
@@ -291,6 +332,7 @@ def move(
     root_columns,
     streams,
     scales,
+    rates,
     m,
     n,
     k,
@@ -326,6 +368,7 @@ def move(
     CLAMP: tl.constexpr,
     FACTORS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    RATED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -339,7 +382,8 @@ def move(
     they take first. Where ``CHECKED``, a direction with a flaw is zero. Where ``AVERAGED``, ``averages`` ``(m, n)``
     take the direction and stand in its place. With a ``SPAN`` they are codes of
     :mod:`lightning_adapm.moments.quantized` with ``scales`` of so many columns each. Where ``STOCHASTIC``, parameters
-    are rounded by the bits of ``streams`` ``(b, 3)`` in this ``step``.
+    are rounded by the bits of ``streams`` ``(b, 3)`` in this ``step``. Where ``RATED``, ``lr`` is multiplied by the
+    matrix's own of ``rates`` ``(b,)``.
     """
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -410,6 +454,8 @@ def move(
             tl.store(average, kept.to(AVERAGE), inside)
     if FACTORS:
         d += product
+    if RATED:
+        lr *= tl.load(rates + which)
     update = scale * d / (root / correction + eps)
     if CLAMP:
         update = tl.minimum(tl.maximum(update, -clip), clip)

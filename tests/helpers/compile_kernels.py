@@ -16,9 +16,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lightning_adapm.moments.quantized import BLOCK
-from lightning_adapm.step import kernels, triton_kernels
+from lightning_adapm.step import kernels, orthogonal, triton_kernels
 
-SCALARS = dict.fromkeys("one beta1 scale correction eps beta2 lr decay clip step count largest flush".split(), "fp32")
+SCALARS = dict.fromkeys(
+    "one beta1 scale correction eps beta2 lr decay clip step count largest flush share alpha beta".split(), "fp32"
+)
 COMMON = {"GRAD": tl.float32, "FACTOR": tl.bfloat16, "ALIGNED": True, "BLOCK_R": 128}
 MOVED = dict.fromkeys(("PARAMETER", "DIRECTION", "AVERAGE"), tl.float32) | {
     "RIGHT": tl.bfloat16,
@@ -28,6 +30,7 @@ MOVED = dict.fromkeys(("PARAMETER", "DIRECTION", "AVERAGE"), tl.float32) | {
     "CLAMP": True,
     "FACTORS": True,
     "STOCHASTIC": False,
+    "RATED": False,
     "BLOCK_K": 32,
 }
 READ = {"grads": "*i64", "bases": "*i64", "projected": "*fp32", "squares": "*fp32", "flaws": "*i32"}
@@ -36,6 +39,7 @@ MOVE = dict.fromkeys(("parameters", "directions", "averages", "rights", "streams
     "flaws": "*i32",
     "left": "*bf16",
     "root_columns": "*fp32",
+    "rates": "*fp32",
 }
 
 
@@ -45,6 +49,13 @@ ADVANCE = {"projected": "*fp32", "squares": "*fp32", "flaws": "*i32", "lefts": "
     "factors": "*bf16",
     "roots": "*fp32",
 }
+DIRECT = dict.fromkeys(("grads", "averages", "rights"), "*i64") | {
+    "left": "*bf16",
+    "flaws": "*i32",
+    "found": "*bf16",
+    "sizes": "*fp32",
+}
+SYMMETRIC = dict.fromkeys(("left", "right", "added", "found"), "*bf16")
 ROUNDED = {"PARAMETER": tl.float16, "DIRECTION": tl.float16, "STOCHASTIC": True}
 ADVANCED = {"LEFT": tl.float16, "REFRESHED": True, "BLOCKS": True, "SHARED": True}
 
@@ -105,6 +116,15 @@ def main():
             MOVE | {"roots": "*fp32"},
             averaged | ROUNDED | {"AVERAGE": tl.int8, "SPAN": BLOCK},
             kernels.MOVE,
+            capability,
+        ),
+        "direct": needed(triton_kernels.direct, DIRECT, {}, orthogonal.DIRECT_ALONG, capability),
+        "direct, full": needed(triton_kernels.direct, DIRECT, averaged, orthogonal.DIRECT, capability),
+        "symmetric": needed(
+            triton_kernels.symmetric,
+            SYMMETRIC,
+            {"ADDED": True, "BLOCK_K": orthogonal.SMALL_SYMMETRIC[2]},
+            (*orthogonal.SMALL_SYMMETRIC[:2], *orthogonal.SMALL_SYMMETRIC[3:]),
             capability,
         ),
         "move, elementwise": needed(

@@ -97,7 +97,7 @@ def test_a_batch_of_nothing():
 
 def test_the_form_with_less_work_is_taken():
     def gram(m, n, dtype):
-        parts = orthogonal._parts(5, dtype)
+        parts = orthogonal.gram_parts(5, dtype)
         return orthogonal._work_of_gram((m, n), parts) < orthogonal._work_of_plain((m, n), 5)
 
     assert gram(2048, 8192, torch.bfloat16) and gram(8192, 2048, torch.bfloat16)

@@ -1,0 +1,46 @@
+"""AdaLomo's step by kernels: updates relative to the size of their matrix, without copies of it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lightning_adapm.moments.second import ADDED, RelativeSecondMoment
+from lightning_adapm.step import kernels
+from lightning_adapm.step.batching import Batch
+from lightning_adapm.step.launch import Matrices
+from lightning_adapm.step.rounding import StochasticRounding
+
+SMALLEST = 1e-3
+"""Least root mean square of a matrix that its updates are relative to."""
+
+
+def step(batch: Batch, grads: Matrices, reading: kernels.Reading, group: Mapping[str, Any]) -> None:
+    """Take gradients into the second moments of a batch, and move its parameters."""
+    parts, (m, n) = batch.parts, grads.shape
+    second = parts[0].second
+    assert isinstance(second, RelativeSecondMoment)
+    rows, columns = (Matrices.of([part[key] for part in parts]) for key in ("exp_avg_sq_row", "exp_avg_sq_col"))
+    decay = 1 - second.weight(batch.step)
+    shares, roots = kernels.factor(
+        reading, kernels.columns(grads), (rows, columns), torch.Size((m, n)), decay, extra=ADDED
+    )
+    lengths = (kernels.relate(grads, shares, roots, reading.flaws) / (m * n)).sqrt_()
+    shares *= (lengths / float(group["clip_threshold"])).clamp_min_(1.0).unsqueeze(-1)
+    stacks = grads.like.dim() == 3
+    matrices = [matrix for param in batch.params for matrix in (param.unbind() if stacks else (param,))]
+    sizes = torch.stack(torch._foreach_norm(matrices, 2, torch.float32)) / (m * n) ** 0.5
+    kernels.move(
+        batch.params,
+        grads,
+        reading.flaws,
+        None,
+        None,
+        kernels.Divisors(shares, 1.0, 0.0, columns=roots),
+        1.0,
+        float(group["lr"]),
+        parts[0].decay,
+        None,
+        StochasticRounding.of(parts, batch.step, group),
+        rates=sizes.clamp_min_(SMALLEST),
+    )

@@ -1,0 +1,153 @@
+"""Triton kernels of orthogonal updates: directions in the dtype of products, and products that are symmetric.
+
+As in :mod:`lightning_adapm.step.triton_kernels`, gradients and state lie anywhere, at addresses in tables. What is
+orthogonalized is one tensor ``(b, m, n)``.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def direct(
+    grads,
+    averages,
+    left,
+    rights,
+    flaws,
+    found,
+    sizes,
+    m,
+    n,
+    k,
+    width,
+    stride,
+    each,
+    beta1,
+    share,
+    GRAD: tl.constexpr,
+    AVERAGE: tl.constexpr,
+    RIGHT: tl.constexpr,
+    FACTOR: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    AVERAGED: tl.constexpr,
+    FACTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``found = grad + share left right``, or ``(1 - share) grad + share average`` where ``AVERAGED``.
+
+    ``averages`` ``(m, n)`` take the gradient first: ``beta1 average + (1 - beta1) grad``. ``left`` is
+    ``(b, m, width)``, zero behind ``k``, and ``rights`` are ``(k, n)``. ``sizes`` ``(b, 2, tiles)`` are each tile's
+    largest entry and its sum of squares in units of that, in which nothing overflows. An entry that is not finite is
+    written as zero, and makes the tile's largest entry infinite.
+    """
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    which = tl.program_id(2).to(tl.int64)
+    inside = (row[:, None] < m) & (column[None, :] < n)
+    wide = row.to(tl.int64)[:, None]
+    grad = tl.load(grads + which).to(tl.pointer_type(GRAD))
+    if ALIGNED:
+        grad = tl.multiple_of(grad, 16)
+    d = tl.load(grad + wide * stride + column[None, :], inside, 0.0).to(tl.float32)
+    d = tl.where(tl.load(flaws + which // each) == 0, d, 0.0)
+    if AVERAGED:
+        average = tl.load(averages + which).to(tl.pointer_type(AVERAGE))
+        if ALIGNED:
+            average = tl.multiple_of(average, 16)
+        average += wide * n + column[None, :]
+        kept = tl.load(average, inside, 0.0).to(tl.float32)
+        kept += (1 - beta1) * (d - kept)
+        d += share * (kept - d)
+        kept = tl.minimum(tl.maximum(kept, -65504.0), 65504.0) if tl.float16 == AVERAGE else kept
+        tl.store(average, kept.to(AVERAGE), inside)
+    if FACTORS:
+        right = tl.load(rights + which).to(tl.pointer_type(RIGHT))
+        if ALIGNED:
+            right = tl.multiple_of(right, 16)
+        product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, width, BLOCK_K):
+            inner = start + tl.arange(0, BLOCK_K)
+            own = left + which * m * width + wide * width + inner[None, :]
+            a = tl.load(own, (row[:, None] < m) & (inner[None, :] < width), 0.0)
+            other = right + inner[:, None] * n + column[None, :]
+            b = tl.load(other, (inner[:, None] < k) & (column[None, :] < n), 0.0).to(FACTOR)
+            product = tl.dot(a, b, product)
+        d += share * product
+    finite = tl.abs(d) < float("inf")
+    size = tl.where(inside & finite, tl.abs(d), 0.0)
+    largest = tl.max(tl.max(size, 1), 0)
+    part = size / tl.maximum(largest, 1.1754944e-38)
+    square = tl.sum(tl.sum(part * part, 1), 0)
+    broken = tl.max(tl.max((inside & (finite == 0)).to(tl.int32), 1), 0)
+    tiles = tl.num_programs(0) * tl.num_programs(1)
+    at = sizes + which * 2 * tiles + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(at, tl.where(broken == 0, largest, float("inf")))
+    tl.store(at + tiles, square)
+    tl.store(found + which * m * n + wide * n + column[None, :], tl.where(finite, d, 0.0).to(FACTOR), inside)
+
+
+@triton.jit
+def rescale(found, factors, numel, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
+    """Multiply matrices ``(b, numel)`` by ``factors`` ``(b,)``."""
+    which = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(found + which * numel + at, at < numel, 0.0).to(tl.float32) * tl.load(factors + which)
+    tl.store(found + which * numel + at, value.to(FACTOR), at < numel)
+
+
+@triton.jit
+def symmetric(
+    left,
+    right,
+    added,
+    found,
+    m,
+    k,
+    stride_m,
+    stride_k,
+    alpha,
+    beta,
+    FACTOR: tl.constexpr,
+    ADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``found = alpha left rightᵀ + beta added``, all ``(b, m, m)``, where that is known to be symmetric.
+
+    ``left`` and ``right`` are ``(b, m, k)`` with the same strides. Tiles above the diagonal are not computed: what is
+    below it is written twice. That is half the work, and keeps a product symmetric in every bit, without which errors
+    of the next ones grow.
+    """
+    across = tl.cdiv(m, BLOCK_N)
+    high, wide = tl.program_id(0) // across, tl.program_id(0) % across
+    if high * BLOCK_M + BLOCK_M <= wide * BLOCK_N:
+        return
+    which = tl.program_id(1).to(tl.int64)
+    row, column = high * BLOCK_M + tl.arange(0, BLOCK_M), wide * BLOCK_N + tl.arange(0, BLOCK_N)
+    inner = tl.arange(0, BLOCK_K)
+    rows = left + which * m * k + row[:, None] * stride_m + inner[None, :] * stride_k
+    columns = right + which * m * k + column[None, :] * stride_m + inner[:, None] * stride_k
+    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, k, BLOCK_K):
+        a = tl.load(rows, (row[:, None] < m) & (start + inner[None, :] < k), 0.0)
+        b = tl.load(columns, (column[None, :] < m) & (start + inner[:, None] < k), 0.0)
+        product = tl.dot(a, b, product)
+        rows += BLOCK_K * stride_k
+        columns += BLOCK_K * stride_k
+    product *= alpha
+    place = which * m * m + row[:, None] * m + column[None, :]
+    inside = (row[:, None] < m) & (column[None, :] < m)
+    if ADDED:
+        product += beta * tl.load(added + place, inside, 0.0).to(tl.float32)
+    value = product.to(FACTOR)
+    mirrored = which * m * m + column[None, :] * m + row[:, None]
+    if high * BLOCK_M >= (wide + 1) * BLOCK_N:  # without masks of a triangle, which cut vectors into elements
+        tl.store(found + place, value, inside)
+        tl.store(found + mirrored, value, inside)
+    else:
+        tl.store(found + place, value, inside & (row[:, None] >= column[None, :]))
+        tl.store(found + mirrored, value, inside & (row[:, None] > column[None, :]))

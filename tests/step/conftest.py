@@ -1,0 +1,47 @@
+"""Kernels of a CUDA step, interpreted on a CPU."""
+
+import importlib
+import os
+from functools import partial
+
+import pytest
+import torch
+
+from lightning_adapm.step import kernels
+
+KERNELS = "read columns combine advance factor move relate direct rescale symmetric".split()
+SCALARS = "one count largest tiny beta1 beta2 correction flush scale eps lr decay clip step share alpha".split()
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Triton's kernels run on a CPU as well; gives back the names of those that were launched.
+
+    Of their arguments, all that options decide are floats: what is compiled for one cannot be launched with an int.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("on a CUDA device tests/test_gpu.py runs the kernels themselves")
+    triton_kernels = importlib.import_module("lightning_adapm.step.triton_kernels")
+    monkeypatch.setattr(kernels, "runs_on", lambda device: True)
+    monkeypatch.setattr(kernels, "FACTOR", torch.float32)  # the interpreter cannot multiply bfloat16
+    launched = []
+
+    def counted(name):
+        kernel = getattr(triton_kernels, name)
+
+        class Counted:
+            def __getitem__(self, grid):
+                launched.append(name)
+                return partial(self.run, kernel[grid])
+
+            @staticmethod
+            def run(run, *arguments, **constants):
+                for argument, value in zip(kernel.arg_names, arguments, strict=False):
+                    assert argument not in SCALARS or type(value) is float, (name, argument, value)
+                return run(*arguments, **constants)
+
+        return Counted()
+
+    for name in KERNELS:
+        monkeypatch.setattr(triton_kernels, name, counted(name))
+    return launched

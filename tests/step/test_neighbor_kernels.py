@@ -1,0 +1,63 @@
+"""Lomo and AdaLomo by kernels, interpreted on a CPU: the same as by torch's operations."""
+
+import pytest
+import torch
+from models import relative_difference
+from torch import nn
+
+from lightning_adapm import AdaLomo, Lomo
+from lightning_adapm.step import kernels
+
+pytest.importorskip("triton", reason="the kernels are Triton's")
+
+SHAPES = {
+    "attn.query_key_value.weight": (3 * 2 * 6, 20),  # rows of queries, keys and values lie in turn
+    "o_proj.weight": (20, 12),
+    "mlp.experts": (2, 20, 14),
+    "norm.weight": (18,),
+}
+
+
+def trained(kind, dtype=torch.float32, **options):
+    """Weights, state and optimizer after three steps, one of which has gradients that are not finite."""
+    torch.manual_seed(0)
+    weights = {name: nn.Parameter(torch.randn(shape).to(dtype)) for name, shape in SHAPES.items()}
+    group = {"params": list(weights.items()), "n_head": 2, "n_query_groups": 2, "head_size": 6}
+    optimizer = kind([group], lr=0.1, update_in_backward=False, roles={"experts": "mlp"}, **options)
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        for weight in weights.values():
+            weight.grad = torch.randn(weight.shape, generator=generator).to(dtype)
+            if step == 1:
+                weight.grad.view(-1)[-2] = float("nan")
+        optimizer.step()
+    state = [v.flatten() for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    return torch.cat([w.detach().float().flatten() for w in weights.values()]), torch.cat(state), optimizer
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "launched"),
+    [
+        (Lomo, {"weight_decay": 0.1}, {"read", "move"}),
+        (AdaLomo, {"weight_decay": 0.1}, {"read", "columns", "factor", "relate", "move"}),
+        (AdaLomo, {"clip_threshold": 0.1}, {"read", "columns", "factor", "relate", "move"}),
+    ],
+    ids=["Lomo", "AdaLomo", "AdaLomo, clipped"],
+)
+def test_as_without_kernels(interpreted, monkeypatch, kind, options, launched):
+    weights, state, optimizer = trained(kind, **options)
+    assert set(interpreted) == launched
+    assert "kernels" in {row.path for row in optimizer.step_paths()}
+    monkeypatch.setattr(kernels, "runs_on", lambda device: False)
+    expected, expected_state, reference = trained(kind, **options)
+    assert relative_difference(weights, expected) < 1e-6
+    assert relative_difference(state, expected_state) < 1e-6
+    assert optimizer.nonfinite_gradients() == reference.nonfinite_gradients() != {}
+
+
+@pytest.mark.parametrize("kind", [Lomo, AdaLomo])
+def test_parameters_in_bfloat16_are_rounded_alike(interpreted, monkeypatch, kind):
+    weights, _, _ = trained(kind, torch.bfloat16)
+    monkeypatch.setattr(kernels, "runs_on", lambda device: False)
+    expected, _, _ = trained(kind, torch.bfloat16)
+    assert (weights == expected).float().mean() > 0.99

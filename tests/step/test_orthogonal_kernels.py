@@ -1,0 +1,169 @@
+"""Orthogonal updates by kernels, interpreted on a CPU: the same as by torch's operations."""
+
+import pytest
+import torch
+from models import relative_difference
+from torch import nn
+
+from benchmarks.costs.memory import Ledger
+from lightning_adapm import PartialMuon
+from lightning_adapm.moments import orthogonal as reference
+from lightning_adapm.report.diagnostics import ResidualProbe
+from lightning_adapm.sharding.layout import Layout
+from lightning_adapm.sharding.owners import Owners
+from lightning_adapm.step import kernels, orthogonal
+from lightning_adapm.step.launch import Matrices
+from lightning_adapm.step.transients import step_transients
+
+pytest.importorskip("triton", reason="the kernels are Triton's")
+
+SHAPES = {
+    "q_proj.weight": (12, 18),
+    "v_proj.weight": (12, 18),
+    "o_proj.weight": (18, 12),
+    "mlp.experts": (2, 20, 14),
+    "norm.weight": (18,),
+}
+
+
+@pytest.fixture(autouse=True)
+def _float32(monkeypatch):
+    """Products in float32 on both sides."""
+    monkeypatch.setattr(reference, "_multiplies_bfloat16", lambda device: False)
+
+
+def trained(shapes=SHAPES, dtype=torch.float32, observer=None, broken=(1,), **options):
+    """Weights, state and optimizer after three steps, one of which has gradients that are not finite."""
+    torch.manual_seed(0)
+    weights = {name: nn.Parameter(torch.randn(shape).to(dtype)) for name, shape in shapes.items()}
+    group = {"params": list(weights.items()), "n_head": 1, "n_query_groups": 1}
+    defaults = {"lr": 1e-2, "rank": 2, "update_proj_gap": 2, "ns_steps": 2, "roles": {"experts": "mlp"}}
+    optimizer = PartialMuon([group], **defaults | options)
+    optimizer.observer = observer
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        for weight in weights.values():
+            weight.grad = torch.randn(weight.shape, generator=generator).to(dtype)
+            if step in broken:
+                weight.grad.view(-1)[-2] = float("nan")
+        optimizer.step()
+    state = [v.float().flatten() for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    return torch.cat([w.detach().float().flatten() for w in weights.values()]), torch.cat(state), optimizer
+
+
+def figures(probe):
+    return sorted((reading.name, sorted(reading.figures.items())) for reading in probe.read())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"momentum": "full"}, {"nesterov": False, "weight_decay": 0, "state_dtype": "float16"}],
+    ids=["default", "muon", "average in float16"],
+)
+def test_as_without_kernels(interpreted, monkeypatch, options):
+    """Low-rank momentum with refreshes, full and none; stacks; several tiles; also watched, which changes no bit."""
+    monkeypatch.setattr(orthogonal, "DIRECT", (16, 16, 4, 3))
+    monkeypatch.setattr(orthogonal, "DIRECT_ALONG", (16, 16, 4, 3))
+    weights, state, optimizer = trained(**options)
+    assert {row.path for row in optimizer.step_paths()} == {"kernels"}
+    assert {"read", "direct", "symmetric", "move"} <= set(interpreted)
+    probe, other = ResidualProbe(), ResidualProbe()
+    watched = trained(observer=probe, **options)
+    assert torch.equal(watched[0], weights) and torch.equal(watched[1], state)
+    monkeypatch.setattr(kernels, "runs_on", lambda device: False)
+    expected, expected_state, _ = trained(observer=other, **options)
+    assert relative_difference(weights, expected) < 1e-5
+    assert relative_difference(state, expected_state) < 1e-2 if "state_dtype" in options else 1e-5
+    for (name, found), (same, wanted) in zip(figures(probe), figures(other), strict=True):
+        assert name == same and dict(found) == pytest.approx(dict(wanted), rel=2e-3, abs=1e-4)
+
+
+def test_parameters_in_bfloat16_are_rounded_alike(interpreted, monkeypatch):
+    weights, _, _ = trained(dtype=torch.bfloat16, broken=())
+    monkeypatch.setattr(kernels, "runs_on", lambda device: False)
+    expected, _, _ = trained(dtype=torch.bfloat16, broken=())
+    assert (weights == expected).float().mean() > 0.98
+
+
+def test_directions_that_torch_finds_are_orthogonalized_by_kernels(interpreted, monkeypatch):
+    weights, _, optimizer = trained(maximize=True)
+    assert {row.path for row in optimizer.step_paths()} == {"torch and kernels"} and "symmetric" in interpreted
+    monkeypatch.setattr(kernels, "runs_on", lambda device: False)
+    assert relative_difference(weights, trained(maximize=True)[0]) < 1e-5
+
+
+def test_rows_that_processes_share_stay_with_the_kernels(interpreted, monkeypatch):
+    """The other process holds no row, so that sums are complete here, and gets no matrix."""
+    shapes = {name: shape for name, shape in SHAPES.items() if len(shape) == 2}
+    monkeypatch.setattr(kernels, "runs_on", lambda device: False)
+    expected = trained(shapes)
+    monkeypatch.setattr(kernels, "runs_on", lambda device: True)
+
+    def layout(param):
+        return Layout(param.shape, ((0, param.numel()), (param.numel(), param.numel())), 0, "both", "a mesh")
+
+    monkeypatch.setattr("lightning_adapm.step.parts.layout_of", layout)
+    for module in ("sharding.reduction", "step.nonfinite"):
+        monkeypatch.setattr(f"lightning_adapm.{module}.all_reduce", lambda *_: None)
+    monkeypatch.setattr(Owners, "apply", lambda self, function, parts: list(function(torch.stack(parts)).unbind()))
+    found = trained(shapes, basis="replicate")
+    assert {row.path for row in found[2].step_paths()} == {"kernels and reductions"} and "direct" in interpreted
+    for one, other in zip(found[:2], expected[:2], strict=True):
+        assert relative_difference(one, other) < 1e-5
+
+
+@pytest.mark.parametrize(("m", "n"), [(50, 50), (37, 70), (70, 37)])
+@pytest.mark.parametrize("parts", [(5,), (3, 2)])
+def test_is_the_iteration_of_the_plain_form(interpreted, monkeypatch, m, n, parts):
+    torch.manual_seed(0)
+    matrices = torch.randn(2, m, n)
+    matrices /= matrices.norm(dim=(-2, -1), keepdim=True)
+    monkeypatch.setattr(orthogonal, "gram_parts", lambda *_: parts)
+    monkeypatch.setattr(orthogonal, "SYMMETRIC", (32, 64, 64, 4, 3))
+    found = orthogonal.iterated(matrices.clone(), 5)
+    expected = reference._plain(matrices.double(), 5)
+    assert relative_difference(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_symmetric_product(interpreted, monkeypatch, transposed):
+    monkeypatch.setattr(orthogonal, "SYMMETRIC", (16, 32, 16, 4, 3))
+    matrices, added = torch.randn(2, 50, 70), torch.randn(2, 50, 50)
+    added = added + added.mT
+    given = matrices.mT.contiguous().mT if transposed else matrices
+    found = orthogonal.symmetric(given, given, added, alpha=0.5, beta=2.0)
+    torch.testing.assert_close(found, 0.5 * matrices @ matrices.mT + 2 * added, rtol=1e-5, atol=1e-4)
+    assert torch.equal(found, found.mT)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_sizes_neither_overflow_nor_vanish(interpreted, scale):
+    """Of rows in any memory layout; an average that is not finite gives an infinite norm, and finite entries."""
+    grads = [scale * torch.randn(20, 80)[:, :40] for _ in range(2)]
+    averages = [torch.zeros(20, 40) for _ in grads]
+    averages[1][3, 5] = float("nan")
+    momentum = kernels.Average(Matrices.of(averages), 0.5)
+    flaws = torch.zeros(2, dtype=torch.int32)
+    found, squares = orthogonal.direct(Matrices.of(grads), flaws, momentum, None, 0.5)
+    assert squares[0].item() == pytest.approx((0.75 * grads[0].double()).square().sum().item(), rel=1e-5)
+    assert squares[1].isinf() and found.isfinite().all()
+    torch.testing.assert_close(found[0], 0.75 * grads[0])
+
+
+def test_allocates_no_more_than_is_planned(interpreted):
+    """In the first step, in one that refreshes, in one that does not, and in one that is watched."""
+    torch.manual_seed(0)
+    weights = {f"layers.{i}.mlp.weight": nn.Parameter(torch.randn(96, 64)) for i in range(3)}
+    optimizer = PartialMuon(list(weights.items()), rank=4, update_proj_gap=2)
+    bound = step_transients(part for weight in weights.values() for part in optimizer.parts(weight))
+    for weight in weights.values():
+        optimizer._make_state(weight)
+    for probe in (None, None, None, ResidualProbe()):
+        for weight in weights.values():
+            weight.grad = torch.randn(96, 64)
+        optimizer.observer = probe
+        state = [v for each in optimizer.state.values() for v in each.values() if isinstance(v, torch.Tensor)]
+        ledger = Ledger({"held": [*weights.values(), *(weight.grad for weight in weights.values()), *state]})
+        with ledger.following():
+            optimizer.step()
+        assert 0 < ledger.peak["transient"] <= bound
