@@ -302,16 +302,9 @@ LOW_RANK: dict[str, type[LowRankMomentum]] = {
 }
 
 
-class NotIterated(Orthogonal):
-    """Newton-Schulz without its steps: matrices are scaled and exchanged only."""
-
-    def iterated(self, normalized: Tensor) -> Tensor:
-        return normalized
-
-
 class Bookkeeping(PartialMuon):
     """PartialMuon without Newton-Schulz: what its step costs besides, momentum and exchanges of matrices included."""
 
     def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
         found = super().second_moment_for(piece, shape, group)
-        return NotIterated(found.steps) if isinstance(found, Orthogonal) else found
+        return Orthogonal(steps=0) if isinstance(found, Orthogonal) else found

@@ -12,7 +12,7 @@ it by matrix products alone. Of two forms of the same iteration, the one with le
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import ClassVar
 
 import torch
@@ -37,6 +37,7 @@ class Orthogonal(NoSecondMoment):
     """
 
     steps: int = STEPS
+    """Steps of Newton-Schulz; with 0, matrices are scaled to a norm of 1."""
     whole_matrices: ClassVar[bool] = True
 
     def applied(self, direction: Direction, reduction: Reduction = ONE_PROCESS) -> Direction:
@@ -47,13 +48,9 @@ class Orthogonal(NoSecondMoment):
         else:
             whole = join(used)
             dtype = product_dtype(whole.device, whole.dtype)
-            found = split(self.iterated(_normalized(whole, _squares(whole), dtype)), used)
+            found = split(_iterated(_normalized(whole, _squares(whole), dtype), self.steps), used)
             rows = used[0].shape[-2]
         return sized(found, rows)
-
-    def iterated(self, normalized: Tensor) -> Tensor:
-        """Orthogonalize whole matrices ``(b, m, n)`` of norm 1."""
-        return _iterated(normalized, self.steps)
 
     def _over_processes(self, parts: list[Tensor], reduction: ProcessReduction) -> list[Tensor]:
         """The rows of this process; each matrix is worked on by one of those that hold it."""
@@ -61,7 +58,7 @@ class Orthogonal(NoSecondMoment):
         squares = reduction.total([_squares(part.unsqueeze(0)) for part in held])
         dtype = product_dtype(parts[0].device, parts[0].dtype)
         held = [_normalized(part, total[0], dtype) for part, total in zip(held, squares, strict=True)]
-        return Owners(reduction.shards).apply(self.iterated, held)
+        return Owners(reduction.shards).apply(partial(_iterated, steps=self.steps), held)
 
 
 def sized(found: list[Tensor], rows: int) -> Direction:
@@ -122,7 +119,7 @@ def _iterated(found: Tensor, steps: int) -> Tensor:
 def gram_parts(steps: int, dtype: torch.dtype) -> tuple[int, ...]:
     """Number of steps of the Gram form with one Gram matrix."""
     if dtype.itemsize > 2 or steps < 2:
-        return (steps,)
+        return (steps,) if steps else ()
     return steps - steps // 2, steps // 2
 
 
