@@ -19,7 +19,7 @@ from torchmetrics import MeanMetric
 from lightning_adapm.litgpt.checks import check_data
 from lightning_adapm.litgpt.loss import chunked_loss, summed_loss
 from lightning_adapm.litgpt.model import build, litgpt_config, load_tokenizer
-from lightning_adapm.litgpt.weights import give_shards, place_weights, take_weights
+from lightning_adapm.litgpt.weights import give_shards, place_later, place_weights, take_weights
 from lightning_adapm.trainer.mixin import AdaPMMixin
 
 __all__ = ["LitGPTModule", "batch_length", "batch_rows", "litgpt_config"]
@@ -150,11 +150,13 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
         return super().load_state_dict(state_dict, strict, assign)
 
     def _leave_file(self) -> None:
-        """Copy weights that are still mapped from the checkpoint's file, if any."""
+        """Copy weights that are still mapped from the checkpoint's file, if any; under FSDP1, as it flattens them."""
         if self._in_file:
-            # FSDP1 moves and flattens one block after another
-            sharded = self._trainer is not None and isinstance(self._trainer.strategy, FSDPStrategy)
-            place_weights(self, torch.get_default_device(), torch.get_default_dtype(), copy=not sharded)
+            strategy, dtype = self._trainer and self._trainer.strategy, torch.get_default_dtype()
+            if isinstance(strategy, FSDPStrategy) and "param_init_fn" not in strategy.kwargs:
+                strategy.kwargs["param_init_fn"] = place_later(self, strategy.root_device, dtype)
+            else:
+                place_weights(self, torch.get_default_device(), dtype)
         self._in_file = False
 
     def setup(self, stage: str) -> None:

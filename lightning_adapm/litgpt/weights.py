@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -72,13 +73,31 @@ def attach_weights(model: nn.Module, path: Path, tie_embeddings: bool) -> None:
 
 
 @torch.no_grad()
-def place_weights(module: nn.Module, device: torch.device, dtype: torch.dtype, copy: bool = True) -> None:
-    """Move a module's parameters to a device and a dtype, out of the file that they are mapped from.
-
-    Without ``copy``, those that have both already stay in the file, for a strategy that copies them itself.
-    """
+def place_weights(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Move a module's parameters to a device and a dtype, out of the file that they are mapped from."""
     for param in module.parameters():
-        param.data = _moved(param.data, device, dtype, copy)
+        param.data = _moved(param.data, device, dtype)
+
+
+def place_later(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Callable[[nn.Module], None]:
+    """Leave a model's weights in the file, and return a function that moves those of one of its modules.
+
+    FSDP1 calls it, as ``param_init_fn``, for the modules that it is about to flatten.
+    """
+    weights = take_weights(model, dtype)
+    waiting = {param: weights[name] for name, param in model.named_parameters()}
+    placed: dict[nn.Parameter, weakref.ref[nn.Parameter]] = {}  # tied ones come again, before they are flattened
+
+    def place(module: nn.Module) -> None:
+        for name, param in module.named_parameters(recurse=False):
+            if param in waiting:
+                new = nn.Parameter(_moved(waiting.pop(param), device, dtype), param.requires_grad)
+                placed[param] = weakref.ref(new)
+                setattr(module, name, new)
+            elif param in placed:
+                setattr(module, name, placed[param]())
+
+    return place
 
 
 def take_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -115,9 +134,9 @@ def give_shards(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     _replace(model, given)
 
 
-def _moved(tensor: Tensor, device: torch.device, dtype: torch.dtype, copy: bool = True) -> Tensor:
+def _moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     moved = tensor.to(device)  # by itself, because together with the dtype it would be converted on the host
-    return moved.to(dtype, copy=copy and tensor.device == moved.device)
+    return moved.to(dtype, copy=tensor.device == moved.device)
 
 
 def _replace(model: nn.Module, new: Mapping[nn.Parameter, nn.Parameter]) -> None:

@@ -89,7 +89,7 @@ class AdaPMCLI(LightningCLI):
         """Add the model's own schedule to an optimizer without one, and rebuild an optimizer of replaced parameters."""
         held = {param for group in optimizer.param_groups for param in group["params"]}
         if not held.issuperset(lightning_module.parameters()):
-            # FSDP2 replaces parameters, and LightningCLI builds optimizers before any strategy has seen the model
+            # FSDP replaces parameters, and LightningCLI builds optimizers before any strategy has seen the model
             chosen = self.config_init[str(self.subcommand)]
             optimizer = instantiate_class(lightning_module.parameters(), chosen.optimizer)
             if lr_scheduler is not None:

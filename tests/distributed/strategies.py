@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, f
 from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_adapm.litgpt.weights import give_shards, map_weights, take_weights
+from lightning_adapm.litgpt.weights import give_shards, map_weights, place_later, take_weights
 from lightning_adapm.roles.context import normalize
 
 
@@ -103,6 +103,13 @@ def shard_from_file(model):
     return model
 
 
+def flatten_from_file(model):
+    """FSDP1 of a model whose weights come from elsewhere, one module after another."""
+    place = place_later(model, device(), next(model.parameters()).dtype)
+    assert all(param.is_meta for param in model.parameters())
+    return flatten(model, param_init_fn=place)
+
+
 compiled = functools.partial(torch.compile, backend="eager")  # as any backend, it wraps: code is another matter
 
 
@@ -126,6 +133,7 @@ WRAP = {
     "compiled fsdp2": lambda model: compiled(shard(model)),
     "fsdp2 from meta": shard_without_memory,
     "fsdp2 from file": shard_from_file,
+    "fsdp1 from file": flatten_from_file,
 }
 
 

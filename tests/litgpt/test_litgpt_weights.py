@@ -4,11 +4,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 from finetuning import CONFIG, write_instructions, write_tokenizer
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.plugins.precision import FSDPPrecision
+from lightning.pytorch.strategies import FSDPStrategy
 from litgpt import GPT, Config
 from litgpt.data import JSON
 from torch import nn
@@ -81,6 +85,26 @@ def test_training_has_the_precisions_dtype_and_leaves_the_file_alone(base, tmp_p
         assert torch.equal(param, weight.to(dtype)), name
     trained(LitGPTModule(checkpoint_dir=str(base), max_seq_length=64, adapm={"lr": 1.0}), tmp_path, precision)
     assert (base / "lit_model.pth").read_bytes() == kept
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_modules_leave_the_file_one_after_another(base, tied):
+    """As FSDP1 asks for them; the dtype changes on the device."""
+    module = LitGPTModule(checkpoint_dir=str(base), tie_embeddings=tied)
+    strategy = FSDPStrategy(parallel_devices=[torch.device("cpu")], cluster_environment=LightningEnvironment())
+    module._trainer = SimpleNamespace(strategy=strategy)
+    with FSDPPrecision("bf16-true").module_init_context():
+        module.configure_model()
+    place = strategy.kwargs["param_init_fn"]
+    assert all(param.is_meta and param.dtype == torch.bfloat16 for param in module.parameters())
+    for each in module.modules():
+        place(each)
+    assert (module.model.lm_head.weight is module.model.transformer.wte.weight) == tied
+    for name, weight in read_the_old_way(base).named_parameters():
+        param = module.model.get_parameter(name)
+        assert not in_file(param)
+        if not (tied and name == "lm_head.weight"):
+            assert torch.equal(param, weight.bfloat16()), name
 
 
 def test_what_the_checkpoint_lacks_is_made_as_ever(base):
