@@ -43,7 +43,7 @@ class AdamMini(RoleOptimizer):
     State of a parameter whose matrix is ``(m, n)``; a fused weight has the entries per piece, ``query.exp_avg``:
 
     - ``step``: number of steps, a float32 scalar on the CPU.
-    - ``exp_avg`` ``(m, n)``: momentum, in ``state_dtype``.
+    - ``exp_avg`` ``(m, n)``: momentum, in ``state_dtype``. For int8, codes and scales take its place, as in AdaPM.
     - ``exp_avg_sq``, float32: mean square of a block, ``(heads, 1)`` of queries and keys, ``(m, 1)`` of other matrices,
       ``()`` of vectors; of a bias ``(m,)``, elementwise. float64 for float64 parameters.
 

@@ -54,7 +54,8 @@ class LoRAPre(RoleOptimizer):
     State of a parameter whose matrix is ``(m, n)``; a fused weight has the entries per piece, ``query.exp_avg_l``:
 
     - ``step``: number of steps, a float32 scalar on the CPU.
-    - ``exp_avg_l`` ``(m, rank)`` and ``exp_avg_r`` ``(rank, n)``, in ``state_dtype``: factors of the momentum.
+    - ``exp_avg_l`` ``(m, rank)`` and ``exp_avg_r`` ``(rank, n)``, in ``state_dtype``: factors of the momentum. For
+      int8, codes and scales take their place, as in AdaPM.
     - ``exp_avg_sq_l`` ``(m, rank)`` and ``exp_avg_sq_r`` ``(rank, n)``, float32: factors fitted to ``|gradient|``; none
       for ``variant="muon"``.
     - ``exp_avg`` and ``exp_avg_sq`` ``(m, n)`` instead where a piece has AdamW's moments.

@@ -72,7 +72,7 @@ class PartialMuon(RoleOptimizer):
       momentum, its orthonormal basis, and whether every matrix has a basis yet.
     - ``exp_avg_sq``, or ``exp_avg_sq_row`` and ``exp_avg_sq_col``, float32: second moment of what has Adam's update, as
       AdaPM's. Hidden matrices have none.
-    - Codes and scales in place of a momentum where ``state_dtype`` is int8, as AdaPM's.
+    - Where ``state_dtype`` is int8, codes and scales take the place of a momentum, as in AdaPM.
 
     Numerics: arithmetic is in float32, or float64 for float64 parameters, whatever the dtype of parameters and state.
     The products of the Newton-Schulz iteration are in bfloat16 where the device has instructions for it, on CUDA from

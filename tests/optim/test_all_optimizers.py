@@ -55,6 +55,21 @@ def train(model, optimizer, batches):
     return losses
 
 
+def test_docstrings_list_every_option_and_every_entry_of_the_state(make):
+    model = tiny_gpt()
+    optimizer = make(model.named_parameters())
+    train(model, optimizer, token_batches(1))
+    text, options = inspect.getdoc(type(optimizer)), inspect.signature(type(optimizer)).parameters.values()
+    assert [
+        each.name for each in options if each.kind is not each.VAR_KEYWORD and f"    {each.name}: " not in text
+    ] == []
+    entries = {key.rpartition(".")[2] for state in optimizer.state.values() for key in state}
+    stored = {key.removesuffix("_codes").removesuffix("_scale") for key in entries}
+    assert [key for key in sorted(stored) if f"``{key}``" not in text] == []
+    assert entries == stored or "codes and scales" in text or "_codes``" in text
+    assert "Numerics: " in text and "Example::" in text
+
+
 @pytest.mark.parametrize("build", [PlainLM, tiny_gpt])
 def test_learns(make, build):
     torch.manual_seed(0)
