@@ -40,10 +40,12 @@ class Progress(L.Callback):
     """Times and losses of steps, and a checkpoint in between.
 
     Args:
+        began: Time of ``time.monotonic()`` at the beginning.
         file: Path of the checkpoint to write after :data:`SAVED` steps; None for a run that resumes from it.
     """
 
-    def __init__(self, file: Path | None) -> None:
+    def __init__(self, began: float, file: Path | None) -> None:
+        self._began = began
         self._file = file
         self._first = SAVED if file is None else 0
         self.ends: list[float] = []
@@ -59,6 +61,9 @@ class Progress(L.Callback):
         self.losses.append(float(outputs["loss"]))
         self.ends.append(time.monotonic() - self.saving)
         self.peak = max(self.peak, peak_bytes())
+        if trainer.is_global_zero:
+            seconds = time.monotonic() - self._began
+            print(f"step {trainer.global_step} after {seconds:.1f} s, loss {self.losses[-1]:.4f}", flush=True)
         if self._file is not None and trainer.global_step == SAVED:
             dist.barrier()
             began = time.monotonic()
@@ -119,6 +124,7 @@ def _fit(recipe: Mapping[str, Any], device: str, folder: str, progress: Progress
         strategy=getattr(importlib.import_module(name), kind)(**trainer["strategy"]["init_args"]),
         precision=trainer.get("precision"),
         accumulate_grad_batches=together,
+        gradient_clip_val=trainer.get("gradient_clip_val"),
         callbacks=[OptimizerStateMonitor(WATCHED_EVERY), ResidualNormMonitor(WATCHED_EVERY), progress],
         default_root_dir=folder,
         logger=False,
@@ -134,14 +140,14 @@ def work(recipe: Mapping[str, Any], device: str, limit: int | None, folder: str,
     if device == "cuda" and limit is not None:
         torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1])
     file = Path(folder) / "resumed.ckpt"
-    first = Progress(file)
+    first = Progress(began, file)
     tokens = _fit(recipe, device, folder, first)
     over_all = peak_bytes()
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
     again = time.monotonic()
-    then = Progress(None)
+    then = Progress(again, None)
     _fit(recipe, device, folder, then, file)
     steps = [b - a for a, b in zip(first.ends, first.ends[1:], strict=False)]
     return {

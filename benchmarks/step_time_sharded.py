@@ -130,12 +130,12 @@ def work(job: Job) -> dict[str, Any]:
     _take_turns(job, rows, lambda row: row.optimizer.step, "alone")
     for row in rows:
         row.counts = _count(row.optimizer, job.device)
+    _profile(job, [row for row in rows if row.peer in job.profiled])
     time_steps(replica.gradients, 2, job.device)
     _take_turns(
         job, [row for row in rows if row.trains], lambda row: lambda: replica.training_step(row.optimizer), "training"
     )
     nothing = _seconds_by_step([time_steps(replica.gradients, INTERVAL, job.device)])
-    _profile(job, [row for row in rows if row.peer in job.profiled])
     found = {row.peer.name: _summarized(row) for row in rows}
     return {"forward_and_backward_ms": 1e3 * fmean(nothing[0]), "rows": found}
 
@@ -245,10 +245,11 @@ def page(result: dict[str, Any]) -> str:
         "",
         f"{show_count(result['parameters'])} parameters ({result['layers']} of {result['all_layers']} layers) in"
         f" {result['dtype']}, {how}, products in bfloat16, {result['batch']} x {result['length']} random tokens on each"
-        f" process. All optimizers are there at once and take turns, {result['repeats']} of {INTERVAL} steps each,"
-        " which is one interval between refreshes; in parentheses are the means of the fastest and the slowest turn."
-        " Times are means over processes, of the step alone and of whole training steps, where forward and backward"
-        f" alone take {result['forward_and_backward_ms']:.1f} ms. Host is the median time until a step is launched.",
+        f" process. All optimizers are there at once and take turns, {result['repeats']} (fewer where the time limit"
+        f" came) of {INTERVAL} steps each, which is one interval between refreshes; in parentheses are the means of the"
+        " fastest and the slowest turn. Times are means over processes, of the step alone and of whole training steps,"
+        f" where forward and backward alone take {result['forward_and_backward_ms']:.1f} ms. Host is the median time"
+        " until a step is launched.",
         "",
     ]
     header = ["", "median ms", "mean ms", "worst ms", f"mean / {BASE}", "host ms", "training step ms", "state"]
