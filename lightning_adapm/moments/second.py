@@ -270,8 +270,7 @@ class RelativeSecondMoment(SecondMoment):
             torch._foreach_lerp_(averages, means, weight)
             self.storage.write(states, key, averages)
         shares = [(row / mean).sqrt_() for row, mean in zip(rows, reduction.means(rows), strict=True)]
-        roots = [share * column.sqrt() for share, column in zip(shares, columns, strict=True)]
-        return Denominators(roots, 1.0, 0.0)
+        return Denominators(shares, 1.0, 0.0, list(torch._foreach_sqrt(columns)))
 
 
 def _squares(grad: Tensor) -> Tensor:

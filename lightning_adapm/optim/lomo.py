@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_adapm.moments.base import Momentum, SecondMoment
+from lightning_adapm.moments.base import Direction, Momentum, SecondMoment
 from lightning_adapm.moments.first import NoMomentum
 from lightning_adapm.moments.second import NoSecondMoment, RelativeSecondMoment
 from lightning_adapm.optim.base import RoleOptimizer
 from lightning_adapm.roles.piece import Piece
-from lightning_adapm.sharding.reduction import Reduction
+from lightning_adapm.step import by_torch
 from lightning_adapm.step.batching import Batch
+from lightning_adapm.step.by_torch import Tile
 from lightning_adapm.step.parts import Part
 from lightning_adapm.step.paths import Path
 from lightning_adapm.step.relative import SMALLEST
@@ -189,32 +190,59 @@ class AdaLomo(RoleOptimizer):
         return Path("torch", path.reason)  # updates are scaled by the size of their matrix
 
     def move(self, batch: Batch, group: Mapping[str, Any]) -> None:
-        parts, params, grads, step, _, reduction = batch
-        second, decay = parts[0].second, parts[0].decay
-        lr, clip = float(group["lr"]), float(group["clip_threshold"])
-        divisors, _ = second.denominators(grads, parts, step, reduction).settle(True)
-        updates = list(torch._foreach_div(grads, divisors))
-        rounding = StochasticRounding.of(parts, step, group)
-        moved = params if rounding is None else widened(params)
-        # of the matrices: a parameter's own view may have a dimension for heads, or those of a convolution
-        values = [param.to(grad.dtype).reshape(grad.shape) for param, grad in zip(moved, grads, strict=True)]
-        sizes = _root_mean_squares(values, reduction)
-        lengths = _root_mean_squares(updates, reduction)
-        for param, update, size, length in zip(moved, updates, sizes, lengths, strict=True):
-            rate = lr * size.clamp_min(SMALLEST)
+        along = Direction(batch.grads, 1.0, scratch=False, clamp=None)
+        tiles = by_torch.tiles(batch, along)
+        if batch.grads[0].dim() > 2:  # a tile has whole matrices of a stack
+            for tile in tiles:
+                _move([tile], batch, group)
+        else:
+            _move(list(tiles), batch, group)
+
+
+def _move(tiles: Sequence[Tile], batch: Batch, group: Mapping[str, Any]) -> None:
+    """Move all tiles of some matrices. Several are gone through twice, because what a matrix moves depends on all."""
+    lr, clip, decay = float(group["lr"]), float(group["clip_threshold"]), batch.parts[0].decay
+    rounding = StochasticRounding.of(batch.parts, batch.step, group)
+    kept = [_updates(tiles[0])] if len(tiles) == 1 else []
+    lengths = _sums_of_squares((kept or [_updates(tile)])[0] for tile in tiles)
+    sizes = _sums_of_squares(_matrices(tile) for tile in tiles)
+    lengths, sizes = (_root_means(sums, batch) for sums in (lengths, sizes))
+    rates = [lr * size.clamp_min(SMALLEST) for size in sizes]
+    for tile in tiles:
+        moved = tile.params if rounding is None else widened(tile.params)
+        updates = kept[0] if kept else _updates(tile)
+        for param, update, rate, length in zip(moved, updates, rates, lengths, strict=True):
             if decay:
                 param.mul_(1 - rate * decay)
-            param.sub_((update * (rate / (length / clip).clamp_min(1.0))).view(param.shape))
+            param.sub_(update.mul_(rate / (length / clip).clamp_min(1.0)).view(param.shape))
         if rounding is not None:
-            rounding.write(params, moved)
+            rounding.write(tile.params, moved, tile.first)
 
 
-def _root_mean_squares(values: list[Tensor], reduction: Reduction) -> list[Tensor]:
-    """Root mean square of each tensor over all processes; for stacks, of each matrix."""
-    dims = [(-2, -1) if value.dim() > 1 else None for value in values]
-    sums = [value.square().sum(dim, keepdim=dim is not None) for value, dim in zip(values, dims, strict=True)]
-    counts = [
-        size * (value.shape[-1] if value.dim() > 1 else 1)
-        for size, value in zip(reduction.sizes(values), values, strict=True)
-    ]
-    return [(total / max(1, count)).sqrt() for total, count in zip(reduction.total(sums), counts, strict=True)]
+def _updates(tile: Tile) -> list[Tensor]:
+    """Gradients over the roots of their second moments."""
+    divisors, _ = tile.denominators.settle(as_adamw=True)
+    return list(torch._foreach_div(tile.direction.tensors, divisors))
+
+
+def _matrices(tile: Tile) -> list[Tensor]:
+    """Parameters in the shapes of their gradients: views may have a dimension for heads, or those of a convolution."""
+    pairs = zip(tile.params, tile.direction.tensors, strict=True)
+    return [param.to(grad.dtype).reshape(grad.shape) for param, grad in pairs]
+
+
+def _sums_of_squares(tiles: Iterable[list[Tensor]]) -> list[Tensor]:
+    """Sum of squares over all tiles of each tensor; for stacks, of each matrix."""
+    sums: list[Tensor] = []
+    for values in tiles:
+        dims = [(-2, -1) if value.dim() > 1 else None for value in values]
+        own = [value.square().sum(dim, keepdim=dim is not None) for value, dim in zip(values, dims, strict=True)]
+        sums = own if not sums else list(torch._foreach_add(sums, own))
+    return sums
+
+
+def _root_means(sums: list[Tensor], batch: Batch) -> list[Tensor]:
+    """Roots of the means over all processes, of sums over each matrix or vector."""
+    widths = [grad.shape[-1] if grad.dim() > 1 else 1 for grad in batch.grads]
+    counts = [size * width for size, width in zip(batch.reduction.sizes(batch.grads), widths, strict=True)]
+    return [(total / max(1, count)).sqrt() for total, count in zip(batch.reduction.total(sums), counts, strict=True)]

@@ -44,7 +44,7 @@ def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> N
     if observer is not None:
         watching.see_gradients(observer, batch)
     rounding = StochasticRounding.of(parts, batch.step, group)
-    for tile in _tiles(batch, direction):
+    for tile in tiles(batch, direction):
         used = tile.direction.multiplied()
         moved = tile.params if rounding is None else widened(tile.params)
         if part.decay:
@@ -59,7 +59,8 @@ def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> N
             rounding.write(tile.params, moved, tile.first)
 
 
-def _tiles(batch: Batch, direction: Direction) -> Iterator[Tile]:
+def tiles(batch: Batch, direction: Direction) -> Iterator[Tile]:
+    """A batch whole or in tiles, with denominators that have taken its gradients in."""
     parts, params, grads, step, _, reduction = batch
     second = parts[0].second
     # whole: parts that share kernels, small ones, and rows that the parameter has elsewhere, as interleaved heads

@@ -5,7 +5,9 @@ import torch
 from models import relative_difference
 from torch import nn
 
+from benchmarks.costs.memory import Ledger
 from lightning_adapm import AdaLomo, Lomo
+from lightning_adapm.moments import tiles
 from lightning_adapm.step import kernels
 
 pytest.importorskip("triton", reason="the kernels are Triton's")
@@ -61,3 +63,23 @@ def test_parameters_in_bfloat16_are_rounded_alike(interpreted, monkeypatch, kind
     monkeypatch.setattr(kernels, "runs_on", lambda device: False)
     expected, _, _ = trained(kind, torch.bfloat16)
     assert (weights == expected).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adalomo_moves_in_tiles_without_kernels(monkeypatch, dtype):
+    """The same as in one piece; a step holds no copy of a matrix in float32."""
+    whole, state, _ = trained(AdaLomo, dtype, weight_decay=0.1)
+    monkeypatch.setattr(tiles, "TILE_NUMEL", 90)
+    in_tiles, same, _ = trained(AdaLomo, dtype, weight_decay=0.1)
+    assert relative_difference(in_tiles, whole) < (1e-6 if dtype == torch.float32 else 1e-3)
+    assert relative_difference(same, state) < 1e-6
+    weight = nn.Parameter(torch.randn(256, 512))
+    optimizer = AdaLomo([("mlp.weight", weight)], update_in_backward=False)
+    weight.grad = torch.randn(256, 512)
+    optimizer.step()
+    monkeypatch.setattr(tiles, "TILE_NUMEL", 4096)
+    held = [value for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor)]
+    ledger = Ledger({"held": [weight, weight.grad, *held]})
+    with ledger.following():
+        optimizer.step()
+    assert ledger.peak["transient"] < 4 * weight.numel() / 2

@@ -51,7 +51,7 @@ def trained(make, second_moment, steps=23):
 def test_in_parts_is_as_at_once(monkeypatch, make, second_moment):
     at_once = trained(make, second_moment)
     parts = []
-    in_tiles = update._tiles
+    in_tiles = update.tiles
 
     def counted(*args, **kwargs):
         found = list(in_tiles(*args, **kwargs))
@@ -59,7 +59,7 @@ def test_in_parts_is_as_at_once(monkeypatch, make, second_moment):
         return found
 
     monkeypatch.setattr(tiles, "TILE_NUMEL", 100)
-    monkeypatch.setattr(update, "_tiles", counted)
+    monkeypatch.setattr(update, "tiles", counted)
     monkeypatch.setattr("lightning_adapm.step.batching._BATCH_NUMEL", {"cpu": 1, "cuda": 1})
     in_parts = trained(make, second_moment)
     assert max(parts) >= 3
