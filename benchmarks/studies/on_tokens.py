@@ -76,7 +76,7 @@ FIRST: tuple[tuple[str, float | str, int], ...] = (
 """What a verdict on AdaPM and PartialMuon hangs on: a worse rate on both sides of the best, then three seeds."""
 
 
-def on_tokens(question: str, setting: Setting) -> Study:
+def on_tokens(question: str, setting: Setting, finding: str = "Not yet run.") -> Study:
     """One seed of every row; a verdict's rows have three."""
     return Study(
         f"{question}, on tokens of a vocabulary trained on the same text?",
@@ -89,6 +89,7 @@ def on_tokens(question: str, setting: Setting) -> Study:
         baselines={"AdamW": ("AdamW, betas .9 .95", "AdamW"), "Muon": ("Muon",)},
         rates=RATES,
         first=FIRST,
+        finding=finding,
     )
 
 
@@ -97,7 +98,11 @@ def tokens_gpt2() -> Study:
 
 
 def tokens_llama_60m() -> Study:
-    return on_tokens("Which optimizer trains a Llama of 60 million parameters", LLAMA_60M)
+    return on_tokens(
+        "Which optimizer trains a Llama of 60 million parameters",
+        LLAMA_60M,
+        "None yet: AdamW was run at one learning rate, and nothing else.",
+    )
 
 
 def tokens_llama_130m() -> Study:

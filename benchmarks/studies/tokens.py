@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.studies.text import Text, read_text
-from lightning_adapm.data.tokens import default_cache_dir, train_tokenizer
 
 TRAINED_ON = 48_000_000
 """Bytes at the beginning of the training text from which the vocabulary is made."""
@@ -48,6 +47,8 @@ class Tokens:
 
     def _file(self) -> Path:
         """File of the tokens: beside the text, or in the user's cache where that folder cannot be written to."""
+        from lightning_adapm.data.tokens import default_cache_dir  # which imports Lightning
+
         raw = read_text().name.encode() if self.path is None else self.path.read_bytes()
         key = hashlib.sha256(f"{self.vocab} {TRAINED_ON} ".encode() + raw).hexdigest()[:8]
         stem = "python-sources" if self.path is None else self.path.name
@@ -58,6 +59,8 @@ class Tokens:
         return folder / f"{stem}.bpe{self.vocab}-{key}.pt"
 
     def _tokenized(self) -> tuple[Tensor, Tensor]:
+        from lightning_adapm.data.tokens import train_tokenizer
+
         text = read_text(self.path)
         if text.starts is not None:
             raise ValueError(f"--data {self.path}: holds questions and answers; studies on tokens train on plain text")

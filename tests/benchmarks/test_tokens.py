@@ -29,7 +29,7 @@ def test_tokens_are_made_once_and_are_those_of_the_text(prose, monkeypatch):
     text = Tokens(prose, 300).read()
     assert text.train.dtype == torch.int16 and text.train.max() < 300
     (_,) = prose.parent.glob("prose.txt.bpe300-*.pt")
-    monkeypatch.setattr("benchmarks.studies.tokens.train_tokenizer", None)
+    monkeypatch.setattr("lightning_adapm.data.tokens.train_tokenizer", None)
     again = Tokens(prose, 300).read()
     assert again.name == text.name and torch.equal(again.train, text.train) and torch.equal(again.val, text.val)
     prose.write_text("another\n" * 100)
