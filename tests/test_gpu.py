@@ -8,7 +8,6 @@ import torch
 import yaml
 from torch import nn
 
-from benchmarks import recipe_memory, recipe_training
 from lightning_adapm import AdaLomo, AdaPM, Lomo, PartialMuon
 from lightning_adapm.moments import orthogonal as reference
 from lightning_adapm.report.diagnostics import ResidualProbe
@@ -338,6 +337,9 @@ def test_state_of_any_dtype(state_dtype, second_moment):
 
 def test_a_step_is_planned_within_five_percent_of_the_allocator(tmp_path):
     """Llama-3.2-1B with the memory options of the recipes for small cards; weights are drawn at random."""
+    pytest.importorskip("jsonargparse", reason="recipes are read by it")
+    from benchmarks import recipe_memory, recipe_training
+
     recipe = yaml.safe_load((recipe_memory.RECIPES / "trainer/finetune/llama-3.2-3b-full-12gb.yaml").read_text())
     recipe["model"]["init_args"]["model_name"] = "Llama-3.2-1B"
     path = tmp_path / "recipe.yaml"

@@ -119,7 +119,8 @@ def test_is_the_iteration_of_the_plain_form(interpreted, monkeypatch, m, n, part
     matrices = torch.randn(2, m, n)
     matrices /= matrices.norm(dim=(-2, -1), keepdim=True)
     monkeypatch.setattr(orthogonal, "gram_parts", lambda *_: parts)
-    monkeypatch.setattr(orthogonal, "SYMMETRIC", (32, 64, 64, 4, 3))
+    monkeypatch.setattr(orthogonal, "SYMMETRIC", (32, 32, 64, 4, 3))
+    monkeypatch.setattr(orthogonal, "DEEP_SYMMETRIC", (32, 64, 64, 4, 3))
     found = orthogonal.iterated(matrices.clone(), 5)
     expected = reference._plain(matrices.double(), 5)
     assert relative_difference(found, expected) < 1e-4
@@ -127,7 +128,7 @@ def test_is_the_iteration_of_the_plain_form(interpreted, monkeypatch, m, n, part
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_symmetric_product(interpreted, monkeypatch, transposed):
-    monkeypatch.setattr(orthogonal, "SYMMETRIC", (16, 32, 16, 4, 3))
+    monkeypatch.setattr(orthogonal, "DEEP_SYMMETRIC", (16, 32, 16, 4, 3))
     matrices, added = torch.randn(2, 50, 70), torch.randn(2, 50, 50)
     added = added + added.mT
     given = matrices.mT.contiguous().mT if transposed else matrices
