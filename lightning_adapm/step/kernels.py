@@ -34,8 +34,10 @@ MOST_ROWS_OF_A_HEAD, ADVANCED_NUMEL = 256, 4096
 hold.
 """
 
-_ROWS_OF_A_SUM = 512
-"""Sums of columns are taken of so many rows each: enough programs for a device, whatever the shape."""
+_ROWS_OF_A_SUM, _ROWS_OF_A_PRODUCT = 512, 4096
+"""Sums of columns, and products from the left, are taken of so many rows each: enough programs for a device, also where
+a table of tokens is the only matrix of its shape.
+"""
 
 MOST_COLUMNS = 1 << 21
 """Maximum number of tiles along columns in a grid."""
@@ -157,13 +159,14 @@ def combine(grads: Matrices, weights: Tensor, flaws: Tensor) -> Tensor:
 
     b, m, r = weights.shape
     n = grads.shape[1]
-    product = weights.new_empty(b, r, n)
+    parts = -(-m // _ROWS_OF_A_PRODUCT)
+    product = weights.new_empty(b, parts, r, n)
     block_m, block_n, warps, stages = _narrowed(COMBINE, n)
     launch(
         "combine",
-        (-(-n // block_n), b, -(-r // block(r))),
+        (-(-n // block_n), b, -(-r // block(r)) * parts),
         (grads.table, weights.to(FACTOR).contiguous(), flaws, product),  # weights: read by every block of columns
-        (m, n, r, grads.stride, b // len(flaws)),
+        (m, n, r, grads.stride, b // len(flaws), parts, _ROWS_OF_A_PRODUCT),
         (),
         GRAD=grads.like.dtype,
         FACTOR=FACTOR,
@@ -174,7 +177,7 @@ def combine(grads: Matrices, weights: Tensor, flaws: Tensor) -> Tensor:
         num_warps=warps,
         num_stages=stages,
     )
-    return product
+    return product.sum(dim=1) if parts > 1 else product.squeeze(1)
 
 
 class Refreshed(NamedTuple):

@@ -120,6 +120,8 @@ def combine(
     r,
     stride,
     each,
+    parts,
+    rows,
     GRAD: tl.constexpr,
     FACTOR: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -127,16 +129,19 @@ def combine(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """``combined`` ``(b, r, n)``: transposed ``weights`` ``(b, m, r)`` times matrices, zero those with a flaw."""
+    """``combined`` ``(b, parts, r, n)``: transposed ``weights`` ``(b, m, r)`` times matrices, over so many ``rows``
+    each, zero those with a flaw.
+    """
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     which = tl.program_id(1).to(tl.int64)
-    rank = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    part = tl.program_id(2) % parts
+    rank = tl.program_id(2) // parts * BLOCK_R + tl.arange(0, BLOCK_R)
     grad = tl.load(grads + which).to(tl.pointer_type(GRAD))
     if ALIGNED:
         grad = tl.multiple_of(grad, 16)
     counts = tl.load(flaws + which // each) == 0
     product = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
-    for start in range(0, m, BLOCK_M):
+    for start in range(part * rows, min((part + 1) * rows, m), BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
         at = grad + row.to(tl.int64)[:, None] * stride + column[None, :]
         g = tl.load(at, (row[:, None] < m) & (column[None, :] < n), 0.0).to(tl.float32)
@@ -144,7 +149,7 @@ def combine(
         at = weights + which * m * r + row.to(tl.int64)[:, None] * r + rank[None, :]
         weight = tl.load(at, (row[:, None] < m) & (rank[None, :] < r), 0.0)
         product = tl.dot(tl.trans(weight), g.to(FACTOR), product)
-    out = combined + which * r * n + rank[:, None] * n + column[None, :]
+    out = combined + (which * parts + part) * r * n + rank[:, None] * n + column[None, :]
     tl.store(out, product, (rank[:, None] < r) & (column[None, :] < n))
 
 

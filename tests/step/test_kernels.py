@@ -342,6 +342,15 @@ def test_a_step_by_kernels_is_seen_by_autograd(interpreted):
         loss.backward()
 
 
+def test_products_from_the_left_are_sums_over_rows(interpreted, monkeypatch):
+    """Of parts that do not divide a tall matrix, so that a table of tokens occupies a device."""
+    monkeypatch.setattr(kernels, "_ROWS_OF_A_PRODUCT", 256)
+    grads, weights = list(torch.randn(3, 600, 20).unbind()), torch.randn(3, 600, 18)
+    product = kernels.combine(kernels.Matrices.of(grads), weights, torch.tensor([0, 1, 0], dtype=torch.int32))
+    expected = weights.mT @ torch.stack(grads) * torch.tensor([1.0, 0.0, 1.0]).view(3, 1, 1)
+    torch.testing.assert_close(product, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_tiles_fit_smaller_gpus():
     """Those of compute capability 8.6, 8.9 and 12.0 have 99 KiB of shared memory for a block; no GPU is needed."""
     command = [sys.executable, HELPERS / "compile_kernels.py", "86"]
