@@ -257,7 +257,7 @@ def plan_of(args: argparse.Namespace, shape: Shape, dtype: str, peers: Sequence[
         args.device,
         args.repeats,
         steps=args.steps or (10 if on_gpu else 5),
-        warmup=args.warmup or (INTERVAL if on_gpu else 3),
+        warmup=args.warmup or (3 * INTERVAL if on_gpu else 3),  # refreshes are recorded in the third interval
         together=states < free_bytes(args.device) / 2,
         peer_limit=args.peer_limit,
         deadline=deadline,

@@ -25,6 +25,9 @@ MODELS: dict[str, Shape] = {
     "llama": Shape(layers=8, width=512, n_head=8, context=512, vocab=4096, llama=True, n_query_groups=4),
     # published; tables of tokens as litgpt pads them
     "pythia-160m": Exact(layers=12, width=768, n_head=12, context=2048, vocab=50304, hidden=3072),
+    "gpt2-124m": Exact(
+        layers=12, width=768, n_head=12, context=1024, vocab=50257, hidden=3072, tied=True, rotary=False
+    ),
     "llama-3.2-1b": Exact(
         layers=16,
         width=2048,
