@@ -29,6 +29,9 @@ class DeviceCache:
         tensors = (value if isinstance(value, Tensor) else value[0] for value in self._held.values())
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._held
+
     def get(self, key: Hashable, make: Callable[[], _Value]) -> _Value:
         """A tensor, or a tuple that begins with one, by its key."""
         if key in self._held:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,9 +22,11 @@ from lightning_adapm.sharding.fsdp1 import gradients
 from lightning_adapm.state.state_dict import FORMAT_VERSION, Checkpointed
 from lightning_adapm.step import by_torch
 from lightning_adapm.step.batching import Batch
-from lightning_adapm.step.engine import Engine, Moving
+from lightning_adapm.step.engine import Engine
+from lightning_adapm.step.moving import Moving
 from lightning_adapm.step.parts import Part, new_state
 from lightning_adapm.step.paths import Path, StepPath, path_of
+from lightning_adapm.step.recorder import MOST_BYTES
 from lightning_adapm.step.watching import Observer
 
 _NO_GRADIENT = "{}.step() found no gradient on any of its parameters, so nothing is trained"
@@ -59,6 +62,11 @@ class RoleOptimizer(Registered, Checkpointed):
     """
 
     observer: Observer | None = None
+
+    most_recorded_bytes = MOST_BYTES
+    """On a GPU, steps whose temporaries take no more are recorded and replayed as CUDA graphs, which keep that memory;
+    0 for none.
+    """
 
     foreign = options.FOREIGN
 
@@ -181,17 +189,25 @@ class RoleOptimizer(Registered, Checkpointed):
 
     def _take(self, selected: Selection) -> bool:
         """Move parameters, given group by group, along their gradients, and return whether there were any."""
-        for index, params in selected:
+        for index, _ in selected:
             self._table.retune(index, self)
-            for param in params:
-                if (param.requires_grad or param.grad is not None) and "step" not in self.state.get(param, ()):
-                    self._make_state(param)
         joined = groups.joined(selected, self.param_groups, self.defaults)
-        found = [(index, self._moving(params)) for index, params in joined]
+        if (found := self._table.again(joined, self.state)) is None:
+            found = self._found(joined)
         work = [(self._with_number(index), moving) for index, moving in found if moving]
         if work:
             self._engine.move(work, self)
         return bool(work)
+
+    def _found(self, joined: Selection) -> list[tuple[int, list[Moving]]]:
+        """Find what moves of parameters, given group by group."""
+        for param in chain.from_iterable(params for _, params in joined):
+            if (param.requires_grad or param.grad is not None) and "step" not in self.state.get(param, ()):
+                self._make_state(param)
+        found = [(index, self._moving(params)) for index, params in joined]
+        if not self.update_in_backward:  # which asks for other parameters every time
+            self._table.remember(joined, found, self.state)
+        return found
 
     def _make_state(self, param: Tensor) -> None:
         parts = self.parts(param)
@@ -200,7 +216,7 @@ class RoleOptimizer(Registered, Checkpointed):
         self.state[param].update(new_state(parts, local(param).device))  # wrappers keep theirs in it too
 
     def _moving(self, params: list[Tensor]) -> list[Moving]:
-        """The parameters that have a gradient, or part of one on another process."""
+        """The parameters that have a gradient, or part of one on another process, and an element on any."""
         parts = [self.parts(param) for param in params]
         grads = gradients(params, [each[0].layout for each in parts])
         moving: list[Moving] = []
@@ -208,7 +224,7 @@ class RoleOptimizer(Registered, Checkpointed):
             if grad is not None:
                 options.check_gradient(own[0].name, grad)
                 moving.append(Moving(own, local(param), local(grad), self.state[param]))
-        return moving
+        return [moved for moved in moving if moved.is_something]
 
     def _with_number(self, index: int) -> Mapping[str, Any]:
         """A group whose learning rate is a number: a tensor on a device, which a step waits for, is read once."""
@@ -237,10 +253,12 @@ class RoleOptimizer(Registered, Checkpointed):
         Raises:
             TypeError: A parameter was not added with :meth:`add_param_group`, and no live module holds it.
         """
+        if self._table.lists(self.param_groups):
+            return
         self._take_in([group for group in self.param_groups if not self.pieces.keys() >= set(group["params"])])
         for group in self.param_groups:
             self._registry.label(group)
-        if not self._table.lists([param for group in self.param_groups for param in group["params"]]):
+        if not self._table.lists(self.param_groups):
             self._forget(self.param_groups)
 
     def _take_in(self, groups: list[dict[str, Any]]) -> None:

@@ -1,15 +1,19 @@
 """The parts of an optimizer's parameters, with the moments that the options of their groups mean."""
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from operator import is_
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from lightning_adapm.optim.groups import settings_of
+from lightning_adapm.optim.in_backward import Selection
 from lightning_adapm.optim.registry import Registry
 from lightning_adapm.roles.live import find_roots
+from lightning_adapm.sharding.find import has_values
+from lightning_adapm.step.moving import Moving
 from lightning_adapm.step.parts import Alike, Chooser, Part, parts_of
 
 
@@ -21,6 +25,59 @@ class Tuner(Chooser, Protocol):
 
     @property
     def state(self) -> Mapping[Tensor, Any]: ...
+
+
+States = Mapping[Tensor, dict[str, Any]]
+"""States of parameters."""
+
+
+class Moved:
+    """All that moved in a step, to be told from that of another step by a few calls for everything.
+
+    Neither gradients nor states are kept.
+
+    Args:
+        asked: Parameters, by index of the group whose options count.
+        found: What moved of them: all.
+        states: The states.
+    """
+
+    def __init__(self, asked: Selection, found: Sequence[tuple[int, list[Moving]]], states: States) -> None:
+        self._indices = [index for index, _ in asked]
+        self._params = [param for _, params in asked for param in params]
+        self._memory = _memory(self._params)
+        self._trained = list(states)
+        place = {param: index for index, param in enumerate(states)}
+        self._places = [place[param] for param in self._params]
+        self._found = [[(moved.parts, moved.held) for moved in moving] for _, moving in found]
+
+    def again(self, asked: Selection, states: States) -> list[tuple[int, list[Moving]]] | None:
+        """What moves, if it is this; else None."""
+        params = [param for _, params in asked for param in params]
+        grads = [grad for param in params if (grad := param.grad) is not None and grad.layout == torch.strided]
+        same = (
+            [index for index, _ in asked] == self._indices
+            and _are(params, self._params)
+            and _are(states, self._trained)
+            and _memory(params) == self._memory
+        )
+        if not same or len(grads) < len(params):
+            return None
+        kept = list(states.values())
+        rest = zip(grads, map(kept.__getitem__, self._places), strict=True)
+        moving = [
+            (index, [Moving(*own, *now) for own, now in zip(found, rest, strict=False)])
+            for index, found in zip(self._indices, self._found, strict=True)
+        ]
+        return moving if all("step" in state for state in kept) else None
+
+
+def _memory(params: Sequence[Tensor]) -> list[Any]:
+    return [*map(Tensor.data_ptr, params), *map(Tensor.stride, params)]
+
+
+def _are(these: Collection[Any], those: Collection[Any]) -> bool:
+    return len(these) == len(those) and all(map(is_, these, those))
 
 
 class PartTable:
@@ -37,19 +94,34 @@ class PartTable:
         self._registry = registry
         self.held = [param for group in groups for param in group["params"]]
         """All parameters, group by group."""
+        self._names = [list(group["param_names"]) for group in groups]
         self._groups = {param: index for index, group in enumerate(groups) for param in group["params"]}
         self._parts: dict[Tensor, tuple[Any, tuple[Part, ...]]] = {}
         self.alike: weakref.WeakValueDictionary[Any, Alike] = weakref.WeakValueDictionary()
         """Tokens of parts that step together, by what they have in common."""
         self._settings: dict[int, tuple[Any, ...]] = {}
+        self._moved: Moved | None = None
         self._modules: list[weakref.ref[nn.Module]] | None = None
 
     def __contains__(self, param: Tensor) -> bool:
         return param in self._groups
 
-    def lists(self, held: Sequence[Tensor]) -> bool:
-        """Whether ``held`` are still all parameters, group by group."""
-        return len(held) == len(self.held) and all(map(is_, held, self.held))
+    def lists(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether parameter groups still have these parameters, with their names."""
+        held = [param for group in groups for param in group["params"]]
+        named = [group.get("param_names") for group in groups] == self._names
+        return named and _are(held, self.held)
+
+    def remember(self, asked: Selection, found: Sequence[tuple[int, list[Moving]]], states: States) -> None:
+        """Remember what moves, if all that was ``asked`` for does, and whole on every process."""
+        moving = [moved for _, group in found for moved in group]
+        every = len(moving) == sum(len(params) for _, params in asked)
+        plain = all(moved.parts[0].layout is None and has_values(moved.held) for moved in moving)
+        self._moved = Moved(asked, found, states) if every and plain else None
+
+    def again(self, asked: Selection, states: States) -> list[tuple[int, list[Moving]]] | None:
+        """What moves where nothing but gradients differs from when it was remembered; else None."""
+        return None if self._moved is None else self._moved.again(asked, states)
 
     def parts(self, param: Tensor, tuner: Tuner) -> tuple[Part, ...]:
         """Parts of a parameter, with their moments."""

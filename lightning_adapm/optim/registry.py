@@ -70,6 +70,8 @@ class Registry:
         Raises:
             RuntimeError: Naming the first of them, and where to build the optimizer instead.
         """
+        if self._places is not None and all(places.are_as_before for places in self._places):
+            return
         held = {param: self.names[param] for group in optimizer.param_groups for param in group["params"]}
         if self._places is None:
             self._places = [Places(find_roots(held), held, complete=False)]

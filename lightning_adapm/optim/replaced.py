@@ -50,6 +50,11 @@ class Places:
                     elif complete:
                         self._others.add((index, full))
 
+    @property
+    def are_as_before(self) -> bool:
+        """Whether no module has changed since these places were found, so that there is nothing to check."""
+        return self._complete and self._unchanged()
+
     def check(self, held: Mapping[Tensor, str], optimizer: Optimizer) -> "Places":
         """Refuse to train parameters that their modules no longer have, while those in their place stay as they are.
 
@@ -65,7 +70,7 @@ class Places:
         Raises:
             RuntimeError: Naming the first parameter that took the place of the optimizer's.
         """
-        if self._complete and self._unchanged():
+        if self.are_as_before:
             return self
         roots = [(index, root) for index, each in enumerate(self._roots) if (root := each()) is not None]
         found = [(root, *each) for index, root in roots for each in self._found(index, root)]

@@ -16,6 +16,10 @@ from lightning_adapm.sharding.find import local, shape_of
 from lightning_adapm.step.kernels import runs_on
 from lightning_adapm.step.launch import MOST_BYTES_OF_TABLES
 from lightning_adapm.step.parts import Part, new_state
+from lightning_adapm.step.transients import held_by_a_step
+
+_AROUND_GRAPHS = 1 << 26
+"""Workspace that cuBLAS has for captures, and blocks of the allocator that graphs do not fill. An assumption."""
 
 # How optimizers of torch and the peers call their first and second moments.
 _MOMENTUM = ("exp_avg", "momentum_buffer", "m", "mu", "mu_product", "state1")
@@ -110,16 +114,22 @@ def measure(optimizer: Optimizer) -> StateBytes:
 
 
 def cached_bytes(optimizer: RoleOptimizer) -> int:
-    """Bound of ``optimizer.cached_bytes()``: where bases and regressors start, by shape, and tables of addresses."""
-    starts, devices = set(), set()
+    """Bound of ``optimizer.cached_bytes()``: where bases and regressors start, by shape, tables of addresses, and what
+    recorded steps keep.
+    """
+    starts, devices, stepping = set(), set(), []
     for param in optimizer.pieces:
         for part in optimizer.parts(param):
             devices.add(param.device)
+            if param.requires_grad and runs_on(param.device):
+                stepping.append(part)
             if (rank := getattr(part.first, "rank", 0)) and param.requires_grad:
                 rank = min(rank, part.shape[-1])
                 starts.add((rank * part.shape[-1] * part.exact.itemsize, rank, param.device))
     tables = MOST_BYTES_OF_TABLES * sum(runs_on(device) for device in devices)
-    return sum(size for size, _, _ in starts) + tables
+    kept = held_by_a_step(stepping) if stepping and not optimizer.update_in_backward else 0
+    recorded = kept + _AROUND_GRAPHS if 0 < kept <= optimizer.most_recorded_bytes else 0
+    return sum(size for size, _, _ in starts) + tables + recorded
 
 
 def adamw_bytes(shapes: Iterable[torch.Size], element_size: int = 4) -> StateBytes:

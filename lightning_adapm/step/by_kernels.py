@@ -58,6 +58,8 @@ class DeviceGradients(Stack):
         self._reading: Reading | None = None
         self.basis: Tensor | None = None
         """Next basis ``(b, r, n)``, if this step refreshes it."""
+        self.clock: Tensor | None = None
+        """A :class:`~lightning_adapm.step.clock.Clock` on the device, which counts instead of numbers of the host."""
 
     @property
     def shape(self) -> torch.Size:
@@ -179,7 +181,16 @@ def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> N
     if lefts is not None or averages is not None:
         betas = beta1, second_moment.beta2 if isinstance(second_moment, BlockSecondMoment) else 0.0
         left, roots = kernels.advance(
-            grads.reading, projected, lefts, refreshed, averages, grads.shape[1:], blocks, betas, 1 - beta1**number
+            grads.reading,
+            projected,
+            lefts,
+            refreshed,
+            averages,
+            grads.shape[1:],
+            blocks,
+            betas,
+            1 - beta1**number,
+            grads.clock,
         )
     if isinstance(momentum, LowRankMomentum):
         momentum.storage.write(states, "exp_avg_l", held)
@@ -385,6 +396,7 @@ def _move(
         parts[0].decay,
         clip,
         StochasticRounding.of(parts, batch.step, group),
+        clock=used.clock if isinstance(used, DeviceGradients) else None,
     )
     if observer is None:
         return

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,9 +13,12 @@ from lightning_adapm.moments.cache import DeviceCache
 from lightning_adapm.step import by_kernels
 from lightning_adapm.step.batching import Batch, Bucket, batches, bucketed, put_back
 from lightning_adapm.step.counters import StepCounters
+from lightning_adapm.step.moving import Moving
 from lightning_adapm.step.nonfinite import NonFiniteGradients
 from lightning_adapm.step.parts import Alike, Part
 from lightning_adapm.step.paths import Path, StepPath
+from lightning_adapm.step.recorder import Recorder
+from lightning_adapm.step.recording import Clocks, Flawed, Work
 from lightning_adapm.step.watching import Observer
 
 
@@ -23,41 +26,12 @@ class Rule(Protocol):
     """What an optimizer decides of a step."""
 
     observer: Observer | None
+    update_in_backward: bool
+    most_recorded_bytes: int
 
     def path_for(self, parts: Sequence[Part], grads: Sequence[Tensor], group: Mapping[str, Any]) -> Path: ...
 
     def move(self, batch: Batch, group: Mapping[str, Any]) -> None: ...
-
-
-class Moving(NamedTuple):
-    """A parameter that moves in a step, as this process holds it."""
-
-    parts: tuple[Part, ...]
-    held: Tensor
-    grad: Tensor
-    state: dict[str, Any]
-
-    @property
-    def is_something(self) -> bool:
-        """Whether any process holds an element of it."""
-        return self.held.numel() > 0 or self.parts[0].layout is not None
-
-    def settle(self) -> None:
-        """Bring scalars of the state to the device of the parameter.
-
-        ZeroRedundancyOptimizer loads all scalars to the CPU, where torch's optimizers have only counters of steps.
-        """
-        for part in self.parts:
-            for key, entry in part.entries.items():
-                name = part.prefix + key
-                if entry.shape is not None and not entry.shape and isinstance(self.state.get(name), Tensor):
-                    self.state[name] = self.state[name].to(self.held.device)
-
-    def bind(self) -> "Moving":
-        """Let the parts find themselves in the parameter and its state, until they are released."""
-        for part in self.parts:
-            part.bind(self.held, self.state)
-        return self
 
 
 class Engine:
@@ -79,11 +53,12 @@ class Engine:
         self._counters: defaultdict[Tensor, StepCounters] = defaultdict(StepCounters)
         """By the first of the parameters that are counted together."""
         self._cache = DeviceCache()
+        self._recorder = Recorder()
 
     @property
     def cached_bytes(self) -> int:
         """Bytes that are kept for speed alone."""
-        return self._cache.nbytes
+        return self._cache.nbytes + self._recorder.nbytes
 
     def move(self, work: Sequence[tuple[Mapping[str, Any], Sequence[Moving]]], rule: Rule) -> None:
         """Count one more step of parameters, and move them.
@@ -92,64 +67,75 @@ class Engine:
             work: Options, as a parameter group has them, each with the parameters that move by them: at least one.
             rule: The optimizer's decisions.
         """
-        gathered: list[tuple[Mapping[str, Any], list[Bucket]]] = []
-        with _without_autocast(work[0][1][0].held.device.type), self._cache.in_use():
-            try:
-                gathered += ((group, self._gather(moving)) for group, moving in work)
-                self.nonfinite.agree(
-                    pair
-                    for _, buckets in gathered
-                    for bucket in buckets
-                    for pair in zip(bucket.parts, bucket.grads, strict=True)
-                )
-                for group, buckets in gathered:
-                    self._move_together(buckets, group, rule)
-            finally:
-                for part in chain.from_iterable(bucket.parts for _, buckets in gathered for bucket in buckets):
-                    part.release()
+        works = [Work(group, moving, self._count(moving)) for group, moving in work]
+        limit = 0 if rule.observer is not None or rule.update_in_backward else rule.most_recorded_bytes
+        with _without_autocast(works[0].moving[0].held.device.type), self._cache.in_use():
+            flawed = self._recorder.replayed(works, limit)
+            for parts, flaws in self._launched(works, rule, limit) if flawed is None else flawed:
+                self.nonfinite.count(parts, flaws)
 
-    def _gather(self, moving: Sequence[Moving]) -> list[Bucket]:
-        """Count one more step of parameters, and sort their parts into buckets that step together."""
-        moving = [each.bind() for each in moving if each.is_something]
-        if not moving:
-            return []
+    def _count(self, moving: Sequence[Moving]) -> list[int]:
+        """Count one more step of parameters."""
         counters, states = self._counters[moving[0].parts[0].param], [each.state for each in moving]
         if not counters.have_counted(states):
             for each in moving:
                 each.settle()
-        steps = counters.count(states)
-        return list(bucketed((each.grad, each.parts, step) for each, step in zip(moving, steps, strict=True)))
+        return counters.count(states)
 
-    def _move_together(self, buckets: Iterable[Bucket], group: Mapping[str, Any], rule: Rule) -> None:
+    def _launched(self, works: Sequence[Work], rule: Rule, limit: int) -> Sequence[Flawed]:
+        """Take a step launch by launch, and return what was not finite of the gradients that kernels have read."""
+        planned: list[tuple[Mapping[str, Any], list[tuple[Bucket, Path]]]] = []
+        bound = [part for work in works for each in work.moving for part in each.bind().parts]
+        try:
+            for group, moving, counts in works:
+                buckets = bucketed((each.grad, each.parts, step) for each, step in zip(moving, counts, strict=True))
+                paths = ((bucket, rule.path_for(bucket.parts, bucket.grads, group)) for bucket in buckets)
+                planned.append((group, list(paths)))
+            every = [each for _, buckets in planned for each in buckets]
+            self.nonfinite.agree(pair for bucket, _ in every for pair in zip(bucket.parts, bucket.grads, strict=True))
+
+            def launch(clocks: Clocks | None) -> list[Flawed]:
+                return [found for group, buckets in planned for found in self._moved(buckets, group, rule, clocks)]
+
+            return self._recorder.run(works, [path for _, path in every], launch, self._cache, limit)
+        finally:
+            for part in bound:
+                part.release()
+
+    def _moved(
+        self, buckets: Iterable[tuple[Bucket, Path]], group: Mapping[str, Any], rule: Rule, clocks: Clocks | None
+    ) -> list[Flawed]:
         ready: list[Batch] = []
-        for bucket in buckets:
-            path = rule.path_for(bucket.parts, bucket.grads, group)
+        found: list[Flawed] = []
+        for bucket, path in buckets:
             for batch in batches(bucket, path):
                 if path.kernels:
                     grads = by_kernels.DeviceGradients(batch.grads, self.nonfinite.agreed_on(batch.parts))
+                    if clocks is not None:
+                        grads.clock = clocks(batch, group["lr"])
                     batch = batch._replace(grads=grads)
                 if bucket.parts[0].shard is None:
                     ready.append(batch)
                 else:  # one after another: rows that are taken out of parameters may be copies
-                    self._update(batch, group, rule)
+                    found += self._update(batch, group, rule)
                     put_back(batch)
         by_kernels.refresh(ready)
         for batch in ready:
-            self._update(batch, group, rule)
+            found += self._update(batch, group, rule)
+        return found
 
-    def _update(self, batch: Batch, group: Mapping[str, Any], rule: Rule) -> None:
+    def _update(self, batch: Batch, group: Mapping[str, Any], rule: Rule) -> list[Flawed]:
         grads = batch.grads
         if isinstance(grads, by_kernels.DeviceGradients):
             step = by_kernels.step if batch.path.whole else by_kernels.step_with_reductions
             step(batch, group, rule.observer)
-            self.nonfinite.count(batch.parts, grads.reading.flaws)
-        else:
-            # only now, batch by batch: copies of all gradients in float32 would be larger than the state that is saved
-            finite = self.nonfinite.replaced(batch.parts, grads, bool(group["maximize"]))
-            rule.move(batch._replace(grads=finite), group)
+            return [(batch.parts, grads.reading.flaws)]
+        # only now, batch by batch: copies of all gradients in float32 would be larger than the state that is saved
+        finite = self.nonfinite.replaced(batch.parts, grads, bool(group["maximize"]))
+        rule.move(batch._replace(grads=finite), group)
+        return []
 
-    @staticmethod
-    def paths(params: Iterable[Moving], group: Mapping[str, Any], rule: Rule) -> list[StepPath]:
+    def paths(self, params: Iterable[Moving], group: Mapping[str, Any], rule: Rule) -> list[StepPath]:
         """List the paths that parameters will take, of gradients that lie in memory as the parameters do."""
         alike: defaultdict[Alike, list[Part]] = defaultdict(list)
         for part in chain.from_iterable(each.bind().parts for each in params if each.is_something):
@@ -158,7 +144,7 @@ class Engine:
         for parts in alike.values():
             path = rule.path_for(parts, [part.view for part in parts], group)
             roles = tuple(dict.fromkeys(part.piece.role for part in parts))
-            rows.append(StepPath(tuple(parts[0].shape), len(parts), roles, *path))
+            rows.append(StepPath(tuple(parts[0].shape), len(parts), roles, *path, self._recorder.launches))
             for part in parts:
                 part.release()
         return rows

@@ -36,7 +36,7 @@ hold.
 
 _ROWS_OF_A_SUM, _ROWS_OF_A_PRODUCT = 512, 4096
 """Sums of columns, and products from the left, are taken of so many rows each: enough programs for a device, also where
-a table of tokens is the only matrix of its shape.
+a table of tokens is the only matrix of its shape. Tiles of rows divide them.
 """
 
 MOST_COLUMNS = 1 << 21
@@ -201,9 +201,11 @@ def advance(
     blocks: int | None,
     betas: tuple[float, float],
     correction: float,
+    clock: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Take a reading of gradients of ``shape`` ``(m, n)`` into low-rank momenta, if there are ``lefts``, and into block
-    second moments, if there are ``averages``, of each row or of ``blocks``. ``correction`` is Adam's of the momentum.
+    second moments, if there are ``averages``, of each row or of ``blocks``. ``correction`` is Adam's of the momentum,
+    which a ``clock`` on the device has, too.
 
     Returns:
         What times the basis is to be added to the gradients, ``(b, m, width)``, or, where it was ``refreshed``, times
@@ -216,8 +218,8 @@ def advance(
     width = padded(r if refreshed is None else 2 * r)
     span = 16 if blocks is None else m // blocks
     if lefts is not None and averages is not None and span > MOST_ROWS_OF_A_HEAD:  # each in tiles of its own
-        factors, _ = advance(reading, projected, lefts, refreshed, None, shape, None, betas, correction)
-        _, roots = advance(reading, None, None, None, averages, shape, blocks, betas, correction)
+        factors, _ = advance(reading, projected, lefts, refreshed, None, shape, None, betas, correction, clock)
+        _, roots = advance(reading, None, None, None, averages, shape, blocks, betas, correction, clock)
         return factors, roots
     factors = None if projected is None else squares.new_empty((b, m, width), dtype=FACTOR)
     roots = None if averages is None else torch.empty_like(squares)
@@ -234,6 +236,7 @@ def advance(
             squares if refreshed is None else refreshed.moved,
             squares if factors is None else factors,
             squares if roots is None else roots,
+            squares if clock is None else clock,
         ),
         (m, r, 0 if projected is None else projected.shape[-1], width, span, b // len(flaws)),
         (
@@ -249,6 +252,7 @@ def advance(
         REFRESHED=refreshed is not None,
         BLOCKS=averages is not None,
         SHARED=blocks is not None,
+        CLOCKED=clock is not None,
         BLOCK_M=min(power_of_two(span), 1024),
         BLOCK_R=max(16, min(64, ADVANCED_NUMEL // power_of_two(span), power_of_two(width))),
     )
@@ -341,12 +345,13 @@ def move(
     clip: float | None,
     rounding: StochasticRounding | None,
     rates: Tensor | None = None,
+    clock: Tensor | None = None,
 ) -> None:
     """``param = (1 - lr decay) param - lr clamp(scale (direction + left right) / (roots / correction + eps))``.
 
     ``left`` is ``(b, m, width)``, ``right`` ``(k, n)``, the two ``factors``. Instead of the direction, an ``average``
     counts that takes it first. Without ``rounding``, parameters are rounded to nearest. ``rates`` ``(b,)`` multiply
-    ``lr``.
+    ``lr``. A ``clock`` on the device replaces ``scale``, ``lr``, the divisors' correction and the number of the step.
     """
 
     param, used = params[0], directions.like
@@ -381,6 +386,7 @@ def move(
             moved.table if rounding is None else rounding.table(m * n, b, param.device),
             moved.table if average is None or average.scales is None else average.scales.table,
             moved.table if rates is None else rates,
+            moved.table if clock is None else clock,
         ),
         (
             m,
@@ -421,6 +427,7 @@ def move(
         FACTORS=factors is not None,
         STOCHASTIC=rounding is not None,
         RATED=rates is not None,
+        CLOCKED=clock is not None,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=32,

@@ -53,19 +53,31 @@ class Matrices(NamedTuple):
     @property
     def table(self) -> Tensor:
         """Addresses of the matrices, on the device."""
-        return numbers_on(self.addresses, self.like.device)[0]
+        return self._placed[0]
 
     @property
     def aligned(self) -> bool:
         """Whether every row of every matrix begins at a multiple of 16 bytes."""
         size = self.like.element_size()
         whole = not any(n * size % 16 for n in self.like.stride()[:-1])
-        return whole and numbers_on(self.addresses, self.like.device)[1]
+        return whole and self._placed[1]
+
+    @property
+    def _placed(self) -> tuple[Tensor, bool]:
+        key = Addresses(self.addresses, self.like.device)
+        return kept(key, partial(_placed, *key))  # memory is mostly where it was a step ago
 
 
-def numbers_on(numbers: tuple[int, ...], device: torch.device) -> tuple[Tensor, bool]:
-    """Copy numbers such as addresses to the device, in int64; also return whether all are multiples of 16."""
-    return kept((numbers, device), partial(_placed, numbers, device))  # memory is mostly where it was a step ago
+class Addresses(NamedTuple):
+    """Key of a table of addresses among the tensors that are kept on a device."""
+
+    numbers: tuple[int, ...]
+    device: torch.device
+
+
+def numbers_on(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Copy numbers that are the same in every step to the device, in int64."""
+    return kept((numbers, device), partial(_placed, numbers, device))[0]
 
 
 def _placed(numbers: tuple[int, ...], device: torch.device) -> tuple[Tensor, bool]:

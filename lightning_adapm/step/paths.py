@@ -64,6 +64,8 @@ class StepPath(NamedTuple):
     """``"kernels"``, ``"kernels and reductions"``, ``"torch and kernels"`` or ``"torch"``."""
     reason: str
     """Why it is not ``"kernels"``; empty where it is."""
+    launches: str = ""
+    """``"replayed"`` where steps are replayed as CUDA graphs; else why not."""
 
 
 def path_of(parts: Sequence[Part], grads: Sequence[Tensor], maximize: bool) -> Path:

@@ -89,7 +89,7 @@ class StochasticRounding(NamedTuple):
         """Keys and first elements of ``count`` matrices of ``numel`` elements, for kernels; stacks are several each."""
         each = count // len(self.streams)
         rows = ((*stream[:2], stream.start + numel * index) for stream in self.streams for index in range(each))
-        return numbers_on(tuple(chain.from_iterable(rows)), device)[0]
+        return numbers_on(tuple(chain.from_iterable(rows)), device)
 
     def write(self, params: Sequence[Tensor], values: Sequence[Tensor], first: int = 0) -> None:
         """Write float32 values, which are overwritten, as :func:`widened` makes them.

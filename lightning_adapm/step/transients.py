@@ -41,10 +41,10 @@ def step_transients(parts: Iterable[Part], in_backward: bool = False) -> int:
     for part in parts:
         moving[part.piece.block if in_backward else None].append(part)
         largest = max(largest, part.shape.numel())
-    return max(map(_of_one_step, moving.values()), default=0) + 4 * _TILES * min(TILE_NUMEL, largest)
+    return max(map(held_by_a_step, moving.values()), default=0) + 4 * _TILES * min(TILE_NUMEL, largest)
 
 
-def _of_one_step(parts: Sequence[Part]) -> int:
+def held_by_a_step(parts: Sequence[Part]) -> int:
     """Bound for parts that move in one step: batches come one after another, the next bases of all before them."""
     alike: defaultdict[Hashable, list[Part]] = defaultdict(list)
     for part in parts:

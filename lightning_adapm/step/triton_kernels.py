@@ -164,6 +164,7 @@ def advance(
     moved,
     factors,
     roots,
+    clock,
     m,
     r,
     projected_width,
@@ -182,6 +183,7 @@ def advance(
     REFRESHED: tl.constexpr,
     BLOCKS: tl.constexpr,
     SHARED: tl.constexpr,
+    CLOCKED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
@@ -193,8 +195,11 @@ def advance(
     and the factors are ``[left / correction - projected - flush moved, flush held]``.
     Where ``BLOCKS``, ``averages`` become ``beta2 average + (1 - beta2) mean`` with the means of squares of each row or
     (``SHARED``) of every ``span`` rows, of ``count`` entries each and not above ``largest``; ``roots`` ``(b, m)`` are
-    their roots. ``SHARED`` spans may be larger than ``BLOCK_M`` where nothing is ``LOW_RANK``.
+    their roots. ``SHARED`` spans may be larger than ``BLOCK_M`` where nothing is ``LOW_RANK``. Where ``CLOCKED``, the
+    correction is read from the :class:`~lightning_adapm.step.clock.Clock` at ``clock``.
     """
+    if CLOCKED:
+        correction = tl.load(clock + 2)
     inside = tl.arange(0, BLOCK_M)
     row = tl.program_id(0) * span + inside
     which = tl.program_id(1).to(tl.int64)
@@ -338,6 +343,7 @@ def move(
     streams,
     scales,
     rates,
+    clock,
     m,
     n,
     k,
@@ -374,6 +380,7 @@ def move(
     FACTORS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     RATED: tl.constexpr,
+    CLOCKED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -388,8 +395,14 @@ def move(
     take the direction and stand in its place. With a ``SPAN`` they are codes of
     :mod:`lightning_adapm.moments.quantized` with ``scales`` of so many columns each. Where ``STOCHASTIC``, parameters
     are rounded by the bits of ``streams`` ``(b, 3)`` in this ``step``. Where ``RATED``, ``lr`` is multiplied by the
-    matrix's own of ``rates`` ``(b,)``.
+    matrix's own of ``rates`` ``(b,)``. Where ``CLOCKED``, what changes from step to step is read from the
+    :class:`~lightning_adapm.step.clock.Clock` at ``clock``.
     """
+    if CLOCKED:
+        lr = tl.load(clock)
+        step = tl.load(clock + 1)
+        scale = tl.load(clock + 3)
+        correction = tl.load(clock + 4)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     which = tl.program_id(2).to(tl.int64)

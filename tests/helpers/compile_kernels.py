@@ -31,6 +31,7 @@ MOVED = dict.fromkeys(("PARAMETER", "DIRECTION", "AVERAGE"), tl.float32) | {
     "FACTORS": True,
     "STOCHASTIC": False,
     "RATED": False,
+    "CLOCKED": True,
     "BLOCK_K": 32,
 }
 READ = {"grads": "*i64", "bases": "*i64", "projected": "*fp32", "squares": "*fp32", "flaws": "*i32"}
@@ -40,6 +41,7 @@ MOVE = dict.fromkeys(("parameters", "directions", "averages", "rights", "streams
     "left": "*bf16",
     "root_columns": "*fp32",
     "rates": "*fp32",
+    "clock": "*fp32",
 }
 
 
@@ -48,6 +50,7 @@ ADVANCE = {"projected": "*fp32", "squares": "*fp32", "flaws": "*i32", "lefts": "
     "moved": "*fp32",
     "factors": "*bf16",
     "roots": "*fp32",
+    "clock": "*fp32",
 }
 DIRECT = dict.fromkeys(("grads", "averages", "rights"), "*i64") | {
     "left": "*bf16",

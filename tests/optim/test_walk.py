@@ -40,5 +40,5 @@ def test_a_step_makes_the_calls_of_the_page():
         sys.setprofile(None)
     made = iter(calls)
     expected = [(name, REPOSITORY / file) for name, file in walk()]
-    assert len(expected) == 10 and len({file for _, file in expected}) == 5
+    assert len(expected) == 11 and len({file for _, file in expected}) == 5
     assert [each for each in expected if each not in made] == []

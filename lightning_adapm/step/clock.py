@@ -1,0 +1,51 @@
+"""What changes from step to step without a gradient's doing."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_adapm.moments.first import FullMomentum, LowRankMomentum, NoMomentum
+from lightning_adapm.moments.second import (
+    BlockSecondMoment,
+    ElementwiseSecondMoment,
+    FactoredSecondMoment,
+    bias_correction,
+)
+from lightning_adapm.step.parts import Part
+
+
+class Clock(NamedTuple):
+    """Numbers of one step for parts that step together; kernels of recorded steps read them from the device."""
+
+    lr: float
+    step: float
+    """Number of the step. Exact: steps are counted in float32."""
+    first: float
+    """Adam's correction of the first moment, ``1 - beta1**t``."""
+    scale: float
+    """Factor of the direction before the second moment divides it: the correction of a full average."""
+    second: float
+    """Correction of the roots of the second moment."""
+
+    @classmethod
+    def of(cls, part: Part, step: int, lr: float) -> "Clock":
+        """The numbers for a part, whose moments have ``beta1``, if any, and ``beta2``."""
+        momentum, second_moment = part.first, part.second
+        assert isinstance(second_moment, BlockSecondMoment | ElementwiseSecondMoment | FactoredSecondMoment)
+        first = 1 - momentum.beta1**step if isinstance(momentum, FullMomentum | LowRankMomentum) else 1.0
+        scale = 1 / first if isinstance(momentum, FullMomentum) else 1.0
+        return cls(lr, float(step), first, scale, bias_correction(second_moment.beta2, step))
+
+    def on(self, device: torch.device) -> Tensor:
+        """A copy on a device, which no step waits for."""
+        return torch.tensor(self, dtype=torch.float32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+def is_clocked(part: Part) -> bool:
+    """Whether a clock shows all that changes from step to step in the kernels of a part's moments."""
+    return type(part.first) in (NoMomentum, FullMomentum, LowRankMomentum) and type(part.second) in (
+        BlockSecondMoment,
+        ElementwiseSecondMoment,
+        FactoredSecondMoment,
+    )

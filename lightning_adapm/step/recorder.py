@@ -1,0 +1,241 @@
+"""Which steps are recorded and replayed: the host launches some hundred kernels in a step, which takes it longer than a
+GPU takes for a model of a hundred million parameters.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from itertools import chain, compress
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor
+
+from lightning_adapm.moments.base import Momentum
+from lightning_adapm.moments.cache import DeviceCache
+from lightning_adapm.step import graphs
+from lightning_adapm.step.batching import Batch
+from lightning_adapm.step.clock import Clock, is_clocked
+from lightning_adapm.step.moving import Moving
+from lightning_adapm.step.paths import Path
+from lightning_adapm.step.recording import Clocks, Flawed, Recording, Work
+from lightning_adapm.step.transients import held_by_a_step
+
+MOST_BYTES = 1 << 28
+"""Default bound on the temporaries of steps that are recorded, which graphs keep from step to step."""
+
+_MISSES = 3
+"""Number of steps in a row unlike those recorded, after which these are forgotten."""
+_WORTH = 16
+"""Number of replays that are worth their captures. Where steps changed before, the next must come twice as often before
+they are captured.
+"""
+_DTYPE = attrgetter("dtype")
+_VARYING = frozenset({"params", "param_names", "roles", "lr"})
+Launch = Callable[[Clocks | None], Sequence[Flawed]]
+"""Launches a step by kernels that are given numbers, or clocks."""
+
+
+class Form:
+    """What the steps of a recording have in common: the parameters, where all but gradients lie, options.
+
+    It keeps no state alive. What has the identity and the address of a tensor that is gone lies where that lay.
+    """
+
+    def __init__(self, works: Sequence[Work]) -> None:
+        moving = _flat(works)
+        objects = _objects(moving)
+        self._identities, self._equal = list(map(id, objects)), _equal(works, moving)
+        self._are_tensors = [isinstance(each, Tensor) for each in objects]
+        self._addresses = _addresses(compress(objects, self._are_tensors))
+        self._options = [_options(work.group) for work in works]
+        counts = list(chain.from_iterable(work.counts for work in works))
+        # one of those that are due at the same steps
+        self._dues: dict[Hashable, tuple[Momentum, int]] = {}
+        for moved, count in zip(moving, counts, strict=True):
+            for part in moved.parts:
+                later = count - counts[0]
+                self._dues.setdefault((type(part.first), *vars(part.first).items(), later), (part.first, later))
+
+    def holds(self, works: Sequence[Work]) -> bool:
+        """Whether a step is one of them."""
+        if len(works) != len(self._options):
+            return False
+        moving = _flat(works)
+        objects = _objects(moving)
+        return (
+            list(map(id, objects)) == self._identities
+            and _addresses(compress(objects, self._are_tensors)) == self._addresses
+            and _equal(works, moving) == self._equal
+            and all(_have(work.group, options) for work, options in zip(works, self._options, strict=True))
+        )
+
+    def kind(self, works: Sequence[Work]) -> Hashable:
+        """What tells steps of this form apart: which parts do what only some steps do."""
+        first = works[0].counts[0]
+        return tuple(momentum.due(first + later) for momentum, later in self._dues.values())
+
+
+# what follows is done for hundreds of parameters in every step, so that nothing but C runs for each of them
+
+
+def _flat(works: Sequence[Work]) -> list[Moving]:
+    return list(chain.from_iterable(work.moving for work in works))
+
+
+def _objects(moving: Sequence[Moving]) -> list[Any]:
+    """What must stay the same."""
+    parts, held, _, states = zip(*moving, strict=True)
+    return [*parts, *held, *states, *chain.from_iterable(map(dict.values, states))]
+
+
+def _addresses(tensors: Iterable[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def _equal(works: Sequence[Work], moving: Sequence[Moving]) -> list[Any]:
+    """What must be equal."""
+    first = works[0].counts[0]
+    grads = [moved.grad for moved in moving]
+    return [
+        *(len(work.moving) for work in works),
+        [count - first for work in works for count in work.counts],
+        list(map(_DTYPE, grads)),
+        list(map(Tensor.stride, grads)),
+        [address % 16 for address in _addresses(grads)],
+    ]
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in group.items() if key not in _VARYING}
+    return {key: type(value)(value) if isinstance(value, (list, dict)) else value for key, value in kept.items()}
+
+
+def _have(group: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
+    """Whether a group has these options; tensors must be the same ones, because asking for values waits for them."""
+    return all(
+        (found := group.get(key)) is value or (not isinstance(value, Tensor) and found == value)
+        for key, value in options.items()
+    )
+
+
+def _on_one_device(works: Sequence[Work]) -> bool:
+    """Whether everything is on one device whose work can be captured now."""
+    devices = {moved.held.device for moved in _flat(works)}
+    return len(devices) == 1 and all(map(graphs.can_capture, devices))
+
+
+def rehearsed(batch: Batch, lr: float) -> Tensor:
+    """A clock for one step that is launched as those that are recorded."""
+    part = batch.parts[0]
+    return Clock.of(part, batch.step, lr).on(part.view.device)
+
+
+class Recorder:
+    """Records and replays the steps of an optimizer.
+
+    Every kind of step is taken with clocks first, which compiles the kernels. The next of its kind is captured.
+    """
+
+    def __init__(self) -> None:
+        self._failed = False
+        self._sized: tuple[list[int], int | None] = [], None
+        self._wasted = self._plays = 0
+        self._recordings: dict[Hashable, Recording] = {}
+        self._begin(None)
+
+    def _begin(self, form: Form | None) -> None:
+        """Forget what was recorded, for steps of another form."""
+        self.launches = "launched: no two steps have been alike yet"
+        """``"replayed"``, or why steps are not."""
+        if self._recordings:
+            self._wasted = self._wasted + 1 if self._plays < _WORTH else 0
+        self._form = form
+        self._plays = 0
+        self._pool: Any = None  # one that has lost its graphs cannot be used again
+        self._pooled = 0
+        self._recordings = {}
+        self._rehearsals: Counter[Hashable] = Counter()
+        self._misses = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept on the device."""
+        return self._pooled + sum(recording.nbytes for recording in self._recordings.values())
+
+    def replayed(self, works: Sequence[Work], limit: int) -> list[Flawed] | None:
+        """Replay a step, if one like it was recorded."""
+        if self._form is None or not limit or not graphs.can_capture(works[0].moving[0].held.device):
+            return None
+        if not self._form.holds(works):
+            self._misses += 1
+            return None
+        self._misses = 0
+        recording = self._recordings.get(self._form.kind(works))
+        if recording is None:
+            return None
+        self._plays += 1
+        return recording.play(works)
+
+    def run(
+        self, works: Sequence[Work], paths: Sequence[Path], launch: Launch, cache: DeviceCache, limit: int
+    ) -> Sequence[Flawed]:
+        """Take a step that was not replayed, and record it where others like it are to come.
+
+        Args:
+            works: The step.
+            paths: Paths of its buckets.
+            launch: Launches it.
+            cache: What is kept on the device.
+            limit: Bound on the temporaries of steps that are recorded; 0 for none.
+        """
+        if not limit or self._refused(works, paths, limit) or 0 < self._misses < _MISSES:
+            return launch(None)
+        if self._form is None or self._misses:
+            self._begin(Form(works))
+        assert self._form is not None
+        kind = self._form.kind(works)
+        if self._rehearsals[kind] < 1 << self._wasted:
+            self._rehearsals[kind] += 1
+            return launch(rehearsed)
+        try:
+            recording = self._recorded(works, launch, cache)
+        except RuntimeError as error:
+            self._begin(None)
+            self.launches, self._failed = f"launched: a capture failed: {error}", True
+            return launch(None)
+        self.launches = "replayed"
+        self._recordings[kind] = recording
+        return recording.play(works)
+
+    def _recorded(self, works: Sequence[Work], launch: Launch, cache: DeviceCache) -> Recording:
+        device = works[0].moving[0].held.device
+        before = graphs.reserved(device)
+        self._pool = self._pool or graphs.new_pool()
+        recording = Recording(works, launch, cache, self._pool)
+        self._pooled += max(0, graphs.reserved(device) - before)
+        return recording
+
+    def _refused(self, works: Sequence[Work], paths: Sequence[Path], limit: int) -> bool:
+        """Whether steps like this one are not recorded, and why."""
+        if self._failed:
+            return True
+        reason = ""
+        if not all(path.whole for path in paths):
+            reason = "kernels do not take all of a step"
+        elif not _on_one_device(works):
+            reason = "the step is captured by its caller, or on several devices"
+        elif (size := self._most_held(works)) is None:
+            reason = "not all moments read clocks"
+        elif size > limit:
+            reason = f"temporaries of up to {size} bytes would be kept"
+        self.launches = f"launched: {reason}" if reason else self.launches
+        return bool(reason)
+
+    def _most_held(self, works: Sequence[Work]) -> int | None:
+        """Bound on the temporaries of a step, computed once for its parts; None where moments read no clock."""
+        parts = [moved.parts for moved in _flat(works)]
+        key = list(map(id, parts))
+        if key != self._sized[0]:
+            every = list(chain.from_iterable(parts))
+            self._sized = key, held_by_a_step(every) if all(map(is_clocked, every)) else None
+        return self._sized[1]

@@ -1,0 +1,212 @@
+"""One step's launches as a CUDA graph, which is replayed for other gradients and other numbers of steps.
+
+Kernels find gradients through tables of addresses on the device, and what the host knows of a step in
+:class:`~lightning_adapm.step.clock.Clock`. Before a replay, both are written by copies that nobody waits for.
+Everything else lies where it lay, which :class:`lightning_adapm.step.recorder.Form` makes sure of.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_adapm.moments.cache import DeviceCache
+from lightning_adapm.step import graphs
+from lightning_adapm.step.batching import Batch
+from lightning_adapm.step.clock import Clock
+from lightning_adapm.step.graphs import Graph
+from lightning_adapm.step.launch import Addresses
+from lightning_adapm.step.moving import Moving
+from lightning_adapm.step.parts import Part
+
+_WIDTH = 8
+"""Elements from one clock to the next, so that each is aligned as an allocation is."""
+_TABLES_OF_A_PART = 64
+
+Flawed = tuple[Sequence[Part], Tensor]
+"""Parts, and for each of them a number that is not 0 where its gradient was not finite."""
+
+
+Clocks = Callable[[Batch, float], Tensor]
+"""Gives a batch, at a learning rate, its clock on the device."""
+
+
+class NotRecordableError(RuntimeError):
+    """Why a step cannot be recorded."""
+
+
+class Work(NamedTuple):
+    """Parameters that step by the options of one group."""
+
+    group: Mapping[str, Any]
+    moving: Sequence[Moving]
+    counts: Sequence[int]
+    """Numbers of their steps."""
+
+
+class Timed(NamedTuple):
+    """Whose step and learning rate a clock shows."""
+
+    part: Part
+    work: int
+    """Index of the group's work."""
+    place: int
+    """Place of the parameter in it."""
+
+    def clock(self, works: Sequence[Work]) -> Clock:
+        """The numbers of a step."""
+        group, _, counts = works[self.work]
+        return Clock.of(self.part, counts[self.place], group["lr"])
+
+
+class Tape(DeviceCache):
+    """The tensors that stay on the device between a capture and its replays: tables of addresses, clocks, and what is
+    kept from step to step anyway.
+
+    Args:
+        cache: What is kept.
+        works: The step.
+    """
+
+    def __init__(self, cache: DeviceCache, works: Sequence[Work]) -> None:
+        super().__init__()
+        self._cache = cache
+        every = [(index, place, moved) for index, work in enumerate(works) for place, moved in enumerate(work.moving)]
+        grads = [moved.grad for _, _, moved in every]
+        self._spans = sorted((grad.data_ptr(), _extent(grad), index) for index, grad in enumerate(grads))
+        self._timed = {part.key: Timed(part, index, place) for index, place, moved in every for part in moved.parts}
+        self.device = grads[0].device
+        room = _TABLES_OF_A_PART * len(self._timed)
+        self._fixed = torch.empty(room, dtype=torch.int64, device=self.device)
+        self._moving = torch.empty_like(self._fixed)
+        self._clocks = torch.empty(_WIDTH * len(self._timed), device=self.device)
+        self._held_fast: list[Any] = []
+        """What the graph reads, however long others keep it."""
+        self._tables: dict[Addresses, tuple[Tensor, bool]] = {}
+        self._addresses: list[int] = []
+        self._places: list[tuple[int, int]] = []
+        """Gradients in the tables, as index and distance in bytes."""
+        self._shown: list[Timed] = []
+
+    @property
+    def nbytes(self) -> int:
+        return self._fixed.nbytes + self._moving.nbytes + self._clocks.nbytes
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        if isinstance(key, Addresses):
+            if key not in self._tables:
+                self._tables[key] = self._table(key.numbers), not any(number % 16 for number in key.numbers)
+            return self._tables[key]
+        if key not in self._cache:
+            raise NotRecordableError("a tensor that is made once was not there")
+        found = self._cache.get(key, make)
+        self._held_fast.append(found)
+        return found
+
+    def clock(self, batch: Batch, lr: float) -> Tensor:
+        """A clock for a batch, whose learning rate :meth:`show` will find."""
+        if any(self._in_gradients(grad.data_ptr()) is None for grad in batch.grads):
+            raise NotRecordableError("a gradient is copied before kernels read it")
+        self._shown.append(self._timed[batch.parts[0].key])
+        start = _WIDTH * (len(self._shown) - 1)
+        return self._clocks[start : start + len(Clock._fields)]
+
+    def _table(self, addresses: Sequence[int]) -> Tensor:
+        found = [self._in_gradients(address) for address in addresses]
+        inside = [place for place in found if place is not None]
+        padding = len(addresses) % 2  # tables begin at multiples of 16 bytes
+        if not inside:
+            return _put(self._fixed, self._addresses, [*addresses, *[0] * padding], len(addresses))
+        if len(inside) < len(found):
+            raise NotRecordableError("a table has addresses of gradients and others")
+        return _put(self._moving, self._places, [*inside, *[(0, 0)] * padding], len(addresses))
+
+    def _in_gradients(self, address: int) -> tuple[int, int] | None:
+        at = bisect_right(self._spans, (address, float("inf"), 0)) - 1
+        if at < 0:
+            return None
+        start, size, index = self._spans[at]
+        return (index, address - start) if address < start + size else None
+
+    def settle(self) -> None:
+        """Write what stays, after a capture."""
+        _write(self._fixed, self._addresses)
+        self._tables.clear()
+
+    def show(self, works: Sequence[Work]) -> None:
+        """Write what is other in every step."""
+        grads = [moved.grad.data_ptr() for work in works for moved in work.moving]
+        _write(self._moving, [grads[index] + distance for index, distance in self._places])
+        rest = [0.0] * (_WIDTH - len(Clock._fields))
+        _write(self._clocks, [number for timed in self._shown for number in (*timed.clock(works), *rest)])
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first element of a tensor to behind its last one."""
+    distances = ((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (1 + sum(distances)) * tensor.element_size()
+
+
+def _put(table: Tensor, held: list[Any], added: Sequence[Any], count: int) -> Tensor:
+    """Append what is ``added`` to what a ``table`` will have, and return the place of its first ``count`` entries."""
+    start = len(held)
+    held += added
+    if len(held) > len(table):
+        raise NotRecordableError("there are more tables than expected")
+    return table[start : start + count]
+
+
+def _write(table: Tensor, values: Sequence[float]) -> None:
+    """Begin to copy values to the front of a ``table``; the host may forget them at once."""
+    pinned = torch.tensor(values, dtype=table.dtype, pin_memory=table.device.type == "cuda")
+    table[: len(values)].copy_(pinned, non_blocking=True)
+
+
+class Recording:
+    """A step that can be replayed.
+
+    Args:
+        works: The step.
+        launch: Launches it, given a function that gives a clock for parts, and returns what was not finite.
+        cache: What is kept on the device.
+        pool: Memory for its temporaries.
+    """
+
+    def __init__(
+        self,
+        works: Sequence[Work],
+        launch: Callable[[Clocks], Sequence[Flawed]],
+        cache: DeviceCache,
+        pool: Any,
+    ) -> None:
+        self._tape = Tape(cache, works)
+        keys = [part.key for work in works for moved in work.moving for part in moved.parts]
+        self._flaws = torch.zeros(len(keys), dtype=torch.int32, device=self._tape.device)
+        self._parts = [part for work in works for moved in work.moving for part in moved.parts]
+        order: list[Any] = []
+
+        def run() -> None:
+            found = launch(self._tape.clock)
+            order.extend(part.key for parts, _ in found for part in parts)
+            torch.cat([flaws for _, flaws in found], out=self._flaws)
+
+        with self._tape.in_use():
+            self._graph: Graph = graphs.captured(run, self._tape.device, pool)
+        self._tape.settle()
+        place = {key: index for index, key in enumerate(order)}
+        self._order = torch.empty(len(keys), dtype=torch.int64, device=self._tape.device)
+        _write(self._order, [place[key] for key in keys])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds on the device, besides its temporaries."""
+        return self._tape.nbytes + self._flaws.nbytes + self._order.nbytes
+
+    def play(self, works: Sequence[Work]) -> list[Flawed]:
+        """Take a step."""
+        self._tape.show(works)
+        self._graph.replay()
+        torch.autograd.graph.increment_version([moved.held for work in works for moved in work.moving])
+        return [(self._parts, self._flaws[self._order])]

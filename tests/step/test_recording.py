@@ -1,0 +1,189 @@
+"""Recorded steps: kernels are interpreted on a CPU, and a list of operations is in the place of a CUDA graph."""
+
+import copy
+import os
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lightning_adapm import AdaPM
+from lightning_adapm.report.diagnostics import ResidualProbe
+from lightning_adapm.step import graphs, kernels
+
+pytest.importorskip("triton", reason="the kernels are Triton's")
+
+
+class Tape(TorchDispatchMode):
+    """A graph of operations: none changes memory that was there before until they are replayed."""
+
+    def __init__(self, work: Callable[[], None], launch: Callable[..., None]) -> None:
+        super().__init__()
+        self.calls = []
+        self.launch = launch
+        self.replays = 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "launch", lambda *args, **kwargs: self.calls.append((launch, args, kwargs, None)))
+            with self:
+                work()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if any(argument.alias_info and argument.alias_info.is_write for argument in func._schema.arguments):
+            self.calls.append((func, args, kwargs, None))
+            return kwargs.get("out", args[0] if func._schema.returns else None)
+        result = func(*args, **kwargs)
+        known = {leaf.data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        if not all(isinstance(leaf, torch.Tensor) and leaf.data_ptr() in known for leaf in tree_leaves(result)):
+            self.calls.append((func, args, kwargs, result))
+        return result
+
+    def replay(self):
+        self.replays += 1
+        for func, args, kwargs, result in self.calls:
+            found = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(found), strict=False):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """The graphs that steps are recorded as."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("on a CUDA device tests/test_gpu.py records CUDA graphs")
+    made, launch = [], kernels.launch
+    monkeypatch.setattr(kernels, "runs_on", lambda device: True)
+    monkeypatch.setattr(kernels, "FACTOR", torch.float32)  # the interpreter cannot multiply bfloat16
+    monkeypatch.setattr(graphs, "can_capture", lambda device: True)
+    monkeypatch.setattr(graphs, "new_pool", lambda: "pool")
+    monkeypatch.setattr(graphs, "reserved", lambda device: 0)
+
+    def captured(work, device, pool):
+        made.append(Tape(work, launch))
+        return made[-1]
+
+    monkeypatch.setattr(graphs, "captured", captured)
+    return made
+
+
+def model(dtype=torch.float32):
+    torch.manual_seed(0)
+    layers = [nn.ModuleDict({"mlp": nn.Linear(24, 20), "q_proj": nn.Linear(24, 16)}) for _ in range(2)]
+    return nn.ModuleDict({"embed": nn.Embedding(9, 24), "layers": nn.ModuleList(layers)}).to(dtype)
+
+
+class Twins:
+    """A model that is trained with recorded steps, and one without; every step must leave the same bits."""
+
+    def __init__(self, dtype=torch.float32, **options):
+        self.nets = [model(dtype), model(dtype)]
+        options = {"rank": 2, "update_proj_gap": 4, "lr": 1e-2, "roles": {"q_proj": "query"}} | options
+        groups = [{"params": net.named_parameters(), "n_head": 2} for net in self.nets]
+        self.optimizers = [AdaPM([group], **options) for group in groups]
+        self.optimizers[0].most_recorded_bytes, self.optimizers[1].most_recorded_bytes = 1 << 20, 0
+        self.steps = 0
+
+    def step(self, missing=(), spoiled=(), in_place=False):
+        self.steps += 1
+        for net, optimizer in zip(self.nets, self.optimizers, strict=True):
+            generator = torch.Generator().manual_seed(self.steps)
+            held = []
+            for name, param in net.named_parameters():
+                grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+                if name in spoiled:
+                    grad.view(-1)[3] = float("nan")
+                if in_place and param.grad is not None:
+                    param.grad.copy_(grad)
+                else:
+                    held.append(param.grad)  # so that new gradients lie elsewhere
+                    param.grad = None if name in missing else grad
+            optimizer.step()
+        for (name, one), other in zip(self.nets[0].named_parameters(), self.nets[1].parameters(), strict=True):
+            assert torch.equal(one, other), (self.steps, name)
+            states = [optimizer.state[param] for optimizer, param in zip(self.optimizers, (one, other), strict=True)]
+            for key, value in states[1].items():
+                assert torch.equal(torch.as_tensor(states[0][key]), torch.as_tensor(value)), (self.steps, name, key)
+
+
+@pytest.mark.parametrize(
+    ("second_moment", "dtype"),
+    [("elementwise", torch.float32), ("block", torch.bfloat16), ("factored", torch.float32)],
+)
+def test_replays_are_the_steps_that_launches_would_take(recorded, second_moment, dtype):
+    """With another learning rate in every step, gradients anywhere, one that is not finite, and refreshes."""
+    twins = Twins(dtype, second_moment=second_moment)
+    for step in range(13):
+        for optimizer in twins.optimizers:
+            optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step)
+        twins.step(in_place=step % 3 == 0, spoiled={"embed.weight"} if step == 7 else ())
+    assert [graph.replays for graph in recorded] == [5, 2, 2]  # ordinary steps, and refreshes of either phase
+    assert [optimizer.nonfinite_gradients() for optimizer in twins.optimizers] == [{"embed.weight": 1}] * 2
+
+
+def test_a_step_that_is_unlike_those_recorded_is_launched(recorded):
+    """A gradient is missing once, a monitor looks on, options change, memory moves, a state is loaded."""
+    twins = Twins(second_moment="block", update_proj_gap=3)
+
+    def replayed(steps=1, **gradients):
+        before = sum(graph.replays for graph in recorded)
+        for _ in range(steps):
+            twins.step(**gradients)
+        return sum(graph.replays for graph in recorded) - before
+
+    assert replayed(9) == 5
+    one = twins.nets[0]["embed"].weight
+    twins.optimizers[0].observer = ResidualProbe()
+    assert replayed() == 0
+    twins.optimizers[0].observer = None
+    assert replayed() == 1
+    for optimizer in twins.optimizers:
+        optimizer.param_groups[0]["weight_decay"] = 0.3
+    assert replayed(3) == 0  # twice without another thought, then as if it would stay so
+    one.data = one.detach().clone()
+    assert replayed() == 0
+    state = twins.optimizers[0].state[one]
+    state["exp_avg_sq"] = state["exp_avg_sq"].clone()
+    assert replayed() == 0
+    assert replayed(missing={"embed.weight"}) == 0
+    assert replayed(16) > 0  # the embedding is a step behind
+    for optimizer in twins.optimizers:
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert replayed() == 0
+    assert replayed(9) > 0
+    seen = [weakref.ref(param.grad) for param in twins.nets[0].parameters()]
+    twins.optimizers[0].zero_grad()
+    assert all(reference() is None for reference in seen)
+    assert copy.deepcopy(twins.optimizers[0]).cached_bytes() == 0 < twins.optimizers[0].cached_bytes()
+
+
+def test_groups_have_rates_of_their_own(recorded):
+    twins = Twins()
+    for net, optimizer in zip(twins.nets, twins.optimizers, strict=True):
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        assert len(params) == len(list(net.parameters()))
+        optimizer.param_groups[0]["params"] = params[:2]
+        optimizer.add_param_group({"params": params[2:], "lr": 1e-2, "n_head": 2})
+    for step in range(12):
+        for optimizer in twins.optimizers:
+            optimizer.param_groups[1]["lr"] = 1e-3 * step if step % 4 else 1e-2  # equal rates step together
+        twins.step()
+    assert sum(graph.replays for graph in recorded) > 0
+
+
+@pytest.mark.parametrize("why", ["capture", "bytes"])
+def test_what_cannot_be_recorded_is_launched(recorded, monkeypatch, why):
+    twins = Twins()
+    if why == "bytes":
+        twins.optimizers[0].most_recorded_bytes = 1000
+    else:
+        monkeypatch.setattr(graphs, "captured", lambda *args: torch.empty(-1))
+    for _ in range(5):
+        twins.step()
+    reason = twins.optimizers[0].step_paths()[0].launches
+    assert ("negative dimension" if why == "capture" else "bytes") in reason
+    assert not recorded
