@@ -1,18 +1,21 @@
-"""Fill the tables of docs/benchmarks.md from the results, except studies: ``python -m benchmarks.docs``."""
+"""Fill the tables of docs/benchmarks.md and docs/distributed.md from results: ``python -m benchmarks.docs``."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks import step_time_sharded
 from benchmarks.pages.page import RESULTS, table
 from lightning_adapm.report.tables import show_bytes
 
-PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE, PAGE_OF_PROCESSES = DOCS / "benchmarks.md", DOCS / "distributed.md"
 BASE = "AdamW, fused"
 """Row that the others are relative to."""
 OURS = ("AdaPM", "AdaPM block", "AdaPM factored")
 BACKWARD = "AdaPM block, in backward"
+SHARDED = tuple(peer.name for peer in step_time_sharded.PEERS)
 
 Result = Mapping[str, Any]
 Cells = Iterator[tuple[str, list[str]]]
@@ -48,6 +51,14 @@ def recipes(result: Result) -> Cells:
             yield f", {name}", [row["limit"], show_bytes(row["peak"]), f"{speed:,.0f}", ratio]
 
 
+def sharded_steps(result: Result) -> Cells:
+    """The mean of the fused AdamW in ms and the means of others relative to it, of the step alone and in training."""
+    how = f", {result['strategy'].upper()} on {result['processes']}"
+    for kind, words in (("step", "step"), ("training", "training step")):
+        rows = {name: row[kind] for name, row in result["rows"].items() if kind in row}
+        yield f"{how}, {words}", _relative(rows, SHARDED)
+
+
 def _relative(rows: Mapping[str, Mapping[str, Any]], names: tuple[str, ...]) -> list[str]:
     base, *others = (rows.get(name, {}).get("mean_ms") for name in names)
     if not base:
@@ -59,9 +70,15 @@ SECTIONS: dict[str, tuple[tuple[str, ...], Callable[[Result], Cells]]] = {
     "step_time": ((BASE, "AdamW", *OURS), step_times),
     "training_time": ((BASE, *OURS, BACKWARD), training_times),
     "peak_memory": ((BASE, *OURS, BACKWARD), peaks),
+    "step_time_sharded": (SHARDED, sharded_steps),
     "recipe_training": (("limit", "peak", "tokens per second", f"/ {BASE}"), recipes),
 }
 """Benchmarks, with the columns of their tables and the cells of a result."""
+PAGES = {
+    PAGE: ("step_time", "training_time", "peak_memory", "recipe_training"),
+    PAGE_OF_PROCESSES: ("step_time_sharded",),
+}
+"""Pages, with the names of their sections."""
 
 
 def section(name: str, results: Path = RESULTS) -> str:
@@ -77,23 +94,24 @@ def section(name: str, results: Path = RESULTS) -> str:
     return "\n".join(table(["", *header], rows)) if rows else "Nothing is measured yet."
 
 
-def filled(page: str) -> str:
-    """The page with every section between its marks replaced by the results that there are.
+def filled(text: str, sections: Iterable[str]) -> str:
+    """The text of a page with ``sections`` between their marks replaced by the results that there are.
 
     Raises:
         ValueError: The page lacks a mark.
     """
-    for name in SECTIONS:
-        before, start, rest = page.partition(f"<!-- {name} -->\n")
+    for name in sections:
+        before, start, rest = text.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition(f"<!-- end {name} -->")
         if not end:
-            raise ValueError(f"docs/benchmarks.md lacks the marks <!-- {name} --> and <!-- end {name} -->")
-        page = f"{before}{start}{section(name)}\n{end}{after}"
-    return page
+            raise ValueError(f"the page lacks the marks <!-- {name} --> and <!-- end {name} -->")
+        text = f"{before}{start}{section(name)}\n{end}{after}"
+    return text
 
 
 def main() -> None:
-    PAGE.write_text(filled(PAGE.read_text()))
+    for page, sections in PAGES.items():
+        page.write_text(filled(page.read_text(), sections))
 
 
 if __name__ == "__main__":

@@ -245,11 +245,11 @@ def page(result: dict[str, Any]) -> str:
         "",
         f"{show_count(result['parameters'])} parameters ({result['layers']} of {result['all_layers']} layers) in"
         f" {result['dtype']}, {how}, products in bfloat16, {result['batch']} x {result['length']} random tokens on each"
-        f" process. All optimizers are there at once and take turns, {result['repeats']} (fewer where the time limit"
-        f" came) of {INTERVAL} steps each, which is one interval between refreshes; in parentheses are the means of the"
-        " fastest and the slowest turn. Times are means over processes, of the step alone and of whole training steps,"
-        f" where forward and backward alone take {result['forward_and_backward_ms']:.1f} ms. Host is the median time"
-        " until a step is launched.",
+        f" process. All optimizers are there at once and take turns, {_turns(result, 'step')} alone and"
+        f" {_turns(result, 'training')} in training, of {INTERVAL} steps each, which is one interval between refreshes;"
+        " in parentheses are the means of the fastest and the slowest turn. Times are means over processes, of the step"
+        " alone and of whole training steps, where forward and backward alone take"
+        f" {result['forward_and_backward_ms']:.1f} ms. Host is the median time until a step is launched.",
         "",
     ]
     header = ["", "median ms", "mean ms", "worst ms", f"mean / {BASE}", "host ms", "training step ms", "state"]
@@ -257,6 +257,11 @@ def page(result: dict[str, Any]) -> str:
     base = result["rows"].get(BASE, {}).get("step")
     rows = [[name, *_cells(row, base)] for name, row in result["rows"].items()]
     return "\n".join([*lines, *table(header, rows)]) + "\n"
+
+
+def _turns(result: dict[str, Any], kind: str) -> int:
+    """Number of turns that there was time for."""
+    return min(len(row[kind]["turns_ms"]) for row in result["rows"].values() if kind in row)
 
 
 def _cells(row: dict[str, Any], base: dict[str, Any] | None) -> list[str]:

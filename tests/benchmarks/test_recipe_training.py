@@ -32,7 +32,8 @@ def test_a_recipe_trains_saves_and_resumes_on_processes(tmp_path):
     """Llama-3-8B's, shrunk."""
     folder = recipe_memory.RECIPES / "trainer/finetune"
     path = tmp_path / "small.yaml"
-    path.write_text(yaml.safe_dump({"model": {"init_args": ARGUMENTS | {"model_name": None}}}))
+    changes = {"model_name": None, "adapm": {"lr": 1e-2}}
+    path.write_text(yaml.safe_dump({"model": {"init_args": ARGUMENTS | changes}}))
     recipes = [folder / "llama-3-8b-full.yaml", folder / "llama-3-8b-full-fsdp2.yaml", path]
     result = recipe_sharded.measure(recipe_sharded.read(recipes, 2), 2, "cpu")
     assert result["tokens"] == 2 * 4 * 8
