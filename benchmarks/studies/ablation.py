@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from benchmarks.studies.base import ADAMW, BESIDE_ADAMW, BETAS95, GPT2_SMALL, Study, adamw, adapm, trial
+from benchmarks.studies.base import ADAMW, BESIDE_ADAMW, BETAS95, GPT2_SMALL, Study, adamw, paper, trial
 
 FAST = "AdamW, betas .9 .95"
 BESIDE_FAST = {"AdamW": (FAST,)}
@@ -13,11 +13,11 @@ def debias() -> Study:
     lengths = {f"no residual correction, {factor:g} x steps": factor for factor in (1.5, 2, 3, 4)}
     rows = {
         FAST: adamw(0.9, 0.95),
-        "AdaPM": adapm(betas=BETAS95),
-        "AdaPM, every 100": adapm(betas=BETAS95, update_proj_gap=100),
-        "no residual correction": adapm(betas=BETAS95, debias=False),
-        "no residual correction, every 100": adapm(betas=BETAS95, debias=False, update_proj_gap=100),
-        **{label: adapm(betas=BETAS95, debias=False) for label in lengths},
+        "AdaPM, paper": paper(betas=BETAS95),
+        "AdaPM, paper, every 100": paper(betas=BETAS95, update_proj_gap=100),
+        "no residual correction": paper(betas=BETAS95, debias=False),
+        "no residual correction, every 100": paper(betas=BETAS95, debias=False, update_proj_gap=100),
+        **{label: paper(betas=BETAS95, debias=False) for label in lengths},
     }
     return Study(
         "How many more steps does AdaPM need without the residual correction to be where AdamW ends?",
@@ -38,7 +38,7 @@ def debias() -> Study:
 
 def grid() -> Study:
     rows = {
-        f"rank {share:.0%}, every {gap}": adapm(betas=BETAS95, rank=share, update_proj_gap=gap)
+        f"rank {share:.0%}, every {gap}": paper(betas=BETAS95, rank=share, update_proj_gap=gap)
         for gap in (10, 1, 100, 1000, 2, 5, 50, 500)
         for share in (0.05, 0.01, 0.25, 0.02, 0.03, 0.1)
     }
@@ -92,12 +92,12 @@ def lr_change() -> Study:
     full = {"momentum": "full", "clip_threshold": None}
     optimizers: dict[str, dict[str, Any]] = {
         "AdamW": full,
-        "AdaPM": {},
-        "AdaPM, every 100": {"update_proj_gap": 100},
+        "AdaPM, paper": {},
+        "AdaPM, paper, every 100": {"update_proj_gap": 100},
     }
     changes = {"": None, ", lr x 0.1 at half": (0.5, 0.1), ", lr x 3 at half": (0.5, 3.0)}
     rows = {
-        label + after: adapm(betas=BETAS95, **options) for label, options in optimizers.items() for after in changes
+        label + after: paper(betas=BETAS95, **options) for label, options in optimizers.items() for after in changes
     }
     return Study(
         "What does an abrupt change of the learning rate do to the residual that the correction takes for stationary?",

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.studies.base import BESIDE, BEST, BETAS95, GPT2_124M, Study, adamw, adapm
+from benchmarks.studies.base import BESIDE, BEST, BETAS95, GPT2_124M, Study, adamw, adapm, as_published, paper
 from benchmarks.studies.decoder import Shape
-from lightning_adapm.moments.policy import DEFAULT_MOMENTUM
+from lightning_adapm.moments.policy import PAPER_MOMENTUM
 
 AT_SIZE = dataclasses.replace(GPT2_124M, steps=1600, val_windows=256)
 LLAMA_AT_SIZE = dataclasses.replace(
@@ -17,23 +17,24 @@ MORE = {"attn_out": "low_rank", "embedding": "full"}
 
 
 def clamped(**options: Any) -> tuple[str, Mapping[str, Any]]:
-    """AdaPM as it is but for some options."""
-    return adapm(**{"betas": BETAS95, **options})
+    """AdaPM as published but for some options."""
+    return paper(**{"betas": BETAS95, **options})
 
 
 def more(momentum: Mapping[str, str] | None = None, **options: Any) -> tuple[str, Mapping[str, Any]]:
-    """AdaPM with more momentum in half the bytes: as much state as by default on Llama-3-8B."""
+    """AdaPM with more momentum in half the bytes: as much state as published on Llama-3-8B."""
     return clamped(momentum={**MORE, **(momentum or {})}, **{"state_dtype": "bfloat16", **options})
 
 
 def damped(momentum: Mapping[str, str] | None = None, **options: Any) -> tuple[str, Mapping[str, Any]]:
     """AdaPM with more momentum and a damped denominator (:mod:`benchmarks.studies.damping`), in float32."""
-    return "trial", {"betas": BETAS95, "damping": 1.0, "momentum": {**MORE, **(momentum or {})}, **options}
+    table = {**MORE, **(momentum or {})}
+    return "trial", as_published(betas=BETAS95, damping=1.0, momentum=table, **options)
 
 
 def low_rank(**options: Any) -> tuple[str, Mapping[str, Any]]:
     """AdaPM with low-rank momentum also where the paper has none, of twice the rank in half the bytes: as much state as
-    by default, whatever the vocabulary."""
+    published, whatever the vocabulary."""
     table = {"attn_out": "low_rank", "embedding": "low_rank"}
     return clamped(momentum=table, rank=0.1, state_dtype="bfloat16", **options)
 
@@ -42,9 +43,11 @@ BEST_SO_FAR = "AdaPM, more momentum"
 EVERYWHERE = "AdaPM, low-rank everywhere, rank 10%, bfloat16"
 ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "AdamW": adamw(0.9, 0.95),
-    "AdaPM": clamped(),
+    "AdaPM": adapm(betas=BETAS95),
+    "AdaPM, paper": clamped(),
     BEST_SO_FAR: more(),
     EVERYWHERE: low_rank(),
+    "AdaPM block": adapm(betas=BETAS95, second_moment="block"),
     f"{EVERYWHERE}, block": low_rank(second_moment="block"),
     "AdaPM, more momentum, damped": damped(),
     "AdaPM, more momentum, damped, embedding low-rank": damped({"embedding": "low_rank"}),
@@ -68,7 +71,7 @@ ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "AdaPM, more momentum, no clamp": more(clip_threshold=None),
     "AdaPM, more momentum, betas .9 .99": more(betas=[0.9, 0.99]),
     "AdaPM, more momentum, betas .95 .95": more(betas=[0.95, 0.95]),
-    "AdaPM, damped": damped(DEFAULT_MOMENTUM),
+    "AdaPM, damped": damped(PAPER_MOMENTUM),
 }
 BASELINES = {"AdamW": ("AdamW",), "Adam-mini": ("Adam-mini",)}
 
@@ -90,10 +93,11 @@ def at_size() -> Study:
             ("AdamW", 1.2e-3, 0),
             (BEST_SO_FAR, 1.2e-3, 0),
             ("AdamW", 1.8e-3, 0),
-            ("AdaPM", 6e-4, 0),
+            ("AdaPM", 1.2e-3, 0),
+            ("AdaPM, paper", 6e-4, 0),
             ("AdamW", 1.2e-3, 1),
             (BEST_SO_FAR, 1.2e-3, 1),
-            ("AdaPM", 1.2e-3, 0),
+            ("AdaPM, paper", 1.2e-3, 0),
             (BEST_SO_FAR, 1.8e-3, 0),
             ("AdamW", BESIDE, 0),
             (BEST_SO_FAR, BESIDE, 0),

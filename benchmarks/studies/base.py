@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.studies.decoder import Shape
 from benchmarks.studies.setting import Setting
+from lightning_adapm.moments.policy import PAPER_MOMENTUM
 
 GPT2_SMALL = Setting(Shape(layers=4, width=192, n_head=6, context=128))
 LLAMA_SMALL = Setting(Shape(layers=4, width=192, n_head=6, context=128, llama=True, n_query_groups=2))
@@ -79,32 +80,44 @@ def adamw(beta1: float = 0.9, beta2: float = 0.999) -> tuple[str, Mapping[str, A
 
 
 def adapm(**options: Any) -> tuple[str, Mapping[str, Any]]:
+    """AdaPM with its defaults but for some options."""
     return "AdaPM", options
 
 
+def paper(**options: Any) -> tuple[str, Mapping[str, Any]]:
+    """AdaPM as published but for some options: its defaults when most studies were run."""
+    return "AdaPM", as_published(**options)
+
+
 def small(**options: Any) -> tuple[str, Mapping[str, Any]]:
-    """AdaPM with the smallest state that is recommended: rank 3 %, factors in bfloat16."""
-    return "AdaPM", SMALL | options
+    """AdaPM as published, at rank 3 % and with factors in bfloat16."""
+    return "AdaPM", as_published(**SMALL | options)
 
 
 def trial(**options: Any) -> tuple[str, Mapping[str, Any]]:
-    return "trial", SMALL | options
+    return "trial", as_published(**SMALL | options)
 
 
-SMALL = {"rank": 0.03, "state_dtype": {"low_rank": "bfloat16"}}
+def as_published(momentum: Mapping[str, str] | str = "paper", **options: Any) -> dict[str, Any]:
+    """The paper's settings but for some options. Roles that ``momentum`` does not name have the paper's policy."""
+    table = momentum if isinstance(momentum, str) else {**PAPER_MOMENTUM, **momentum}
+    return {"rank": 0.05, "state_dtype": None, **options, "momentum": table}
+
+
+SMALL: dict[str, Any] = {"rank": 0.03, "state_dtype": {"low_rank": "bfloat16"}}
 BETAS95 = [0.9, 0.95]
 ADAMW = {"AdamW": adamw(), "AdamW, betas .9 .95": adamw(0.9, 0.95)}
 ADAM_MINI = {
-    "Adam-mini": adapm(momentum="full", second_moment="block"),
-    "Adam-mini, betas .9 .95": adapm(momentum="full", second_moment="block", betas=BETAS95),
+    "Adam-mini": paper(momentum="full", second_moment="block"),
+    "Adam-mini, betas .9 .95": paper(momentum="full", second_moment="block", betas=BETAS95),
 }
 KEY_ROWS = {
     **ADAMW,
-    "AdaPM": adapm(),
-    "AdaPM, betas .9 .95": adapm(betas=BETAS95),
+    "AdaPM, paper": paper(),
+    "AdaPM, paper, betas .9 .95": paper(betas=BETAS95),
     **ADAM_MINI,
-    "AdaPM block": adapm(second_moment="block"),
-    "AdaPM block, betas .9 .95": adapm(second_moment="block", betas=BETAS95),
+    "AdaPM block, paper": paper(second_moment="block"),
+    "AdaPM block, paper, betas .9 .95": paper(second_moment="block", betas=BETAS95),
     "AdaPM smallest": small(),
     "AdaPM smallest, betas .9 .95": small(betas=BETAS95),
     "AdaPM smallest, block": small(second_moment="block"),

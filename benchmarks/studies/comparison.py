@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.studies.base import ADAMW, BESIDE_ADAMW, BETAS95, GPT2_SMALL, Study, adapm
+from benchmarks.studies.base import ADAMW, BESIDE_ADAMW, BETAS95, GPT2_SMALL, Study, paper
 from benchmarks.studies.decoder import Shape
 from benchmarks.studies.elsewhere import Images, Recurrent
 from benchmarks.studies.setting import Setting
@@ -13,9 +13,9 @@ LOW_RANK = {"rank": 0.25, "update_proj_gap": 200, "proj_type": "std"}
 """Options recommended by GaLore's and APOLLO's papers: a quarter of the width, projected anew every 200 steps."""
 PEERS = {
     **ADAMW,
-    "AdaPM": adapm(betas=BETAS95),
-    "AdaPM block": adapm(betas=BETAS95, second_moment="block"),
-    "AdaPM factored": adapm(betas=BETAS95, second_moment="factored"),
+    "AdaPM, paper": paper(betas=BETAS95),
+    "AdaPM block, paper": paper(betas=BETAS95, second_moment="block"),
+    "AdaPM factored, paper": paper(betas=BETAS95, second_moment="factored"),
     "Adafactor (torch)": ("Adafactor", {}),
     "Muon (torch)": ("Muon", {"adjust_lr_fn": "match_rms_adamw"}),
     "Adam-mini (adam_mini)": ("adam_mini", {"betas": BETAS95}),
@@ -104,11 +104,11 @@ def instructions() -> Study:
 def recurrent() -> Study:
     """Study of recurrent weights, which need explicit roles."""
     taught = {policy: {"roles": {r"weight_(ih|hh)": policy}} for policy in ("full", "low_rank", "none")}
-    rows = {f"AdaPM, recurrent weights {policy}": adapm(betas=BETAS95, **options) for policy, options in taught.items()}
+    rows = {f"AdaPM, recurrent weights {policy}": paper(betas=BETAS95, **options) for policy, options in taught.items()}
     return Study(
         "Outside transformers: an LSTM language model. Its matrices have no role and are refused until roles= says what"
         " they get.",
-        {**ADAMW, **rows, "AdaPM block, recurrent weights low_rank": adapm(
+        {**ADAMW, **rows, "AdaPM block, recurrent weights low_rank": paper(
             betas=BETAS95, second_moment="block", **taught["low_rank"]
         )},
         lrs=(1e-3, 2e-3, 4e-3),
@@ -126,13 +126,13 @@ def recurrent() -> Study:
 
 def images() -> Study:
     rows = {
-        f"AdaPM, convolutions {policy}": adapm(betas=BETAS95, unmatched=policy)
+        f"AdaPM, convolutions {policy}": paper(betas=BETAS95, unmatched=policy)
         for policy in ("full", "low_rank", "none")
     }
     return Study(
         "Outside transformers: a small ResNet on images made here (synthetic classes with noise, no photographs). Its"
         " convolutions are refused until unmatched= says what they get.",
-        {**ADAMW, **rows, "AdaPM block, convolutions low_rank": adapm(
+        {**ADAMW, **rows, "AdaPM block, convolutions low_rank": paper(
             betas=BETAS95, second_moment="block", unmatched="low_rank"
         )},
         lrs=(3e-4, 1e-3, 3e-3),

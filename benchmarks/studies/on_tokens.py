@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.studies.at_size import BEST_SO_FAR, more, muon
-from benchmarks.studies.base import BESIDE, BEST, BETAS95, Study, adamw, adapm
+from benchmarks.studies.base import BESIDE, BEST, BETAS95, Study, adamw, adapm, paper
 from benchmarks.studies.comparison import LOW_RANK
 from benchmarks.studies.decoder import Shape
 from benchmarks.studies.setting import Setting
@@ -28,12 +28,13 @@ LLAMA_130M = dataclasses.replace(
 ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "AdamW, betas .9 .95": adamw(0.9, 0.95),
     "AdaPM": adapm(betas=BETAS95),
+    "AdaPM, paper": paper(betas=BETAS95),
     BEST_SO_FAR: more(),
     "PartialMuon": muon(),
     "Muon": muon(momentum="full"),
     "AdaPM block": adapm(betas=BETAS95, second_moment="block"),
     "PartialMuon, embedding full": muon(momentum={"embedding": "full"}),
-    "Adam-mini": adapm(momentum="full", second_moment="block", betas=BETAS95),
+    "Adam-mini": paper(momentum="full", second_moment="block", betas=BETAS95),
     "AdamW": adamw(),
     "Adafactor (torch)": ("Adafactor", {}),
     "APOLLO-Mini (apollo-torch)": (

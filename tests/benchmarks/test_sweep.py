@@ -21,11 +21,12 @@ CPU = Device()
 TINY = Setting(Shape(layers=1, width=16, n_head=2, context=8), steps=4, batch=2, val_windows=4)
 
 
-def test_results_from_before_a_setting_had_more_fields_are_still_found():
+def test_results_from_before_other_defaults_and_more_fields_are_still_found():
     store = Store(Path(optimizers.__file__).parents[1] / "results" / "main.json")
     study = STUDIES["main"]
     (name,) = {entry.run["text"] for entry in store.own.values() if "3.12.3" in entry.run["text"]}
-    assert Run(resolve(*study.variants["AdamW"]), 2e-3, 0, study.setting_of("AdamW"), name) in store
+    for label in ("AdamW", "AdaPM, paper", "AdaPM smallest", "AdaPM block, paper, betas .9 .95", "Adam-mini"):
+        assert Run(resolve(*study.variants[label]), 2e-3, 0, study.setting_of(label), name) in store
     assert "observe" not in TINY.identity
 
 
