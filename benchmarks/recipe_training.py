@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -69,18 +70,27 @@ class FirstStep(L.Callback):
         print(f"first step ended after {seconds:.1f} s", flush=True)
 
 
+@dataclass
+class Seen:
+    """What a :class:`Watch` saw: seconds of every batch, the allocator's peak in it, and the tokens of one batch."""
+
+    seconds: list[float] = field(default_factory=list)
+    peaks: list[int] = field(default_factory=list)
+    tokens: int = 0
+
+
 class Watch(L.Callback):
-    """Seconds of every batch, and the allocator's peak in it. Ends the work of other callbacks after some steps."""
+    """Note what every batch costs. Ends the work of other callbacks after some steps.
+
+    The notes are an object of their own, because Lightning gives a callback the methods of the module, which holds it.
+    """
 
     def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.peaks: list[int] = []
-        self.tokens = 0
-        """Of one batch."""
+        self.seen = Seen()
         self._began = 0.0
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
-        self.tokens = batch_rows(batch) * batch_length(batch)
+        self.seen.tokens = batch_rows(batch) * batch_length(batch)
         _wait(pl_module.device)
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -88,8 +98,8 @@ class Watch(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         _wait(pl_module.device)
-        self.seconds.append(time.perf_counter() - self._began)
-        self.peaks.append(torch.cuda.max_memory_allocated() if pl_module.device.type == "cuda" else 0)
+        self.seen.seconds.append(time.perf_counter() - self._began)
+        self.seen.peaks.append(torch.cuda.max_memory_allocated() if pl_module.device.type == "cuda" else 0)
         if trainer.global_step == WATCHED:
             trainer.callbacks[:] = [self]  # type: ignore[attr-defined]
 
@@ -137,7 +147,7 @@ def build(recipe: Mapping[str, Any], device: str) -> LitGPTModule:
         torch.set_default_dtype(torch.float32)
 
 
-def train(recipe: Mapping[str, Any], make: Callable[[LitGPTModule], Optimizer], device: str, steps: int) -> Watch:
+def train(recipe: Mapping[str, Any], make: Callable[[LitGPTModule], Optimizer], device: str, steps: int) -> Seen:
     """Train a recipe on random tokens with an optimizer, and watch every batch."""
     module, trainer, watch = build(recipe, device), recipe["trainer"], Watch()
     optimizer = make(module)
@@ -158,7 +168,7 @@ def train(recipe: Mapping[str, Any], make: Callable[[LitGPTModule], Optimizer], 
         enable_progress_bar=False,
         enable_model_summary=False,
     ).fit(module, tokens)
-    return watch
+    return watch.seen
 
 
 def measure(
@@ -180,17 +190,17 @@ def measure(
         share = 1.0 if limit is None else limit / torch.cuda.mem_get_info()[1]
         torch.cuda.set_per_process_memory_fraction(share)
     try:
-        watch = train(recipe, OPTIMIZERS[name], device, WATCHED + timed)
+        seen = train(recipe, OPTIMIZERS[name], device, WATCHED + timed)
     except torch.OutOfMemoryError as error:
         return {"skipped": str(error).splitlines()[0]}
     finally:
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
-    row: dict[str, Any] = {"peak": max(watch.peaks), "peaks": watch.peaks, "seconds": watch.seconds}
+    row: dict[str, Any] = {"peak": max(seen.peaks), "peaks": seen.peaks, "seconds": seen.seconds}
     if timed:
         together = recipe["trainer"].get("accumulate_grad_batches", 1)
-        row["tokens_per_second"] = watch.tokens / fmean(watch.seconds[-timed * together :])
+        row["tokens_per_second"] = seen.tokens / fmean(seen.seconds[-timed * together :])
     return row
 
 
@@ -272,7 +282,9 @@ def _rows(result: Mapping[str, Any]) -> list[str]:
         first = f"{row['seconds'][0]:.2f} s"
         ratio = f"{speed / base:.3f}" if base else ""
         rows.append([name, row["limit"], show_bytes(row["peak"]), first, f"{speed:,.0f}", ratio])
-    return lines + table(["", "limit", "peak", "first step", "tokens per second", "/ AdamW, fused"], rows)
+    lines += table(["", "limit", "peak", "first step", "tokens per second", "/ AdamW, fused"], rows)
+    apart = {name: row["measured"] for name, row in result["rows"].items() if "measured" in row}
+    return lines + [line for name, words in apart.items() for line in ("", f"{name} was measured {words}.")]
 
 
 def main() -> None:
