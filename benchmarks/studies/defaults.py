@@ -139,10 +139,10 @@ def roles() -> Study:
             "Against the paper's table, seed by seed, at 1e-3 (4 seeds) and 2e-3 (8 or 4): values low-rank +0.021 +- "
             "0.008 and +0.002 +- 0.005, without momentum +0.031 +- 0.007 and +0.021 +- 0.006; MLPs without momentum "
             "+0.036 +- 0.009 and +0.004 +- 0.009, with all of it +0.006 +- 0.007 and +0.038 +- 0.025; attention "
-            "outputs low-rank +0.008 +- 0.005 and -0.022 +- 0.011, full +0.010 +- 0.016 and +0.006 +- 0.004; embeddings full "
-            "-0.006 +- 0.008 and -0.017 +- 0.005, low-rank -0.001 +- 0.007 and -0.005 +- 0.005; the head's momentum "
-            "makes no difference. So values keep all of it and MLPs a low-rank one; nothing here pays for more of "
-            "embeddings and attention outputs, and the head stays low-rank, which costs little."
+            "outputs low-rank +0.008 +- 0.005 and -0.022 +- 0.011, full +0.010 +- 0.016 and +0.006 +- 0.004; "
+            "embeddings full -0.006 +- 0.008 and -0.017 +- 0.005, low-rank -0.001 +- 0.007 and -0.005 +- 0.005; the "
+            "head's momentum makes no difference. So values keep all of it and MLPs a low-rank one; nothing here "
+            "pays for more of embeddings and attention outputs, and the head stays low-rank, which costs little."
         ),
     )
 
