@@ -3,6 +3,7 @@
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -68,8 +69,8 @@ class NonFiniteGradients:
             assert part.layout is not None
             by_group[part.layout.group].append((part, grad))
         for group, together in by_group.items():
-            grads = (grad if part.shard is None else part.matrix(grad) for part, grad in together)
-            flags = torch.stack([_finite([grad])[0] for grad in grads]).to(torch.int32)
+            grads = [grad if part.shard is None else part.matrix(grad) for part, grad in together]
+            flags = _each_finite(grads).to(torch.int32)
             all_reduce(flags, group, dist.ReduceOp.MIN)
             self._agreed.update(zip([part.key for part, _ in together], (flags != 0).unbind(), strict=True))
 
@@ -188,6 +189,13 @@ class Watch:
                 self._in_a_row = self._in_a_row + 1 if len(step) and step.all() else 0
                 self._over = self._over or self._in_a_row == _WATCHED
         return self._over
+
+
+def _each_finite(grads: Sequence[Tensor]) -> Tensor:
+    """Whether each gradient is finite, for gradients of any shapes, by a few kernels for all of them."""
+    largest = torch._foreach_norm([grad if grad.numel() else grad.new_zeros(1) for grad in grads], torch.inf)
+    exact = reduce(torch.promote_types, (value.dtype for value in largest))
+    return torch.stack([value.to(exact) for value in largest]).isfinite()
 
 
 def _finite(grads: list[Tensor]) -> Tensor:
