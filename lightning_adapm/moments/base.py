@@ -58,6 +58,15 @@ class Direction(NamedTuple):
     factors: tuple[Tensor, Tensor] | None = None
     """Factors ``(b, m, k)`` and ``(b, k, n)`` over all matrices; multiplied late, so that parts of them can be."""
 
+    def some(self, first: int, last: int) -> "Direction":
+        """Select the tensors ``first`` to ``last``."""
+        tensors, factors = self.tensors[first:last], self.factors
+        if factors is not None:
+            left, right = factors
+            each, rows = len(left) // len(self.tensors), max(tensor.shape[-2] for tensor in tensors)
+            factors = left[each * first : each * last, :rows], right[each * first : each * last]
+        return self._replace(tensors=tensors, factors=factors)
+
     def part(self, first: int, last: int) -> "Direction":
         """Select ``first`` to ``last`` in the first dimension of a direction of one tensor."""
         (tensor,) = self.tensors
@@ -74,6 +83,25 @@ class Direction(NamedTuple):
             return self
         used = split(torch.baddbmm(join(self.tensors), *self.factors), self.tensors)
         return self._replace(tensors=used, scratch=True, factors=None)
+
+    def divided(self, divisors: list[Tensor], factor: float) -> list[Tensor]:
+        """Compute ``factor * (tensors + product of factors) / divisors``, as new tensors."""
+        if all(divisor.shape[-1:].numel() == 1 for divisor in divisors):
+            # a row has one divisor: the left factor is divided, which is smaller than the product
+            weights = torch._foreach_reciprocal(divisors)
+            torch._foreach_mul_(weights, factor)
+            found = list(torch._foreach_mul(self.tensors, weights))
+            if self.factors is None:
+                return found
+            left, right = self.factors
+            of_rows = [weight.expand(*each.shape[:-1], 1) for weight, each in zip(weights, found, strict=True)]
+            return split(join(found).baddbmm_(left * join(of_rows), right), found)
+        if self.factors is not None:
+            found = split(torch.baddbmm(join(self.tensors), *self.factors, beta=factor, alpha=factor), self.tensors)
+        else:
+            found = list(torch._foreach_mul(self.tensors, factor))
+        torch._foreach_div_(found, divisors)
+        return found
 
 
 class Moment:
@@ -185,6 +213,10 @@ class Denominators(NamedTuple):
     eps: float
     columns: list[Tensor] | None = None
     """Factors ``(1, n)`` of roots ``(m, 1)``, which are multiplied late, so that parts of them can be."""
+
+    def some(self, first: int, last: int) -> "Denominators":
+        """Select those of the tensors ``first`` to ``last``."""
+        return self._replace(roots=self.roots[first:last], columns=self.columns and self.columns[first:last])
 
     def part(self, first: int, last: int, like: Tensor) -> "Denominators":
         """Select ``first`` to ``last`` in the first dimension of those of one tensor ``like``."""

@@ -11,13 +11,17 @@ A table of tokens can have 1e9 elements, and temporaries of its size would be la
 """
 
 
-def fits_a_tile(tensor: Tensor) -> bool:
-    """Whether a tensor is worked on as a whole."""
-    return tensor.numel() <= TILE_NUMEL
+_CACHED_NUMEL = 1 << 20
+"""The same on a CPU, whose caches are to hold a tile."""
+
+
+def tile_numel(tensor: Tensor) -> int:
+    """Maximum number of elements of a tile of ``tensor``."""
+    return min(TILE_NUMEL, _CACHED_NUMEL) if tensor.device.type == "cpu" else TILE_NUMEL
 
 
 def spans(tensor: Tensor) -> Iterator[tuple[int, int]]:
     """Rows of each tile of a tensor, along its first dimension: the first, and the one after the last."""
-    count = max(1, TILE_NUMEL // max(1, tensor[:1].numel()))
+    count = max(1, tile_numel(tensor) // max(1, tensor[:1].numel()))
     for first in range(0, len(tensor), count):
         yield first, min(first + count, len(tensor))

@@ -1,6 +1,7 @@
 """LOMO and AdaLomo: no momentum, and gradients that are used while backward is still running."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from lightning_adapm.moments.first import NoMomentum
 from lightning_adapm.moments.second import NoSecondMoment, RelativeSecondMoment
 from lightning_adapm.optim.base import RoleOptimizer
 from lightning_adapm.roles.piece import Piece
+from lightning_adapm.sharding.reduction import Reduction
 from lightning_adapm.step import by_torch
 from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.by_torch import Tile
@@ -191,22 +193,20 @@ class AdaLomo(RoleOptimizer):
 
     def move(self, batch: Batch, group: Mapping[str, Any]) -> None:
         along = Direction(batch.grads, 1.0, scratch=False, clamp=None)
-        tiles = by_torch.tiles(batch, along)
-        if batch.grads[0].dim() > 2:  # a tile has whole matrices of a stack
-            for tile in tiles:
-                _move([tile], batch, group)
-        else:
+        stacks = batch.grads[0].dim() > 2  # of which a tile has whole matrices
+        for _, tiles in groupby(by_torch.tiles(batch, along), lambda tile: (tile.span.first, stacks and tile.first)):
             _move(list(tiles), batch, group)
 
 
 def _move(tiles: Sequence[Tile], batch: Batch, group: Mapping[str, Any]) -> None:
     """Move all tiles of some matrices. Several are gone through twice, because what a matrix moves depends on all."""
     lr, clip, decay = float(group["lr"]), float(group["clip_threshold"]), batch.parts[0].decay
-    rounding = StochasticRounding.of(batch.parts, batch.step, group)
+    rounding = StochasticRounding.of(tiles[0].parts, batch.step, group)
     kept = [_updates(tiles[0])] if len(tiles) == 1 else []
     lengths = _sums_of_squares((kept or [_updates(tile)])[0] for tile in tiles)
     sizes = _sums_of_squares(_matrices(tile) for tile in tiles)
-    lengths, sizes = (_root_means(sums, batch) for sums in (lengths, sizes))
+    first, last, _ = tiles[0].span
+    lengths, sizes = (_root_means(sums, batch.grads[first:last], batch.reduction) for sums in (lengths, sizes))
     rates = [lr * size.clamp_min(SMALLEST) for size in sizes]
     for tile in tiles:
         moved = tile.params if rounding is None else widened(tile.params)
@@ -241,8 +241,8 @@ def _sums_of_squares(tiles: Iterable[list[Tensor]]) -> list[Tensor]:
     return sums
 
 
-def _root_means(sums: list[Tensor], batch: Batch) -> list[Tensor]:
+def _root_means(sums: list[Tensor], grads: list[Tensor], reduction: Reduction) -> list[Tensor]:
     """Roots of the means over all processes, of sums over each matrix or vector."""
-    widths = [grad.shape[-1] if grad.dim() > 1 else 1 for grad in batch.grads]
-    counts = [size * width for size, width in zip(batch.reduction.sizes(batch.grads), widths, strict=True)]
-    return [(total / max(1, count)).sqrt() for total, count in zip(batch.reduction.total(sums), counts, strict=True)]
+    widths = [grad.shape[-1] if grad.dim() > 1 else 1 for grad in grads]
+    counts = [size * width for size, width in zip(reduction.sizes(grads), widths, strict=True)]
+    return [(total / max(1, count)).sqrt() for total, count in zip(reduction.total(sums), counts, strict=True)]

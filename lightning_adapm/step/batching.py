@@ -5,17 +5,27 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from lightning_adapm.moments.first import FullMomentum
+from lightning_adapm.moments.second import (
+    BlockSecondMoment,
+    ElementwiseSecondMoment,
+    FactoredSecondMoment,
+    NoSecondMoment,
+)
+from lightning_adapm.moments.storage import EXACT
 from lightning_adapm.sharding.reduction import Reduction
 from lightning_adapm.step.parts import Part, reduction_of
-from lightning_adapm.step.paths import Path
+from lightning_adapm.step.paths import Path, unknown_moments
 
 # Parts of one shape are taken through a step together while their gradients hold at most this many elements: small
 # matrices share kernels, large ones (which fill a device alone) are not copied and bound the temporaries.
 _BATCH_NUMEL = {"cpu": 1 << 16, "cuda": 1 << 26}
 # Where nothing is copied, temporaries are projections, a small share of that, and several of them in a refresh.
-_UNCOPIED_NUMEL, _REFRESHED_NUMEL = 1 << 29, 1 << 28
+_UNCOPIED_NUMEL = {"cpu": 1 << 24, "cuda": 1 << 29}
+_REFRESHED_NUMEL = {"cpu": 1 << 24, "cuda": 1 << 28}
 # Whole matrices are copied in the dtype of products, and fill a device only by several.
-_WHOLE_NUMEL = 1 << 27
+_WHOLE_NUMEL = {"cpu": 1 << 16, "cuda": 1 << 27}
+_IN_TILES = (NoSecondMoment, ElementwiseSecondMoment, BlockSecondMoment, FactoredSecondMoment)
 
 
 class Bucket(NamedTuple):
@@ -58,12 +68,12 @@ def most_together(numel: int, device: str, uncopied: bool, due: bool, whole: boo
     """Number of matrices of ``numel`` elements in a batch, where a step copies gradients or not, refreshes bases, or
     works on whole matrices.
     """
-    limit = _BATCH_NUMEL.get(device, _BATCH_NUMEL["cuda"])
-    if whole and device != "cpu":
-        limit = _WHOLE_NUMEL
+    limits = _BATCH_NUMEL
+    if whole:
+        limits = _WHOLE_NUMEL
     elif uncopied:
-        limit = _REFRESHED_NUMEL if due else _UNCOPIED_NUMEL
-    return max(1, limit // max(1, numel))
+        limits = _REFRESHED_NUMEL if due else _UNCOPIED_NUMEL
+    return max(1, limits.get(device, limits["cuda"]) // max(1, numel))
 
 
 def batches(bucket: Bucket, path: Path) -> Iterator[Batch]:
@@ -74,7 +84,7 @@ def batches(bucket: Bucket, path: Path) -> Iterator[Batch]:
     part, grad = bucket.parts[0], bucket.grads[0]
     shard = part.shard
     numel = grad.numel() if shard is None else shard.most * shard.layout.shape[1:].numel()
-    uncopied = shard is None and path.kernels
+    uncopied = shard is None and (path.kernels or _one_by_one(part, grad))
     whole = part.second.whole_matrices and (path.kernels or shard is not None)  # the same on every process
     size = most_together(numel, grad.device.type, uncopied, part.first.due(bucket.step), whole)
     if shard is not None and part.second.whole_matrices:
@@ -86,6 +96,16 @@ def batches(bucket: Bucket, path: Path) -> Iterator[Batch]:
             params = [part.rows(param) for part, param in zip(parts, params, strict=True)]
             grads = [part.matrix(grad) for part, grad in zip(parts, grads, strict=True)]
         yield Batch(parts, params, grads, bucket.step, path, reduction_of(parts))
+
+
+def _one_by_one(part: Part, grad: Tensor) -> bool:
+    """Whether torch's operations copy no gradient of parts like this one, and make nothing else of their size but
+    tiles: :class:`lightning_adapm.step.gradients.Gradients` are multiplied one by one.
+    """
+    if grad.device.type != "cpu" or grad.dtype != part.exact or type(part.second) not in _IN_TILES:
+        return False
+    averaged_apart = isinstance(part.first, FullMomentum) and part.first.storage != EXACT
+    return not averaged_apart and not unknown_moments(part)
 
 
 def put_back(batch: Batch) -> None:

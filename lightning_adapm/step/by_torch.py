@@ -1,34 +1,47 @@
 """A step by torch's operations, on every device: parameters move in tiles of a bounded size."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_adapm.moments.base import Denominators, Direction, State
-from lightning_adapm.moments.tiles import fits_a_tile, spans
+from lightning_adapm.moments.tiles import spans, tile_numel
 from lightning_adapm.step import by_kernels, watching
 from lightning_adapm.step.batching import Batch
+from lightning_adapm.step.gradients import Gradients
+from lightning_adapm.step.parts import Part
 from lightning_adapm.step.rounding import StochasticRounding, widened
 from lightning_adapm.step.watching import Observer
 
 
 class Tile(NamedTuple):
-    """Pieces of one shape, or some rows of a single one, with their gradients, directions and denominators."""
+    """Some parts of a batch, or some rows of one, with their parameters, directions and denominators."""
 
+    parts: Sequence[Part]
     params: list[Tensor]
     direction: Direction
     denominators: Denominators
-    first: int = 0
-    """First of the rows."""
+    span: "Span"
+
+    @property
+    def first(self) -> int:
+        """The first row."""
+        return self.span.rows[0] if self.span.rows else 0
+
+
+class Span(NamedTuple):
+    """Parts ``first`` to ``last`` of a batch, of a single one perhaps only some rows."""
+
+    first: int
+    last: int
+    rows: tuple[int, int] | None = None
 
     def of(self, direction: Direction) -> Direction:
-        """The tile of another direction of the batch."""
-        own, whole = self.direction.tensors, direction.tensors
-        if len(whole) > 1 or whole[0].numel() == own[0].numel():
-            return direction
-        return direction.part(self.first, self.first + len(own[0]))
+        """Select the span of a direction of the batch."""
+        some = direction.some(self.first, self.last)
+        return some if self.rows is None else some.part(*self.rows)
 
 
 def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> None:
@@ -43,38 +56,51 @@ def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> N
         return
     if observer is not None:
         watching.see_gradients(observer, batch)
-    rounding = StochasticRounding.of(parts, batch.step, group)
     for tile in tiles(batch, direction):
-        used = tile.direction.multiplied()
-        moved = tile.params if rounding is None else widened(tile.params)
-        if part.decay:
-            torch._foreach_mul_(moved, 1 - lr * part.decay)
         divisors, scale = tile.denominators.settle(as_adamw=direction.clamp is None)
+        used = tile.direction._replace(scale=tile.direction.scale * scale)
         if observer is not None:
-            shown = used._replace(scale=used.scale * scale)
-            seen = used if momentum is direction else tile.of(momentum)
-            watching.see_updates(observer, parts, seen, shown, watching.Divisors(divisors), clip, tile.first)
-        _apply(moved, used.tensors, divisors, used.scale * scale, lr, clip, used.scratch)
+            seen = tile.direction if momentum is direction else tile.span.of(momentum)
+            watching.see_updates(observer, tile.parts, seen, used, watching.Divisors(divisors), clip, tile.first)
+        rounding = StochasticRounding.of(tile.parts, batch.step, group)
+        moved = tile.params if rounding is None else widened(tile.params)
+        _apply(moved, used, divisors, lr, part.decay, clip)
         if rounding is not None:
             rounding.write(tile.params, moved, tile.first)
 
 
 def tiles(batch: Batch, direction: Direction) -> Iterator[Tile]:
-    """A batch whole or in tiles, with denominators that have taken its gradients in."""
+    """A batch in tiles, with denominators that have taken its gradients in."""
     parts, params, grads, step, _, reduction = batch
     second = parts[0].second
-    # whole: parts that share kernels, small ones, and rows that the parameter has elsewhere, as interleaved heads
-    if len(parts) > 1 or fits_a_tile(grads[0]) or len(params[0]) != len(grads[0]):
-        yield Tile(params, direction, second.denominators(grads, parts, step, reduction))
-        return
     in_tiles = second.elementwise and all(entry.storage.plain for entry in second.entries(parts[0].shape).values())
     known = None if in_tiles else second.denominators(grads, parts, step, reduction)
-    for first, last in spans(grads[0]):
+    for span in _spans_of(params, grads):
+        first, last, rows = span
+        states: Sequence[State] = parts[first:last]
+        some, held = grads[first:last], params[first:last]
+        if rows is not None:
+            (grad,), (param,), (state,) = some, held, states
+            some, held, states = [grad[slice(*rows)]], [param[slice(*rows)]], [_Rows(state, *rows)]
         if known is None:
-            some = second.denominators([grads[0][first:last]], [_Rows(parts[0], first, last)], step, reduction)
+            denominators = second.denominators(some, states, step, reduction)
         else:
-            some = known.part(first, last, grads[0])
-        yield Tile([params[0][first:last]], direction.part(first, last), some, first)
+            denominators = known.some(first, last)
+            denominators = denominators if rows is None else denominators.part(*rows, grads[first])
+        yield Tile(parts[first:last], held, span.of(direction), denominators, span)
+
+
+def _spans_of(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Iterator[Span]:
+    """Spans of the size of tiles, or with parts that share kernels."""
+    count = max(1, tile_numel(grads[0]) // max(1, grads[0].numel())) if isinstance(grads, Gradients) else len(grads)
+    for first in range(0, len(grads), count):
+        last = min(first + count, len(grads))
+        grad, param = grads[first], params[first]
+        # rows that the parameter has elsewhere, as interleaved heads, are not cut
+        if last - first > 1 or grad.numel() <= tile_numel(grad) or len(param) != len(grad):
+            yield Span(first, last)
+        else:
+            yield from (Span(first, last, rows) for rows in spans(grad))
 
 
 class _Rows:
@@ -91,24 +117,22 @@ class _Rows:
 
 
 def _apply(
-    params: list[Tensor],
-    used: list[Tensor],
-    divisors: list[Tensor],
-    scale: float,
-    lr: float,
-    clip: float | None,
-    scratch: bool,
+    params: list[Tensor], used: Direction, divisors: list[Tensor], lr: float, decay: float, clip: float | None
 ) -> None:
-    """Compute ``param -= lr * clamp(scale * used / divisor)``; overwrites ``used`` where it is scratch."""
-    same = all(update.shape == param.shape for update, param in zip(used, params, strict=True))
-    if clip is None and same and used[0].dtype == params[0].dtype:
-        torch._foreach_addcdiv_(params, used, divisors, value=-lr * scale)
-        return
-    if scratch:
-        torch._foreach_div_(used, divisors)
-    else:
-        used = list(torch._foreach_div(used, divisors))
-    for param, update in zip(params, used, strict=True):
+    """Compute ``param = (1 - lr * decay) * param - lr * clamp(used / divisor)``."""
+    keep = 1 - lr * decay
+    if clip is None:  # AdamW's operations
+        used = used.multiplied()
+        same = all(update.shape == param.shape for update, param in zip(used.tensors, params, strict=True))
+        if same and used.tensors[0].dtype == params[0].dtype:
+            if decay:
+                torch._foreach_mul_(params, keep)
+            torch._foreach_addcdiv_(params, used.tensors, divisors, value=-lr * used.scale)
+            return
+    for param, update in zip(params, used.divided(divisors, -lr * used.scale), strict=True):
         if clip is not None:
-            update.clamp_(-clip / scale, clip / scale)
-        param.add_(update.view(param.shape), alpha=-lr * scale)
+            update.clamp_(-lr * clip, lr * clip)
+        if update.dtype == param.dtype:
+            torch.add(update.view(param.shape), param, alpha=keep, out=param)
+        else:  # to the nearest number after either operation, as torch's optimizers do
+            param.mul_(keep).add_(update.view(param.shape))

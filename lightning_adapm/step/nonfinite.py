@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_adapm.sharding.find import has_values
 from lightning_adapm.sharding.reduction import all_reduce
+from lightning_adapm.step.gradients import Gradients
 from lightning_adapm.step.parts import Part
 
 _WATCHED = 3
@@ -96,13 +97,26 @@ class NonFiniteGradients:
         on_device = exact[0].device.type != "cpu"
         if on_device and exact[0].dim() and len(exact) > 1 and all(grad.shape == exact[0].shape for grad in exact):
             return self._zeroed(parts, torch.stack(exact))
-        finite = self.agreed_on(parts)
-        finite = _finite(exact) if finite is None else finite
-        if not on_device and finite.all():  # on a CPU, asking costs nothing
+        if on_device:
+            finite = self.agreed_on(parts)
+            finite = _finite(exact) if finite is None else finite
+            self.count(parts, (~finite).to(torch.int32))
+            return [torch.where(fine, grad, 0.0) for fine, grad in zip(finite.unbind(), exact, strict=True)]
+        return self._on_cpu(parts, exact)
+
+    def _on_cpu(self, parts: Sequence[Part], grads: list[Tensor]) -> list[Tensor]:
+        """Gradients of which those that are not finite are zero, where asking costs nothing."""
+        alone = Gradients if parts[0].shard is None else list
+        found, finite = alone(grads), self.agreed_on(parts)
+        if finite is None and isinstance(found, Gradients) and found.finite:
             self._watch.see(_FINE)
-            return exact
+            return found
+        finite = _finite(grads) if finite is None else finite
+        if finite.all():
+            self._watch.see(_FINE)
+            return found
         self.count(parts, (~finite).to(torch.int32))
-        return [torch.where(fine, grad, 0.0) for fine, grad in zip(finite.unbind(), exact, strict=True)]
+        return alone(g if fine else torch.zeros_like(g) for g, fine in zip(grads, finite.tolist(), strict=True))
 
     def _zeroed(self, parts: Sequence[Part], grads: Tensor) -> list[Tensor]:
         """Gradients as one tensor, by a few kernels for all of them."""
