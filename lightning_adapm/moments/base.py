@@ -46,6 +46,14 @@ class Stack(list[Tensor]):
         """Whether each matrix has an entry that is not zero, ``(b, 1, 1)``."""
 
 
+class Stacked(list[Tensor]):
+    """Parts of one tensor along its first dimension, which :func:`join` need not copy."""
+
+    def __init__(self, whole: Tensor) -> None:
+        super().__init__(whole.unbind())
+        self.whole = whole
+
+
 class Direction(NamedTuple):
     """Direction of a step: ``scale * tensors[i]``, of the gradients' shapes, plus the product of ``factors``."""
 
@@ -272,10 +280,13 @@ class SecondMoment(Moment):
 
 
 def join(tensors: list[Tensor]) -> Tensor:
-    """Join matrices and stacks of matrices of one shape to a batch ``(b, m, n)``; a single one is not copied.
+    """Join matrices and stacks of matrices of one shape to a batch ``(b, m, n)``; a single one and what is
+    :class:`Stacked` are not copied.
 
     Where a process holds parts of them, rows of zero make the number of rows equal.
     """
+    if isinstance(tensors, Stacked) and tensors.whole.dim() > 2:
+        return tensors.whole.flatten(0, -3)
     if len(tensors) > 1 and tensors[0].dim() == 2 and all(t.shape == tensors[0].shape for t in tensors):
         return torch.stack(tensors)
     batches = [tensor if tensor.dim() == 3 else tensor.unsqueeze(0) for tensor in tensors]

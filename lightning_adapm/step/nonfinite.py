@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_adapm.moments.base import Stacked
 from lightning_adapm.sharding.find import has_values
 from lightning_adapm.sharding.reduction import all_reduce
 from lightning_adapm.step.gradients import Gradients
@@ -124,7 +125,7 @@ class NonFiniteGradients:
         if finite is None:
             finite = grads.sum(dim=-1).view(len(parts), -1).isfinite().all(dim=-1)
         self.count(parts, (~finite).to(torch.int32))
-        return list(grads.masked_fill_(~finite.view(-1, *(1,) * (grads.dim() - 1)), 0.0).unbind())
+        return Stacked(grads.masked_fill_(~finite.view(-1, *(1,) * (grads.dim() - 1)), 0.0))
 
     def agreed_on(self, parts: Sequence[Part]) -> Tensor | None:
         """Flags ``(parts,)``: finite, as far as processes have agreed on it."""

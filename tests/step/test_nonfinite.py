@@ -9,6 +9,7 @@ from models import PlainLM, tiny_gpt, token_batches, train
 from torch import nn
 
 from lightning_adapm import AdaPM
+from lightning_adapm.moments.base import join
 from lightning_adapm.roles.piece import Piece
 from lightning_adapm.sharding.layout import Layout
 from lightning_adapm.step import nonfinite
@@ -183,3 +184,16 @@ def test_gradients_used_in_backward_are_watched_by_step():
     (warning,) = caught
     assert "every gradient held an infinity or a NaN in 3 steps in a row" in str(warning.message)
     assert warning.filename == __file__
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (2, 4, 5)])
+def test_gradients_are_put_together_once(shape):
+    """Those of a device are one tensor, which moments multiply without another copy."""
+    parts = [Part((index, 0), f"layers.{index}.mlp", torch.empty(shape), Piece("mlp"), None) for index in range(3)]
+    whole = torch.randn(3, *shape)
+    expected = whole.clone()
+    whole[1].view(-1)[7], expected[1] = float("nan"), 0.0
+    found = NonFiniteGradients()._zeroed(parts, whole)
+    joined = join(found)
+    assert joined.data_ptr() == whole.data_ptr() and torch.equal(joined, join(list(expected)))
+    assert all(map(torch.equal, found, expected))
