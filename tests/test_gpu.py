@@ -13,7 +13,7 @@ from lightning_adapm.moments import orthogonal as reference
 from lightning_adapm.report.diagnostics import ResidualProbe
 from lightning_adapm.report.plan import cached_bytes
 from lightning_adapm.report.tables import read_bytes
-from lightning_adapm.step import kernels, orthogonal
+from lightning_adapm.step import kernels, nonfinite, orthogonal
 from lightning_adapm.step.recorder import MOST_BYTES
 from lightning_adapm.step.rounding import StochasticRounding, Stream
 
@@ -408,3 +408,13 @@ def test_recorded_steps_after_loading_a_state():
                 assert recorded_kinds(optimizer) == 0
 
     assert recorded_kinds(twins_trained(torch.float32, 14, before, second_moment="block")) > 0
+
+
+def test_gradients_of_any_shapes_are_found_to_be_finite_together():
+    """A sum of large finite numbers overflows; what a process holds of a gradient may be nothing."""
+    values = [[1.0, 2.0], [], [1.0, float("nan"), 2.0], [3e38, 3e38, 3e38], [-float("inf"), 1.0], [float("nan")] * 9999]
+    grads = [
+        torch.tensor(each, device="cuda", dtype=dtype) for dtype in (torch.float32, torch.bfloat16) for each in values
+    ]
+    assert nonfinite._each_finite(grads).tolist() == [True, True, False, True, False, False] * 2
+    assert nonfinite._each_finite(grads[1:2]).tolist() == [True]

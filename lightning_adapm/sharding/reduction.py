@@ -39,8 +39,8 @@ def total(values: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
     """Sum tensors of one dtype over processes, in place, with one collective."""
     flat = torch.cat([value.flatten() for value in values])
     all_reduce(flat, group)
-    for value, summed in zip(values, flat.split([value.numel() for value in values]), strict=True):
-        value.copy_(summed.view(value.shape))
+    sums = flat.split([value.numel() for value in values])
+    torch._foreach_copy_(values, [each.view(value.shape) for value, each in zip(values, sums, strict=True)])
     return values
 
 
@@ -186,20 +186,18 @@ class ProcessReduction(Reduction):
 
     def means(self, values: Sequence[Tensor]) -> list[Tensor]:
         sums = self.total([value.sum(dim=-2, keepdim=True) for value in self._each_row_once(values)])
-        return [total / shard.size for shard, total in zip(self.shards, sums, strict=True)]
+        return list(torch._foreach_div(sums, [float(shard.size) for shard in self.shards]))
 
     def block_means(self, means: Sequence[Tensor], blocks: int) -> list[Tensor]:
-        sums = []
-        for shard, mean in zip(self.shards, self._each_row_once(means), strict=True):
-            into = mean.new_zeros(blocks, 1)
-            sums.append(into.index_add_(0, self._blocks(shard, blocks, mean.device), mean))
-        totals = self.total(sums)
-        return [total / (shard.size // blocks) for shard, total in zip(self.shards, totals, strict=True)]
+        sums, places = means[0].new_zeros(len(means), blocks, 1), self._blocks(blocks, means[0].device)
+        for into, place, mean in zip(sums, places, self._each_row_once(means), strict=True):
+            into.index_add_(0, place, mean)
+        self.total([sums])
+        return list((sums / (self.shards[0].size // blocks)).unbind())
 
     def of_rows(self, values: Sequence[Tensor], blocks: int, like: Sequence[Tensor]) -> list[Tensor]:
-        return [
-            value[self._blocks(shard, blocks, value.device)] for shard, value in zip(self.shards, values, strict=True)
-        ]
+        places = self._blocks(blocks, values[0].device)
+        return [value[place] for value, place in zip(values, places, strict=True)]
 
     def _each_row_once(self, values: Sequence[Tensor]) -> list[Tensor]:
         return [
@@ -207,7 +205,11 @@ class ProcessReduction(Reduction):
             for shard, value in zip(self.shards, values, strict=True)
         ]
 
-    @staticmethod
-    def _blocks(shard: RowShard, blocks: int, device: torch.device) -> Tensor:
-        """Block of every row held by this process."""
-        return torch.arange(shard.first, shard.first + shard.count, device=device) // (shard.size // blocks)
+    def _blocks(self, blocks: int, device: torch.device) -> list[Tensor]:
+        """Block of every row held by this process, for each matrix; under FSDP2 all of them have the same."""
+        found: dict[tuple[int, int], Tensor] = {}
+        for shard in self.shards:
+            if (shard.first, shard.count) not in found:
+                rows = torch.arange(shard.first, shard.first + shard.count, device=device)
+                found[shard.first, shard.count] = rows // (shard.size // blocks)
+        return [found[shard.first, shard.count] for shard in self.shards]

@@ -197,3 +197,12 @@ def test_gradients_are_put_together_once(shape):
     joined = join(found)
     assert joined.data_ptr() == whole.data_ptr() and torch.equal(joined, join(list(expected)))
     assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_gradients_of_any_shapes_are_found_to_be_finite_together(dtype):
+    """A sum of large finite numbers overflows; what a process holds of a gradient may be nothing."""
+    values = [[1.0, 2.0], [], [1.0, float("nan"), 2.0], [3e38, 3e38, 3e38], [-float("inf"), 1.0]]
+    grads = [torch.tensor(each, dtype=dtype) for each in values]
+    assert nonfinite._each_finite(grads).tolist() == [True, True, False, True, False]
+    assert nonfinite._each_finite(grads[1:2]).tolist() == [True]
