@@ -102,7 +102,7 @@ def _one_by_one(part: Part, grad: Tensor) -> bool:
     """Whether torch's operations copy no gradient of parts like this one, and make nothing else of their size but
     tiles: :class:`lightning_adapm.step.gradients.Gradients` are multiplied one by one.
     """
-    if grad.device.type != "cpu" or grad.dtype != part.exact or type(part.second) not in _IN_TILES:
+    if part.is_shared or grad.device.type != "cpu" or grad.dtype != part.exact or type(part.second) not in _IN_TILES:
         return False
     averaged_apart = isinstance(part.first, FullMomentum) and part.first.storage != EXACT
     return not averaged_apart and not unknown_moments(part)

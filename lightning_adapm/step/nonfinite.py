@@ -107,7 +107,7 @@ class NonFiniteGradients:
 
     def _on_cpu(self, parts: Sequence[Part], grads: list[Tensor]) -> list[Tensor]:
         """Gradients of which those that are not finite are zero, where asking costs nothing."""
-        alone = Gradients if parts[0].shard is None else list
+        alone = list if parts[0].is_shared else Gradients  # shards may differ in shape
         found, finite = alone(grads), self.agreed_on(parts)
         if finite is None and isinstance(found, Gradients) and found.finite:
             self._watch.see(_FINE)
