@@ -12,6 +12,7 @@ from lightning_adapm.moments.second import (
     FactoredSecondMoment,
     bias_correction,
 )
+from lightning_adapm.step.launch import pinned
 from lightning_adapm.step.parts import Part
 
 
@@ -39,7 +40,7 @@ class Clock(NamedTuple):
 
     def on(self, device: torch.device) -> Tensor:
         """A copy on a device, which no step waits for."""
-        return torch.tensor(self, dtype=torch.float32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        return pinned(self, torch.float32, device).to(device, non_blocking=True)
 
 
 def is_clocked(part: Part) -> bool:

@@ -80,8 +80,13 @@ def numbers_on(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     return kept((numbers, device), partial(_placed, numbers, device))[0]
 
 
+def pinned(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers where a device can copy them from while the host goes on."""
+    return torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
+
+
 def _placed(numbers: tuple[int, ...], device: torch.device) -> tuple[Tensor, bool]:
-    table = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
+    table = pinned(numbers, torch.int64, device)
     return table.to(device, non_blocking=True), not any(number % 16 for number in numbers)
 
 

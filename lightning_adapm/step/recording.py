@@ -17,7 +17,7 @@ from lightning_adapm.step import graphs
 from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.clock import Clock
 from lightning_adapm.step.graphs import Graph
-from lightning_adapm.step.launch import Addresses
+from lightning_adapm.step.launch import Addresses, pinned
 from lightning_adapm.step.moving import Moving
 from lightning_adapm.step.parts import Part
 
@@ -160,8 +160,7 @@ def _put(table: Tensor, held: list[Any], added: Sequence[Any], count: int) -> Te
 
 def _write(table: Tensor, values: Sequence[float]) -> None:
     """Begin to copy values to the front of a ``table``; the host may forget them at once."""
-    pinned = torch.tensor(values, dtype=table.dtype, pin_memory=table.device.type == "cuda")
-    table[: len(values)].copy_(pinned, non_blocking=True)
+    table[: len(values)].copy_(pinned(values, table.dtype, table.device), non_blocking=True)
 
 
 class Recording:

@@ -1,0 +1,145 @@
+"""Triton kernels that read gradients: their products with bases, flaws, and sums of squares.
+
+As in :mod:`lightning_adapm.step.triton_kernels`, gradients lie anywhere, at addresses in tables.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def read(
+    grads,
+    bases,
+    projected,
+    squares,
+    flaws,
+    m,
+    n,
+    r,
+    width,
+    stride,
+    each,
+    one,
+    GRAD: tl.constexpr,
+    BASIS: tl.constexpr,
+    FACTOR: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    FIRST: tl.constexpr,
+    PROJECT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Read matrices ``(m, n)`` at ``grads``.
+
+    Where ``PROJECT``, ``projected`` ``(b, m, width)`` are their products with the transposed ``bases`` ``(r, n)``, zero
+    behind ``r``. Where this is the ``FIRST`` reading, ``squares`` ``(b, m)`` are the sums of squares of rows, and
+    ``flaws`` are set.
+    """
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    which = tl.program_id(1).to(tl.int64)
+    rank = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    grad = tl.load(grads + which).to(tl.pointer_type(GRAD))
+    if ALIGNED:
+        grad = tl.multiple_of(grad, 16)
+    grad += row.to(tl.int64)[:, None] * stride
+    square = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    flaw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    product = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    if PROJECT:
+        basis = tl.load(bases + which).to(tl.pointer_type(BASIS))
+        if ALIGNED:
+            basis = tl.multiple_of(basis, 16)
+        basis += rank[:, None] * n
+    for start in range(0, n, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        g = tl.load(grad + column[None, :], (row[:, None] < m) & (column[None, :] < n), 0.0).to(tl.float32)
+        if FIRST:
+            square += g * g
+            flaw += g * 0.0
+        if PROJECT:
+            part = tl.load(basis + column[None, :], (rank[:, None] < r) & (column[None, :] < n), 0.0).to(FACTOR)
+            # a value of its own: what is copied to shared memory for a product and used for more comes out wrong
+            product = tl.dot((g * one).to(FACTOR), tl.trans(part), product)
+    if PROJECT:
+        out = projected + which * m * width + row.to(tl.int64)[:, None] * width + rank[None, :]
+        tl.store(out, product, (row[:, None] < m) & (rank[None, :] < width))
+    if FIRST and tl.program_id(2) == 0:
+        tl.store(squares + which * m + row, tl.sum(square, 1), row < m)
+        total = tl.sum(tl.sum(flaw, 1), 0)
+        if total != total:
+            tl.store(flaws + which // each, 1)
+
+
+@triton.jit
+def columns(
+    grads,
+    sums,
+    m,
+    n,
+    stride,
+    rows,
+    GRAD: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """``sums`` ``(b, programs, n)``: sums of squares of columns of matrices ``(m, n)``, over so many ``rows`` each."""
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    which = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(2)
+    grad = tl.load(grads + which).to(tl.pointer_type(GRAD))
+    if ALIGNED:
+        grad = tl.multiple_of(grad, 16)
+    square = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(part * rows, min((part + 1) * rows, m), BLOCK_M):
+        row = start + tl.arange(0, BLOCK_M)
+        at = grad + row.to(tl.int64)[:, None] * stride + column[None, :]
+        g = tl.load(at, (row[:, None] < m) & (column[None, :] < n), 0.0).to(tl.float32)
+        square += g * g
+    tl.store(sums + (which * tl.num_programs(2) + part) * n + column, tl.sum(square, 0), column < n)
+
+
+@triton.jit
+def combine(
+    grads,
+    weights,
+    flaws,
+    combined,
+    m,
+    n,
+    r,
+    stride,
+    each,
+    parts,
+    rows,
+    GRAD: tl.constexpr,
+    FACTOR: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """``combined`` ``(b, parts, r, n)``: transposed ``weights`` ``(b, m, r)`` times matrices, over so many ``rows``
+    each, zero those with a flaw.
+    """
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    which = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(2) % parts
+    rank = tl.program_id(2) // parts * BLOCK_R + tl.arange(0, BLOCK_R)
+    grad = tl.load(grads + which).to(tl.pointer_type(GRAD))
+    if ALIGNED:
+        grad = tl.multiple_of(grad, 16)
+    counts = tl.load(flaws + which // each) == 0
+    product = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    for start in range(part * rows, min((part + 1) * rows, m), BLOCK_M):
+        row = start + tl.arange(0, BLOCK_M)
+        at = grad + row.to(tl.int64)[:, None] * stride + column[None, :]
+        g = tl.load(at, (row[:, None] < m) & (column[None, :] < n), 0.0).to(tl.float32)
+        g = tl.where(counts, g, 0.0)
+        at = weights + which * m * r + row.to(tl.int64)[:, None] * r + rank[None, :]
+        weight = tl.load(at, (row[:, None] < m) & (rank[None, :] < r), 0.0)
+        product = tl.dot(tl.trans(weight), g.to(FACTOR), product)
+    out = combined + (which * parts + part) * r * n + rank[:, None] * n + column[None, :]
+    tl.store(out, product, (rank[:, None] < r) & (column[None, :] < n))
