@@ -1,4 +1,4 @@
-"""AdaPM's momentum and traffic on many processes: ``python -m benchmarks.scaling``.
+"""Momentum and traffic of AdaPM as published on many processes: ``python -m benchmarks.scaling``.
 
 On paper for a large model on up to 1,024 processes, the table of docs/distributed.md; and for a small one both on paper
 and as counted on 1, 2 and 4 real ones (gloo, FSDP2).
@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from benchmarks.costs.models import MODELS
 from benchmarks.costs.processes import over_processes, run_on
 from benchmarks.pages.page import RESULTS, provenance, session, stacked_bars, table, write
+from benchmarks.studies.base import as_published
 from benchmarks.studies.decoder import Decoder, Shape
 from lightning_adapm import AdaPM
 from lightning_adapm.report.plan import measure
@@ -43,7 +44,7 @@ class Counted(NamedTuple):
 def paper(shape: Shape, world_size: int, basis: str, **options: Any) -> Scaling:
     """The cost of a model that is only planned."""
     with torch.device("meta"):
-        return scaling(AdaPM(Decoder(shape).named_parameters(), **options), world_size, basis)
+        return scaling(AdaPM(Decoder(shape).named_parameters(), **as_published(**options)), world_size, basis)
 
 
 def count(world_size: int, basis: str) -> Counted:
@@ -62,7 +63,7 @@ def _train(basis: str) -> tuple[list[int], list[int], list[int]]:
     for block in model.blocks:
         fully_shard(block)
     fully_shard(model)
-    optimizer = AdaPM(model.named_parameters(), update_proj_gap=GAP, basis=basis)
+    optimizer = AdaPM(model.named_parameters(), **as_published(update_proj_gap=GAP, basis=basis))
     exchanged = []
     for _ in range(1 + GAP):
         tokens = torch.randint(SMALL.vocab, (WINDOWS, SMALL.context + 1)).chunk(world_size)[rank]

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.costs.models import MODELS, Exact
 from benchmarks.pages.page import RESULTS, provenance, session, table, write
+from benchmarks.studies.base import as_published
 from benchmarks.studies.decoder import Decoder, Shape
 from lightning_adapm import AdaPM
 from lightning_adapm.moments.first import LowRankMomentum
@@ -71,7 +72,7 @@ class Rates(NamedTuple):
 def planned(model: str) -> AdaPM:
     """An optimizer of parameters that have no memory."""
     with torch.device("meta"):
-        return AdaPM(Decoder(SHAPES[model]).named_parameters(), second_moment="block")
+        return AdaPM(Decoder(SHAPES[model]).named_parameters(), **as_published(second_moment="block"))
 
 
 def orthonormal_work(optimizer: AdaPM, gpus: int) -> float:

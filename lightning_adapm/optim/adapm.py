@@ -18,8 +18,9 @@ from lightning_adapm.roles.piece import Piece
 class AdaPM(RoleOptimizer):
     """AdamW with partial momentum (AdaPM, arXiv 2510.09103).
 
-    Embeddings and attention outputs keep no momentum. Queries, keys, MLPs and an untied head keep low-rank factors with
-    the paper's residual correction. Values and everything one-dimensional keep all of it.
+    Values and everything one-dimensional keep all of it, every other matrix low-rank factors with the paper's residual
+    correction. In the paper, embeddings and attention outputs keep none. Its settings are ``AdaPM(momentum="paper",
+    rank=0.05, state_dtype=None)``.
 
     Args:
         params: ``model.named_parameters()``, or ``model.parameters()`` itself (names and heads are then read from the
@@ -38,12 +39,13 @@ class AdaPM(RoleOptimizer):
         second_moment: ``"elementwise"`` (AdamW), ``"block"`` (Adam-mini) or ``"factored"`` (Adafactor).
         momentum: Policies by role that differ from the default, ``{"mlp": "full", "lm_head": "none"}``, or one policy
             for every role. The policies are ``"none"``, ``"low_rank"`` and ``"full"``. ``"paper"`` is the published
-            table, which is also the default.
+            table, in which embeddings and attention outputs keep none.
         roles: Roles for names, ``{regular expression: role or policy}``, searched in order before any built-in rule.
         unmatched: Policy of matrices without a known role. ``"error"`` refuses and lists them.
         no_decay: Roles exempt from weight decay, for instance ``("norm", "bias")``.
-        state_dtype: Dtype of the momentum, or of a policy's, ``{"low_rank": "bfloat16"}``. Default float32 (float64
-            for float64 parameters). ``"int8"`` stores codes with a scale for each 256 values of a row, and bases in
+        state_dtype: Dtype of the momentum, or of a policy's, ``{"low_rank": "bfloat16"}``, which is the default: both
+            factors, but not full momentum. None, and a policy that is not named: float32 (float64 for float64
+            parameters). ``"int8"`` stores codes with a scale for each 256 values of a row, and bases in
             bfloat16; vectors and rows of fewer than 8 values stay in float32. The second moment is never kept below
             float32.
         basis: Where processes that share the rows of a matrix keep the basis of its low-rank momentum.
@@ -72,8 +74,8 @@ class AdaPM(RoleOptimizer):
 
     - ``step``: number of steps, a float32 scalar on the CPU.
     - ``exp_avg`` ``(m, n)``: full momentum, in ``state_dtype``, by default float32.
-    - ``exp_avg_l`` ``(m, rank)``, ``exp_avg_r`` ``(rank, n)``, in ``state_dtype``, and the int ``seeded``: low-rank
-      momentum, its orthonormal basis, and whether every matrix has a basis yet.
+    - ``exp_avg_l`` ``(m, rank)``, ``exp_avg_r`` ``(rank, n)``, in ``state_dtype``, by default bfloat16, and the int
+      ``seeded``: low-rank momentum, its orthonormal basis, and whether every matrix has a basis yet.
     - ``exp_avg_codes`` in int8 and ``exp_avg_scale`` ``(m, n / 256)`` instead of ``exp_avg`` where ``state_dtype`` is
       int8, and the same of ``exp_avg_l``.
     - ``exp_avg_sq``, float32: second moment, ``(m, n)`` elementwise, ``(m, 1)`` or ``(heads, 1)`` by block.
@@ -88,7 +90,7 @@ class AdaPM(RoleOptimizer):
 
     Example::
 
-        optimizer = AdaPM(model.named_parameters(), lr=1e-3, rank=0.05, second_moment="block")
+        optimizer = AdaPM(model.named_parameters(), lr=1e-3, second_moment="block")
         loss = model(batch)
         loss.backward()
         optimizer.step()
@@ -105,7 +107,7 @@ class AdaPM(RoleOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        rank: int | float = 0.05,
+        rank: int | float = policy.DEFAULT_RANK,
         update_proj_gap: int = 10,
         debias: bool = True,
         second_moment: str = "elementwise",
@@ -113,7 +115,7 @@ class AdaPM(RoleOptimizer):
         roles: Mapping[str, str] | None = None,
         unmatched: str = "error",
         no_decay: Iterable[str] = (),
-        state_dtype: options.StateDtype = None,
+        state_dtype: options.StateDtype = policy.DEFAULT_STATE_DTYPE,
         basis: str = "auto",
         clip_threshold: float | None = 1.0,
         maximize: bool = False,

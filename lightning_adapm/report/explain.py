@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
@@ -118,19 +119,28 @@ def compare(model: nn.Module, **adapm_options: Any) -> dict[str, Explanation]:
     ``"AdaPM"`` has exactly these options. PartialMuon has its own table of momenta. Arguments and errors are those of
     :func:`explain`. Variants with block second moments are left out where the number of heads is unknown.
     """
-    options = getattr(model, "adapm_options", {})
+    options = _stated(model)
+    shared = {key: value for key, value in {**options, **adapm_options}.items() if key in _SHARED}
     if getattr(model, "adapm_class", AdaPM) is not AdaPM:  # what shapes the state of that one is not AdaPM's
-        options = {key: value for key, value in options.items() if key in _SHARED}
+        options = shared
     optimizer, refuses = _optimizer(AdaPM, model, {**options, **adapm_options})
     frozen, heads_known = _frozen(model.parameters()), _heads_are_known(optimizer)
     explanations = {}
     for name, changes in VARIANTS.items():
         if heads_known or "second_moment" not in changes:
             explanations[name] = Explanation(tuple(plan(optimizer, changes)), frozen, refuses)
-    shared = {key: value for key, value in {**options, **adapm_options}.items() if key in _SHARED}
     muon, _ = _optimizer(PartialMuon, model, shared)
     explanations[PartialMuon.__name__] = Explanation(tuple(plan(muon)), frozen, refuses)
     return explanations
+
+
+def _stated(model: nn.Module) -> dict[str, Any]:
+    """Settings of a module with the mixin that are not the defaults of its optimizer: those are not another one's."""
+    settings: Any = model
+    if not hasattr(model, "adapm_options"):
+        return {}
+    known = signature(settings.adapm_class).parameters
+    return {key: value for key, value in settings.adapm_options.items() if value != known[key].default}
 
 
 def _optimizer(make: type[Any], model: nn.Module, options: Mapping[str, Any]) -> tuple[RoleOptimizer, bool]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from lightning_adapm.moments.orthogonal import STEPS
+from lightning_adapm.moments.policy import DEFAULT_RANK, DEFAULT_STATE_DTYPE
 from lightning_adapm.optim import AdaPM, PartialMuon, options
 
 _SCHEDULES = ("cosine", "constant")
@@ -88,7 +89,7 @@ class AdaPMConfig(OptimizerConfig):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 1e-2
-    rank: int | float = 0.05
+    rank: int | float = DEFAULT_RANK
     update_proj_gap: int = 10
     debias: bool = True
     second_moment: str = "elementwise"
@@ -96,7 +97,7 @@ class AdaPMConfig(OptimizerConfig):
     roles: Mapping[str, str] | None = None
     unmatched: str = "error"
     no_decay: Sequence[str] = ()
-    state_dtype: options.StateDtype = None
+    state_dtype: options.StateDtype = field(default_factory=lambda: dict(DEFAULT_STATE_DTYPE))
     basis: str = "auto"
     clip_threshold: float | None = 1.0
     maximize: bool = False

@@ -65,5 +65,5 @@ def test_half_precision_keeps_exact_second_moments(tmp_path, precision):
     (optimizer,) = trainer.optimizers
     weight = module.net.lm_head.weight
     assert weight.dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
-    assert {value.dtype for key, value in optimizer.state[weight].items() if key != "seeded"} == {torch.float32}
+    assert optimizer.state[weight]["exp_avg_sq"].dtype == torch.float32
     assert all(param.isfinite().all() for param in module.parameters())

@@ -127,9 +127,8 @@ def test_no_gradient_breaks_a_step(group, dtype, rank, gap, second_moment, debia
 def test_updates_do_not_depend_on_the_scale_of_the_gradients(shape, second_moment, scale, seed):
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for _ in range(2)]
-    optimizers = [
-        AdaPM([("mlp.weight", w)], eps=0.0, rank=2, update_proj_gap=3, second_moment=second_moment) for w in weights
-    ]
+    options = {"eps": 0.0, "rank": 2, "update_proj_gap": 3, "second_moment": second_moment, "state_dtype": None}
+    optimizers = [AdaPM([("mlp.weight", w)], **options) for w in weights]
     for _ in range(7):
         grad = torch.randn(shape, generator=generator, dtype=torch.float64)
         for weight, optimizer, factor in zip(weights, optimizers, (1.0, scale), strict=True):

@@ -139,8 +139,8 @@ def test_fused_is_separate(second_moment, heads, dtype):
     apart = separate(copy.deepcopy(fused))
     batches = token_batches(30)
     for model in (fused, apart):
-        optimizer = AdaPM(model.parameters(), lr=3e-3, rank=2, update_proj_gap=10, second_moment=second_moment)
-        train(model, optimizer, batches)
+        options = {"rank": 2, "update_proj_gap": 10, "second_moment": second_moment, "state_dtype": None}
+        train(model, AdaPM(model.parameters(), lr=3e-3, **options), batches)
     tolerance = 1e-9 if dtype == torch.float64 else 1e-4
     for a, b in zip(fused.transformer.h, apart.transformer.h, strict=True):
         q, k, v = (getattr(b.attn.qkv, f"{name}_proj").weight for name in "qkv")
@@ -153,7 +153,7 @@ def test_a_stack_of_experts_is_its_matrices():
     stack = torch.nn.Parameter(torch.randn(3, 12, 10, dtype=torch.float64))
     single = [torch.nn.Parameter(stack.detach()[i].clone()) for i in range(3)]
     for second_moment in ("elementwise", "block", "factored"):
-        options = {"rank": 2, "update_proj_gap": 4, "second_moment": second_moment}
+        options = {"rank": 2, "update_proj_gap": 4, "second_moment": second_moment, "state_dtype": None}
         together = AdaPM([("mlp.experts.weight", stack)], **options)
         apart = [AdaPM([(f"mlp.experts.{i}.weight", p)], **options) for i, p in enumerate(single)]
         for step in range(9):

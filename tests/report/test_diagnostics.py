@@ -13,7 +13,7 @@ from lightning_adapm.report.plan import measure
 @pytest.mark.parametrize("make", [PlainLM, tiny_gpt], ids=["plain", "litgpt"])
 def test_state_report_of_adapm(make):
     model = make()
-    optimizer = AdaPM(model.parameters(), second_moment="block")
+    optimizer = AdaPM(model.parameters(), momentum={"embedding": "none"}, second_moment="block")
     train(model, optimizer, token_batches(1))
     report = StateReport.measure([optimizer], model)
     assert report.total == measure(optimizer)
@@ -38,7 +38,8 @@ def test_state_report_of_any_optimizer():
 def test_probe_is_a_direct_computation():
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(12, 10))
-    optimizer = AdaPM([("layers.0.mlp.weight", weight)], rank=2, update_proj_gap=50, clip_threshold=0.5)
+    options = {"rank": 2, "update_proj_gap": 50, "clip_threshold": 0.5, "state_dtype": None}
+    optimizer = AdaPM([("layers.0.mlp.weight", weight)], **options)
     probe = optimizer.observer = ResidualProbe()
     for step in range(3):
         before = weight.detach().clone()

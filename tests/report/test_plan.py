@@ -41,25 +41,24 @@ def test_adamw_column_is_what_adamw_allocates():
     assert sum((row.adamw for row in plan(AdaPM(model.parameters()))), StateBytes()) == measure(adamw)
 
 
-MORE = {"attn_out": "low_rank", "embedding": "full"}
-"""What docs/choosing-a-policy.md recommends for larger models."""
+PAPER = {"momentum": "paper", "rank": 0.05, "state_dtype": None}
 
 
 @pytest.mark.parametrize(
     ("name", "options", "momentum", "total"),
     [
-        ("pythia-160m", {}, 0.914, 0.956),
-        ("tiny-llama-1.1b", {}, 0.930, 0.965),
-        ("Llama-3-8B", {}, 0.927, 0.963),
-        ("Llama-3-8B", {"state_dtype": "bfloat16"}, 0.963, 0.982),
-        ("Llama-3-8B", {"state_dtype": "int8"}, 0.976, 0.988),
-        ("Llama-3-8B", {"state_dtype": "bfloat16", "momentum": MORE}, 0.927, 0.963),
+        ("pythia-160m", {}, 0.896, 0.947),
+        ("Llama-3-8B", {}, 0.917, 0.958),
+        ("Llama-3-8B", {"state_dtype": "bfloat16"}, 0.925, 0.963),
+        ("Llama-3-8B", PAPER, 0.927, 0.963),
+        ("Llama-3-8B", PAPER | {"state_dtype": "bfloat16"}, 0.963, 0.982),
+        ("Llama-3-8B", PAPER | {"state_dtype": "int8"}, 0.976, 0.988),
     ],
 )
 def test_savings_on_models_of_the_field(name, options, momentum, total):
     with torch.device("meta"):
         model = GPT(Config.from_name(name))
-    rows = plan(AdaPM(model.parameters(), rank=0.05, second_moment="block", **options))
+    rows = plan(AdaPM(model.parameters(), second_moment="block", **options))
     ours, adamw = (sum((getattr(row, key) for row in rows), StateBytes()) for key in ("bytes", "adamw"))
     assert 1 - ours.momentum / adamw.momentum == pytest.approx(momentum, abs=1e-3)
     assert 1 - ours.total / adamw.total == pytest.approx(total, abs=1e-3)
@@ -68,10 +67,10 @@ def test_savings_on_models_of_the_field(name, options, momentum, total):
 @pytest.mark.parametrize(
     ("options", "momentum", "total"),
     [
-        ({}, 0.865, 0.932),
-        ({"state_dtype": "bfloat16"}, 0.933, 0.966),
-        ({"rank": 0.03, "state_dtype": {"low_rank": "bfloat16"}}, 0.904, 0.952),
-        ({"rank": 0.015}, 0.904, 0.952),
+        ({}, 0.855, 0.927),
+        ({"rank": 0.03}, 0.901, 0.950),
+        (PAPER, 0.865, 0.932),
+        (PAPER | {"state_dtype": "bfloat16"}, 0.933, 0.966),
     ],
 )
 def test_savings_on_gpt2_xl(options, momentum, total):

@@ -14,6 +14,10 @@ FILE = Path(__file__).parents[1] / "data" / "optimizers-0.1.0.pt.xz"
 """By run: options, weights and optimizer state after 6 of 12 steps, and the weights after all of them."""
 
 
+PAPER = {"momentum": "paper", "state_dtype": None}
+"""What were AdaPM's defaults there; the options state the rank."""
+
+
 @pytest.fixture(scope="module")
 def saved():
     return torch.load(io.BytesIO(lzma.decompress(FILE.read_bytes())), weights_only=True)
@@ -24,7 +28,7 @@ def test_a_run_continues(saved, name):
     run, make = saved["runs"][name], {"AdaPM": AdaPM, "LoRAPre": LoRAPre, "AdaLomo": AdaLomo}[name.split()[0]]
     model = tiny_gpt(**saved["model"])
     model.load_state_dict(run["weights"])
-    optimizer = make(model.parameters(), **run["options"])
+    optimizer = make(model.parameters(), **((PAPER if make is AdaPM else {}) | run["options"]))
     optimizer.load_state_dict(run["optimizer"])
     train(model, optimizer, token_batches(12, vocab=saved["model"]["padded_vocab_size"], size=(4, 9))[6:])
     for key, expected in run["after"].items():
@@ -32,3 +36,20 @@ def test_a_run_continues(saved, name):
     assert {key for state in optimizer.state.values() for key in state} == {
         key for state in run["optimizer"]["state"].values() for key in state
     }
+
+
+@pytest.mark.filterwarnings("ignore:AdaPM goes on")
+def test_a_run_goes_on_with_the_defaults_of_today(saved):
+    """Factors change their rank and dtype, and what had no momentum begins with none."""
+    run = saved["runs"]["AdaPM elementwise"]
+    model = tiny_gpt(**saved["model"])
+    model.load_state_dict(run["weights"])
+    optimizer = AdaPM(model.parameters())
+    optimizer.load_state_dict(run["optimizer"])
+    head, table = (optimizer.state[weight] for weight in (model.lm_head.weight, model.transformer.wte.weight))
+    assert head["exp_avg_l"].dtype == table["exp_avg_l"].dtype == torch.bfloat16
+    assert head["exp_avg_l"].count_nonzero() and not table["exp_avg_l"].count_nonzero()
+    train(model, optimizer, token_batches(12, vocab=saved["model"]["padded_vocab_size"], size=(4, 9))[6:])
+    assert table["exp_avg_l"].count_nonzero()
+    for key, expected in run["after"].items():
+        torch.testing.assert_close(model.state_dict()[key], expected, rtol=0.1, atol=0.1)

@@ -90,8 +90,9 @@ def test_state_holds_tensors_and_numbers_only():
 
 def test_second_moment_of_bfloat16_parameters_stays_float32(tmp_path):
     model = tiny_gpt().bfloat16()
-    _, optimizer = trained(model=model, second_moment="block")
-    _, new = reloaded(model, optimizer, tmp_path / "state.pt", second_moment="block")
+    options = {"second_moment": "block", "state_dtype": None}
+    _, optimizer = trained(model=model, **options)
+    _, new = reloaded(model, optimizer, tmp_path / "state.pt", **options)
     for old, restored in zip(optimizer.state.values(), new.state.values(), strict=True):
         for key, value in old.items():
             if isinstance(value, torch.Tensor):
@@ -121,8 +122,8 @@ class TestConversion:
         return dense
 
     def test_larger_rank_keeps_the_momentum(self, tmp_path):
-        model, optimizer = trained()
-        twin, new = reloaded(model, optimizer, tmp_path / "state.pt", rank=5)
+        model, optimizer = trained(state_dtype=None)
+        twin, new = reloaded(model, optimizer, tmp_path / "state.pt", rank=5, state_dtype=None)
         for name in ("transformer.h.0.attn.qkv.weight", "transformer.h.1.mlp.fc_1.weight", "lm_head.weight"):
             before, after = self.momentum(optimizer, name), self.momentum(new, name)
             assert before.keys() == after.keys()
@@ -133,8 +134,8 @@ class TestConversion:
         torch.testing.assert_close(rows, torch.ones(5))
 
     def test_smaller_rank_keeps_the_strongest_directions(self, tmp_path):
-        model, optimizer = trained(rank=6)
-        _, new = reloaded(model, optimizer, tmp_path / "state.pt", rank=3)
+        model, optimizer = trained(rank=6, state_dtype=None)
+        _, new = reloaded(model, optimizer, tmp_path / "state.pt", rank=3, state_dtype=None)
         before, after = self.momentum(optimizer, "lm_head.weight"), self.momentum(new, "lm_head.weight")
         u, s, vh = torch.linalg.svd(before["lm_head"].double(), full_matrices=False)
         best = u[:, :3] * s[:3] @ vh[:3]
@@ -178,7 +179,7 @@ class TestConversion:
 
     def test_other_policies(self, tmp_path):
         model, optimizer = trained(momentum="full")
-        twin, new = reloaded(model, optimizer, tmp_path / "state.pt")
+        twin, new = reloaded(model, optimizer, tmp_path / "state.pt", momentum="paper")
         assert "exp_avg" not in new.state[twin.transformer.wte.weight]
         _, back = reloaded(twin, new, tmp_path / "back.pt", momentum={"mlp": "full", "embedding": "full"})
         assert self.momentum(back, "transformer.h.0.mlp.proj.weight")["mlp"].norm() > 0
