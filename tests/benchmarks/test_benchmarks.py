@@ -87,7 +87,7 @@ def test_a_run_is_identified_by_all_that_its_result_depends_on():
     others = [
         runs_of(TINY, [1])[0],
         runs_of(TINY_LLAMA, [0])[0],
-        runs_of(TINY, [0], rank=0.1)[0],
+        runs_of(TINY, [0], rank=0.25)[0],
         runs_of(TINY, [0], momentum={"mlp": "full"})[0],
         dataclasses.replace(run, text="letters"),
         dataclasses.replace(run, lr=2e-2),

@@ -50,7 +50,7 @@ class Job:
 
     @property
     def settings(self):
-        common = {"lr": 3e-3, "rank": 2, "update_proj_gap": 4, "weight_decay": 0.1}
+        common = {"lr": 3e-3, "rank": 2, "update_proj_gap": 4, "weight_decay": 0.1, "state_dtype": None}
         known = inspect.signature(self.make).parameters
         return {name: value for name, value in common.items() if name in known} | self.options
 

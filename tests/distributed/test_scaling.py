@@ -30,7 +30,7 @@ def test_large_model_on_paper():
     """What is saved, and what is exchanged beside the gradients, on up to 1,024 processes."""
     with torch.device("meta"):
         model = GPT(Config.from_name("Llama-3-8B"))
-    optimizer = AdaPM(model.named_parameters())
+    optimizer = AdaPM(model.named_parameters(), momentum="paper", rank=0.05, state_dtype=None)  # as the page says
     for world_size in (1, 2, 3, 4, 8, 64, 1024):
         cost = scaling(optimizer, world_size, "replicate" if world_size <= 2 else "shard")  # as auto chooses
         assert cost.saved >= 0.9

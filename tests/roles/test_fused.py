@@ -291,7 +291,14 @@ def train_both(model, names, rows, taught, second_moment, axis=0):
     """Train ``model`` and its twin with separate weights on the same tokens; every weight must agree."""
     twin = separated(model, names, rows)
     # eps: a bias of all keys has no gradient but rounding errors, which must not be divided by their own size
-    options = {"lr": 1e-2, "eps": 1e-6, "rank": 3, "update_proj_gap": 10, "second_moment": second_moment}
+    options = {
+        "lr": 1e-2,
+        "eps": 1e-6,
+        "rank": 3,
+        "update_proj_gap": 10,
+        "second_moment": second_moment,
+        "state_dtype": None,
+    }
     ours = AdaPM(model.named_parameters(), **options)
     theirs = AdaPM(twin.named_parameters(), roles=taught, **options)
     generator = torch.Generator().manual_seed(1)
