@@ -52,7 +52,9 @@ def step_without_waiting(optimizer, may_wait):
 def test_the_same_weights_as_on_a_cpu(second_moment, dtype, tolerance):
     nets = [model(dtype), model(dtype).cuda()]
     for net in nets:
-        optimizer = AdaPM(net.named_parameters(), rank=3, update_proj_gap=5, second_moment=second_moment)
+        optimizer = AdaPM(
+            net.named_parameters(), rank=3, state_dtype=None, update_proj_gap=5, second_moment=second_moment
+        )
         for step in range(22):
             gradients(net, step)
             if step == 7:
@@ -126,7 +128,7 @@ def test_newton_schulz_by_symmetric_products(shape):
 def test_no_step_after_the_first_waits_for_the_device(second_moment, dtype):
     """Neither a normal step, nor a refresh, nor one with a gradient that is not finite."""
     net = model(dtype).cuda()
-    optimizer = AdaPM(net.named_parameters(), rank=3, update_proj_gap=3, second_moment=second_moment)
+    optimizer = AdaPM(net.named_parameters(), rank=3, state_dtype=None, update_proj_gap=3, second_moment=second_moment)
     for step in range(12):
         gradients(net, step)
         if step == 5:
@@ -141,7 +143,9 @@ def test_a_monitor_changes_no_bit_and_waits_for_nothing(second_moment, dtype):
     weights = []
     for watched in (False, True):
         net = model(dtype).cuda()
-        optimizer = AdaPM(net.named_parameters(), rank=3, update_proj_gap=3, second_moment=second_moment)
+        optimizer = AdaPM(
+            net.named_parameters(), rank=3, state_dtype=None, update_proj_gap=3, second_moment=second_moment
+        )
         probe = optimizer.observer = ResidualProbe() if watched else None
         for step in range(7):
             gradients(net, step)
@@ -155,7 +159,7 @@ def test_a_monitor_changes_no_bit_and_waits_for_nothing(second_moment, dtype):
 def test_first_steps_refreshes_and_monitors_hold_no_matrix():
     """Above the second step, which does none of it; the matrix takes 512 MiB in float32."""
     weight = nn.Parameter(torch.randn(65536, 2048, device="cuda", dtype=torch.bfloat16))
-    optimizer = AdaPM([("lm_head.weight", weight)], rank=16, update_proj_gap=2, second_moment="block")
+    optimizer = AdaPM([("lm_head.weight", weight)], rank=16, state_dtype=None, update_proj_gap=2, second_moment="block")
     optimizer._make_state(weight)
     peaks = {}
     for name, probe in {"first": None, "plain": None, "refresh": None, "watched": ResidualProbe()}.items():
@@ -191,7 +195,7 @@ def test_parameters_are_rounded_as_on_a_cpu(dtype, shape):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_parameters_keep_a_float32_state(dtype):
     net = model(dtype).cuda()
-    optimizer = AdaPM(net.named_parameters(), rank=3)
+    optimizer = AdaPM(net.named_parameters(), rank=3, state_dtype=None)
     for step in range(12):
         gradients(net, step)
         optimizer.step()
@@ -206,7 +210,7 @@ def test_tf32_does_not_reach_the_orthonormalization():
     torch.set_float32_matmul_precision("high")
     try:
         net = model().cuda()
-        optimizer = AdaPM(net.named_parameters(), rank=8, update_proj_gap=2)
+        optimizer = AdaPM(net.named_parameters(), rank=8, state_dtype=None, update_proj_gap=2)
         for step in range(9):
             gradients(net, step)
             optimizer.step()
@@ -220,12 +224,12 @@ def test_tf32_does_not_reach_the_orthonormalization():
 
 def test_a_state_saved_on_a_gpu_loads_on_a_cpu(tmp_path):
     net = model().cuda()
-    optimizer = AdaPM(net.named_parameters(), rank=3)
+    optimizer = AdaPM(net.named_parameters(), rank=3, state_dtype=None)
     gradients(net, 0)
     optimizer.step()
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
     twin = copy.deepcopy(net).cpu()
-    loaded = AdaPM(twin.named_parameters(), rank=3)
+    loaded = AdaPM(twin.named_parameters(), rank=3, state_dtype=None)
     loaded.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     for p, q in zip(net.parameters(), twin.parameters(), strict=True):
         for key, value in optimizer.state[p].items():
@@ -258,7 +262,7 @@ def test_a_learning_rate_on_the_device_is_read_once_per_step_and_group(in_backwa
     named = list(net.named_parameters())
     groups = [{"params": named[:5]}, {"params": named[5:], "lr": torch.tensor(1e-3, device="cuda")}]
     rate = torch.tensor(1e-2, device="cuda")
-    optimizer = AdaPM(groups, lr=rate, rank=3, update_proj_gap=3, update_in_backward=in_backward)
+    optimizer = AdaPM(groups, lr=rate, rank=3, state_dtype=None, update_proj_gap=3, update_in_backward=in_backward)
 
     def closure():
         for index, param in enumerate(net.parameters()):
@@ -285,7 +289,9 @@ def test_one_head_of_thousands_of_rows(rows):
     nets[1].cuda()
     for net in nets:
         group = {"params": net.named_parameters(), "n_head": 1}
-        optimizer = AdaPM([group], rank=5, second_moment="block", update_proj_gap=3, weight_decay=0, eps=1)
+        optimizer = AdaPM(
+            [group], rank=5, state_dtype=None, second_moment="block", update_proj_gap=3, weight_decay=0, eps=1
+        )
         for step in range(5):
             gradients(net, step)
             optimizer.step()
@@ -295,7 +301,7 @@ def test_one_head_of_thousands_of_rows(rows):
 
 def test_gradients_that_are_all_broken_are_noticed_without_waiting():
     net = model().cuda()
-    optimizer = AdaPM(net.named_parameters(), rank=3)
+    optimizer = AdaPM(net.named_parameters(), rank=3, state_dtype=None)
     gradients(net, 0)
     optimizer.step()
     with warnings.catch_warnings(record=True) as caught:

@@ -67,7 +67,7 @@ def test_bases_are_refreshed_in_groups_of_a_bounded_size(interpreted, monkeypatc
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)])
 def test_as_without_kernels(interpreted, monkeypatch, second_moment, dtype, tolerance):
     """Also with a gradient that is not finite, and refreshes. The interpreter cuts bfloat16 off, a device rounds it."""
-    options = {"second_moment": second_moment, "rank": 2, "spoiled": (5,)}
+    options = {"second_moment": second_moment, "rank": 2, "state_dtype": None, "spoiled": (5,)}
     weights, state, optimizer = trained(dtype, **options)
     used = {"read", "combine", "advance", "move"}
     assert set(interpreted) == (used | {"columns", "factor"} if second_moment == "factored" else used)
@@ -87,7 +87,7 @@ def stepped(shapes, steps=5, spoiled=(), scales=(), observer=None, **options):
     torch.manual_seed(0)
     params = {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
     group = {"params": list(params.items()), "n_head": 1, "n_query_groups": 1}
-    optimizer = AdaPM([group], **{"rank": 2, "update_proj_gap": 2} | options)
+    optimizer = AdaPM([group], **{"rank": 2, "state_dtype": None, "update_proj_gap": 2} | options)
     optimizer.observer = observer
     for step, scale in zip(range(steps), [*scales, *[1.0] * steps], strict=False):
         generator = torch.Generator().manual_seed(step)
@@ -150,7 +150,7 @@ def test_rows_that_processes_share_stay_with_the_kernels(interpreted, monkeypatc
 def test_first_steps_and_refreshes_copy_no_gradient(interpreted):
     """Where every step refreshes; what is allocated is of the size of factors."""
     weight = nn.Parameter(torch.randn(256, 512).to(torch.bfloat16))
-    optimizer = AdaPM([("mlp.weight", weight)], rank=2, update_proj_gap=1, second_moment="block")
+    optimizer = AdaPM([("mlp.weight", weight)], rank=2, state_dtype=None, update_proj_gap=1, second_moment="block")
     optimizer._make_state(weight)
     for number in range(3):
         weight.grad = torch.randn(256, 512, generator=torch.Generator().manual_seed(number)).to(torch.bfloat16)
@@ -167,7 +167,9 @@ def test_first_steps_and_refreshes_copy_no_gradient(interpreted):
 def test_a_step_by_kernels_holds_no_gradient_afterwards(interpreted, second_moment, probe):
     """Not until the garbage collector comes: what frees gradients within backward would free none."""
     weight = nn.Parameter(torch.randn(24, 32).bfloat16())
-    optimizer = AdaPM([("mlp.weight", weight)], rank=2, update_proj_gap=2, second_moment=second_moment)
+    optimizer = AdaPM(
+        [("mlp.weight", weight)], rank=2, state_dtype=None, update_proj_gap=2, second_moment=second_moment
+    )
     optimizer.observer = probe
     gc.disable()
     try:
@@ -186,7 +188,7 @@ def test_a_step_by_kernels_allocates_no_more_than_is_planned(interpreted, second
     """In the first step, in one that refreshes and in one that does not."""
     torch.manual_seed(0)
     weights = {f"layers.{i}.mlp.weight": nn.Parameter(torch.randn(384, 256).bfloat16()) for i in range(3)}
-    optimizer = AdaPM(list(weights.items()), rank=8, update_proj_gap=2, second_moment=second_moment)
+    optimizer = AdaPM(list(weights.items()), rank=8, state_dtype=None, update_proj_gap=2, second_moment=second_moment)
     of_a_monitor = 4 * 6 * 384 * 256
     bound = step_transients(p for weight in weights.values() for p in optimizer.parts(weight)) - of_a_monitor
     assert bound < sum(4 * weight.numel() for weight in weights.values()) / 2

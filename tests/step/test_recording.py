@@ -82,7 +82,13 @@ class Twins:
 
     def __init__(self, dtype=torch.float32, **options):
         self.nets = [model(dtype), model(dtype)]
-        options = {"rank": 2, "update_proj_gap": 4, "lr": 1e-2, "roles": {"q_proj": "query"}} | options
+        options = {
+            "rank": 2,
+            "state_dtype": None,
+            "update_proj_gap": 4,
+            "lr": 1e-2,
+            "roles": {"q_proj": "query"},
+        } | options
         groups = [{"params": net.named_parameters(), "n_head": 2} for net in self.nets]
         self.optimizers = [AdaPM([group], **options) for group in groups]
         self.optimizers[0].most_recorded_bytes, self.optimizers[1].most_recorded_bytes = 1 << 20, 0
