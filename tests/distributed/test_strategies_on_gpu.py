@@ -23,7 +23,7 @@ def on_cuda(monkeypatch):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp1 late", "fsdp2", "fsdp2 of checkpointed"])
-def test_equals_one_device_on_a_cpu(strategy, tmp_path):
+def test_equals_one_device(strategy, tmp_path):
     assert_one_device(strategy, CARDS, tmp_path, QUICK)
 
 
