@@ -22,7 +22,7 @@ from benchmarks.studies.store import Store
 
 PANELS = {
     "1.8 million parameters, 600 steps, 4 seeds": ("convergence",),
-    "86 million parameters, 1600 steps, one seed": ("partial_muon", "at_size"),
+    "86 million parameters, 1600 steps, one to three seeds": ("partial_muon", "at_size"),
 }
 """Panels of the picture and the studies whose rows they show."""
 NOTES = (
