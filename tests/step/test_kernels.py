@@ -87,7 +87,7 @@ def stepped(shapes, steps=5, spoiled=(), scales=(), observer=None, **options):
     torch.manual_seed(0)
     params = {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
     group = {"params": list(params.items()), "n_head": 1, "n_query_groups": 1}
-    optimizer = AdaPM([group], **{"rank": 2, "state_dtype": None, "update_proj_gap": 2} | options)
+    optimizer = AdaPM([group], **{"momentum": "paper", "rank": 2, "state_dtype": None, "update_proj_gap": 2} | options)
     optimizer.observer = observer
     for step, scale in zip(range(steps), [*scales, *[1.0] * steps], strict=False):
         generator = torch.Generator().manual_seed(step)
