@@ -164,5 +164,5 @@ class LowRankSecondMoment(SecondMoment):
         grad = join(grads)
         predicted = self._regressor.fit(grad.abs(), states, reduction)
         # not lerp: infinity minus infinity would be NaN
-        root = predicted.square_().mul_(self.beta2).addcmul_(grad, grad, value=1 - self.beta2).sqrt_()
+        root = predicted.square_().mul_(self.beta2).add_(grad.square(), alpha=1 - self.beta2).sqrt_()
         return Denominators(split(root, grads), (1 - self.beta2**step) ** 0.5, self.eps)
