@@ -54,7 +54,8 @@ def _from_step_zero(optimizer: Optimizer) -> None:
         state["step"] = 0
 
 
-_BLOCK = {"second_moment": "block"}
+_BLOCK: dict[str, Any] = {"second_moment": "block"}
+_PAPER: dict[str, Any] = {"momentum": "paper", "rank": 0.05, "state_dtype": None}
 _GAP: dict[str, Any] = {"update_proj_gap": 200, "proj_type": "std"}
 _RANDOM = _GAP | {"proj": "random"}
 _REFRESHED: dict[str, Any] = {"interval": 200, "restart": _from_step_zero}
@@ -67,7 +68,8 @@ PEERS: tuple[Peer, ...] = (
     Peer("AdaPM", "AdaPM", interval=10),
     Peer("AdaPM block", "AdaPM", _BLOCK, interval=10),
     Peer("AdaPM factored", "AdaPM", {"second_moment": "factored"}, interval=10),
-    Peer("AdaPM block, bfloat16 factors", "AdaPM", _BLOCK | {"state_dtype": {"low_rank": "bfloat16"}}, interval=10),
+    Peer("AdaPM, paper", "AdaPM", _PAPER, interval=10),
+    Peer("AdaPM block, paper", "AdaPM", _PAPER | _BLOCK, interval=10),
     Peer(
         "AdaPM block, in backward",
         "AdaPM",
