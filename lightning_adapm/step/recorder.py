@@ -20,7 +20,7 @@ from lightning_adapm.step.paths import Path
 from lightning_adapm.step.recording import Clocks, Flawed, Recording, Work
 from lightning_adapm.step.transients import held_by_a_step
 
-MOST_BYTES = 1 << 28
+MOST_BYTES = 1 << 29
 """Default bound on the temporaries of steps that are recorded, which graphs keep from step to step."""
 
 _MISSES = 3
