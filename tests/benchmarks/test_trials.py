@@ -91,7 +91,8 @@ def test_scaling_a_policy_scales_its_roles_alone():
         torch.manual_seed(0)
         model = TINY.shape.build()
         before = {name: param.detach().clone() for name, param in model.named_parameters()}
-        optimizer = build(resolve("trial", {"clip_threshold": None, **options}), Parameters.of(model), 1e-3)
+        trial = resolve("trial", {"momentum": "paper", "clip_threshold": None, **options})
+        optimizer = build(trial, Parameters.of(model), 1e-3)
         for group in optimizer.param_groups:
             group["weight_decay"] = 0.0
         model(torch.arange(8)[None]).logsumexp(dim=-1).sum().backward()
@@ -106,7 +107,7 @@ def test_scaling_a_policy_scales_its_roles_alone():
 def test_a_damped_update_divides_by_the_second_moment_and_what_no_momentum_averages(momentum):
     torch.manual_seed(0)
     weight, lr, decay, damping = torch.nn.Parameter(torch.randn(24, 16)), 1e-2, 0.1, 2.0
-    options = {"betas": (0.5, 0.9), "rank": 0.25, "update_proj_gap": 10, "clip_threshold": None, "eps": 1e-8}
+    options = {"betas": (0.5, 0.9), "rank": 0.25, "update_proj_gap": 10, "clip_threshold": None, "state_dtype": None}
     trial = Trial([("mlp.weight", weight)], lr=lr, weight_decay=decay, momentum=momentum, damping=damping, **options)
     expected, average, left = weight.detach().clone(), torch.zeros(24, 16), torch.zeros(24, 4)
     for step in range(1, 4):
