@@ -9,7 +9,7 @@ LITDATA := boto3 filelock obstore requests tifffile
 RECIPE := recipes/trainer/pretrain
 FIT    := $(BIN)/lightning-adapm fit --config $(RECIPE)/quickstart.yaml
 # Three eighths of the recipe, with a validation after every third of it: three runs, one after another.
-SHORT  := --trainer.limit_train_batches=225 --trainer.val_check_interval=75
+SHORT  := --trainer.limit_train_batches=180 --trainer.val_check_interval=60
 # Every test keeps to one thread, so that each core takes tests of its own.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
