@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 
+from lightning_adapm.sharding.layout import Layout
 from lightning_adapm.step import kernels
 
 KERNELS = "read columns combine advance factor move relate direct rescale symmetric".split()
@@ -45,3 +46,18 @@ def interpreted(monkeypatch):
     for name in KERNELS:
         monkeypatch.setattr(triton_kernels, name, counted(name))
     return launched
+
+
+@pytest.fixture
+def hold_all_rows(monkeypatch):
+    """Call this to share parameters with another process, which holds no row, so that sums are complete here."""
+
+    def layout(param):
+        return Layout(param.shape, ((0, param.numel()), (param.numel(), param.numel())), 0, "both", "a mesh")
+
+    def share():
+        monkeypatch.setattr("lightning_adapm.step.parts.layout_of", layout)
+        for module in ("sharding.reduction", "step.nonfinite"):
+            monkeypatch.setattr(f"lightning_adapm.{module}.all_reduce", lambda *_: None)
+
+    return share

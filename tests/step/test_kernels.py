@@ -19,7 +19,6 @@ from benchmarks.costs.memory import Ledger
 from lightning_adapm import AdaPM
 from lightning_adapm.moments import tiles
 from lightning_adapm.report.diagnostics import ResidualProbe
-from lightning_adapm.sharding.layout import Layout
 from lightning_adapm.step import kernels
 from lightning_adapm.step.rounding import StochasticRounding, Stream
 from lightning_adapm.step.transients import step_transients
@@ -123,20 +122,14 @@ def test_a_monitor_keeps_the_path_and_every_bit(interpreted, monkeypatch, second
 
 
 @pytest.mark.parametrize("second_moment", ["elementwise", "block", "factored"])
-def test_rows_that_processes_share_stay_with_the_kernels(interpreted, monkeypatch, second_moment):
-    """Also with full momentum, and vectors. The other process holds no row, so that sums are complete here."""
+def test_rows_that_processes_share_stay_with_the_kernels(interpreted, monkeypatch, hold_all_rows, second_moment):
+    """Also with full momentum, and vectors."""
     shapes = EACH_MOMENTUM | {"v_proj.bias": (12,)}
     options = {"second_moment": second_moment, "spoiled": (3,), "basis": "replicate"}
     monkeypatch.setattr(kernels, "runs_on", lambda device: False)
     expected = stepped(shapes, **options)
     monkeypatch.setattr(kernels, "runs_on", lambda device: True)
-
-    def layout(param):
-        return Layout(param.shape, ((0, param.numel()), (param.numel(), param.numel())), 0, "both", "a mesh")
-
-    monkeypatch.setattr("lightning_adapm.step.parts.layout_of", layout)
-    for module in ("sharding.reduction", "step.nonfinite"):
-        monkeypatch.setattr(f"lightning_adapm.{module}.all_reduce", lambda *_: None)
+    hold_all_rows()
     probe = ResidualProbe()
     found, watched = stepped(shapes, **options), stepped(shapes, observer=probe, **options)
     assert {row.path for row in found[2].step_paths()} == {"kernels and reductions"}

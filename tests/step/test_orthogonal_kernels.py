@@ -9,7 +9,6 @@ from benchmarks.costs.memory import Ledger
 from lightning_adapm import PartialMuon
 from lightning_adapm.moments import orthogonal as reference
 from lightning_adapm.report.diagnostics import ResidualProbe
-from lightning_adapm.sharding.layout import Layout
 from lightning_adapm.sharding.owners import Owners
 from lightning_adapm.step import kernels, orthogonal
 from lightning_adapm.step.launch import Matrices
@@ -73,7 +72,7 @@ def test_as_without_kernels(interpreted, monkeypatch, options):
     monkeypatch.setattr(kernels, "runs_on", lambda device: False)
     expected, expected_state, _ = trained(observer=other, **options)
     assert relative_difference(weights, expected) < 1e-5
-    assert relative_difference(state, expected_state) < 1e-2 if "state_dtype" in options else 1e-5
+    assert relative_difference(state, expected_state) < (1e-2 if "state_dtype" in options else 1e-5)
     for (name, found), (same, wanted) in zip(figures(probe), figures(other), strict=True):
         assert name == same and dict(found) == pytest.approx(dict(wanted), rel=2e-3, abs=1e-4)
 
@@ -92,19 +91,13 @@ def test_directions_that_torch_finds_are_orthogonalized_by_kernels(interpreted, 
     assert relative_difference(weights, trained(maximize=True)[0]) < 1e-5
 
 
-def test_rows_that_processes_share_stay_with_the_kernels(interpreted, monkeypatch):
-    """The other process holds no row, so that sums are complete here, and gets no matrix."""
+def test_rows_that_processes_share_stay_with_the_kernels(interpreted, monkeypatch, hold_all_rows):
+    """The other process gets no matrix."""
     shapes = {name: shape for name, shape in SHAPES.items() if len(shape) == 2}
     monkeypatch.setattr(kernels, "runs_on", lambda device: False)
     expected = trained(shapes)
     monkeypatch.setattr(kernels, "runs_on", lambda device: True)
-
-    def layout(param):
-        return Layout(param.shape, ((0, param.numel()), (param.numel(), param.numel())), 0, "both", "a mesh")
-
-    monkeypatch.setattr("lightning_adapm.step.parts.layout_of", layout)
-    for module in ("sharding.reduction", "step.nonfinite"):
-        monkeypatch.setattr(f"lightning_adapm.{module}.all_reduce", lambda *_: None)
+    hold_all_rows()
     monkeypatch.setattr(Owners, "apply", lambda self, function, parts: list(function(torch.stack(parts)).unbind()))
     found = trained(shapes, basis="replicate")
     assert {row.path for row in found[2].step_paths()} == {"kernels and reductions"} and "direct" in interpreted
