@@ -52,7 +52,7 @@ class Moved:
         self._found = [[(moved.parts, moved.held) for moved in moving] for _, moving in found]
 
     def again(self, asked: Selection, states: States) -> list[tuple[int, list[Moving]]] | None:
-        """What moves, if it is this; else None."""
+        """Return what moves in this step, if it is what was remembered; else None."""
         params = [param for _, params in asked for param in params]
         grads = [grad for param in params if (grad := param.grad) is not None and grad.layout == torch.strided]
         same = (
@@ -120,7 +120,7 @@ class PartTable:
         self._moved = Moved(asked, found, states) if every and plain else None
 
     def again(self, asked: Selection, states: States) -> list[tuple[int, list[Moving]]] | None:
-        """What moves where nothing but gradients differs from when it was remembered; else None."""
+        """Return what moves in this step, if only gradients differ from the step that was remembered; else None."""
         return None if self._moved is None else self._moved.again(asked, states)
 
     def parts(self, param: Tensor, tuner: Tuner) -> tuple[Part, ...]:

@@ -1,4 +1,4 @@
-"""What an optimizer knows of its parameters by identity: names, roles, pieces, and the modules that hold them."""
+"""Knowledge of an optimizer's parameters by identity: names, roles, pieces, and the modules that hold them."""
 
 from collections.abc import Collection, Sequence
 from copy import copy
@@ -15,7 +15,7 @@ from lightning_adapm.sharding.find import shape_of
 
 
 class Registry:
-    """What every parameter of an optimizer is, by identity. It is copied with the optimizer, and in no checkpoint."""
+    """Names, roles and pieces of an optimizer's parameters, by identity; copied with it, and in no checkpoint."""
 
     def __init__(self) -> None:
         self.names: dict[Tensor, str] = {}
@@ -79,7 +79,7 @@ class Registry:
 
 
 class Registered:
-    """What a registry knows, as attributes of its optimizer."""
+    """Attributes of an optimizer that its registry holds."""
 
     _registry: Registry
 

@@ -1,4 +1,4 @@
-"""What changes from step to step without a gradient's doing."""
+"""Numbers that change from step to step without a gradient's doing."""
 
 from typing import NamedTuple
 

@@ -23,7 +23,7 @@ from lightning_adapm.step.watching import Observer
 
 
 class Rule(Protocol):
-    """What an optimizer decides of a step."""
+    """Decisions of an optimizer about a step."""
 
     observer: Observer | None
     update_in_backward: bool

@@ -1,5 +1,5 @@
-"""Which steps are recorded and replayed: the host launches some hundred kernels in a step, which takes it longer than a
-GPU takes for a model of a hundred million parameters.
+"""Recording and replaying of steps: the host launches some hundred kernels in a step, which takes it longer than a GPU
+takes for a model of a hundred million parameters.
 """
 
 from collections import Counter
