@@ -21,7 +21,7 @@ def interpreted(monkeypatch):
     Of their arguments, all that options decide are floats: what is compiled for one cannot be launched with an int.
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("on a CUDA device tests/test_gpu.py runs the kernels themselves")
+        pytest.skip("on a CUDA device tests/gpu runs the kernels themselves")
     triton_kernels = importlib.import_module("lightning_adapm.step.triton_kernels")
     monkeypatch.setattr(kernels, "runs_on", lambda device: True)
     monkeypatch.setattr(kernels, "FACTOR", torch.float32)  # the interpreter cannot multiply bfloat16

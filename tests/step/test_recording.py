@@ -55,7 +55,7 @@ class Tape(TorchDispatchMode):
 def recorded(monkeypatch):
     """The graphs that steps are recorded as."""
     if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("on a CUDA device tests/test_gpu.py records CUDA graphs")
+        pytest.skip("on a CUDA device tests/gpu/test_recording.py records CUDA graphs")
     made, launch = [], kernels.launch
     monkeypatch.setattr(kernels, "runs_on", lambda device: True)
     monkeypatch.setattr(kernels, "FACTOR", torch.float32)  # the interpreter cannot multiply bfloat16

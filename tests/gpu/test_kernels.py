@@ -1,0 +1,76 @@
+"""Each kernel by itself: next to plain operations, or bit by bit next to the CPU."""
+
+import pytest
+import torch
+from on_gpu import NEEDED
+
+from lightning_adapm.moments import orthogonal as reference
+from lightning_adapm.step import kernels, nonfinite, orthogonal
+from lightning_adapm.step.rounding import StochasticRounding, Stream
+
+pytestmark = NEEDED
+
+
+@pytest.mark.parametrize("shape", [(3, 2048, 2048), (2, 512, 2048), (2, 2048, 512), (2, 1000, 777), (3, 100, 130)])
+def test_newton_schulz_by_symmetric_products(shape):
+    """In bfloat16, next to the plain form in float64; and one product of columns, with what is added."""
+    matrices = torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    matrices /= matrices.norm(dim=(-2, -1), keepdim=True)
+    found = orthogonal.iterated(matrices.bfloat16(), 5).double()
+    expected = reference._plain(matrices.double(), 5)
+    assert (found - expected).norm() < 0.05 * expected.norm()
+    given = matrices.bfloat16()
+    added = given.mT @ given
+    product = orthogonal.symmetric(given.mT, given.mT, added, alpha=0.5, beta=2.0).double()
+    expected = 0.5 * given.double().mT @ given.double() + 2 * added.double()
+    assert (product - expected).norm() < 5e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("m", "n", "r"), [(2048, 1024, 102), (512, 2048, 26), (1000, 777, 10)])
+def test_products_of_gradients(dtype, m, n, r):
+    """Every time: where a compiler lets a copy overtake the product that reads it, only some come out wrong."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    grads = [torch.randn(m, n, device="cuda", dtype=dtype, generator=generator) for _ in range(6)]
+    bases = torch.randn(6, r, n, device="cuda", generator=generator).to(torch.bfloat16)
+    expected = torch.stack([grad.float() @ basis.float().T for grad, basis in zip(grads, bases, strict=True)])
+    for _ in range(5):
+        product, reading = kernels.read(kernels.Matrices.of(grads), 6, kernels.Matrices.of([bases]), r, None)
+        assert (product[..., :r] - expected).norm() < 5e-3 * expected.norm()
+        torch.testing.assert_close(reading.squares, torch.stack([grad.float().square().sum(1) for grad in grads]))
+        assert not reading.flaws.any()
+        weights = product[..., :r].contiguous()
+        combined = kernels.combine(kernels.Matrices.of(grads), weights, reading.flaws)
+        summed = weights.mT @ torch.stack([grad.float() for grad in grads])
+        assert (combined - summed).norm() < 5e-3 * summed.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1000,), (300, 1000), (3, 100, 200)])
+def test_parameters_are_rounded_as_on_a_cpu(dtype, shape):
+    """Bit by bit: kernels draw the same numbers, and round subnormal and large values, infinities and NaN alike."""
+    generator = torch.Generator().manual_seed(0)
+    number = 2 * torch.Size(shape).numel()
+    values = torch.randn(number, generator=generator) * torch.logspace(-10, 5, number)
+    values[::50] = torch.tensor([float("inf"), float("nan"), 7e4, 3.4e38]).repeat(number)[: len(values[::50])]
+    values = list(values.view(2, *shape).unbind())
+    rounding = StochasticRounding((Stream(0x9E3779B9, 7, 0), Stream(3, 0x85A308D3, 2**32 - 11)), 12345)
+    expected = [torch.zeros(shape, dtype=dtype) for _ in values]
+    params = [param.cuda() for param in expected]
+    negative = [-value.cuda() for value in values]  # kernels hold addresses only
+    directions = kernels.Matrices.of(negative)
+    divisors = kernels.Divisors(torch.ones(len(directions.addresses), directions.shape[0], device="cuda"), 1.0, 0.0)
+    kernels.move(params, directions, None, None, None, divisors, 1.0, 1.0, 0.0, None, rounding)
+    rounding.write(expected, [value.clone() for value in values])
+    for param, other in zip(params, expected, strict=True):
+        torch.testing.assert_close(param.cpu(), other, rtol=0, atol=0, equal_nan=True)
+
+
+def test_gradients_of_any_shapes_are_found_to_be_finite_together():
+    """A sum of large finite numbers overflows; what a process holds of a gradient may be nothing."""
+    values = [[1.0, 2.0], [], [1.0, float("nan"), 2.0], [3e38, 3e38, 3e38], [-float("inf"), 1.0], [float("nan")] * 9999]
+    grads = [
+        torch.tensor(each, device="cuda", dtype=dtype) for dtype in (torch.float32, torch.bfloat16) for each in values
+    ]
+    assert nonfinite._each_finite(grads).tolist() == [True, True, False, True, False, False] * 2
+    assert nonfinite._each_finite(grads[1:2]).tolist() == [True]

@@ -1,0 +1,73 @@
+"""Steps that are replayed from CUDA graphs: bit by bit those that are launched."""
+
+import copy
+
+import pytest
+import torch
+from on_gpu import NEEDED, gradients, model, step_without_waiting
+
+from lightning_adapm import AdaPM
+from lightning_adapm.report.plan import cached_bytes
+from lightning_adapm.step.recorder import MOST_BYTES
+
+pytestmark = NEEDED
+
+
+def recorded_kinds(optimizer):
+    return len(optimizer._engine._recorder._recordings)
+
+
+def twins_trained(dtype, steps, before=lambda step, optimizers: None, **options):
+    """Weights and state with recorded steps and without, after each step, and the optimizer that records."""
+    nets = [model(dtype).cuda() for _ in range(2)]
+    optimizers = [AdaPM(net.named_parameters(), **{"rank": 3, "update_proj_gap": 4} | options) for net in nets]
+    optimizers[0].most_recorded_bytes, optimizers[1].most_recorded_bytes = MOST_BYTES, 0
+    elsewhere = []
+    for step in range(steps):
+        before(step, optimizers)
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            elsewhere.append([param.grad for param in net.parameters() if step % 3])  # the next lie in other memory
+            gradients(net, step)
+            if step % 7 == 5:
+                net["lm_head"].weight.grad[0, 0] = float("nan")
+            if step == 14:
+                net["embed"].weight.grad = None
+            step_without_waiting(optimizer, may_wait=step == 0)
+        for (name, p), q in zip(nets[0].named_parameters(), nets[1].parameters(), strict=True):
+            assert torch.equal(p, q), (step, name)
+            for key, value in optimizers[1].state[q].items():
+                assert torch.equal(torch.as_tensor(optimizers[0].state[p][key]), torch.as_tensor(value)), (step, key)
+    assert optimizers[0].nonfinite_gradients() == optimizers[1].nonfinite_gradients()
+    return optimizers[0]
+
+
+@pytest.mark.parametrize("second_moment", ["elementwise", "block", "factored"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recorded_steps_are_those_that_are_launched(second_moment, dtype):
+    """Bit by bit and without waiting, with another learning rate in every step and gradients in other places."""
+    kinds = []
+
+    def before(step, optimizers):
+        kinds.append(recorded_kinds(optimizers[0]))
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step)
+
+    optimizer = twins_trained(dtype, 28, before, second_moment=second_moment)
+    assert max(kinds[:14]) == 3 and recorded_kinds(optimizer) > 0  # ordinary steps, and refreshes of either phase
+    assert {row.launches for row in optimizer.step_paths()} == {"replayed"}
+    assert 0 < optimizer.cached_bytes() <= cached_bytes(optimizer)
+
+
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])
+def test_recorded_steps_with_smaller_state(state_dtype):
+    assert recorded_kinds(twins_trained(torch.float32, 12, state_dtype=state_dtype, second_moment="block")) == 3
+
+
+def test_recorded_steps_after_loading_a_state():
+    def before(step, optimizers):
+        if step == 9:
+            for optimizer in optimizers:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+                assert recorded_kinds(optimizer) == 0
+
+    assert recorded_kinds(twins_trained(torch.float32, 14, before, second_moment="block")) > 0
