@@ -24,7 +24,7 @@ def move(batch: Batch, group: Mapping[str, Any], damping: float) -> None:
     first, second, decay = parts[0].first, parts[0].second, parts[0].decay
     lr, clip = float(group["lr"]), group["clip_threshold"]
     direction = first.direction(grads, parts, step).multiplied()
-    roots, correction, eps, _ = second.denominators(grads, parts, step).multiplied()
+    roots, correction, eps, *_ = second.denominators(grads, parts, step).multiplied()
     for param, used, rest, root in zip(params, direction.tensors, outside(grads, parts, first), roots, strict=True):
         divisor = torch.addcmul((root / correction).square(), rest, rest, value=damping).sqrt_().add_(eps)
         update = used / divisor

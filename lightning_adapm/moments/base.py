@@ -221,6 +221,8 @@ class Denominators(NamedTuple):
     eps: float
     columns: list[Tensor] | None = None
     """Factors ``(1, n)`` of roots ``(m, 1)``, which are multiplied late, so that parts of them can be."""
+    squared: bool = False
+    """The roots are still to be taken, which a kernel does itself."""
 
     def some(self, first: int, last: int) -> "Denominators":
         """Select those of the tensors ``first`` to ``last``."""
@@ -237,6 +239,14 @@ class Denominators(NamedTuple):
         if self.columns is None:
             return self
         return self._replace(roots=list(torch._foreach_mul(self.roots, self.columns)), columns=None)
+
+    def rows(self, index: int, which: int, span: slice) -> Tensor:
+        """Compute the denominators of some rows of one of the matrices that the gradient with this ``index`` stacks."""
+        root = _matrix_of(self.roots[index], which)
+        root = root[span] if len(root) > 1 else root
+        root = root.sqrt() if self.squared else root
+        root = root if self.columns is None else root * _matrix_of(self.columns[index], which)
+        return root / self.correction + self.eps
 
     def settle(self, as_adamw: bool) -> tuple[list[Tensor], float]:
         """Divisors, and a factor for the quotients; overwrites the roots.
@@ -255,6 +265,13 @@ class Denominators(NamedTuple):
 def _rows_of(tensor: Tensor, first: int, last: int, like: Tensor) -> Tensor:
     each = tensor.dim() == like.dim() and len(tensor) == len(like)
     return tensor[first:last] if each else tensor.clone()
+
+
+def _matrix_of(tensor: Tensor, which: int) -> Tensor:
+    """One of the matrices that a tensor stacks, or its only one; a vector is a row."""
+    if tensor.dim() == 3:
+        return tensor[which if len(tensor) > 1 else 0]
+    return tensor if tensor.dim() == 2 else tensor.reshape(1, -1)
 
 
 class SecondMoment(Moment):

@@ -12,7 +12,7 @@ from lightning_adapm.moments.base import Momentum, SecondMoment
 from lightning_adapm.optim import groups, in_backward, options
 from lightning_adapm.optim.in_backward import Selection
 from lightning_adapm.optim.part_table import PartTable
-from lightning_adapm.optim.registry import Registered, Registry
+from lightning_adapm.optim.registry import Registry
 from lightning_adapm.roles.assign import assign_roles
 from lightning_adapm.roles.context import Named
 from lightning_adapm.roles.inputs import read_groups
@@ -32,7 +32,7 @@ from lightning_adapm.step.watching import Observer
 _NO_GRADIENT = "{}.step() found no gradient on any of its parameters, so nothing is trained"
 
 
-class RoleOptimizer(Registered, Checkpointed):
+class RoleOptimizer(Checkpointed):
     """An optimizer that treats every parameter by its role in the transformer.
 
     It finds names and roles, cuts fused weights into pieces, and takes pieces of one shape through a step together.
@@ -61,8 +61,18 @@ class RoleOptimizer(Registered, Checkpointed):
         TypeError: Parameters lack names and roles, or are complex.
     """
 
+    names: dict[Tensor, str]
+    """Name of each parameter."""
+    roles: dict[Tensor, str]
+    """Role of each parameter."""
+    pieces: dict[Tensor, tuple[Piece, ...]]
+    """Pieces of each parameter, each with one role."""
+    reasons: dict[Tensor, str]
+    """Rule that decided the role of each parameter."""
+    blocks: dict[Tensor, str | None]
+    """Name of the transformer block around each parameter; None outside."""
     observer: Observer | None = None
-
+    """Monitor of the steps."""
     most_recorded_bytes = MOST_BYTES
     """On a GPU, steps whose temporaries take no more are recorded and replayed as CUDA graphs, which keep that memory;
     0 for none.
@@ -92,7 +102,9 @@ class RoleOptimizer(Registered, Checkpointed):
         self.update_in_backward = update_in_backward
         self.gradient_norm: Tensor | None = None
         """Norm of the last step's gradients, where it updated in backward and left none to measure."""
-        self._registry = Registry()
+        self._registry = known = Registry()
+        self.names, self.roles, self.pieces = known.names, known.roles, known.pieces
+        self.reasons, self.blocks = known.reasons, known.blocks
         self._table = PartTable(self._registry)
         self._engine = Engine()
         self._rates: dict[int, float] = {}

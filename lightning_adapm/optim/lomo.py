@@ -194,7 +194,7 @@ class AdaLomo(RoleOptimizer):
     def move(self, batch: Batch, group: Mapping[str, Any]) -> None:
         along = Direction(batch.grads, 1.0, scratch=False, clamp=None)
         stacks = batch.grads[0].dim() > 2  # of which a tile has whole matrices
-        for _, tiles in groupby(by_torch.tiles(batch, along), lambda tile: (tile.span.first, stacks and tile.first)):
+        for _, tiles in groupby(by_torch.tiles(batch, along), lambda tile: (tile.place[0], stacks and tile.first)):
             _move(list(tiles), batch, group)
 
 
@@ -205,7 +205,7 @@ def _move(tiles: Sequence[Tile], batch: Batch, group: Mapping[str, Any]) -> None
     kept = [_updates(tiles[0])] if len(tiles) == 1 else []
     lengths = _sums_of_squares((kept or [_updates(tile)])[0] for tile in tiles)
     sizes = _sums_of_squares(_matrices(tile) for tile in tiles)
-    first, last, _ = tiles[0].span
+    first, last, _ = tiles[0].place
     lengths, sizes = (_root_means(sums, batch.grads[first:last], batch.reduction) for sums in (lengths, sizes))
     rates = [lr * size.clamp_min(SMALLEST) for size in sizes]
     for tile in tiles:

@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Collection, Mapping, Sequence
 from operator import is_
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +13,9 @@ from lightning_adapm.optim.in_backward import Selection
 from lightning_adapm.optim.registry import Registry
 from lightning_adapm.roles.live import find_roots
 from lightning_adapm.sharding.find import has_values
+from lightning_adapm.step.engine import Rule
 from lightning_adapm.step.moving import Moving
-from lightning_adapm.step.parts import Alike, Chooser, Part, parts_of
-
-
-class Tuner(Chooser, Protocol):
-    """Optimizer whose parameter groups decide the moments of parts."""
-
-    param_groups: list[dict[str, Any]]
-    defaults: dict[str, Any]
-
-    @property
-    def state(self) -> Mapping[Tensor, Any]: ...
-
+from lightning_adapm.step.parts import Alike, Part, parts_of
 
 States = Mapping[Tensor, dict[str, Any]]
 """States of parameters."""
@@ -80,6 +70,12 @@ def _are(these: Collection[Any], those: Collection[Any]) -> bool:
     return len(these) == len(those) and all(map(is_, these, those))
 
 
+def tune(part: Part, rule: Rule, group: Mapping[str, Any]) -> Part:
+    """Give a part the moments and the weight decay that the options of a parameter group mean."""
+    first = rule.momentum_for(part.piece, part.shape, group)
+    return part.tune(first, rule.second_moment_for(part.piece, part.shape, group), group)
+
+
 class PartTable:
     """The parts of every parameter as groups list them now; built anew when lists of parameters change.
 
@@ -123,7 +119,7 @@ class PartTable:
         """Return what moves in this step, if only gradients differ from the step that was remembered; else None."""
         return None if self._moved is None else self._moved.again(asked, states)
 
-    def parts(self, param: Tensor, tuner: Tuner) -> tuple[Part, ...]:
+    def parts(self, param: Tensor, rule: Rule) -> tuple[Part, ...]:
         """Parts of a parameter, with their moments."""
         form = param.shape, param.dtype, param.device
         known = self._parts.get(param)
@@ -131,26 +127,26 @@ class PartTable:
         if known is None or known[0] != form:
             registry, index = self._registry, self._groups[param]
             registry.built[param].check_shape(param)
-            registry.built[param].check(param, tuner.param_groups[index], tuner.state.get(param, {}))
+            registry.built[param].check(param, rule.param_groups[index], rule.state.get(param, {}))
             parts = parts_of(registry.numbers[param], registry.names[param], param, registry.pieces[param])
             for part in parts:
-                self._tune(part, tuner, index)
+                self._tune(part, rule, index)
             known = self._parts[param] = form, parts
         return known[1]
 
-    def retune(self, index: int, tuner: Tuner) -> None:
+    def retune(self, index: int, rule: Rule) -> None:
         """Let parts follow the options of their group, the one with this ``index``, where these have changed."""
-        group = tuner.param_groups[index]
-        settings = settings_of(group, (key for key in tuner.defaults if key != "lr"))
+        group = rule.param_groups[index]
+        settings = settings_of(group, (key for key in rule.defaults if key != "lr"))
         if settings != self._settings.get(index):
             self._settings[index] = settings
             for param in group["params"]:
-                self._registry.built[param].check(param, group, tuner.state.get(param, {}))
+                self._registry.built[param].check(param, group, rule.state.get(param, {}))
                 for part in self._parts[param][1] if param in self._parts else ():
-                    self._tune(part, tuner, index)
+                    self._tune(part, rule, index)
 
-    def _tune(self, part: Part, tuner: Tuner, index: int) -> None:
-        part.tune(tuner, tuner.param_groups[index])
+    def _tune(self, part: Part, rule: Rule, index: int) -> None:
+        tune(part, rule, rule.param_groups[index])
         processes = None if part.shard is None else part.shard.layout.group
         common = part.first, part.second, part.decay, part.shape, part.param.dtype, part.param.device, processes
         part.alike = self.alike.setdefault(common, Alike())

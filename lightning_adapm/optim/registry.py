@@ -15,16 +15,17 @@ from lightning_adapm.sharding.find import shape_of
 
 
 class Registry:
-    """Names, roles and pieces of an optimizer's parameters, by identity; copied with it, and in no checkpoint."""
+    """Names, roles and pieces of an optimizer's parameters, by identity; copied with it, and in no checkpoint.
+
+    The optimizer has the same dictionaries as attributes; see :class:`lightning_adapm.optim.base.RoleOptimizer`.
+    """
 
     def __init__(self) -> None:
         self.names: dict[Tensor, str] = {}
         self.roles: dict[Tensor, str] = {}
         self.pieces: dict[Tensor, tuple[Piece, ...]] = {}
         self.reasons: dict[Tensor, str] = {}
-        """Rules that decided the roles."""
         self.blocks: dict[Tensor, str | None] = {}
-        """Names of the transformer blocks around the parameters; None outside."""
         self.numbers: dict[Tensor, int] = {}
         """Numbers of the parameters in the order of their coming: the same on every process."""
         self.built: dict[Tensor, Built] = {}
@@ -76,34 +77,3 @@ class Registry:
         if self._places is None:
             self._places = [Places(find_roots(held), held, complete=False)]
         self._places = [places.check(held, optimizer) for places in self._places]
-
-
-class Registered:
-    """Attributes of an optimizer that its registry holds."""
-
-    _registry: Registry
-
-    @property
-    def names(self) -> dict[Tensor, str]:
-        """Name of each parameter."""
-        return self._registry.names
-
-    @property
-    def roles(self) -> dict[Tensor, str]:
-        """Role of each parameter."""
-        return self._registry.roles
-
-    @property
-    def pieces(self) -> dict[Tensor, tuple[Piece, ...]]:
-        """Pieces of each parameter, each with one role."""
-        return self._registry.pieces
-
-    @property
-    def reasons(self) -> dict[Tensor, str]:
-        """Rule that decided the role of each parameter."""
-        return self._registry.reasons
-
-    @property
-    def blocks(self) -> dict[Tensor, str | None]:
-        """Name of the transformer block around each parameter; None outside."""
-        return self._registry.blocks

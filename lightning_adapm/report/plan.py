@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_adapm.optim import RoleOptimizer
+from lightning_adapm.optim.part_table import tune
 from lightning_adapm.roles.piece import Piece
 from lightning_adapm.sharding.find import local, shape_of
 from lightning_adapm.step.kernels import runs_on
@@ -164,7 +165,7 @@ def _plan_one(optimizer: RoleOptimizer, group: Mapping[str, Any], parts: Iterabl
     """The rows of one parameter, with the moments that the options of ``group`` mean."""
     rows = []
     counters = StateBytes(other=new_state((), torch.device("cpu"))["step"].element_size())  # in the first row
-    for part in (copy(part).tune(optimizer, group) for part in parts):
+    for part in (tune(copy(part), optimizer, group) for part in parts):
         adamw = adamw_bytes([torch.Size((part.held_numel,))])
         first, second = part.moments_made(torch.device("meta"))
         own = StateBytes(_size(first.values()), _size(second.values()))

@@ -1,6 +1,6 @@
 """Parts that go through a step together: buckets of parts that are alike, and batches of a bounded size."""
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from lightning_adapm.moments.second import (
     NoSecondMoment,
 )
 from lightning_adapm.moments.storage import EXACT
-from lightning_adapm.sharding.reduction import Reduction
+from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
 from lightning_adapm.step.parts import Part, reduction_of
 from lightning_adapm.step.paths import Path, unknown_moments
 
@@ -28,40 +28,45 @@ _WHOLE_NUMEL = {"cpu": 1 << 16, "cuda": 1 << 27}
 _IN_TILES = (NoSecondMoment, ElementwiseSecondMoment, BlockSecondMoment, FactoredSecondMoment)
 
 
-class Bucket(NamedTuple):
-    """Parts that go through a step together, as the moments of the first of them say."""
-
-    parts: list[Part]
-    grads: list[Tensor]
-    """Gradients as matrices; for shards, all that this process holds of the parameter's gradient."""
-    step: int
-
-
 class Batch(NamedTuple):
-    """Some parts of a bucket, as much as is worked on at a time."""
+    """Parts that go through a step together, as the moments of the first of them say.
+
+    As buckets, they are all that are alike. These are cut into batches, which are worked on one at a time.
+    """
 
     parts: list[Part]
     params: list[Tensor]
-    """Tensors that move: views of the parameters, or copies of the rows of a shard."""
+    """Tensors that move: views of the parameters. Of shards, buckets have all that this process holds of the
+    parameters, and batches the rows, which may be copies."""
     grads: list[Tensor]
+    """Gradients as matrices; of shards as ``params``."""
     step: int
     path: Path
     reduction: Reduction
     """Completes sums over rows that other processes hold."""
 
 
-def bucketed(moving: Iterable[tuple[Tensor, Iterable[Part], int]]) -> Iterable[Bucket]:
-    """Sort the parts of parameters, each with a gradient and the number of its step, into buckets."""
-    buckets: dict[Hashable, Bucket] = {}
+def bucketed(
+    moving: Iterable[tuple[Tensor, Iterable[Part], int]],
+    path_of: Callable[[Sequence[Part], Sequence[Tensor]], Path],
+) -> list[Batch]:
+    """Sort the parts of parameters, each with a gradient and the number of its step, into buckets.
+
+    ``path_of`` decides the path of a bucket, given its parts and their gradients.
+    """
+    buckets: dict[Hashable, tuple[list[Part], list[Tensor], int]] = {}
     for grad, parts, step in moving:
         for part in parts:
             key = part.alike, step, part.first.due(step), part.get("seeded")
             bucket = buckets.get(key)
             if bucket is None:
-                bucket = buckets[key] = Bucket([], [], step)
-            bucket.parts.append(part)
-            bucket.grads.append(grad if part.shard is not None else part.piece.matrix(grad))
-    return buckets.values()
+                bucket = buckets[key] = [], [], step
+            bucket[0].append(part)
+            bucket[1].append(grad if part.shard is not None else part.piece.matrix(grad))
+    return [
+        Batch(parts, [part.view for part in parts], grads, step, path_of(parts, grads), ONE_PROCESS)
+        for parts, grads, step in buckets.values()
+    ]
 
 
 def most_together(numel: int, device: str, uncopied: bool, due: bool, whole: bool) -> int:
@@ -76,13 +81,13 @@ def most_together(numel: int, device: str, uncopied: bool, due: bool, whole: boo
     return max(1, limits.get(device, limits["cuda"]) // max(1, numel))
 
 
-def batches(bucket: Bucket, path: Path) -> Iterator[Batch]:
+def batches(bucket: Batch) -> Iterator[Batch]:
     """A bucket in batches of a bounded size, the same on every process that holds a part of them.
 
     Shards are taken out of the parameters, which may copy them: :func:`put_back` returns what has moved.
     """
     part, grad = bucket.parts[0], bucket.grads[0]
-    shard = part.shard
+    shard, path = part.shard, bucket.path
     numel = grad.numel() if shard is None else shard.most * shard.layout.shape[1:].numel()
     uncopied = shard is None and (path.kernels or _one_by_one(part, grad))
     whole = part.second.whole_matrices and (path.kernels or shard is not None)  # the same on every process
@@ -90,8 +95,8 @@ def batches(bucket: Bucket, path: Path) -> Iterator[Batch]:
     if shard is not None and part.second.whole_matrices:
         size = max(size, len(shard.layout.spans))  # every process has a matrix to work on
     for start in range(0, len(bucket.parts), size):
-        parts, grads = bucket.parts[start : start + size], bucket.grads[start : start + size]
-        params = [part.view for part in parts]
+        some = slice(start, start + size)
+        parts, params, grads = bucket.parts[some], bucket.params[some], bucket.grads[some]
         if shard is not None:
             params = [part.rows(param) for part, param in zip(parts, params, strict=True)]
             grads = [part.matrix(grad) for part, grad in zip(parts, grads, strict=True)]

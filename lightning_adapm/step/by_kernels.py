@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_adapm.moments import lowrank
-from lightning_adapm.moments.base import Direction, Momentum, Stack, State, join, split
+from lightning_adapm.moments.base import Denominators, Direction, Momentum, Stack, State, join, split
 from lightning_adapm.moments.first import FullMomentum, LowRankMomentum, NoMomentum
 from lightning_adapm.moments.orthogonal import Orthogonal
 from lightning_adapm.moments.quantized import CODES, SCALE, EightBits
@@ -344,7 +344,7 @@ def move(
     elif isinstance(second, NoSecondMoment):
         divisors = _ones(Matrices.of(used))
     else:
-        roots, correction, eps, columns = second.denominators(batch.grads, parts, number, batch.reduction)
+        roots, correction, eps, columns, _ = second.denominators(batch.grads, parts, number, batch.reduction)
         if columns is None:
             roots = [
                 (root if root.dim() else root.expand(*grad.shape[:-2], 1, 1)).contiguous()
@@ -407,8 +407,9 @@ def _move(
     watching.see_updates(observer, parts, momentum, direction, _seen(divisors, len(parts)), clip, flaws=flaws)
 
 
-def _seen(divisors: Divisors, parts: int) -> watching.Divisors:
+def _seen(divisors: Divisors, parts: int) -> Denominators:
     """Denominators of kernels as tensors by part."""
     roots, correction, eps, beta2, columns = divisors
     by_part = roots.tensors if isinstance(roots, Matrices) else roots.view(parts, -1, roots.shape[-1], 1).unbind()
-    return watching.Divisors(by_part, correction, eps, beta2 is not None, columns)
+    by_column = None if columns is None else list(columns.view(parts, -1, 1, columns.shape[-1]).unbind())
+    return Denominators(list(by_part), correction, eps, by_column, squared=beta2 is not None)

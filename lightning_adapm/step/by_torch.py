@@ -15,6 +15,9 @@ from lightning_adapm.step.parts import Part
 from lightning_adapm.step.rounding import StochasticRounding, widened
 from lightning_adapm.step.watching import Observer
 
+Place = tuple[int, int, tuple[int, int] | None]
+"""First part of a batch and the one after the last; of a single part perhaps first row and the one after the last."""
+
 
 class Tile(NamedTuple):
     """Some parts of a batch, or some rows of one, with their parameters, directions and denominators."""
@@ -23,25 +26,13 @@ class Tile(NamedTuple):
     params: list[Tensor]
     direction: Direction
     denominators: Denominators
-    span: "Span"
+    place: Place
 
     @property
     def first(self) -> int:
         """The first row."""
-        return self.span.rows[0] if self.span.rows else 0
-
-
-class Span(NamedTuple):
-    """Parts ``first`` to ``last`` of a batch, of a single one perhaps only some rows."""
-
-    first: int
-    last: int
-    rows: tuple[int, int] | None = None
-
-    def of(self, direction: Direction) -> Direction:
-        """Select the span of a direction of the batch."""
-        some = direction.some(self.first, self.last)
-        return some if self.rows is None else some.part(*self.rows)
+        _, _, rows = self.place
+        return rows[0] if rows else 0
 
 
 def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> None:
@@ -60,8 +51,9 @@ def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> N
         divisors, scale = tile.denominators.settle(as_adamw=direction.clamp is None)
         used = tile.direction._replace(scale=tile.direction.scale * scale)
         if observer is not None:
-            seen = tile.direction if momentum is direction else tile.span.of(momentum)
-            watching.see_updates(observer, tile.parts, seen, used, watching.Divisors(divisors), clip, tile.first)
+            seen = tile.direction if momentum is direction else _cut(momentum, tile.place)
+            settled = Denominators(divisors, 1.0, 0.0)
+            watching.see_updates(observer, tile.parts, seen, used, settled, clip, tile.first)
         rounding = StochasticRounding.of(tile.parts, batch.step, group)
         moved = tile.params if rounding is None else widened(tile.params)
         _apply(moved, used, divisors, lr, part.decay, clip)
@@ -75,8 +67,8 @@ def tiles(batch: Batch, direction: Direction) -> Iterator[Tile]:
     second = parts[0].second
     in_tiles = second.elementwise and all(entry.storage.plain for entry in second.entries(parts[0].shape).values())
     known = None if in_tiles else second.denominators(grads, parts, step, reduction)
-    for span in _spans_of(params, grads):
-        first, last, rows = span
+    for place in _places(params, grads):
+        first, last, rows = place
         states: Sequence[State] = parts[first:last]
         some, held = grads[first:last], params[first:last]
         if rows is not None:
@@ -87,20 +79,27 @@ def tiles(batch: Batch, direction: Direction) -> Iterator[Tile]:
         else:
             denominators = known.some(first, last)
             denominators = denominators if rows is None else denominators.part(*rows, grads[first])
-        yield Tile(parts[first:last], held, span.of(direction), denominators, span)
+        yield Tile(parts[first:last], held, _cut(direction, place), denominators, place)
 
 
-def _spans_of(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Iterator[Span]:
-    """Spans of the size of tiles, or with parts that share kernels."""
+def _cut(direction: Direction, place: Place) -> Direction:
+    """Select what a tile at ``place`` has of a direction of the batch."""
+    first, last, rows = place
+    some = direction.some(first, last)
+    return some if rows is None else some.part(*rows)
+
+
+def _places(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Iterator[Place]:
+    """Places of tiles of a bounded size, or of parts that share kernels."""
     count = max(1, tile_numel(grads[0]) // max(1, grads[0].numel())) if isinstance(grads, Gradients) else len(grads)
     for first in range(0, len(grads), count):
         last = min(first + count, len(grads))
         grad, param = grads[first], params[first]
         # rows that the parameter has elsewhere, as interleaved heads, are not cut
         if last - first > 1 or grad.numel() <= tile_numel(grad) or len(param) != len(grad):
-            yield Span(first, last)
+            yield first, last, None
         else:
-            yield from (Span(first, last, rows) for rows in spans(grad))
+            yield from ((first, last, rows) for rows in spans(grad))
 
 
 class _Rows:

@@ -3,15 +3,18 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import chain
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from lightning_adapm.moments.base import Momentum, SecondMoment
 from lightning_adapm.moments.cache import DeviceCache
+from lightning_adapm.roles.piece import Piece
 from lightning_adapm.step import by_kernels
-from lightning_adapm.step.batching import Batch, Bucket, batches, bucketed, put_back
+from lightning_adapm.step.batching import Batch, batches, bucketed, put_back
 from lightning_adapm.step.counters import StepCounters
 from lightning_adapm.step.moving import Moving
 from lightning_adapm.step.nonfinite import NonFiniteGradients
@@ -23,11 +26,20 @@ from lightning_adapm.step.watching import Observer
 
 
 class Rule(Protocol):
-    """Decisions of an optimizer about a step."""
+    """Decisions of an optimizer about its parts and their steps."""
 
+    param_groups: list[dict[str, Any]]
+    defaults: dict[str, Any]
     observer: Observer | None
     update_in_backward: bool
     most_recorded_bytes: int
+
+    @property
+    def state(self) -> Mapping[Tensor, Any]: ...
+
+    def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum: ...
+
+    def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment: ...
 
     def path_for(self, parts: Sequence[Part], grads: Sequence[Tensor], group: Mapping[str, Any]) -> Path: ...
 
@@ -84,32 +96,31 @@ class Engine:
 
     def _launched(self, works: Sequence[Work], rule: Rule, limit: int) -> Sequence[Flawed]:
         """Take a step launch by launch, and return what was not finite of the gradients that kernels have read."""
-        planned: list[tuple[Mapping[str, Any], list[tuple[Bucket, Path]]]] = []
+        planned: list[tuple[Mapping[str, Any], list[Batch]]] = []
         bound = [part for work in works for each in work.moving for part in each.bind().parts]
         try:
             for group, moving, counts in works:
-                buckets = bucketed((each.grad, each.parts, step) for each, step in zip(moving, counts, strict=True))
-                paths = ((bucket, rule.path_for(bucket.parts, bucket.grads, group)) for bucket in buckets)
-                planned.append((group, list(paths)))
-            every = [each for _, buckets in planned for each in buckets]
-            self.nonfinite.agree(pair for bucket, _ in every for pair in zip(bucket.parts, bucket.grads, strict=True))
+                counted = [(each.grad, each.parts, step) for each, step in zip(moving, counts, strict=True)]
+                planned.append((group, bucketed(counted, partial(rule.path_for, group=group))))
+            every = [bucket for _, buckets in planned for bucket in buckets]
+            self.nonfinite.agree(pair for bucket in every for pair in zip(bucket.parts, bucket.grads, strict=True))
 
             def launch(clocks: Clocks | None) -> list[Flawed]:
                 return [found for group, buckets in planned for found in self._moved(buckets, group, rule, clocks)]
 
-            return self._recorder.run(works, [path for _, path in every], launch, self._cache, limit)
+            return self._recorder.run(works, [bucket.path for bucket in every], launch, self._cache, limit)
         finally:
             for part in bound:
                 part.release()
 
     def _moved(
-        self, buckets: Iterable[tuple[Bucket, Path]], group: Mapping[str, Any], rule: Rule, clocks: Clocks | None
+        self, buckets: Iterable[Batch], group: Mapping[str, Any], rule: Rule, clocks: Clocks | None
     ) -> list[Flawed]:
         ready: list[Batch] = []
         found: list[Flawed] = []
-        for bucket, path in buckets:
-            for batch in batches(bucket, path):
-                if path.kernels:
+        for bucket in buckets:
+            for batch in batches(bucket):
+                if batch.path.kernels:
                     grads = by_kernels.DeviceGradients(batch.grads, self.nonfinite.agreed_on(batch.parts))
                     if clocks is not None:
                         grads.clock = clocks(batch, group["lr"])

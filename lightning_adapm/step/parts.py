@@ -1,7 +1,7 @@
 """One object per piece of a parameter: what it is, where it lies, what is remembered of it."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,14 +13,6 @@ from lightning_adapm.sharding.find import layout_of
 from lightning_adapm.sharding.layout import Layout
 from lightning_adapm.sharding.reduction import ONE_PROCESS, ProcessReduction, Reduction
 from lightning_adapm.sharding.rows import RowShard, column_range
-
-
-class Chooser(Protocol):
-    """Optimizer that chooses the moments of a piece."""
-
-    def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum: ...
-
-    def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment: ...
 
 
 class Alike:
@@ -89,10 +81,9 @@ class Part:
         if layout is not None and len(layout.spans) > 1 and len(self.shape) != 3:
             self.shard = RowShard(layout, piece.start, piece.stop, piece.groups, piece.transposed)
 
-    def tune(self, chooser: Chooser, group: Mapping[str, Any]) -> "Part":
-        """Give the part the moments and the weight decay that the options of a parameter group mean."""
-        self.first = chooser.momentum_for(self.piece, self.shape, group)
-        self.second = chooser.second_moment_for(self.piece, self.shape, group)
+    def tune(self, first: Momentum, second: SecondMoment, group: Mapping[str, Any]) -> "Part":
+        """Give the part its moments, and what other options of its parameter group mean."""
+        self.first, self.second = first, second
         self.decay = 0.0 if self.piece.role in group["no_decay"] else float(group["weight_decay"])
         self.kept = None
         if self.shard is not None and shares_basis(self.shard.layout, group.get("basis", "auto")):

@@ -1,12 +1,12 @@
 """View of a step for an observer: in tiles of a bounded size, computed next to the step, which stays as it is."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_adapm.moments.base import Direction
+from lightning_adapm.moments.base import Denominators, Direction
 from lightning_adapm.moments.tiles import spans
 from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.parts import Part
@@ -61,35 +61,12 @@ def see_gradients(observer: Observer, batch: Batch, flaws: Tensor | None = None)
         observer.see_gradient(part, Tiles(grad, part.exact, None if flaws is None else flaws[index]))
 
 
-class Divisors(NamedTuple):
-    """Divisors of updates: ``roots / correction + eps``, each of which broadcasts against a direction."""
-
-    roots: Sequence[Tensor]
-    correction: float = 1.0
-    eps: float = 0.0
-    squared: bool = False
-    """The roots are still to be taken."""
-    columns: Tensor | None = None
-    """Factors ``(b, n)`` of the roots."""
-
-    def rows(self, index: int, which: int, place: int, span: slice) -> Tensor:
-        """Divisors of some rows of a matrix of the part with this ``index``, the ``place``-th of all matrices."""
-        root = self.roots[index]
-        if root.dim() == 3:
-            root = root[which if len(root) > 1 else 0]
-        root = root if root.dim() == 2 else root.reshape(1, -1)
-        root = root[span] if len(root) > 1 else root
-        root = root.sqrt() if self.squared else root
-        root = root if self.columns is None else root * self.columns[place]
-        return root / self.correction + self.eps
-
-
 def see_updates(
     observer: Observer,
     parts: Sequence[Part],
     momentum: Direction,
     used: Direction,
-    divisors: Divisors,
+    denominators: Denominators,
     clip: float | None,
     first: int = 0,
     flaws: Tensor | None = None,
@@ -101,7 +78,7 @@ def see_updates(
         parts: The parts.
         momentum: Their directions before the second moment has changed them.
         used: Their directions.
-        divisors: What these are divided by.
+        denominators: What these are divided by.
         clip: Bound on the entries of updates.
         first: First row in what this process holds, where the tensors are some rows of a single part.
         flaws: Not 0 where a part's directions count as zero, ``(parts,)``.
@@ -116,7 +93,7 @@ def see_updates(
             direction = rows
             if not same:
                 direction = _multiplied(before[which, span].to(part.exact), momentum, flaw, place + which, span)
-            update = (rows / divisors.rows(index, which, place + which, span)).mul_(used.scale)
+            update = (rows / denominators.rows(index, which, span)).mul_(used.scale)
             direction = direction * momentum.scale
             if part.shard is not None:
                 direction, update = (part.shard.held_only(each, first + start) for each in (direction, update))
