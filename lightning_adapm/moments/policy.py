@@ -32,6 +32,7 @@ DEFAULT_STATE_DTYPE: Mapping[str, str] = {"low_rank": "bfloat16"}
 """Twice the paper's rank in half the bytes. Full momentum stays exact."""
 PRESETS = {"paper": PAPER_MOMENTUM}
 """Named tables, which do not change with the default."""
+_NO_MOMENTUM = f"momentum must be one of {', '.join(map(repr, (*POLICIES, *PRESETS)))}, or policies by role, but got "
 _PHASES = 2
 """Phases of the refreshes, by the number of the transformer block. Several phases spread the cost over steps; few
 phases share kernels."""
@@ -49,7 +50,7 @@ def momentum_table(overrides: Mapping[str, str] | str | None, unmatched: str) ->
     elif isinstance(overrides, Mapping | None):
         table = dict(DEFAULT_MOMENTUM)
     else:
-        raise ValueError(f"momentum must be a policy or {{role: policy}}, but got {overrides!r}")
+        raise ValueError(f"{_NO_MOMENTUM}{overrides!r}; the decay of an average is another option, betas or mu")
     if unmatched != "error":
         table.setdefault(UNMATCHED, unmatched)
     for role, policy in (overrides or {}).items():
@@ -66,8 +67,7 @@ def _named_table(name: str) -> dict[str, str]:
     if name in PRESETS:
         return dict(PRESETS[name])
     if name not in POLICIES:
-        known = ", ".join(map(repr, (*POLICIES, *PRESETS)))
-        raise ValueError(f"momentum must be one of {known}, or policies by role, but got {name!r}")
+        raise ValueError(f"{_NO_MOMENTUM}{name!r}")
     return dict.fromkeys((*ROLES, UNMATCHED), name)
 
 

@@ -93,6 +93,7 @@ class RoleOptimizer(Checkpointed):
     ) -> None:
         groups.check_left_over(type(self), left_over or {})
         options.check_roles(roles, unmatched)
+        options.check_option({"update_in_backward": update_in_backward}, "update_in_backward", *options.SWITCH)
         defaults = {"rounding": "stochastic", **defaults}
         defaults = options.plain(defaults, defaults, unmatched) | {"format_version": FORMAT_VERSION}
         self.check_options(defaults)

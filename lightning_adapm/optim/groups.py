@@ -10,6 +10,8 @@ from lightning_adapm.optim import options
 
 _LEFT_OVER = ("amsgrad", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay")
 """Keywords of ``torch.optim.AdamW`` without a meaning here."""
+_OF_ALL = ("roles", "unmatched", "update_in_backward")
+"""Options that are no group's. ``roles`` in a group of another optimizer of the package are a list."""
 _CHANGE_RESULTS = ("amsgrad", "differentiable")
 """Keywords of ``torch.optim.AdamW`` that change the result of a step."""
 
@@ -21,8 +23,12 @@ def fill(group: Mapping[str, Any], defaults: Mapping[str, Any], unmatched: str) 
         ValueError: An option of another optimizer that would change the result, or has another meaning here.
     """
     _refuse_counterparts("AdaPM", group)
-    if "momentum" in group and "momentum" in defaults and not isinstance(group["momentum"], (str, Mapping)):
-        raise ValueError(f"momentum must be a policy, or policies by role, but got {group['momentum']!r}")
+    for key in _OF_ALL:
+        if key in group and (key != "roles" or isinstance(group[key], Mapping)):
+            raise ValueError(
+                f"{key}={group[key]!r} in a parameter group: {key} is an option of all groups; pass it to the"
+                " optimizer, or write the group's role"
+            )
     filled = {key: list(value) if isinstance(value, list) else value for key, value in defaults.items()}
     return filled | options.plain(group, defaults, unmatched)
 

@@ -2,15 +2,16 @@
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Number
+from numbers import Integral, Number
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_adapm.moments.policy import SECOND_MOMENTS, momentum_table
-from lightning_adapm.roles.assign import check_layout
+from lightning_adapm.roles.assign import HEADS, check_layout
 from lightning_adapm.roles.piece import POLICIES, ROLES, UNMATCHED, Piece
 from lightning_adapm.roles.rules import FUSED
 from lightning_adapm.sharding.find import shape_of
@@ -35,6 +36,9 @@ def check(group: Mapping[str, Any]) -> None:
     for option, (wanted, holds) in _RANGES.items():
         if option in group:
             check_option(group, option, wanted, holds)
+    for option in HEADS:
+        if group.get(option) is not None:
+            check_option(group, option, *COUNT)
     for role in group["no_decay"]:
         if role not in ROLES:
             raise ValueError(f"no_decay: {role!r} is not a role; the roles are {', '.join(ROLES)}")
@@ -57,12 +61,16 @@ def plain(group: Mapping[str, Any], defaults: Mapping[str, Any], unmatched: str)
     for option in group.keys() & defaults.keys():
         value = group[option]
         if option == "momentum":
-            value = momentum_table({**defaults[option], **value} if isinstance(value, Mapping) else value, unmatched)
+            own = isinstance(value, Mapping | None)
+            value = momentum_table({**defaults[option], **(value or {})} if own else value, unmatched)
         elif option == "state_dtype":
             value = dtype_names(value)
         elif option == "no_decay":
-            value = [value] if isinstance(value, str) else list(value or ())
-        elif option == "betas" and isinstance(value, Iterable):
+            value = [value] if isinstance(value, str) else value or ()
+            if not isinstance(value, Iterable):
+                raise ValueError(f"no_decay must be a list of roles, but got {value!r}")
+            value = list(value)
+        elif option == "betas" and isinstance(value, Iterable) and not isinstance(value, str):
             value = (list if isinstance(value, list) else tuple)(map(_plain, value))
         else:
             value = _plain(value)
@@ -88,29 +96,50 @@ def instead_of(name: str, known: Iterable[str], what: str = "options") -> str:
     return f"did you mean {close[0]!r}?" if close else f"the {what} are {', '.join(known)}"
 
 
+def advice(value: Any) -> str:
+    """Advice to append to an error about a ``value`` that is text where a number is wanted."""
+    try:
+        float(value if isinstance(value, str) else "no")
+    except ValueError:
+        return ""
+    return ", which is text: write a number (YAML reads 1e-3 as text, and 1.0e-3 as a number)"
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is not bool and isinstance(value, Integral) and int(value) >= 1
+
+
+def _is_switch(value: Any) -> bool:
+    return not isinstance(value, str) and value in (True, False)
+
+
 def _is_rank(rank: Any) -> bool:
     if isinstance(rank, float):
         return 0 < rank <= 1
-    return isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+    return _is_count(rank)
 
 
+COUNT = ("an int >= 1", _is_count)
+SWITCH = ("True or False", _is_switch)
 _RANGES: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "lr": ("a number >= 0", lambda lr: not isinstance(lr, str) and float(lr) >= 0),
     "betas": ("two numbers in [0, 1)", lambda betas: len(betas) == 2 and all(0 <= b < 1 for b in betas)),
     "eps": ("a number >= 0", lambda eps: eps >= 0),
     "weight_decay": ("a number >= 0", lambda decay: decay >= 0),
     "rank": ("an int >= 1, or a float in (0, 1] for a share of the smaller dimension", _is_rank),
-    "update_proj_gap": ("an int >= 1", lambda gap: isinstance(gap, int) and gap >= 1),
+    "update_proj_gap": COUNT,
     "second_moment": (f"one of {', '.join(SECOND_MOMENTS)}", lambda kind: kind in SECOND_MOMENTS),
     "basis": (f"one of {', '.join(BASES)}", lambda basis: basis in BASES),
     "rounding": (f"one of {', '.join(ROUNDINGS)}", lambda rounding: rounding in ROUNDINGS),
     "clip_threshold": ("a number > 0, or None for no bound", lambda clip: clip is None or clip > 0),
+    "debias": SWITCH,
+    "maximize": SWITCH,
+    "nesterov": SWITCH,
+    "convolutions": SWITCH,
 }
 """Options with their condition, in words and as a test."""
 
-FOREIGN = frozenset(
-    {*_RANGES, "debias", "momentum", "state_dtype", "maximize", "mu", "nesterov", "ns_steps", "convolutions"}
-)
+FOREIGN = frozenset({*_RANGES, "momentum", "state_dtype", "mu", "ns_steps"})
 """Options of some optimizers of the package."""
 
 
@@ -132,16 +161,22 @@ def check_option(group: Mapping[str, Any], option: str, wanted: str, holds: Call
     except (TypeError, ValueError):
         fine = False
     if not fine:
-        raise ValueError(f"{option} must be {wanted}, but got {value!r}")
+        raise ValueError(f"{option} must be {wanted}, but got {value!r}{advice(value)}")
 
 
 def check_roles(roles: Mapping[str, str] | None, unmatched: str) -> None:
     """Check the two options that are resolved at construction.
 
     Raises:
-        ValueError: A role or policy is unknown.
+        ValueError: A role or policy is unknown, or a name is no regular expression.
     """
+    if not isinstance(roles, Mapping | None):
+        raise ValueError(f"roles must be {{regular expression on names: role or policy}}, but got {roles!r}")
     for pattern, role in (roles or {}).items():
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"roles: {pattern!r} is not a regular expression ({error})") from None
         if role not in (*ROLES, *FUSED, *POLICIES):
             raise ValueError(
                 f"roles[{pattern!r}]: {role!r} is neither a role ({', '.join((*ROLES, *FUSED))}) nor a policy"

@@ -154,7 +154,7 @@ class PartialMuon(RoleOptimizer):
         """Refuse options of a parameter group that are out of range."""
         super().check_options(group)
         options.check_option(group, "mu", "a number in [0, 1)", lambda mu: 0 <= mu < 1)
-        options.check_option(group, "ns_steps", "an int >= 1", lambda steps: isinstance(steps, int) and steps >= 1)
+        options.check_option(group, "ns_steps", *options.COUNT)
 
     def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:
         """Choose the momentum of a piece by its role. With ``nesterov``, that of hidden matrices looks ahead."""

@@ -10,16 +10,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_adapm.roles.context import Named, describe, plain
-from lightning_adapm.roles.find import find_role, fits, is_taught
+from lightning_adapm.roles.find import find_role, fits, is_met, is_taught
 from lightning_adapm.roles.fused import Heads, cut
 from lightning_adapm.roles.identify import identify
 from lightning_adapm.roles.inputs import Handed, read_group
-from lightning_adapm.roles.live import is_lightning, unwrapped
-from lightning_adapm.roles.piece import ROLES, UNMATCHED, Piece
+from lightning_adapm.roles.live import is_lightning, parameters_of, unwrapped, walk
+from lightning_adapm.roles.piece import ROLES, UNMATCHED, Piece, as_one_matrix
 from lightning_adapm.roles.rules import FUSED, guess
 from lightning_adapm.sharding.find import layout_of
 
-_HEADS = ("n_head", "n_query_groups", "head_size")
+HEADS = ("n_head", "n_query_groups", "head_size")
+"""Head counts that a parameter group may state."""
 
 
 @dataclass
@@ -68,7 +69,7 @@ def assign_roles(
     handed = [read_group(group) for group in groups]
     policy = None if unmatched == "error" else unmatched
     for group, given, items in zip(groups, handed, _describe(handed, known, first, rules, policy), strict=True):
-        stated = Heads(*(group.get(key) for key in _HEADS))
+        stated = Heads(*(group.get(key) for key in HEADS))
         for item in items:
             if item.param.is_complex() and item.param.requires_grad:
                 raise TypeError(f"{item.label} is complex; AdaPM supports real parameters only")
@@ -95,6 +96,8 @@ def assign_roles(
             "roles": [assigned.roles[param] for param in given.params],
         }
         assigned.groups.append({**group, **lists})
+    if assigned.names and not known:
+        _warn_of_unused(rules, assigned)
     if missing and unmatched == "error":
         raise ValueError(unmatched_message((item.label, item.shape, assigned.reasons[item.param]) for item in missing))
     if missing and roles_matter:
@@ -103,6 +106,19 @@ def assign_roles(
             f"AdaPM gives {unmatched} momentum to matrices whose role it does not know: {names}", stacklevel=5
         )
     return assigned
+
+
+def _warn_of_unused(rules: Mapping[str, str], assigned: Assigned) -> None:
+    """Warn of rules for names that no parameter has, in the groups or elsewhere in their models."""
+    names = list(assigned.names.values())
+    for root in assigned.roots.values():
+        names += [f"{path}.{name}".lstrip(".") for path, around in walk(root) for name in parameters_of(around[0])]
+    if unused := [pattern for pattern in rules if not is_met(pattern, names)]:
+        warnings.warn(
+            f"roles: no parameter has a name that {', '.join(map(repr, unused))} matches, so that nothing follows from"
+            f" it; names are such as {names[0]!r}",
+            stacklevel=6,
+        )
 
 
 def _describe(
@@ -196,7 +212,7 @@ def check_layout(name: str, piece: Piece, param: Tensor) -> None:
         TypeError: FSDP1 does.
     """
     layout = layout_of(param)
-    if layout is not None and layout.mesh is None and len(piece.shape(layout.shape)) == 3:
+    if layout is not None and layout.mesh is None and len(as_one_matrix(piece.shape(layout.shape))) == 3:
         raise TypeError(
             f"{name} {tuple(layout.shape)} is a stack of matrices, which FSDP1 cuts anywhere; use FSDP2"
             " (ModelParallelStrategy), which keeps its matrices whole"

@@ -8,7 +8,7 @@ fused weights.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -31,11 +31,15 @@ def find_role(item: Named, taught: Mapping[str, str] | None = None) -> tuple[str
     Returns:
         One of :data:`ROLES` or :data:`FUSED`, or None without a match; and the reason.
     """
-    names = {spelled(name) for name in (item.name, item.label) for spelled in (normalize, plain)}
     for pattern, role in (taught or {}).items():
-        if any(re.search(pattern, name) for name in names) and fits(role, item.shape):
+        if is_met(pattern, {item.name, item.label}) and fits(role, item.shape):
             return role, f"{_TAUGHT}{pattern!r}]"
     return _by_type(item) or _by_structure(item) or _by_name(item) or (None, _unknown(item))
+
+
+def is_met(pattern: str, names: Iterable[str]) -> bool:
+    """Whether a pattern of the caller's rules matches any of some names, without wrappers and reparametrizations."""
+    return any(re.search(pattern, spelled(name)) for name in names for spelled in (normalize, plain))
 
 
 def is_taught(why: str) -> bool:
@@ -51,7 +55,7 @@ def _by_type(item: Named) -> tuple[str | None, str] | None:
         return "adapter", rules.reason(found)
     if any(isinstance(user, nn.Embedding) for user in item.users):
         return "embedding", "used by nn.Embedding"
-    if len(item.shape) < 2 or item.shape.numel() == max(item.shape):
+    if len(item.shape) < 2 or item.shape.numel() <= max(item.shape):  # or has no elements at all
         return ("bias" if stem.endswith("bias") else "norm"), "a vector"
     if any(re.search(r"norm(\dd)?$", kind, re.IGNORECASE) for kind in kinds):
         return "norm", "used by a norm"

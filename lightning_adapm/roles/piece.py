@@ -66,3 +66,10 @@ class Piece:
             return view.flatten(1)
         axis = int(self.transposed)
         return view.flatten(axis, axis + 1) if self.groups > 1 else view
+
+
+def as_one_matrix(shape: torch.Size) -> torch.Size:
+    """Shape of a stack of one matrix, or of a vector of three dimensions, as a matrix; any other as it is."""
+    if len(shape) == 3 and (shape[0] == 1 or shape[1] == shape[2] == 1):
+        return torch.Size((shape[0] * shape[1], shape[2]))
+    return shape

@@ -72,7 +72,11 @@ def _whole_state(parts: Parts, entry: Mapping[str, Any]) -> dict[str, Any]:
 def _saved(part: Part, entry: Mapping[str, Any], shape: torch.Size) -> dict[str, Any]:
     """The entries of a part, by key without prefix: its own, or its rows of an entry for the whole parameter."""
     piece = part.piece
-    whole = {key: piece.matrix(v) for key, v in entry.items() if isinstance(v, Tensor) and v.shape == shape}
+    whole = {
+        key: piece.matrix(v).reshape(part.shape)
+        for key, v in entry.items()
+        if isinstance(v, Tensor) and v.shape == shape
+    }
     if piece.whole:
         return {**entry, **whole}
     for key, value in entry.items():

@@ -1,6 +1,7 @@
 """One object per piece of a parameter: what it is, where it lies, what is remembered of it."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from lightning_adapm.moments.base import Momentum, SecondMoment
 from lightning_adapm.moments.storage import Entry
-from lightning_adapm.roles.piece import Piece
+from lightning_adapm.roles.piece import Piece, as_one_matrix
 from lightning_adapm.sharding.find import layout_of
 from lightning_adapm.sharding.layout import Layout
 from lightning_adapm.sharding.reduction import ONE_PROCESS, ProcessReduction, Reduction
@@ -78,8 +79,12 @@ class Part:
         self.prefix = piece.prefix
         self.shape = piece.shape(param.shape if layout is None else layout.shape)
         self.shard = None
-        if layout is not None and len(layout.spans) > 1 and len(self.shape) != 3:
-            self.shard = RowShard(layout, piece.start, piece.stop, piece.groups, piece.transposed)
+        if layout is not None and len(layout.spans) > 1:
+            if layout.mesh is None:  # FSDP1, which cuts anywhere
+                self.shape = as_one_matrix(self.shape)
+                layout = replace(layout, shape=as_one_matrix(layout.shape))
+            if len(self.shape) != 3:
+                self.shard = RowShard(layout, piece.start, piece.stop, piece.groups, piece.transposed)
 
     def tune(self, first: Momentum, second: SecondMoment, group: Mapping[str, Any]) -> "Part":
         """Give the part its moments, and what other options of its parameter group mean."""

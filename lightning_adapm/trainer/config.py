@@ -38,11 +38,12 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         if not _is_number(self.lr):
-            raise ValueError(f"lr must be a number, but got {self.lr!r} (YAML reads 1e-3 as text: write 1.0e-3)")
+            raise ValueError(f"lr must be a number, but got {self.lr!r}{options.advice(self.lr)}")
         warmup = self.warmup_steps
         if not _is_number(warmup) or warmup < 0 or (isinstance(warmup, float) and warmup >= 1):
             raise ValueError(
-                f"warmup_steps must be an int >= 0, or a float in [0, 1) for a share of all steps, but got {warmup!r}"
+                "warmup_steps must be an int >= 0, or a float in [0, 1) for a share of all steps, but got"
+                f" {warmup!r}{options.advice(warmup)}"
             )
         if self.schedule not in _SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(_SCHEDULES)}, but got {self.schedule!r}")

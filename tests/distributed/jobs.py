@@ -167,6 +167,7 @@ JOBS |= {
     "gpt broken": Job("gpt", broken="qkv"),
     "gated broken": Job("gated", broken="gate_up_proj.weight"),
     "experts broken": Job("experts", broken="h.0.mlp.down", unseen="h.1.mlp"),
+    "positions block": Job("positions", {"second_moment": "block"}),
     "gpt adam-mini": Job("gpt", make=AdamMini),
     "gqa adalomo": Job("gqa", make=AdaLomo),  # a key's bias, which only "plain" has, has noise for a gradient
     "gpt adalomo": Job("gpt", make=AdaLomo),

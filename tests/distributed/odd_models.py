@@ -86,11 +86,16 @@ class OddBlock(nn.Module):
 
 
 class Odd(nn.Module):
-    """Layouts that are not plain: transposed and interleaved fused weights, a tied head; stacked experts or none."""
+    """Layouts that are not plain: transposed and interleaved fused weights, a tied head; stacked experts or none; one
+    matrix and one vector in three dimensions.
+    """
 
-    def __init__(self, vocab=53, width=20, n_head=2, experts=(3, 1)):
+    def __init__(self, vocab=53, width=20, n_head=2, experts=(3, 1), positions=False):
         super().__init__()
         self.wte = nn.Embedding(vocab, width)
+        if positions:
+            self.pos = nn.Parameter(torch.zeros(1, 8, width))
+            self.gain = nn.Parameter(torch.ones(width, 1, 1))
         attentions = [TransposedAttention(width, n_head), InterleavedAttention(width, n_head)]
         self.h = nn.ModuleList(
             OddBlock(width, attn, ffn)
@@ -103,6 +108,8 @@ class Odd(nn.Module):
 
     def forward(self, tokens):
         x = self.wte(tokens[:, :-1] % self.wte.num_embeddings)
+        if hasattr(self, "pos"):
+            x = x * self.gain.flatten() + self.pos
         for block in self.h:
             x = block(x)
         logits = self.lm_head(x)
@@ -118,6 +125,7 @@ MODELS = {
     "gated": gated_lm,
     "odd": Odd,
     "transposed": lambda: Odd(experts=(0, 0)),
+    "positions": lambda: Odd(experts=(0, 0), positions=True),
     "experts": lambda: Odd(experts=(3, 3)),
     "few rows": lambda: PlainLM(vocab=61, width=6, layers=1, n_head=2, n_query_groups=1),
 }

@@ -42,6 +42,7 @@ QUICK = (
     "gpt state dtypes",
     "gpt int8",
     "transposed elementwise",
+    "positions block",
     "gpt adalomo",
     "plain lora-pre",
     "gqa partial muon",

@@ -214,7 +214,18 @@ REFUSED = {
     "another's momentum": (
         lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9).param_groups,
         ValueError,
-        "momentum must be a policy, or policies by role, but got 0.9",
+        "momentum must be one of 'none'.*, or policies by role, but got 0.9; the decay .* betas or mu",
+    ),
+    "roles": (
+        lambda m: [{"params": m.parameters(), "roles": {"x": "mlp"}}],
+        ValueError,
+        "roles={'x': 'mlp'} in a parameter group: roles is an option of all groups; pass it to the optimizer",
+    ),
+    "unmatched": (lambda m: [{"params": m.parameters(), "unmatched": "full"}], ValueError, "an option of all groups"),
+    "heads as text": (
+        lambda m: [{"params": m.parameters(), "n_head": "4"}],
+        ValueError,
+        "n_head must be an int >= 1, but got '4', which is text",
     ),
     "amsgrad": (lambda m: [{"params": m.parameters(), "amsgrad": True}], ValueError, "no counterpart of amsgrad"),
 }

@@ -31,6 +31,7 @@ def optimizer_of(group, make=AdaPM, **options):
         ("no_decay", None),
         ("momentum", "full"),
         ("momentum", {"mlp": "none"}),
+        ("momentum", None),
         ("betas", [0.8, 0.9]),
     ],
 )
@@ -66,5 +67,23 @@ def test_state_dtypes_that_nothing_computes_with(make, dtype):
 def test_options_of_other_optimizers_stay_the_callers():
     """Groups of torch.optim.SGD, for instance, have a number under momentum."""
     assert optimizer_of({"momentum": 0.9, "mu": "any"}, AdamMini).param_groups[0]["momentum"] == 0.9
-    with pytest.raises(ValueError, match="momentum must be a policy, or policies by role, but got 0.9"):
+    with pytest.raises(
+        ValueError, match="momentum must be one of .*, or policies by role, but got 0.9; the decay .* betas"
+    ):
         optimizer_of({"momentum": 0.9})
+
+
+@pytest.mark.parametrize("value", ["1e-3", "0.1"])
+def test_numbers_as_text(value):
+    """As YAML reads 1e-3."""
+    with pytest.raises(ValueError, match=f"lr must be a number >= 0, but got '{value}', which is text: .* 1.0e-3 as"):
+        optimizer_of({}, lr=value)
+
+
+def test_roles_for_names_that_no_parameter_has():
+    """A misspelt name would change nothing in silence; one of a part that another group trains is no mistake."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    with pytest.warns(
+        UserWarning, match=r"roles: no parameter has a name that '\^2', 'mpl' matches.*such as '0.weight'"
+    ):
+        AdaPM(model[0].parameters(), roles={"^2": "mlp", "0": "mlp", "^1.weight": "full", "mpl": "mlp"})

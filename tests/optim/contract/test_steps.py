@@ -242,6 +242,8 @@ def test_shapes_of_parameters(case):
         assert (param < 1).all() and param.shape == shape
         assert param.numel() == 0 or float(optimizer.state[param]["step"]) == 2
         copy.deepcopy(optimizer).load_state_dict(optimizer.state_dict())
+        if param.numel() == 0:
+            case([("gadget", param)])  # there is no role to know
 
 
 def test_dtypes_may_be_mixed(case):
