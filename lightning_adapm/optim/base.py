@@ -189,7 +189,7 @@ class RoleOptimizer(Checkpointed):
                 loss = closure()
         self._registry.check_not_replaced(self)
         self.gradient_norm = None if early is None else early.gradient_norm()
-        moved = self._take([(index, group["params"]) for index, group in enumerate(self.param_groups)])
+        moved = self._take(self._left(early is not None))
         self._engine.nonfinite.finish_step()
         skipped = closure is not None and loss is None  # as Lightning skips a batch
         if not moved and self.gradient_norm is None and not skipped and not self._has_moved():
@@ -199,6 +199,17 @@ class RoleOptimizer(Checkpointed):
     def _has_moved(self) -> bool:
         """Whether any parameter ever took a step: gradients that are left out later are so on purpose."""
         return any(self.state[param].get("step") for param in self.pieces if param in self.state)
+
+    def _left(self, early: bool) -> Selection:
+        """What is to move after backward; if parameters moved ``early``, those that have not, or have no state yet."""
+        every = [(index, group["params"]) for index, group in enumerate(self.param_groups)]
+        if not early:
+            return every
+        left = [(index, [param for param in params if self._is_left(param)]) for index, params in every]
+        return [(index, params) for index, params in left if params]
+
+    def _is_left(self, param: Tensor) -> bool:
+        return param.grad is not None or (param.requires_grad and "step" not in self.state.get(param, ()))
 
     def _take(self, selected: Selection) -> bool:
         """Move parameters, given group by group, along their gradients, and return whether there were any."""
@@ -218,8 +229,7 @@ class RoleOptimizer(Checkpointed):
             if (param.requires_grad or param.grad is not None) and "step" not in self.state.get(param, ()):
                 self._make_state(param)
         found = [(index, self._moving(params)) for index, params in joined]
-        if not self.update_in_backward:  # which asks for other parameters every time
-            self._table.remember(joined, found, self.state)
+        self._table.remember(joined, found, self.state)
         return found
 
     def _make_state(self, param: Tensor) -> None:

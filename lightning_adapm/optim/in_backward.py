@@ -52,6 +52,8 @@ class Waiting:
         }
         self._to_come = Counter(param.nbytes for param in self._places)
         """Number of gradients that are still to come, by their bytes."""
+        self._sizes = sorted(self._to_come, reverse=True)
+        """Their different bytes; the smallest come last."""
         together: Counter[str | Tensor] = Counter()
         for param in self._places:
             together[blocks[param] or param] += param.nbytes
@@ -70,7 +72,9 @@ class Waiting:
         self._params.append(param)
         self._bytes += param.nbytes
         self._to_come[param.nbytes] -= 1
-        smallest = min((size for size, number in self._to_come.items() if number), default=self.bound)
+        while self._sizes and not self._to_come[self._sizes[-1]]:
+            self._sizes.pop()
+        smallest = self._sizes[-1] if self._sizes else self.bound
         return self._bytes + smallest > self.bound
 
     def take(self) -> Selection:
@@ -103,7 +107,6 @@ class EarlyUpdates:
         self._seen: tuple[Tensor, Tensor, int] | None = None
         """A parameter, the last gradient that it had in backward, and the version of that."""
 
-    @torch.no_grad()
     def complete(self, param: Tensor) -> None:
         """Collect a parameter whose gradient is complete, and move all that wait when it is time.
 
@@ -121,11 +124,13 @@ class EarlyUpdates:
         self.free()
         self._arrived.add(param)
         if self._clip is not None:
-            _gradient(param).clamp_(-self._clip, self._clip)
+            with torch.no_grad():
+                _gradient(param).clamp_(-self._clip, self._clip)
         self._see(param)
         if self._waiting.add(param):
             self._move(self._waiting.take())
 
+    @torch.no_grad()
     def _move(self, selected: Selection) -> None:
         params = [param for _, several in selected for param in several]
         self._norms += _norms(params)

@@ -62,6 +62,10 @@ class Moved:
         return moving if all("step" in state for state in kept) else None
 
 
+def _first(asked: Selection) -> Tensor | None:
+    return next((param for _, params in asked for param in params), None)
+
+
 def _memory(params: Sequence[Tensor]) -> list[Any]:
     return [*map(Tensor.data_ptr, params), *map(Tensor.stride, params)]
 
@@ -96,7 +100,8 @@ class PartTable:
         self.alike: weakref.WeakValueDictionary[Any, Alike] = weakref.WeakValueDictionary()
         """Tokens of parts that step together, by what they have in common."""
         self._settings: dict[int, tuple[Any, ...]] = {}
-        self._moved: Moved | None = None
+        self._moved: dict[Tensor | None, Moved] = {}
+        """By the first of the parameters that move together."""
         self._modules: list[weakref.ref[nn.Module]] | None = None
 
     def __contains__(self, param: Tensor) -> bool:
@@ -113,11 +118,15 @@ class PartTable:
         moving = [moved for _, group in found for moved in group]
         every = len(moving) == sum(len(params) for _, params in asked)
         plain = all(moved.parts[0].layout is None and has_values(moved.held) for moved in moving)
-        self._moved = Moved(asked, found, states) if every and plain else None
+        if every and plain:
+            self._moved[_first(asked)] = Moved(asked, found, states)
+        else:
+            self._moved.pop(_first(asked), None)
 
     def again(self, asked: Selection, states: States) -> list[tuple[int, list[Moving]]] | None:
         """Return what moves in this step, if only gradients differ from the step that was remembered; else None."""
-        return None if self._moved is None else self._moved.again(asked, states)
+        moved = self._moved.get(_first(asked))
+        return None if moved is None else moved.again(asked, states)
 
     def parts(self, param: Tensor, rule: Rule) -> tuple[Part, ...]:
         """Parts of a parameter, with their moments."""

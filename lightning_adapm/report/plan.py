@@ -128,7 +128,9 @@ def cached_bytes(optimizer: RoleOptimizer) -> int:
                 rank = min(rank, part.shape[-1])
                 starts.add((rank * part.shape[-1] * part.exact.itemsize, rank, param.device))
     tables = MOST_BYTES_OF_TABLES * sum(runs_on(device) for device in devices)
-    kept = held_by_a_step(stepping) if stepping and not optimizer.update_in_backward else 0
+    kept = held_by_a_step(stepping) if stepping else 0
+    if optimizer.update_in_backward:  # of a part of them at a time
+        kept = min(kept, optimizer.most_recorded_bytes)
     recorded = kept + _AROUND_GRAPHS if 0 < kept <= optimizer.most_recorded_bytes else 0
     return sum(size for size, _, _ in starts) + tables + recorded
 

@@ -16,11 +16,12 @@ from lightning_adapm.roles.piece import Piece
 from lightning_adapm.step import by_kernels
 from lightning_adapm.step.batching import Batch, batches, bucketed, put_back
 from lightning_adapm.step.counters import StepCounters
+from lightning_adapm.step.graphs import Pool
 from lightning_adapm.step.moving import Moving
 from lightning_adapm.step.nonfinite import NonFiniteGradients
 from lightning_adapm.step.parts import Alike, Part
 from lightning_adapm.step.paths import Path, StepPath
-from lightning_adapm.step.recorder import Recorder
+from lightning_adapm.step.recorder import REPLAYED, UNLIKE, Recorder
 from lightning_adapm.step.recording import Clocks, Flawed, Work
 from lightning_adapm.step.watching import Observer
 
@@ -31,7 +32,6 @@ class Rule(Protocol):
     param_groups: list[dict[str, Any]]
     defaults: dict[str, Any]
     observer: Observer | None
-    update_in_backward: bool
     most_recorded_bytes: int
 
     @property
@@ -65,12 +65,20 @@ class Engine:
         self._counters: defaultdict[Tensor, StepCounters] = defaultdict(StepCounters)
         """By the first of the parameters that are counted together."""
         self._cache = DeviceCache()
-        self._recorder = Recorder()
+        self._pool = Pool()
+        self._recorders: defaultdict[Tensor, Recorder] = defaultdict(partial(Recorder, self._pool))
+        """By the first of the parameters that move together: all, or those of one update inside backward."""
 
     @property
     def cached_bytes(self) -> int:
         """Bytes that are kept for speed alone."""
-        return self._cache.nbytes + self._recorder.nbytes
+        return self._cache.nbytes + self._pool.nbytes + sum(each.nbytes for each in self._recorders.values())
+
+    @property
+    def launches(self) -> str:
+        """:data:`~lightning_adapm.step.recorder.REPLAYED` where all steps are, or why some are not."""
+        found = [each.launches for each in self._recorders.values()] or [UNLIKE]
+        return next((each for each in found if each != REPLAYED), REPLAYED)
 
     def move(self, work: Sequence[tuple[Mapping[str, Any], Sequence[Moving]]], rule: Rule) -> None:
         """Count one more step of parameters, and move them.
@@ -80,10 +88,11 @@ class Engine:
             rule: The optimizer's decisions.
         """
         works = [Work(group, moving, self._count(moving)) for group, moving in work]
-        limit = 0 if rule.observer is not None or rule.update_in_backward else rule.most_recorded_bytes
+        limit = 0 if rule.observer is not None else rule.most_recorded_bytes
+        recorder = self._recorders[works[0].moving[0].parts[0].param]
         with _without_autocast(works[0].moving[0].held.device.type), self._cache.in_use():
-            flawed = self._recorder.replayed(works, limit)
-            for parts, flaws in self._launched(works, rule, limit) if flawed is None else flawed:
+            flawed = recorder.replayed(works, limit)
+            for parts, flaws in self._launched(works, rule, recorder, limit) if flawed is None else flawed:
                 self.nonfinite.count(parts, flaws)
 
     def _count(self, moving: Sequence[Moving]) -> list[int]:
@@ -94,7 +103,7 @@ class Engine:
                 each.settle()
         return counters.count(states)
 
-    def _launched(self, works: Sequence[Work], rule: Rule, limit: int) -> Sequence[Flawed]:
+    def _launched(self, works: Sequence[Work], rule: Rule, recorder: Recorder, limit: int) -> Sequence[Flawed]:
         """Take a step launch by launch, and return what was not finite of the gradients that kernels have read."""
         planned: list[tuple[Mapping[str, Any], list[Batch]]] = []
         bound = [part for work in works for each in work.moving for part in each.bind().parts]
@@ -108,7 +117,7 @@ class Engine:
             def launch(clocks: Clocks | None) -> list[Flawed]:
                 return [found for group, buckets in planned for found in self._moved(buckets, group, rule, clocks)]
 
-            return self._recorder.run(works, [bucket.path for bucket in every], launch, self._cache, limit)
+            return recorder.run(works, [bucket.path for bucket in every], launch, self._cache, limit)
         finally:
             for part in bound:
                 part.release()
@@ -155,7 +164,7 @@ class Engine:
         for parts in alike.values():
             path = rule.path_for(parts, [part.view for part in parts], group)
             roles = tuple(dict.fromkeys(part.piece.role for part in parts))
-            rows.append(StepPath(tuple(parts[0].shape), len(parts), roles, *path, self._recorder.launches))
+            rows.append(StepPath(tuple(parts[0].shape), len(parts), roles, *path, self.launches))
             for part in parts:
                 part.release()
         return rows

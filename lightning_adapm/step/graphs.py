@@ -1,5 +1,6 @@
 """Work on a device that is captured once and replayed, as a CUDA graph."""
 
+import weakref
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Protocol
@@ -21,6 +22,35 @@ def can_capture(device: torch.device) -> bool:
 def new_pool() -> Any:
     """Pool of memory for temporaries of graphs that are replayed one after another."""
     return torch.cuda.graph_pool_handle()
+
+
+class Pool:
+    """Memory for temporaries of graphs that are replayed one after another, whoever keeps them."""
+
+    def __init__(self) -> None:
+        self._graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
+        self._handle: Any = None
+        self._bytes = self._most = 0
+
+    def need(self, nbytes: int) -> int:
+        """Note that a graph would take ``nbytes``, and return the most that any would."""
+        self._most = max(self._most, nbytes)
+        return self._most
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it has taken for graphs that are still kept."""
+        return self._bytes if self._graphs else 0
+
+    def captured(self, work: Callable[[], None], device: torch.device) -> Graph:
+        """Capture what ``work`` launches on a device, without running it."""
+        if not self._graphs:  # memory that has lost its graphs cannot be used again
+            self._handle, self._bytes = new_pool(), 0
+        before = reserved(device)
+        graph = captured(work, device, self._handle)
+        self._graphs.add(graph)
+        self._bytes += max(0, reserved(device) - before)
+        return graph
 
 
 def captured(work: Callable[[], None], device: torch.device, pool: Any) -> Graph:

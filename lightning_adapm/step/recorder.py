@@ -15,6 +15,7 @@ from lightning_adapm.moments.cache import DeviceCache
 from lightning_adapm.step import graphs
 from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.clock import Clock, is_clocked
+from lightning_adapm.step.graphs import Pool
 from lightning_adapm.step.moving import Moving
 from lightning_adapm.step.paths import Path
 from lightning_adapm.step.recording import Clocks, Flawed, Recording, Work
@@ -22,6 +23,9 @@ from lightning_adapm.step.transients import held_by_a_step
 
 MOST_BYTES = 1 << 29
 """Default bound on the temporaries of steps that are recorded, which graphs keep from step to step."""
+
+REPLAYED = "replayed"
+UNLIKE = "launched: no two steps have been alike yet"
 
 _MISSES = 3
 """Number of steps in a row unlike those recorded, after which these are forgotten."""
@@ -134,9 +138,13 @@ class Recorder:
     """Records and replays the steps of an optimizer.
 
     Every kind of step is taken with clocks first, which compiles the kernels. The next of its kind is captured.
+
+    Args:
+        pool: Memory for temporaries of the graphs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
         self._failed = False
         self._sized: tuple[list[int], int | None] = [], None
         self._wasted = self._plays = 0
@@ -145,22 +153,20 @@ class Recorder:
 
     def _begin(self, form: Form | None) -> None:
         """Forget what was recorded, for steps of another form."""
-        self.launches = "launched: no two steps have been alike yet"
-        """``"replayed"``, or why steps are not."""
+        self.launches = UNLIKE
+        """:data:`REPLAYED`, or why steps are not."""
         if self._recordings:
             self._wasted = self._wasted + 1 if self._plays < _WORTH else 0
         self._form = form
         self._plays = 0
-        self._pool: Any = None  # one that has lost its graphs cannot be used again
-        self._pooled = 0
         self._recordings = {}
         self._rehearsals: Counter[Hashable] = Counter()
         self._misses = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are kept on the device."""
-        return self._pooled + sum(recording.nbytes for recording in self._recordings.values())
+        """Bytes that are kept on the device, besides temporaries."""
+        return sum(recording.nbytes for recording in self._recordings.values())
 
     def replayed(self, works: Sequence[Work], limit: int) -> list[Flawed] | None:
         """Replay a step, if one like it was recorded."""
@@ -198,36 +204,29 @@ class Recorder:
             self._rehearsals[kind] += 1
             return launch(rehearsed)
         try:
-            recording = self._recorded(works, launch, cache)
+            recording = Recording(works, launch, cache, self._pool)
         except RuntimeError as error:
             self._begin(None)
             self.launches, self._failed = f"launched: a capture failed: {error}", True
             return launch(None)
-        self.launches = "replayed"
+        self.launches = REPLAYED
         self._recordings[kind] = recording
         return recording.play(works)
-
-    def _recorded(self, works: Sequence[Work], launch: Launch, cache: DeviceCache) -> Recording:
-        device = works[0].moving[0].held.device
-        before = graphs.reserved(device)
-        self._pool = self._pool or graphs.new_pool()
-        recording = Recording(works, launch, cache, self._pool)
-        self._pooled += max(0, graphs.reserved(device) - before)
-        return recording
 
     def _refused(self, works: Sequence[Work], paths: Sequence[Path], limit: int) -> bool:
         """Whether steps like this one are not recorded, and why."""
         if self._failed:
             return True
-        reason = ""
+        reason, size = "", self._most_held(works)
+        most = 0 if size is None else self._pool.need(size)  # all that move in turns are recorded, or none
         if not all(path.whole for path in paths):
             reason = "kernels do not take all of a step"
         elif not _on_one_device(works):
             reason = "the step is captured by its caller, or on several devices"
-        elif (size := self._most_held(works)) is None:
+        elif size is None:
             reason = "not all moments read clocks"
-        elif size > limit:
-            reason = f"temporaries of up to {size} bytes would be kept"
+        elif most > limit:
+            reason = f"temporaries of up to {most} bytes would be kept"
         self.launches = f"launched: {reason}" if reason else self.launches
         return bool(reason)
 

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from lightning_adapm.moments.cache import DeviceCache
-from lightning_adapm.step import graphs
 from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.clock import Clock
-from lightning_adapm.step.graphs import Graph
+from lightning_adapm.step.graphs import Graph, Pool
 from lightning_adapm.step.launch import Addresses, pinned
 from lightning_adapm.step.moving import Moving
 from lightning_adapm.step.parts import Part
@@ -178,7 +177,7 @@ class Recording:
         works: Sequence[Work],
         launch: Callable[[Clocks], Sequence[Flawed]],
         cache: DeviceCache,
-        pool: Any,
+        pool: Pool,
     ) -> None:
         self._tape = Tape(cache, works)
         keys = [part.key for work in works for moved in work.moving for part in moved.parts]
@@ -192,7 +191,7 @@ class Recording:
             torch.cat([flaws for _, flaws in found], out=self._flaws)
 
         with self._tape.in_use():
-            self._graph: Graph = graphs.captured(run, self._tape.device, pool)
+            self._graph: Graph = pool.captured(run, self._tape.device)
         self._tape.settle()
         place = {key: index for index, key in enumerate(order)}
         self._order = torch.empty(len(keys), dtype=torch.int64, device=self._tape.device)

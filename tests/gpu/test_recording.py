@@ -14,7 +14,7 @@ pytestmark = NEEDED
 
 
 def recorded_kinds(optimizer):
-    return len(optimizer._engine._recorder._recordings)
+    return sum(len(recorder._recordings) for recorder in optimizer._engine._recorders.values())
 
 
 def twins_trained(dtype, steps, before=lambda step, optimizers: None, **options):
@@ -56,6 +56,26 @@ def test_recorded_steps_are_those_that_are_launched(second_moment, dtype):
     assert max(kinds[:14]) == 3 and recorded_kinds(optimizer) > 0  # ordinary steps, and refreshes of either phase
     assert {row.launches for row in optimizer.step_paths()} == {"replayed"}
     assert 0 < optimizer.cached_bytes() <= cached_bytes(optimizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parameters_that_move_together_inside_backward_are_recorded(dtype):
+    """Bit by bit as those that are launched, and within the plan of what is kept."""
+    nets, options = [model(dtype).cuda() for _ in range(2)], {"rank": 3, "update_proj_gap": 4}
+    optimizers = [AdaPM(net.named_parameters(), update_in_backward=True, **options) for net in nets]
+    optimizers[1].most_recorded_bytes = 0
+    for step in range(20):
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            gradients(net, step)
+            products = [(param * param.grad).sum() for param in net.parameters()]
+            optimizer.zero_grad()
+            optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step)
+            optimizer.step(torch.stack(products).sum().backward)
+        for (name, p), q in zip(nets[0].named_parameters(), nets[1].parameters(), strict=True):
+            assert torch.equal(p, q), (step, name)
+    first = optimizers[0]
+    assert len(first._engine._recorders) > 1 and {row.launches for row in first.step_paths()} == {"replayed"}
+    assert 0 < first.cached_bytes() <= cached_bytes(first)
 
 
 @pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])

@@ -4,6 +4,7 @@ import copy
 import os
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -77,6 +78,13 @@ def model(dtype=torch.float32):
     return nn.ModuleDict({"embed": nn.Embedding(9, 24), "layers": nn.ModuleList(layers)}).to(dtype)
 
 
+def gradient(param, generator, spoiled):
+    grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+    if spoiled:
+        grad.view(-1)[3] = float("nan")
+    return grad
+
+
 class Twins:
     """A model that is trained with recorded steps, and one without; every step must leave the same bits."""
 
@@ -97,18 +105,29 @@ class Twins:
     def step(self, missing=(), spoiled=(), in_place=False):
         self.steps += 1
         for net, optimizer in zip(self.nets, self.optimizers, strict=True):
+            if optimizer.update_in_backward:
+                optimizer.step(partial(self._backward, net, optimizer, missing, spoiled))
+                continue
             generator = torch.Generator().manual_seed(self.steps)
             held = []
             for name, param in net.named_parameters():
-                grad = torch.randn(param.shape, generator=generator).to(param.dtype)
-                if name in spoiled:
-                    grad.view(-1)[3] = float("nan")
+                grad = gradient(param, generator, name in spoiled)
                 if in_place and param.grad is not None:
                     param.grad.copy_(grad)
                 else:
                     held.append(param.grad)  # so that new gradients lie elsewhere
                     param.grad = None if name in missing else grad
             optimizer.step()
+        self._compare()
+
+    def _backward(self, net, optimizer, missing, spoiled):
+        """Gradients as in a step, one after another."""
+        optimizer.zero_grad()
+        generator = torch.Generator().manual_seed(self.steps)
+        named = [(name, param, gradient(param, generator, name in spoiled)) for name, param in net.named_parameters()]
+        sum((param * grad).sum() for name, param, grad in named if name not in missing).backward()
+
+    def _compare(self):
         for (name, one), other in zip(self.nets[0].named_parameters(), self.nets[1].parameters(), strict=True):
             assert torch.equal(one, other), (self.steps, name)
             states = [optimizer.state[param] for optimizer, param in zip(self.optimizers, (one, other), strict=True)]
@@ -129,6 +148,23 @@ def test_replays_are_the_steps_that_launches_would_take(recorded, second_moment,
         twins.step(in_place=step % 3 == 0, spoiled={"embed.weight"} if step == 7 else ())
     assert [graph.replays for graph in recorded] == [5, 2, 2]  # ordinary steps, and refreshes of either phase
     assert [optimizer.nonfinite_gradients() for optimizer in twins.optimizers] == [{"embed.weight": 1}] * 2
+
+
+def test_parameters_that_move_together_inside_backward_are_replayed(recorded):
+    """Every group of them by itself; where they come in other groups, they are launched until that stays so."""
+    twins = Twins(second_moment="block", update_in_backward=True, update_proj_gap=3)
+    for step in range(9):
+        for optimizer in twins.optimizers:
+            optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step)
+        twins.step(spoiled={"embed.weight"} if step == 6 else ())
+    groups = len(twins.optimizers[0]._engine._recorders)
+    assert groups > 1 and sum(graph.replays for graph in recorded) == 6 * groups
+    assert {row.launches for row in twins.optimizers[0].step_paths()} == {"replayed"}
+    before = sum(graph.replays for graph in recorded)
+    twins.step(missing={"layers.1.q_proj.weight"})
+    assert sum(graph.replays for graph in recorded) - before < groups
+    twins.step()
+    assert twins.optimizers[0].nonfinite_gradients() == twins.optimizers[1].nonfinite_gradients() == {"embed.weight": 1}
 
 
 def test_a_step_that_is_unlike_those_recorded_is_launched(recorded):
@@ -179,6 +215,17 @@ def test_groups_have_rates_of_their_own(recorded):
             optimizer.param_groups[1]["lr"] = 1e-3 * step if step % 4 else 1e-2  # equal rates step together
         twins.step()
     assert sum(graph.replays for graph in recorded) > 0
+
+
+def test_all_that_moves_inside_backward_is_recorded_or_nothing(recorded):
+    """With a limit between the temporaries of those that move together."""
+    twins = Twins(update_in_backward=True)
+    twins.step()
+    sizes = [recorder._sized[1] for recorder in twins.optimizers[0]._engine._recorders.values()]
+    twins.optimizers[0].most_recorded_bytes = (min(sizes) + max(sizes)) // 2
+    for _ in range(3):
+        twins.step()
+    assert not recorded and "bytes would be kept" in twins.optimizers[0].step_paths()[0].launches
 
 
 @pytest.mark.parametrize("why", ["capture", "bytes"])
