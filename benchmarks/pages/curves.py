@@ -74,20 +74,29 @@ def mean_curve(results: Mapping[int, dict[str, Any]], setting: Setting) -> dict[
 
 
 def plot_curves(study: Study, table: Table, path: Path) -> bool:
-    """Three panels as an SVG, every row at its best learning rate; False where matplotlib is missing."""
+    """Loss against steps, what was read, seconds and state as an SVG, every row at its best learning rate.
+
+    Returns:
+        False where matplotlib is missing. The last panel is left out where no run has counted its state.
+    """
     plt = plotting()
     if plt is None:
         return False
-    figure, panels = plt.subplots(1, 3, figsize=(14, 5), sharey=True, layout="constrained")
-    for index, (label, cells) in enumerate(table.items()):
-        lr = best(cells)
-        curve = mean_curve(cells[lr].results, study.setting_of(label))
-        for axes, unit in zip(panels, ("steps", "read", "seconds"), strict=True):
-            axes.plot(curve[unit], curve["loss"], label=f"{label}, {lr:g}", **style(index, label))
+    chosen = {label: cells[best(cells)] for label, cells in table.items()}
+    counted = any(cell.state is not None for cell in chosen.values())
+    figure, panels = plt.subplots(1, 3 + counted, figsize=(14 + 4 * counted, 5), sharey=True, layout="constrained")
+    for index, (label, cell) in enumerate(chosen.items()):
+        curve = mean_curve(cell.results, study.setting_of(label))
+        for axes, unit in zip(panels, ("steps", "read", "seconds"), strict=False):
+            axes.plot(curve[unit], curve["loss"], label=f"{label}, {best(table[label]):g}", **style(index, label))
+        if cell.state is not None and math.isfinite(cell.mean):
+            panels[3].plot([100 * cell.state], [cell.mean], marker="o", **style(index, label))
     labels = "steps", f"{study.setting.shape.unit}s read", "seconds of training per run"
-    for axes, label in zip(panels, labels, strict=True):
+    for axes, label in zip(panels, (*labels, "state at the end, % of AdamW's in float32"), strict=False):
         axes.set(xlabel=label, yscale="log")
         axes.grid(alpha=0.3, which="both")
+    if counted:
+        panels[3].set_xscale("log")
     panels[0].set_ylabel("validation loss (nats)")
     panels[0].legend(fontsize=6)
     figure.savefig(path, metadata={"Date": None})

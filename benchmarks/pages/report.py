@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pages.curves import observed_tables, plot_curves, plot_observed, steps_table
-from benchmarks.pages.table import Cell, Table, best, plotting, rivals, select, spread, style, tabulate
+from benchmarks.pages.table import Cell, Table, best, edge_of, plotting, rivals, select, spread, style, tabulate
 from benchmarks.studies import Study
 from benchmarks.studies.optimizers import missing
 from benchmarks.studies.store import Store
@@ -27,15 +27,14 @@ def losses_table(table: Table) -> list[str]:
 def best_table(study: Study, table: Table) -> list[str]:
     """Each variant at its best learning rate, compared seed by seed with the best of each baseline."""
     others = rivals(study, table)
+    counted = any(cells[best(cells)].state is not None for cells in table.values())
     heads = ["best lr", "loss", *(f"minus {label}'s best" for label in others.values())]
-    lines = [
-        "| | " + " | ".join([*heads, "stable lr", "largest update / lr", "seconds"]) + " |",
-        "|---" * (len(heads) + 4) + "|",
-    ]
+    heads += ["stable lr", "largest update / lr", *(["state"] if counted else []), "seconds"]
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for label, cells in table.items():
         lr = best(cells)
         cell = cells[lr]
-        edge = " (the highest tried)" if lr == max(cells) and len(cells) > 1 else ""
+        edge = f" ({tried})" if (tried := edge_of(cells)) else ""
         row = [f"{lr:g}{edge}", f"{cell.mean:.4f}"]
         for rival in others.values():
             row.append("" if rival == label else paired(cell, table[rival][best(table[rival])]))
@@ -43,7 +42,10 @@ def best_table(study: Study, table: Table) -> list[str]:
         largest = [result["max_update"] for other in cells.values() for result in other.results.values()]
         seconds = statistics.fmean(result["seconds"] for result in cell.results.values())
         worst = "not finite" if None in largest else f"{max(largest):.1f}"
-        row += [f"{min(stable):g} to {max(stable):g}" if stable else "none", worst, f"{seconds:.1f}"]
+        row += [f"{min(stable):g} to {max(stable):g}" if stable else "none", worst]
+        if counted:
+            row.append("" if cell.state is None else f"{cell.state:.2%}")
+        row.append(f"{seconds:.1f}")
         lines.append(f"| {label} | " + " | ".join(row) + " |")
     return lines
 
@@ -176,7 +178,7 @@ def section(study: Study, table: Table, image: Path) -> list[str]:
         page += steps_table(study, table)
         curves = image.with_name(f"{image.stem}-curves.svg")
         if plot_curves(study, table, curves) or curves.exists():
-            page += [f"![validation loss by steps, {study.setting.shape.unit}s and seconds]({curves.name})", ""]
+            page += [f"![validation loss by steps, {study.setting.shape.unit}s, seconds and state]({curves.name})", ""]
     page += observed_tables(table)
     seen = image.with_name(f"{image.stem}-observed.svg")
     if plot_observed(table, seen) or seen.exists():

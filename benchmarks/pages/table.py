@@ -26,6 +26,11 @@ class Cell:
     def mean(self) -> float:
         return statistics.fmean(self.losses.values())
 
+    @property
+    def state(self) -> float | None:
+        """Bytes of the optimizer's state relative to AdamW's in float32; None for runs that did not count them."""
+        return next((result["state"] for result in self.results.values() if "state" in result), None)
+
     def __str__(self) -> str:
         diverged = sum(map(math.isinf, self.losses.values()))
         return f"{diverged} of {len(self.losses)} diverged" if diverged else spread(self.losses.values())
@@ -76,6 +81,14 @@ def best(cells: Mapping[float, Cell]) -> float:
     """The learning rate with the lowest mean, among those with the most seeds."""
     most = max(len(cell.results) for cell in cells.values())
     return min((lr for lr, cell in cells.items() if len(cell.results) == most), key=lambda lr: cells[lr].mean)
+
+
+def edge_of(cells: Mapping[float, Cell]) -> str:
+    """Words for a best learning rate with no other tried on one side; empty where there is one on both."""
+    lr = best(cells)
+    if len(cells) == 1:
+        return ""
+    return "the highest tried" if lr == max(cells) else "the lowest tried" if lr == min(cells) else ""
 
 
 def rivals(study: Study, table: Table) -> dict[str, str]:

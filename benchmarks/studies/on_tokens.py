@@ -28,68 +28,62 @@ LLAMA_130M = dataclasses.replace(
 ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "AdamW, betas .9 .95": adamw(0.9, 0.95),
     "AdaPM": adapm(betas=BETAS95),
-    "AdaPM, paper": paper(betas=BETAS95),
-    BEST_SO_FAR: more(),
-    "PartialMuon": muon(),
-    "Muon": muon(momentum="full"),
     "AdaPM block": adapm(betas=BETAS95, second_moment="block"),
-    "PartialMuon, embedding full": muon(momentum={"embedding": "full"}),
-    "Adam-mini": paper(momentum="full", second_moment="block", betas=BETAS95),
-    "AdamW": adamw(),
-    "Adafactor (torch)": ("Adafactor", {}),
+    "PartialMuon": muon(),
+    "SCALE": ("SCALE", {"momentum": 0.9}),
     "APOLLO-Mini (apollo-torch)": (
         "APOLLO",
         {**LOW_RANK, "rank": 1, "betas": BETAS95, "scale": 128.0, "proj": "random", "scale_type": "tensor"},
     ),
-    "LoRA-Pre, Muon": ("LoRAPre", {"betas": BETAS95, "variant": "muon"}),
+    "Muon": muon(momentum="full"),
+    "Adam-mini": paper(momentum="full", second_moment="block", betas=BETAS95),
+    "AdaPM, paper": paper(betas=BETAS95),
     "GaLore (galore-torch)": ("GaLore", {**LOW_RANK, "betas": BETAS95, "scale": 0.25}),
+    "Adafactor (torch)": ("Adafactor", {}),
+    "AdamW": adamw(),
+    "LoRA-Pre, Muon": ("LoRAPre", {"betas": BETAS95, "variant": "muon"}),
     "LoRA-Pre": ("LoRAPre", {"betas": BETAS95}),
+    BEST_SO_FAR: more(),
+    "PartialMuon, embedding full": muon(momentum={"embedding": "full"}),
 }
-"""In order of importance, the slowest last."""
+"""In order of importance. "Muon" is PartialMuon with full momentum; "Adam-mini" is AdaPM with it."""
 OF_MUON = (8e-3, 4e-3, 1.6e-2, 3.2e-2)
 OF_PROJECTIONS = (1e-2, 5e-3, 2e-2, 4e-2)
 RATES = {
     **dict.fromkeys(("PartialMuon", "PartialMuon, embedding full", "Muon", "LoRA-Pre, Muon"), OF_MUON),
     **dict.fromkeys(("APOLLO-Mini (apollo-torch)", "GaLore (galore-torch)"), OF_PROJECTIONS),
-    "Adafactor (torch)": (1e-2, 5e-3, 2e-2, 4e-2),
+    "Adafactor (torch)": (2e-2, 1e-2, 4e-2, 5e-3),
     "LoRA-Pre": (5e-4, 2.5e-4, 1e-3, 2e-3),
 }
-FIRST: tuple[tuple[str, float | str, int], ...] = (
-    ("AdamW, betas .9 .95", 1.2e-3, 0),
-    ("PartialMuon", 8e-3, 0),
-    ("AdaPM", 1.2e-3, 0),
-    (BEST_SO_FAR, 1.2e-3, 0),
-    ("AdamW, betas .9 .95", 2.4e-3, 0),
-    ("Muon", 8e-3, 0),
-    ("AdaPM block", 1.2e-3, 0),
-    ("AdamW, betas .9 .95", BESIDE, 0),
-    ("PartialMuon", 4e-3, 0),
-    (BEST_SO_FAR, 2.4e-3, 0),
-    ("AdaPM", 6e-4, 0),
-    ("AdaPM", BESIDE, 0),
-    ("PartialMuon", BESIDE, 0),
-    (BEST_SO_FAR, BESIDE, 0),
-    ("Muon", 4e-3, 0),
-    ("AdaPM block", 6e-4, 0),
-    ("AdaPM block", BESIDE, 0),
-    *((label, BEST, seed) for seed in (1, 2) for label in ("AdamW, betas .9 .95", "AdaPM", BEST_SO_FAR, "PartialMuon")),
-)
-"""What a verdict on AdaPM and PartialMuon hangs on: a worse rate on both sides of the best, then three seeds."""
+"""Learning rates of optimizers for which they mean something else than for AdamW, the likely best first."""
+VERDICT = "AdamW, betas .9 .95", "AdaPM", "AdaPM block", "PartialMuon"
 
 
-def on_tokens(question: str, setting: Setting, finding: str = "Not yet run.") -> Study:
-    """One seed of every row; a verdict's rows have three."""
+def first(lr: float) -> tuple[tuple[str, float | str, int], ...]:
+    """Runs in the order in which they are worth having: every row at its likely best rate, the next rates until a worse
+    one was tried on both sides of the best, and three seeds of what a verdict hangs on.
+
+    Args:
+        lr: Likely best rate of the rows without one of their own.
+    """
+    guesses = [(label, RATES.get(label, (lr,))[0], 0) for label in ROWS]
+    beside = [(label, BESIDE, 0) for _ in range(3) for label in ROWS]
+    return (*guesses, *beside, *((label, BEST, seed) for seed in (1, 2) for label in VERDICT))
+
+
+def on_tokens(question: str, setting: Setting, lr: float = 1.2e-3, finding: str = "Not yet run.") -> Study:
+    """One seed of every row; a verdict's rows have three. ``lr`` is likely to be AdamW's best."""
     return Study(
         f"{question}, on tokens of a vocabulary trained on the same text?",
         ROWS,
-        lrs=(1.2e-3, 6e-4, 2.4e-3),
-        edge=(4.8e-3,),
+        lrs=(lr, lr / 2, 2 * lr),
+        edge=(4 * lr, lr / 4),
         seeds=1,
         setting=setting,
         curves=True,
         baselines={"AdamW": ("AdamW, betas .9 .95", "AdamW"), "Muon": ("Muon",)},
         rates=RATES,
-        first=FIRST,
+        first=first(lr),
         finding=finding,
     )
 
@@ -102,6 +96,7 @@ def tokens_llama_60m() -> Study:
     return on_tokens(
         "Which optimizer trains a Llama of 60 million parameters",
         LLAMA_60M,
+        2.4e-3,
         "None yet: AdamW was run at one learning rate, and nothing else.",
     )
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from benchmarks.studies.stand_ins import standing_in
 from benchmarks.studies.trials import Bookkeeping, Trial
 from benchmarks.studies.updated import UpdatedLoRAPre
 from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre, PartialMuon
@@ -70,6 +71,10 @@ class Parameters:
         """Tables, norms and biases."""
         return [param for name, param in self.named if not self._is_hidden(name, param)]
 
+    def called(self, table: str) -> list[nn.Parameter]:
+        """The tables of this name, one for each copy of the model."""
+        return [param for name, param in self.named if table in name.split(".")]
+
     @staticmethod
     def _is_hidden(name: str, param: Tensor) -> bool:
         return param.dim() == 2 and not any(table in name.split(".") for table in TABLES)
@@ -80,13 +85,23 @@ class Parameters:
         return {"params": self.named, **self.heads}
 
 
+class States(ChainMap[Any, Any]):
+    """States of several optimizers as one; a look-up adds nothing to those that make what they lack."""
+
+    def __getitem__(self, key: Any) -> Any:
+        for mapping in self.maps:
+            if key in mapping:
+                return mapping[key]
+        raise KeyError(key)
+
+
 class Several(Optimizer):
     """Optimizers of different parameters as one; their groups are its own, so that a schedule reaches them."""
 
     def __init__(self, *parts: Optimizer) -> None:
         self.parts = parts
         super().__init__([group for part in parts for group in part.param_groups], {})
-        self.state: Any = ChainMap(*(part.state for part in parts))
+        self.state: Any = States(*(part.state for part in parts))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         with torch.enable_grad():
@@ -133,13 +148,34 @@ def _projected(
     return make(groups, lr=lr, betas=betas, weight_decay=weight_decay, no_deprecation_warning=True)
 
 
+def _scale(make: Callable[..., Any], of: Parameters, lr: float, weight_decay: float, momentum: float) -> Optimizer:
+    """SCALE as its authors set it up: momentum for the head, columns of tables, AdamW for vectors.
+
+    A tied table is the head, of which their code has none.
+    """
+    heads = of.called("lm_head") or of.called("wte")
+    tables = [param for param in (*of.called("wte"), *of.called("wpe")) if all(param is not head for head in heads)]
+    groups = [{"params": of.hidden}, {"params": heads, "momentum": momentum}, {"params": tables, "dim": 0}]
+    vectors = [param for param in of.tensors if param.dim() < 2]
+    rest = torch.optim.AdamW(vectors, lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay)
+    return Several(make(groups, lr=lr, weight_decay=weight_decay), rest)
+
+
 class Library(NamedTuple):
-    """Class of another library: its module, its package on PyPI, and its use."""
+    """Class of another library: its module, its package on PyPI, and its use.
+
+    ``unused``: modules that it imports for classes that are not measured here.
+    """
 
     module: str
     name: str
     package: str
     use: Callable[..., Optimizer] = _of_all
+    unused: tuple[str, ...] = ()
+
+
+_EIGHT_BITS = ("bitsandbytes", "bitsandbytes.functional", "bitsandbytes.optim", "bitsandbytes.optim.optimizer")
+"""What galore-torch and apollo-torch import for their optimizers in eight bits alone."""
 
 
 LIBRARIES = {
@@ -147,8 +183,9 @@ LIBRARIES = {
     "Adafactor": Library("torch.optim", "Adafactor", "torch 2.5"),
     "Muon": Library("torch.optim", "Muon", "torch 2.9", _muon),
     "adam_mini": Library("adam_mini", "Adam_mini", "adam-mini", _adam_mini),
-    "GaLore": Library("galore_torch", "GaLoreAdamW", "galore-torch", _projected),
-    "APOLLO": Library("apollo_torch", "APOLLOAdamW", "apollo-torch", _projected),
+    "GaLore": Library("galore_torch", "GaLoreAdamW", "galore-torch", _projected, _EIGHT_BITS),
+    "APOLLO": Library("apollo_torch", "APOLLOAdamW", "apollo-torch", _projected, _EIGHT_BITS),
+    "SCALE": Library("benchmarks.studies.scale", "Scale", "this repository", _scale),
     "torchao 8-bit": Library("torchao.optim", "AdamW8bit", "torchao"),
     "torchao 4-bit": Library("torchao.optim", "AdamW4bit", "torchao"),
     "bitsandbytes 8-bit": Library("bitsandbytes.optim", "AdamW8bit", "bitsandbytes"),
@@ -208,7 +245,7 @@ def load(library: Library) -> Any:
     module, name = library.module, library.name
     try:
         # some print or warn about themselves on import
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), standing_in(library.unused):
             found = getattr(importlib.import_module(module), name, None)
     except Exception as error:
         raise UnavailableError(f"not importable: {error}".splitlines()[0]) from error

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.studies import BEST, Study, adamw
+from benchmarks.studies import BESIDE, BEST, Study, adamw
 from benchmarks.studies.elsewhere import Images, made_images
 from benchmarks.studies.optimizers import missing, resolve
 from benchmarks.studies.setting import Device, Run, Setting
@@ -78,13 +78,11 @@ class Sweep:
                         yield from self._group(label, lr, seeds)
 
     def beyond(self) -> Iterator[Group]:
-        """The next higher learning rate of each variant whose best is its highest."""
+        """The next learning rate of each variant whose best is the highest or the lowest one tried."""
         for label in self.labels:
-            edge = self.study.edge_of(label)
-            tried = [lr for lr in (*self.study.lrs_of(label), *edge) if self.run(label, lr, 0) in self.store]
-            following = [lr for lr in edge if lr not in tried]
-            if tried and following and min(tried, key=lambda lr: self.mean(label, lr)) == max(tried):
-                yield from self._group(label, following[0], range(self.study.seeds))
+            lr = self._rate(label, BESIDE)
+            if lr is not None:
+                yield from self._group(label, lr, range(self.study.seeds))
 
     def _rate(self, label: str, rate: float | str) -> float | None:
         """Resolve a rate of ``Study.first`` by the results so far."""
