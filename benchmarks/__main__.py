@@ -27,6 +27,12 @@ def parse() -> argparse.Namespace:
         type=Path,
         help="text to train on, or .jsonl with questions and answers; plain or .xz; default: Python's own sources",
     )
+    parser.add_argument(
+        "--pretrain-on",
+        type=Path,
+        metavar="FILE",
+        help="text of the weights that a study of finetuning starts from; default: Python's own sources",
+    )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--name", help="of the files in OUTPUT; default: the study's")
     parser.add_argument("--seeds", type=int, help="seeds 0 to SEEDS - 1; default: the study's")
@@ -55,6 +61,8 @@ def parse() -> argparse.Namespace:
         parser.error(f"--name and --only go with one study; {args.study} is {', '.join(args.studies)}")
     if args.size and not all(is_gpt2(STUDIES[name]) for name in args.studies):
         parser.error(f"--size names a GPT-2-like model, and {args.study} trains another; leave it out")
+    if args.pretrain_on and not all(STUDIES[name].pretrained for name in args.studies):
+        parser.error(f"--pretrain-on: {args.study} starts from random weights; leave it out")
     unknown = set(args.only or ()) - set(STUDIES[args.studies[0]].variants)
     if unknown:
         parser.error(f"--only: {', '.join(sorted(unknown))} not in {', '.join(STUDIES[args.studies[0]].variants)}")
@@ -93,7 +101,7 @@ def main() -> None:
         deadline = began + args.time_limit if args.time_limit else float("inf")
         device = Device(args.device, args.compile, not args.no_graph)
         stores = [(studies[name], Store(files[name])) for name in names]
-        sweep(stores, args.data, device, args.jobs, args.stack, deadline)
+        sweep(stores, args.data, device, args.jobs, args.stack, deadline, args.pretrain_on)
     for name, study in studies.items():
         report(names[name], dataclasses.replace(study, variants=STUDIES[name].variants), Store(files[name]))
 

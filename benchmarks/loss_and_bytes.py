@@ -1,32 +1,40 @@
 """Loss against bytes of optimizer state, from the studies' results: ``python -m benchmarks.loss_and_bytes``.
 
-It trains nothing. Losses are those in ``results/``, every optimizer at its own best learning rate. Bytes are counted
-after one step on made gradients, for the shapes that the study trained.
+It trains nothing. Losses are those in ``results/``, every optimizer at its own best learning rate. Bytes are those that
+a run has counted, or else counted here after one step on made gradients, for the shapes that the study trained.
 """
 
 import argparse
+import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.costs.memory import state_bytes
 from benchmarks.pages.page import RESULTS, provenance, session, table, write
-from benchmarks.pages.table import Table, best, plotting, rivals, select, tabulate
+from benchmarks.pages.table import Table, best, edge_of, plotting, rivals, select, tabulate
 from benchmarks.studies import STUDIES, Study
 from benchmarks.studies.optimizers import OURS, TRIALS, Parameters, build, missing, resolve
 from benchmarks.studies.store import Store
 
 PANELS = {
-    "1.8 million parameters, 600 steps, 4 seeds": ("convergence",),
-    "86 million parameters, 1600 steps, one to three seeds": ("partial_muon", "at_size"),
+    "GPT-2, 86 million parameters, bytes, 1600 steps": ("partial_muon", "at_size"),
+    "GPT-2, 124 million parameters, tokens, 1500 steps": ("tokens_gpt2",),
+    "Llama, 130 million parameters, tokens, 1500 steps": ("tokens_llama_130m",),
+    "Llama, 60 million parameters, tokens, 1500 steps": ("tokens_llama_60m",),
+    "GPT-2, 1.8 million parameters, bytes, 600 steps": ("convergence",),
 }
-"""Panels of the picture and the studies whose rows they show."""
+"""Models in the order in which they are worth a look, and the studies whose rows they show."""
+ENOUGH, DRAWN = 5, 2
+"""The picture has the first models with as many rows, and so many of them."""
 NOTES = (
-    "Validation loss on text as bytes, minus AdamW's best, in nats per byte; the bars are standard errors over seeds.",
+    "Validation loss minus AdamW's best, in nats per byte or, where the model reads tokens, per token. The bars are"
+    " standard errors over seeds.",
     "State is relative to that of AdamW in float32. Muon without a package's name is PartialMuon with full momentum.",
 )
 
@@ -35,24 +43,28 @@ NOTES = (
 class Point:
     """One optimizer at its best learning rate.
 
-    ``highest``: several learning rates were tried, and none above this one. ``difference``: mean over seeds of its loss
-    minus AdamW's best. ``error``: standard error of the difference, None with one seed. ``state``: bytes relative to
-    AdamW's in float32.
+    ``edge``: words where no worse learning rate was tried on one side; empty otherwise. ``difference``: mean over seeds
+    of its loss minus AdamW's best. ``error``: standard error of the difference, None with one seed. ``state``: bytes
+    relative to AdamW's in float32. ``optimizer``: its options, for which the state was counted.
     """
 
     label: str
     study: str
     ours: bool
     lr: float
-    highest: bool
+    edge: str
     seeds: int
     difference: float
     error: float | None
     state: float
+    optimizer: dict[str, Any]
 
 
-def points(names: Sequence[str], results: Path = RESULTS) -> list[Point]:
+def points(names: Sequence[str], known: Mapping[str, float], results: Path = RESULTS) -> list[Point]:
     """Rows of studies of one setting, AdamW's best first.
+
+    Args:
+        known: States by :func:`identity`, which are not counted again.
 
     Trials, which nobody can use, are left out, and so are optimizers of packages that are not installed here.
     """
@@ -61,16 +73,18 @@ def points(names: Sequence[str], results: Path = RESULTS) -> list[Point]:
         study, store = STUDIES[name], Store(results / f"{name}.json")
         for entries in select(study, store).values():
             rows = tabulate(study, entries)
+            if "AdamW" not in rivals(study, rows):
+                continue
             rival = rivals(study, rows)["AdamW"]
             labels = [label for label in rows if label == rival or not label.startswith("AdamW")]
             for label in labels:
                 kind = study.variants[label][0]
                 if kind not in TRIALS and not missing(kind):
-                    found.setdefault(label, _point(study, name, rows, label, rival))
+                    found.setdefault(label, _point(study, name, rows, label, rival, known))
     return sorted(found.values(), key=lambda point: not point.label.startswith("AdamW"))
 
 
-def _point(study: Study, name: str, rows: Table, label: str, rival: str) -> Point:
+def _point(study: Study, name: str, rows: Table, label: str, rival: str, known: Mapping[str, float]) -> Point:
     lr, other = best(rows[label]), rows[rival][best(rows[rival])].losses
     losses = rows[label][lr].losses
     differences = [losses[seed] - other[seed] for seed in losses if seed in other]
@@ -79,12 +93,31 @@ def _point(study: Study, name: str, rows: Table, label: str, rival: str) -> Poin
         study=name,
         ours=study.variants[label][0] in OURS,
         lr=lr,
-        highest=lr == max(rows[label]) and len(rows[label]) > 1,
+        edge="the only one tried" if len(rows[label]) == 1 else edge_of(rows[label]),
         seeds=len(differences),
         difference=statistics.fmean(differences),
         error=statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None,
-        state=relative_state(study, label),
+        state=_state(study, name, label, rows[label][lr].state, known),
+        optimizer=resolve(*study.variants[label]),
     )
+
+
+def _state(study: Study, name: str, label: str, counted: float | None, known: Mapping[str, float]) -> float:
+    if counted is None:
+        counted = known.get(identity(name, resolve(*study.variants[label])))
+    return relative_state(study, label) if counted is None else counted
+
+
+def identity(study: str, optimizer: Mapping[str, Any]) -> str:
+    """What a state depends on: a study has one model."""
+    return json.dumps([study, optimizer], sort_keys=True)
+
+
+def counted_before(file: Path) -> dict[str, float]:
+    """States in the results of the last time."""
+    panels = json.loads(file.read_text())["panels"] if file.exists() else {}
+    rows = [row for found in panels.values() for row in found if "optimizer" in row]
+    return {identity(row["study"], row["optimizer"]): row["state"] for row in rows}
 
 
 def relative_state(study: Study, label: str) -> float:
@@ -104,8 +137,8 @@ def draw(panels: dict[str, list[Point]], file: Path) -> bool:
     plt = plotting()
     if plt is None:
         return False
-    figure, all_axes = plt.subplots(1, len(panels), figsize=(12, 5.2), layout="constrained")
-    for axes, (title, found) in zip(all_axes, panels.items(), strict=True):
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 5.2), layout="constrained", squeeze=False)
+    for axes, (title, found) in zip(all_axes[0], panels.items(), strict=True):
         heights = label_heights(found)
         for point in found:
             color = "tab:blue" if point.ours else "black" if point.label.startswith("AdamW") else "tab:gray"
@@ -114,22 +147,44 @@ def draw(panels: dict[str, list[Point]], file: Path) -> bool:
             )
             side, name = 1.15 if point.state < 0.01 else 0.87, point.label.partition(" (")[0]
             axes.text(
-                100 * point.state * side, heights[point.label], f"{name} *" if point.highest else name, color=color,
+                100 * point.state * side, heights[point.label], f"{name} *" if point.edge else name, color=color,
                 bbox={"color": "white", "pad": 0.5}, fontsize=8, va="center", ha="left" if side > 1 else "right",
             )  # fmt: skip
+        border = front(found)
+        axes.plot(
+            [100 * point.state for point in border], [point.difference for point in border], color="tab:orange", lw=1,
+            zorder=3,
+        )  # fmt: skip
         axes.axhline(0, color="black", lw=0.8, ls=":")
         axes.set(xscale="log", title=title, xlabel="optimizer state, % of AdamW's in float32")
         axes.set_xlim(0.4, 140)
         axes.set_xticks([1, 10, 100], ["1", "10", "100"])
         axes.margins(y=0.1)
         axes.grid(alpha=0.3)
-    all_axes[0].set_ylabel("validation loss minus AdamW's [nats per byte]\nlower is better")
+    all_axes[0][0].set_ylabel("validation loss minus AdamW's [nats]\nlower is better")
     figure.supxlabel(
-        "Blue: this package. * at the highest learning rate tried. Each at its own best learning rate.", fontsize=8
+        "Each at its own best learning rate; * no worse one was tried on one side. Blue: this package."
+        " Orange: no optimizer has less loss and less state.",
+        fontsize=8,
     )
     figure.savefig(file, metadata={"Date": None})
     plt.close(figure)
     return True
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """Points with a lower loss than every one with as little state, by their state."""
+    found: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.state, point.difference)):
+        if not found or point.difference < found[-1].difference:
+            found.append(point)
+    return found
+
+
+def chosen(panels: Mapping[str, list[Point]]) -> dict[str, list[Point]]:
+    """Panels of the picture: the first that have :data:`ENOUGH` rows."""
+    enough = [title for title, found in panels.items() if len(found) >= ENOUGH]
+    return {title: panels[title] for title in enough[:DRAWN]}
 
 
 def label_heights(points: Sequence[Point]) -> dict[str, float]:
@@ -152,7 +207,7 @@ def page(panels: dict[str, list[Point]], line: str, image: str | None) -> str:
             [
                 point.label,
                 f"[{point.study}]({point.study}.md)",
-                f"{point.lr:g}{' (the highest tried)' if point.highest else ''}",
+                f"{point.lr:g}{f' ({point.edge})' if point.edge else ''}",
                 f"{point.difference:+.4f}" + ("" if point.error is None else f" ± {point.error:.4f}"),
                 str(point.seeds),
                 f"{100 * point.state:.2f} %",
@@ -166,13 +221,16 @@ def page(panels: dict[str, list[Point]], line: str, image: str | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loss_and_bytes", description=__doc__)
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--recount", action="store_true", help="count all states, also those of the last time")
     args = parser.parse_args()
-    panels = {title: points(names) for title, names in PANELS.items()}
-    result = session("loss_and_bytes", "cpu") | {
-        "panels": {title: [asdict(point) for point in found] for title, found in panels.items()}
-    }
     file = args.output / "loss_and_bytes.json"
-    drawn = draw(panels, file.with_suffix(".svg"))
+    known = {} if args.recount else counted_before(file)
+    found = {title: points(names, known) for title, names in PANELS.items()}
+    panels = {title: rows for title, rows in found.items() if rows}
+    result = session("loss_and_bytes", "cpu") | {
+        "panels": {title: [asdict(point) for point in rows] for title, rows in panels.items()}
+    }
+    drawn = draw(chosen(panels), file.with_suffix(".svg"))
     write(file, result, page(panels, provenance(result), file.with_suffix(".svg").name if drawn else None))
     print(file.with_suffix(".md").read_text())
 

@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.pages.curves import observed_tables, plot_curves, plot_observed, steps_table
 from benchmarks.pages.table import Cell, Table, best, edge_of, plotting, rivals, select, spread, style, tabulate
 from benchmarks.studies import Study
+from benchmarks.studies.base import Pretraining
 from benchmarks.studies.optimizers import missing
 from benchmarks.studies.store import Store
 
@@ -143,11 +144,24 @@ def opening(name: str, study: Study) -> list[str]:
         "",
         f"{what}, warm-up and cosine to a tenth, weight decay 0.1 on"
         f" everything{', bfloat16 autocast' if setting.bf16 else ''}"
-        f"{', from weights pretrained with AdamW on Python sources' if study.pretrained else ''}."
+        f"{pretrained(study)}."
         f" Validation loss at the end in nats per {unit}: mean ± standard error (seeds). A seed gives every run"
         " the same initial weights and batches, so differences are taken seed by seed.",
         "",
     ]
+
+
+def pretrained(study: Study) -> str:
+    """Words on the weights that a study starts from; empty where they are random."""
+    how = study.pretraining
+    if not study.pretrained:
+        return ""
+    if how == Pretraining():
+        return ", from weights pretrained with AdamW on Python sources"
+    return (
+        f", from weights pretrained with AdamW at {how.lr:g} in {how.steps} such steps on another text"
+        f"{' (one model for all seeds, which fix the batches)' if how.once else ''}"
+    )
 
 
 def not_run(study: Study, table: Table) -> list[str]:

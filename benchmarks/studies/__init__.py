@@ -1,6 +1,6 @@
 """The studies, as data: what is asked, which variants answer it, and at which learning rates."""
 
-from benchmarks.studies import ablation, at_size, comparison, defaults, large, on_tokens, precision
+from benchmarks.studies import ablation, at_size, comparison, defaults, finetuning, large, on_tokens, precision
 from benchmarks.studies.base import BESIDE, BEST, SIZES, Study, adamw, adapm
 
 STUDIES: dict[str, Study] = {
@@ -27,6 +27,7 @@ STUDIES: dict[str, Study] = {
         on_tokens.tokens_gpt2,
         on_tokens.tokens_llama_60m,
         on_tokens.tokens_llama_130m,
+        finetuning.finetune_at_size,
         comparison.convergence,
         comparison.instructions,
         comparison.recurrent,

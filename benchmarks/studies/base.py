@@ -30,6 +30,19 @@ tried (the higher first).
 
 
 @dataclass(frozen=True)
+class Pretraining:
+    """How the weights are trained that a study starts from: by AdamW, on windows as the study's own.
+
+    ``once``: one model for all seeds, which then fix the batches alone.
+    """
+
+    lr: float = 2e-3
+    steps: int = 600
+    betas: tuple[float, float] = (0.9, 0.999)
+    once: bool = False
+
+
+@dataclass(frozen=True)
 class Study:
     """One question.
 
@@ -51,6 +64,7 @@ class Study:
     setting: Setting = GPT2_SMALL
     needs_data: bool = False
     pretrained: bool = False
+    pretraining: Pretraining = Pretraining()
     images: bool = False
     curves: bool = False
     crossed: tuple[str, str] | None = None

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.studies.adapters import adapt
 from benchmarks.studies.compiled import compile_blocks, fastest_attention
 from benchmarks.studies.decoder import Decoder
-from benchmarks.studies.head import LARGE, losses_and_slopes, mean_loss
+from benchmarks.studies.head import IGNORED, LARGE, losses_and_slopes, mean_loss
 from benchmarks.studies.setting import Device, Setting
 from benchmarks.studies.text import NO_TARGET
 
@@ -30,6 +31,9 @@ class Copies:
             models.append(setting.shape.build())
         for model, path in zip(models, start or [], strict=False):
             model.load_state_dict(torch.load(path, weights_only=True))
+        if setting.adapters:
+            for model in models:
+                adapt(model, setting.adapters)
         self.models = [model.to(device.type, getattr(torch, setting.weights)) for model in models]
         self.flat = torch.stack([nn.utils.parameters_to_vector(model.parameters()) for model in models]).detach()
         self.stacked, offset = {}, 0
@@ -48,7 +52,8 @@ class Copies:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for index, model in enumerate(self.models):
             for name, param in model.named_parameters():
-                yield f"copy{index}.{name}", param
+                if param.requires_grad:
+                    yield f"copy{index}.{name}", param
 
     def losses(self, windows: Tensor) -> Tensor:
         """Mean loss of each copy over the targets, in nats, on its ``windows`` ``(copies, batch, context + 1)``."""
@@ -60,8 +65,8 @@ class Copies:
         targets = windows[..., -each:].flatten(1)
         losses = F.cross_entropy(
             logits.flatten(0, 1).float(),
-            targets.masked_fill(targets >= self.no_target, -100).flatten(),
-            ignore_index=-100,
+            targets.masked_fill(targets >= self.no_target, IGNORED).flatten(),
+            ignore_index=IGNORED,
             reduction="none",
         )
         return losses.view_as(targets).sum(dim=1) / (targets < self.no_target).sum(dim=1).clamp_min(1)
@@ -70,7 +75,8 @@ class Copies:
         """Loss of a single decoder whose logits would take several times the memory of everything else."""
         decoder = cast(Decoder, self.models[0])
         dtype = torch.bfloat16 if self.setting.bf16 else decoder.head.dtype
-        hidden, targets = decoder.hidden(windows[:, :-1]), windows[:, 1:].flatten()
+        hidden, targets = decoder.hidden(windows[:, :-1] % self.no_target), windows[:, 1:].flatten()
+        targets = targets.masked_fill(targets >= self.no_target, IGNORED)
         return mean_loss(hidden, decoder.head, targets, dtype, self.slope).unsqueeze(0)
 
     def _alone(self, tokens: Tensor) -> Tensor:

@@ -10,18 +10,25 @@ LARGE = 4096
 """Vocabularies of more tokens than this are large."""
 POSITIONS = 8192
 """Positions whose logits exist together."""
+IGNORED = -100
+"""Target of a position that does not count."""
 
 Slope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Losses by position and their gradients with respect to the logits, from logits and targets."""
 
 
 def losses_and_slopes(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy in float32; slopes in the dtype of the logits. Compiled, it is one pass over the logits."""
+    """Cross-entropy in float32; slopes in the dtype of the logits. Compiled, it is one pass over the logits.
+
+    Both are zero where the target is :data:`IGNORED`.
+    """
     exact = logits.float()
     level = exact.logsumexp(dim=-1, keepdim=True)
     wanted = torch.arange(logits.shape[-1], device=logits.device) == targets[:, None]
-    slopes = (exact - level).exp() - wanted.float()
-    return (level - exact.gather(-1, targets[:, None])).squeeze(-1), slopes.to(logits.dtype)
+    counts = (targets != IGNORED)[:, None]
+    slopes = ((exact - level).exp() - wanted.float()) * counts
+    losses = (level - exact.gather(-1, targets[:, None].clamp_min(0))) * counts
+    return losses.squeeze(-1), slopes.to(logits.dtype)
 
 
 def mean_loss(hidden: Tensor, head: Tensor, targets: Tensor, dtype: torch.dtype, slope: Slope) -> Tensor:
@@ -30,7 +37,7 @@ def mean_loss(hidden: Tensor, head: Tensor, targets: Tensor, dtype: torch.dtype,
     Args:
         hidden: Output of the last norm, ``(positions, width)``.
         head: Weight of the head, ``(vocabulary, width)``.
-        targets: Token to predict at each position.
+        targets: Token to predict at each position, or :data:`IGNORED`.
         slope: :func:`losses_and_slopes`, compiled or not.
     """
     if torch.is_grad_enabled():
@@ -38,8 +45,13 @@ def mean_loss(hidden: Tensor, head: Tensor, targets: Tensor, dtype: torch.dtype,
     total = hidden.new_zeros(())
     for rows, wanted in _parts(hidden, targets):
         logits = (rows.to(dtype) @ head.to(dtype).T).float()
-        total += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
-    return total / len(hidden)
+        total += torch.nn.functional.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum")
+    return total / _number(targets)
+
+
+def _number(targets: Tensor) -> Tensor:
+    """Number of the positions that count."""
+    return (targets != IGNORED).sum().clamp_min(1)
 
 
 def _parts(hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -59,11 +71,12 @@ class _MeanLoss(torch.autograd.Function):
             total += losses.sum()
             of_hidden.append(slopes @ weight)
             of_head += slopes.T @ rows
-        ctx.save_for_backward(torch.cat(of_hidden), of_head)
-        return total / len(hidden)
+        number = _number(targets)
+        ctx.save_for_backward(torch.cat(of_hidden), of_head, number)
+        return total / number
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        of_hidden, of_head = ctx.saved_tensors
-        share = grads[0] / len(of_hidden)
+        of_hidden, of_head, number = ctx.saved_tensors
+        share = grads[0] / number
         return of_hidden.to(of_head.dtype) * share, of_head * share, None, None, None

@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.studies.decoder import Shape
 from benchmarks.studies.elsewhere import Images, Recurrent
 
-LATER = {"points": 10, "change": None, "observe": 0, "weights": "float32"}
+LATER = {"points": 10, "change": None, "observe": 0, "weights": "float32", "adapters": 0}
 """Fields of a setting that came later, with the values of the runs before them: those are left out of its identity, so
 that the results there were are still found.
 """
@@ -19,7 +19,8 @@ class Setting:
 
     ``start`` names the weights that they go on from. ``points`` are of the validation curve. ``change``: from this
     share of the steps on, the learning rate is multiplied by this factor at once. ``observe``: after how many steps the
-    optimizer is looked into again, 0 for never. ``weights`` is the dtype of weights and gradients.
+    optimizer is looked into again, 0 for never. ``weights`` is the dtype of weights and gradients. ``adapters`` is the
+    rank of LoRA's, which alone are trained then; 0 for none.
     """
 
     shape: Shape | Recurrent | Images
@@ -32,6 +33,7 @@ class Setting:
     change: tuple[float, float] | None = None
     observe: int = 0
     weights: str = "float32"
+    adapters: int = 0
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -19,18 +19,17 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.studies import BESIDE, BEST, Study, adamw
+from benchmarks.studies.base import Pretraining
 from benchmarks.studies.elsewhere import Images, made_images
 from benchmarks.studies.optimizers import missing, resolve
 from benchmarks.studies.setting import Device, Run, Setting
 from benchmarks.studies.store import Store, hardware, versions
 from benchmarks.studies.text import Text, read_text
-from benchmarks.studies.tokens import Tokens
+from benchmarks.studies.tokens import Answers, Tokens
 from benchmarks.studies.training import train
 
-PRETRAINING_LR, PRETRAINING_STEPS = 2e-3, 600
-
-Source = Path | Images | Tokens | None
-"""Source of the data: a text file, images of these sizes, tokens of a text, or Python's sources."""
+Source = Path | Images | Tokens | Answers | None
+"""Source of the data: a text file, images of these sizes, tokens of a text or of answers, or Python's sources."""
 
 _text: dict[Source, Text] = {}
 
@@ -39,7 +38,7 @@ class Group(NamedTuple):
     """Runs that train together, where their results go, and under which name their weights (then no results)."""
 
     runs: list[Run]
-    store: Store
+    store: Store | None
     source: Source
     save: str | None = None
 
@@ -112,9 +111,21 @@ class Sweep:
 
 
 def sweep(
-    studies: list[tuple[Study, Store]], data: Path | None, device: Device, jobs: int, stack: int, deadline: float
+    studies: list[tuple[Study, Store]],
+    data: Path | None,
+    device: Device,
+    jobs: int,
+    stack: int,
+    deadline: float,
+    first_text: Path | None = None,
 ) -> None:
-    """Train all that is missing of studies, one after the other; ``deadline`` is of ``time.time()``."""
+    """Train all that is missing of studies, one after the other.
+
+    Args:
+        data: Text to train on; None for Python's sources.
+        deadline: By ``time.time()``.
+        first_text: Text of the weights that a study starts from, likewise.
+    """
     session = {
         "command": "python -m benchmarks " + shlex.join(sys.argv[1:]),
         "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}",
@@ -122,8 +133,8 @@ def sweep(
         "versions": versions(),
     }
     gpus = visible_gpus() if device.type == "cuda" else []
-    source = source_of(studies[0][0], data)
-    if isinstance(source, Tokens):
+    source = source_of(studies[0][0], data, first_text)
+    if isinstance(source, Tokens | Answers):
         load(source)  # tokenized once, not by every worker
     with ExitStack() as stop:
         workers = start_workers(jobs, gpus, None if isinstance(source, Images) else source)
@@ -133,8 +144,8 @@ def sweep(
         queue = Queue(workers, Place(device, folder / "weights", deadline), session)
         plans = []
         for study, store in studies:
-            setting = starting(study, store, queue, stack) if study.pretrained else study.setting
-            plans.append(Sweep(replace(study, setting=setting), store, source_of(study, data), stack))
+            setting = starting(study, first_text, queue, stack) if study.pretrained else study.setting
+            plans.append(Sweep(replace(study, setting=setting), store, source_of(study, data, first_text), stack))
         queue.work(distinct(group for plan in plans for group in plan.missing()))
         while queue.complete and queue.work(distinct(group for plan in plans for group in plan.beyond())):
             pass
@@ -185,25 +196,35 @@ def distinct(groups: Iterable[Group]) -> Iterator[Group]:
             yield group._replace(runs=runs)
 
 
-def source_of(study: Study, data: Path | None) -> Source:
-    """Load a study's data; ``data`` is the option of the command line."""
+def source_of(study: Study, data: Path | None, first_text: Path | None = None) -> Source:
+    """Source of a study's data; ``data`` and ``first_text`` are options of the command line."""
     shape = study.setting.shape
     if isinstance(shape, Images):
         return shape
-    return Tokens(data, shape.vocab) if shape.unit == "token" else data
+    if shape.unit != "token":
+        return data
+    if study.pretrained and data is not None:
+        return Answers(data, Tokens(first_text, shape.vocab))
+    return Tokens(data, shape.vocab)
 
 
-def starting(study: Study, store: Store, queue: "Queue", stack: int) -> Setting:
-    """Train the weights that the study starts from on Python's sources, where they are missing; its setting with them
-    named.
-    """
-    text = load(None).name
-    optimizer, setting = resolve(*adamw()), replace(study.setting, steps=PRETRAINING_STEPS, points=10)
-    start = f"{study.setting.shape!r}, {setting.steps} x {setting.batch} windows of {text}"
-    runs = [Run(optimizer, PRETRAINING_LR, seed, setting, text) for seed in range(study.seeds)]
+def starting(study: Study, first_text: Path | None, queue: "Queue", stack: int) -> Setting:
+    """Train the weights that the study starts from, where they are missing; its setting with them named."""
+    how, shape = study.pretraining, study.setting.shape
+    source: Source = Tokens(first_text, shape.vocab) if shape.unit == "token" else first_text
+    text, optimizer = load(source).name, resolve(*adamw(*how.betas))
+    setting = replace(study.setting, steps=how.steps, points=10)
+    start = f"{shape!r}, {setting.steps} x {setting.batch} windows of {text}"
+    if how != Pretraining():  # the weights before there was a choice are named by the text alone
+        start += f", lr {how.lr:g}, betas {how.betas[0]:g} {how.betas[1]:g}"
+    runs = [Run(optimizer, how.lr, seed, setting, text) for seed in range(1 if how.once else study.seeds)]
     runs = [run for run in runs if not weights_file(queue.place.weights, start, run.seed).exists()]
     parts = [runs[first : first + stack] for first in range(0, len(runs), stack)]
-    queue.work(Group(part, store, None, save=start) for part in parts)
+    queue.work(Group(part, None, source, save=start) for part in parts)
+    if how.once:
+        for seed in range(1, study.seeds):
+            weights_file(queue.place.weights, start, seed).unlink(missing_ok=True)
+            weights_file(queue.place.weights, start, seed).symlink_to(weights_file(queue.place.weights, start, 0).name)
     return replace(study.setting, start=start)
 
 
@@ -264,7 +285,7 @@ class Queue:
             self.failed += len(group.runs)
             return False
         for run, result in zip(group.runs, results or (), strict=False):
-            if group.save is None:
+            if group.store is not None:
                 group.store.add(run, result, self.session)
             self.latest[run.setting] = lasting(result) * len(group.runs)
             print(describe(run, result), flush=True)
@@ -287,7 +308,7 @@ def load(source: Source) -> Text:
         match source:
             case Images():
                 _text[source] = made_images(source)
-            case Tokens():
+            case Tokens() | Answers():
                 _text[source] = source.read()
             case _:
                 _text[source] = read_text(source)

@@ -6,6 +6,7 @@ import lzma
 import platform
 import random
 import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,29 +38,38 @@ def read_text(path: Path | None = None) -> Text:
     """
     if path is None:
         return named(f"Python {platform.python_version()} sources", *standard_library())
-    raw = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+    raw = read_bytes(path)
     if ".jsonl" in path.suffixes:
-        return instructions(path, raw)
+        return instructions(path, raw, lambda text: as_tensor(text.encode()).to(torch.int16))
     cut = len(raw) - len(raw) // 20
     if cut == len(raw):
         raise ValueError(f"--data {path}: holds {len(raw)} bytes; name a text file of some megabytes")
     return named(path.name, raw[:cut], raw[cut:])
 
 
-def instructions(path: Path, raw: bytes) -> Text:
-    """Lines ``{"question": ..., "answer": ...}``, one after the other; windows begin with a question."""
+def read_bytes(path: Path) -> bytes:
+    """Content of a file, unpacked where its name ends in ``.xz``."""
+    return lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+
+
+def instructions(path: Path, raw: bytes, encode: Callable[[str], Tensor], no_target: int = NO_TARGET) -> Text:
+    """Lines ``{"question": ..., "answer": ...}``, one after the other; windows begin with a question.
+
+    Args:
+        encode: Function from a text to its numbers.
+        no_target: Added to those of questions.
+    """
     parts: list[list[Tensor]] = [[], []]
     lines = raw.splitlines()
     for number, line in enumerate(lines):
         try:
             record = json.loads(line)
-            asked, answered = (record[key].encode() for key in ("question", "answer"))
+            prompt, answer = (encode(record[key] + end) for key, end in (("question", "\n"), ("answer", "\n\n")))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f'--data {path}: line {number + 1} is not {{"question": "...", "answer": "..."}}, but {line[:60]!r}'
             ) from error
-        prompt, answer = (as_tensor(part).to(torch.int16) for part in (asked + b"\n", answered + b"\n\n"))
-        parts[number >= len(lines) - len(lines) // 20].append(torch.cat([prompt + NO_TARGET, answer]))
+        parts[number >= len(lines) - len(lines) // 20].append(torch.cat([prompt + no_target, answer]))
     if not all(parts):
         raise ValueError(f"--data {path}: holds {len(lines)} lines; give it 20 or more")
     starts = [torch.tensor([0, *map(len, part[:-1])]).cumsum(0) for part in parts]

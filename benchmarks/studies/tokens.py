@@ -5,14 +5,14 @@ import itertools
 import os
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.studies.text import Text, read_text
+from benchmarks.studies.text import NO_TARGET, Text, instructions, read_bytes, read_text
 
 TRAINED_ON = 48_000_000
 """Bytes at the beginning of the training text from which the vocabulary is made."""
@@ -35,15 +35,30 @@ class Tokens:
         Raises:
             ValueError: The text is questions and answers, or too short.
         """
-        file = self._file()
-        if not file.exists():
-            unfinished = file.with_name(f"{file.name}.{os.getpid()}")
-            torch.save(self._tokenized(), unfinished)
-            unfinished.replace(file)  # in one move: several processes may do this at once
+        file = self._made()
         train, val = torch.load(file, weights_only=True)
         digest = hashlib.sha256(train.numpy().tobytes() + val.numpy().tobytes()).hexdigest()[:8]
         source = f"Python {platform.python_version()} sources" if self.path is None else self.path.name
         return Text(f"{source} ({len(train) / 1e6:.1f} million of {self.vocab} tokens, {digest})", train, val)
+
+    def tokenizer(self) -> Any:
+        """The vocabulary, as a tokenizer of the package ``tokenizers``."""
+        from lightning_adapm.data.tokens import import_tokenizers
+
+        return import_tokenizers().Tokenizer.from_file(str(self._made().with_suffix(".json")))
+
+    def _made(self) -> Path:
+        """File of the tokens, made together with that of the vocabulary unless both are there."""
+        file = self._file()
+        vocabulary = file.with_suffix(".json")
+        if not (file.exists() and vocabulary.exists()):
+            unfinished = [path.with_name(f"{path.name}.{os.getpid()}") for path in (vocabulary, file)]
+            tokenizer, tokens = self._tokenized()
+            tokenizer.save(str(unfinished[0]))
+            torch.save(tokens, unfinished[1])
+            for path, final in zip(unfinished, (vocabulary, file), strict=True):
+                path.replace(final)  # in one move: several processes may do this at once
+        return file
 
     def _file(self) -> Path:
         """File of the tokens: beside the text, or in the user's cache where that folder cannot be written to."""
@@ -58,7 +73,8 @@ class Tokens:
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"{stem}.bpe{self.vocab}-{key}.pt"
 
-    def _tokenized(self) -> tuple[Tensor, Tensor]:
+    def _tokenized(self) -> tuple[Any, tuple[Tensor, Tensor]]:
+        """Tokenizer of the training text, and the tokens of both parts."""
         from lightning_adapm.data.tokens import train_tokenizer
 
         text = read_text(self.path)
@@ -66,7 +82,29 @@ class Tokens:
             raise ValueError(f"--data {self.path}: holds questions and answers; studies on tokens train on plain text")
         train, val = (part.numpy().tobytes() for part in (text.train, text.val))
         tokenizer = train_tokenizer(pieces(train[:TRAINED_ON]), self.vocab)
-        return encode(tokenizer, train, self.vocab), encode(tokenizer, val, self.vocab)
+        return tokenizer, (encode(tokenizer, train, self.vocab), encode(tokenizer, val, self.vocab))
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Questions and answers in the vocabulary of another text; the answers alone are targets."""
+
+    path: Path
+    vocabulary: Tokens
+
+    def read(self) -> Text:
+        """Tokenize the questions and answers.
+
+        Raises:
+            ValueError: A line of the file lacks question or answer.
+        """
+        tokenizer = self.vocabulary.tokenizer()
+
+        def encode(text: str) -> Tensor:
+            return torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int32)
+
+        text = instructions(self.path, read_bytes(self.path), encode, max(NO_TARGET, self.vocabulary.vocab))
+        return replace(text, name=f"{text.name}, {self.vocabulary.vocab} tokens of {self.vocabulary.read().name}")
 
 
 def pieces(raw: bytes) -> Iterator[str]:

@@ -39,7 +39,11 @@ NAV = {
         "Many processes": "docs/distributed.md",
     },
     "Extend": {"Moments and optimizers": "docs/extending.md", "Architectures": "docs/architectures.md"},
-    "Benchmarks": {"Answers": "docs/benchmarks.md", "Commands and studies": "benchmarks/README.md"},
+    "Benchmarks": {
+        "Answers": "docs/benchmarks.md",
+        "The paper's claims": "docs/paper.md",
+        "Commands and studies": "benchmarks/README.md",
+    },
     "How it works": {"The mathematics": "docs/how-it-works.md"},
 }
 """Pages in the order in which people need them; those that do not exist are left out."""

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -30,16 +31,37 @@ def test_the_picture_of_losses_and_bytes_is_that_of_the_results(monkeypatch):
     monkeypatch.setattr(loss_and_bytes, "relative_state", lambda study, label: 0.0)
     monkeypatch.setattr(loss_and_bytes, "missing", lambda kind: None)
     drawn = json.loads((RESULTS / "loss_and_bytes.json").read_text())["panels"]
-    assert list(drawn) == list(loss_and_bytes.PANELS)
-    for title, names in loss_and_bytes.PANELS.items():
-        found = [(point.label, point.lr, point.difference, point.error) for point in loss_and_bytes.points(names)]
-        assert found == [(row["label"], row["lr"], row["difference"], row["error"]) for row in drawn[title]]
+    found = {title: loss_and_bytes.points(names, {}) for title, names in loss_and_bytes.PANELS.items()}
+    assert list(drawn) == [title for title, points in found.items() if points]
+    for title, rows in drawn.items():
+        points = [(point.label, point.lr, point.difference, point.error) for point in found[title]]
+        assert points == [(row["label"], row["lr"], row["difference"], row["error"]) for row in rows]
+
+
+def point(label, height, state, **options):
+    others = {"study": "s", "ours": True, "lr": 1.0, "edge": "", "seeds": 1, "error": None, "optimizer": {}}
+    return loss_and_bytes.Point(label=label, difference=height, state=state, **{**others, **options})
 
 
 def test_labels_of_points_at_one_height_are_apart():
-    other = {"study": "", "ours": True, "lr": 1.0, "highest": False, "seeds": 1, "error": None}
-    points = [
-        loss_and_bytes.Point(label=label, difference=height, state=state, **other)
-        for label, height, state in (("a", 0.0, 0.5), ("b", 0.0, 0.5), ("c", 1.0, 0.5), ("d", 0.0, 0.1))
-    ]
+    points = [point("a", 0.0, 0.5), point("b", 0.0, 0.5), point("c", 1.0, 0.5), point("d", 0.0, 0.1)]
     assert loss_and_bytes.label_heights(points) == {"a": 0.0, "b": 0.04, "c": 1.0, "d": 0.0}
+
+
+def test_the_front_has_the_points_that_none_beats_in_loss_and_in_bytes():
+    points = [point("a", 0.0, 1.0), point("b", -1.0, 0.5), point("c", 0.5, 0.1), point("d", 0.7, 0.2)]
+    assert [each.label for each in loss_and_bytes.front(points)] == ["c", "b"]
+
+
+def test_the_picture_shows_the_first_models_with_enough_rows():
+    many = [point(str(index), 0.0, 1.0) for index in range(loss_and_bytes.ENOUGH)]
+    panels = {"a": many, "b": many[:2], "c": many, "d": many}
+    assert list(loss_and_bytes.chosen(panels)) == ["a", "c"]
+
+
+def test_a_state_that_was_counted_is_not_counted_again(tmp_path):
+    file = tmp_path / "loss_and_bytes.json"
+    row = asdict(point("a", 0.0, 0.25, optimizer={"kind": "AdaPM", "rank": 0.1}))
+    file.write_text(json.dumps({"panels": {"one": [row, {"study": "s", "state": 0.5}]}}))
+    known = loss_and_bytes.counted_before(file)
+    assert known == {loss_and_bytes.identity("s", {"rank": 0.1, "kind": "AdaPM"}): 0.25}

@@ -1,0 +1,57 @@
+"""Finetuning of a GPT-2 124M on questions and answers, from weights pretrained here."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.studies.at_size import muon
+from benchmarks.studies.base import BESIDE, BEST, BETAS95, Pretraining, Study, adamw, adapm, paper
+from benchmarks.studies.decoder import Shape
+from benchmarks.studies.on_tokens import VOCAB
+from benchmarks.studies.setting import Setting
+
+SETTING = Setting(
+    Shape(layers=12, width=768, n_head=12, context=512, vocab=VOCAB),
+    steps=225,
+    batch=32,
+    val_windows=256,
+    bf16=True,
+    points=5,
+)
+"""About three epochs of gsm8k. Steps are as large as in pretraining, so that everything is compiled once."""
+LORA = "LoRA, rank 16"
+ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "AdamW": adamw(0.9, 0.95),
+    "AdaPM": adapm(betas=BETAS95),
+    "PartialMuon": muon(),
+    "AdaPM block": adapm(betas=BETAS95, second_moment="block"),
+    LORA: adamw(0.9, 0.95),
+    "Adam-mini": paper(momentum="full", second_moment="block", betas=BETAS95),
+    "AdaPM, paper": paper(betas=BETAS95),
+}
+RATES = {"PartialMuon": (1e-3, 3e-3, 3e-4, 1e-2), LORA: (1e-3, 3e-3, 1e-2, 3e-4)}
+LR = 3e-4
+
+
+def finetune_at_size() -> Study:
+    return Study(
+        "Which optimizer finetunes a GPT-2 124M, pretrained on other text, on questions and answers (loss on held-out"
+        " answers alone)?",
+        ROWS,
+        lrs=(LR, 1e-4, 1e-3),
+        edge=(3e-3, 3e-5),
+        seeds=1,
+        setting=SETTING,
+        needs_data=True,
+        pretrained=True,
+        pretraining=Pretraining(lr=1.2e-3, steps=1500, betas=(0.9, 0.95), once=True),
+        curves=True,
+        baselines={"AdamW": ("AdamW",)},
+        rates=RATES,
+        changes={LORA: {"adapters": 16}},
+        first=(
+            *((label, RATES.get(label, (LR,))[0], 0) for label in ROWS),
+            *((label, BESIDE, 0) for _ in range(3) for label in ROWS),
+            *((label, BEST, seed) for seed in (1, 2) for label in ROWS),
+        ),
+        finding="Not yet run.",
+    )
