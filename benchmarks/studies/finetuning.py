@@ -1,4 +1,4 @@
-"""Finetuning of a GPT-2 124M on questions and answers, from weights pretrained here."""
+"""Finetuning of a Llama-like model of 130 million parameters on questions and answers, from weights pretrained here."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from benchmarks.studies.on_tokens import VOCAB
 from benchmarks.studies.setting import Setting
 
 SETTING = Setting(
-    Shape(layers=12, width=768, n_head=12, context=512, vocab=VOCAB),
+    Shape(layers=12, width=768, n_head=12, context=512, llama=True, vocab=VOCAB),
     steps=225,
     batch=32,
     val_windows=256,
@@ -34,8 +34,8 @@ LR = 3e-4
 
 def finetune_at_size() -> Study:
     return Study(
-        "Which optimizer finetunes a GPT-2 124M, pretrained on other text, on questions and answers (loss on held-out"
-        " answers alone)?",
+        "Which optimizer finetunes a Llama of 130 million parameters, pretrained on other text, on questions and"
+        " answers (loss on held-out answers alone)?",
         ROWS,
         lrs=(LR, 1e-4, 1e-3),
         edge=(3e-3, 3e-5),
