@@ -104,6 +104,7 @@ def litgpt_config(shape: Shape) -> dict[str, Any]:
         "mlp_class_name": "LLaMAMLP",
         "norm_class_name": "RMSNorm",
         "bias": False,
+        "parallel_residual": False,
         "rotary_percentage": 1.0,
         "vocab_size": shape.vocab,
         "padded_vocab_size": shape.vocab,
@@ -190,7 +191,7 @@ def page(result: Mapping[str, Any]) -> str:
     ]
     words = (
         f"DPO on {result['pairs']} pairs, the last twentieth of a fixed shuffle held out: one epoch in batches of"
-        f" {result['batch']}, beta 0.1, no weight decay, seed 0. {result['model']}. An accuracy is the share of the pairs"
+        f" {result['batch']}, beta 0.1, no weight decay, seed 0. {result['model']}. An accuracy is the share of pairs"
         " held out for which the policy prefers the chosen answer more than the reference does. Both rounds of training"
         " are the package's modules in a Trainer."
     )
@@ -211,7 +212,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main(shape: Shape = finetuning.SETTING.shape) -> None:
+def main(shape: Shape = finetuning.SHAPE) -> None:
     args = parse()
     deadline = time.time() + args.time_limit
     pairs = pairs_of(args.data, args.pairs)

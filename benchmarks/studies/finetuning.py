@@ -9,8 +9,9 @@ from benchmarks.studies.decoder import Shape
 from benchmarks.studies.on_tokens import VOCAB
 from benchmarks.studies.setting import Setting
 
+SHAPE = Shape(layers=12, width=768, n_head=12, context=512, llama=True, vocab=VOCAB)
 SETTING = Setting(
-    Shape(layers=12, width=768, n_head=12, context=512, llama=True, vocab=VOCAB),
+    SHAPE,
     steps=225,
     batch=32,
     val_windows=256,
