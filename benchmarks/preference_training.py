@@ -137,7 +137,7 @@ def pairs_of(path: Path, number: int) -> list[dict[str, str]]:
         record = json.loads(line)
         other = re.sub(r"\d+", lambda found: str(int(found[0]) + draw.randint(1, 9)), record["answer"])
         if other != record["answer"]:
-            pairs.append({"prompt": record["question"] + "\n", "chosen": record["answer"], "rejected": other})
+            pairs.append({"prompt": record["question"], "chosen": record["answer"], "rejected": other})
     return pairs
 
 
@@ -164,7 +164,7 @@ def finetuned(checkpoint: Path, pairs: Path, shape: Shape, args: argparse.Namesp
     L.seed_everything(0)
     module = Finetuned(checkpoint_dir=str(checkpoint), micro_batch_size=args.batch, max_seq_length=shape.context)
     module.row = Row(*FINETUNING)
-    trainer = fit(module, ChosenAnswers(str(pairs), prompt_style="default"), args.device)
+    trainer = fit(module, ChosenAnswers(str(pairs)), args.device)
     loss = float(trainer.callback_metrics["val_loss"])
     print(f"Finetuned on the chosen answers: {loss:.4f} nats per token", flush=True)
     weights = {name: weight.detach().cpu() for name, weight in module.model.state_dict().items()}
@@ -177,7 +177,7 @@ def aligned(row: Row, checkpoint: Path, pairs: Path, shape: Shape, args: argpars
     began = time.time()
     module = Aligned(checkpoint_dir=str(checkpoint), micro_batch_size=args.batch, max_seq_length=shape.context)
     module.row = row
-    metrics = fit(module, PreferenceData(str(pairs), prompt_style="default"), args.device).callback_metrics
+    metrics = fit(module, PreferenceData(str(pairs)), args.device).callback_metrics
     figures = {name: round(float(metrics[f"val_{name}"]), 5) for name in ("loss", "accuracy")}
     return {"lr": row.lr, **figures, "seconds": round(time.time() - began, 1)}
 
