@@ -148,7 +148,8 @@ def draw(panels: dict[str, list[Point]], file: Path) -> bool:
             side, name = 1.15 if point.state < 0.01 else 0.87, point.label.partition(" (")[0]
             axes.text(
                 100 * point.state * side, heights[point.label], f"{name} *" if point.edge else name, color=color,
-                bbox={"color": "white", "pad": 0.5}, fontsize=8, va="center", ha="left" if side > 1 else "right",
+                bbox={"color": "white", "pad": 0.5}, fontsize=6 if len(name) > 40 else 8, va="center",
+                ha="left" if side > 1 else "right",
             )  # fmt: skip
         border = front(found)
         axes.plot(
