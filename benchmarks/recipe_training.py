@@ -38,7 +38,8 @@ WATCHED = 11
 """Steps with monitors in the first and the last of them, which seed and refresh bases, too."""
 TIMED = 20
 """Steps after these, whose time counts: two intervals of refreshes."""
-_SECONDS = re.compile(r"first step ended after ([\d.]+) s")
+_STAGE = re.compile(r"^started: (.+) after ([\d.]+) s$", re.MULTILINE)
+_STAGES = ("classes are built", "weights are there", "first step begins", "first step ended")
 
 
 class RandomTokens(L.LightningDataModule):
@@ -61,13 +62,25 @@ class RandomTokens(L.LightningDataModule):
 
 
 class FirstStep(L.Callback):
-    """Print the time since this process was started when the first step ends."""
+    """Print the time since this process was started at every stage until the first step ends."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._reached(_STAGES[0])
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._reached(_STAGES[1])
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self._reached(_STAGES[2])
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         _wait(pl_module.device)
+        self._reached(_STAGES[3])
+
+    def _reached(self, stage: str) -> None:
         started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
         seconds = float(Path("/proc/uptime").read_text().split()[0]) - started
-        print(f"first step ended after {seconds:.1f} s", flush=True)
+        print(f"started: {stage} after {seconds:.1f} s", flush=True)
 
 
 @dataclass
@@ -245,9 +258,10 @@ def time_start(path: Path, folder: Path, device: str) -> dict[str, Any]:
         run = subprocess.run(
             [sys.executable, "-m", "lightning_adapm", *words], capture_output=True, text=True, check=False
         )
-        seconds = _SECONDS.search(run.stdout)
-        found[name] = float(seconds.group(1)) if seconds else f"failed: {run.stderr[-500:]}"
-        print(f"{name}: {found[name]}", flush=True)
+        stages = {stage: float(seconds) for stage, seconds in _STAGE.findall(run.stdout)}
+        found[f"{name}_stages"] = stages
+        found[name] = stages.get(_STAGES[3], f"failed: {run.stderr[-500:]}")
+        print(f"{name}: {found[name]}; {stages}", flush=True)
     return found
 
 

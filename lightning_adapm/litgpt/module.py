@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import repeat
@@ -11,6 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -20,6 +22,8 @@ from lightning_adapm.litgpt.checks import check_data
 from lightning_adapm.litgpt.loss import chunked_loss, summed_loss
 from lightning_adapm.litgpt.model import build, litgpt_config, load_tokenizer
 from lightning_adapm.litgpt.weights import give_shards, place_later, place_weights, take_weights
+from lightning_adapm.report.tables import show_bytes
+from lightning_adapm.sharding.find import local
 from lightning_adapm.trainer.mixin import AdaPMMixin
 
 __all__ = ["LitGPTModule", "batch_length", "batch_rows", "litgpt_config"]
@@ -135,10 +139,12 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
                     f" {shared}; those processes would do the same work; write"
                     f" `ModelParallelStrategy(data_parallel_size={self.device_mesh.size()}, tensor_parallel_size=1)`"
                 )
+            began = time.perf_counter()
             weights = take_weights(self.model, torch.get_default_dtype())
             for part in (*self.model.transformer.h, self.model):
                 fully_shard(part, mesh=self.device_mesh["data_parallel"])
             give_shards(self.model, weights)
+            self._say_placed(began)
             self._in_file = False
         self._leave_file()
         if self.torch_compile and self.model._compiled_call_impl is None:
@@ -156,8 +162,16 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
             if isinstance(strategy, FSDPStrategy) and "param_init_fn" not in strategy.kwargs:
                 strategy.kwargs["param_init_fn"] = place_later(self, strategy.root_device, dtype)
             else:
+                began = time.perf_counter()
                 place_weights(self, torch.get_default_device(), dtype)
+                self._say_placed(began)
         self._in_file = False
+
+    def _say_placed(self, began: float) -> None:
+        """Say how long it took to copy the weights of this process from the file, if there is one."""
+        if self._in_file:
+            held = sum(local(param).nbytes for param in self.parameters())
+            rank_zero_info(f"weights: {show_bytes(held)} in {time.perf_counter() - began:.1f} s")
 
     def setup(self, stage: str) -> None:
         """Check that the data's vocabulary and windows fit into the model."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from lightning_adapm.litgpt.reading import placed
 from lightning_adapm.sharding.find import layout_of, local
 
 
@@ -75,8 +76,9 @@ def attach_weights(model: nn.Module, path: Path, tie_embeddings: bool) -> None:
 @torch.no_grad()
 def place_weights(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Move a module's parameters to a device and a dtype, out of the file that they are mapped from."""
-    for param in module.parameters():
-        param.data = _moved(param.data, device, dtype)
+    params = list(module.parameters())
+    for param, value in zip(params, placed((param.data for param in params), device, dtype), strict=True):
+        param.data = value
 
 
 def place_later(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Callable[[nn.Module], None]:
@@ -86,16 +88,17 @@ def place_later(model: nn.Module, device: torch.device, dtype: torch.dtype) -> C
     """
     weights = take_weights(model, dtype)
     waiting = {param: weights[name] for name, param in model.named_parameters()}
-    placed: dict[nn.Parameter, weakref.ref[nn.Parameter]] = {}  # tied ones come again, before they are flattened
+    known: dict[nn.Parameter, weakref.ref[nn.Parameter]] = {}  # tied ones come again, before they are flattened
 
     def place(module: nn.Module) -> None:
         for name, param in module.named_parameters(recurse=False):
             if param in waiting:
-                new = nn.Parameter(_moved(waiting.pop(param), device, dtype), param.requires_grad)
-                placed[param] = weakref.ref(new)
+                (value,) = placed([waiting.pop(param)], device, dtype)
+                new = nn.Parameter(value, param.requires_grad)
+                known[param] = weakref.ref(new)
                 setattr(module, name, new)
-            elif param in placed:
-                setattr(module, name, placed[param]())
+            elif param in known:
+                setattr(module, name, known[param]())
 
     return place
 
@@ -117,13 +120,15 @@ def give_shards(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         weights: The whole weights by the names of the model's parameters.
     """
     given: dict[nn.Parameter, nn.Parameter] = {}
-    for name, param in model.named_parameters():
-        layout = layout_of(param)
-        assert isinstance(param, DTensor) and layout is not None
-        part = weights[name].flatten()[slice(*layout.held)].view(local(param).shape)
-        device = torch.device(param.device_mesh.device_type)
+    named = dict(model.named_parameters())
+    first = next(iter(named.values()))
+    assert isinstance(first, DTensor)
+    device = torch.device(first.device_mesh.device_type)
+    parts = placed((_part(param, weights[name]) for name, param in named.items()), device, first.dtype)
+    for param, part in zip(named.values(), parts, strict=True):
+        assert isinstance(param, DTensor)
         shard = DTensor.from_local(
-            _moved(part, device, param.dtype),
+            part,
             param.device_mesh,
             param.placements,
             run_check=False,
@@ -134,9 +139,11 @@ def give_shards(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     _replace(model, given)
 
 
-def _moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    moved = tensor.to(device)  # by itself, because together with the dtype it would be converted on the host
-    return moved.to(dtype, copy=tensor.device == moved.device)
+def _part(param: Tensor, whole: Tensor) -> Tensor:
+    """This process's share of a whole weight."""
+    layout = layout_of(param)
+    assert layout is not None
+    return whole.flatten()[slice(*layout.held)].view(local(param).shape)
 
 
 def _replace(model: nn.Module, new: Mapping[nn.Parameter, nn.Parameter]) -> None:
