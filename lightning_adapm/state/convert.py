@@ -112,9 +112,15 @@ def _fill(part: Part, moment: Moment, family: type[Moment], saved: Mapping[str, 
     if sources:
         moment.from_dense(sources[0].dense(values, part.shape), new)
     elif family is SecondMoment:
+        held = sorted(values.keys() & {key for kind in family.kinds() for key in kind.keys})
+        if not held:
+            raise ValueError(
+                f"the saved state of {part.name} has no second moment, which {', '.join(new)} cannot do without; load"
+                " it into the optimizer that saved it, or begin without a state"
+            )
         raise ValueError(
-            f"a saved second moment of {', '.join(sorted(saved.keys() - {'step'})) or 'nothing'} cannot become one of"
-            f" {', '.join(new)}; load it into an optimizer with the second moment and the rank that it was saved with"
+            f"the saved second moment of {part.name} is {', '.join(held)} and cannot become {', '.join(new)}; load it"
+            " into an optimizer with the second moment and the rank that it was saved with"
         )
 
 

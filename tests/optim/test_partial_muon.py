@@ -8,7 +8,7 @@ import torch
 from models import PlainLM, SeparateQKV, relative_difference, separate, tiny_gpt, token_batches, train
 from torch import nn
 
-from lightning_adapm import PartialMuon, explain
+from lightning_adapm import AdaPM, PartialMuon, explain
 from lightning_adapm.moments import orthogonal
 from lightning_adapm.moments.nesterov import NesterovLowRankMomentum, NesterovMomentum
 from lightning_adapm.moments.orthogonal import newton_schulz
@@ -112,6 +112,14 @@ def test_goes_on_from_torch_muon(adjusted):
         param.grad = torch.ones_like(param)
         optimizer.step()
         assert param.isfinite().all()
+
+
+def test_adapm_cannot_go_on_from_a_state_without_second_moments():
+    weight, optimizer = one_weight(rank=2)
+    for _ in steps(weight, optimizer, 1):
+        pass
+    with pytest.raises(ValueError, match="mlp.0.weight has no second moment, which exp_avg_sq cannot do without"):
+        AdaPM([(WEIGHT, weight)], rank=2).load_state_dict(optimizer.state_dict())
 
 
 @pytest.mark.parametrize("options", [{"rank": 2, "update_proj_gap": 3}, {"momentum": "full"}, {"momentum": "none"}])
