@@ -225,9 +225,10 @@ def longer() -> Study:
 def finetune() -> Study:
     return Study(
         "Do the main findings hold when weights pretrained with AdamW are finetuned on another text?",
-        KEY_ROWS,
+        {**KEY_ROWS, "PartialMuon": ("PartialMuon", {}), "Muon": ("PartialMuon", {"momentum": "full"})},
         lrs=(3e-4, 6e-4, 1e-3, 2e-3),
         edge=(3e-3, 4e-3),
+        rates=dict.fromkeys(("PartialMuon", "Muon"), (2e-3, 4e-3, 8e-3, 1.6e-2)),
         setting=dataclasses.replace(GPT2_SMALL, steps=300),
         needs_data=True,
         pretrained=True,
