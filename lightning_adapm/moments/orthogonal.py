@@ -110,10 +110,15 @@ def _iterated(found: Tensor, steps: int) -> Tensor:
     """Iterate on matrices of norm 1, in the form with less work."""
     if not found.numel():
         return found
-    parts = gram_parts(steps, found.dtype)
-    if _work_of_gram(found.shape, parts) < _work_of_plain(found.shape, steps):
-        return _by_gram(found, parts)
-    return _plain(found, steps)
+    for number in parts_of(found.shape, found.dtype, steps):
+        found = _plain(found, 1) if number == 1 else _by_gram(found, (number,))
+    return found
+
+
+def parts_of(shape: Sequence[int], dtype: torch.dtype, steps: int) -> tuple[int, ...]:
+    """Numbers of steps with one Gram matrix each, in the form with less work."""
+    parts = gram_parts(steps, dtype)
+    return parts if _work_of_gram(shape, parts) < _work_of_plain(shape, steps) else (1,) * steps
 
 
 def gram_parts(steps: int, dtype: torch.dtype) -> tuple[int, ...]:

@@ -96,7 +96,7 @@ _compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
 def launch(
     name: str,
     grid: tuple[int, int, int],
-    tensors: tuple[Tensor, ...],
+    tensors: tuple[Any, ...],
     numbers: tuple[int, ...],
     scalars: tuple[float, ...],
     **constants: Any,
@@ -108,7 +108,7 @@ def launch(
     """
     device = tensors[0].device
     scalars = tuple(map(float, scalars))  # what is compiled for a float cannot be launched with an int
-    kinds = [(tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors]
+    kinds = [_kind(tensor) for tensor in tensors]
     key = name, device, numbers, *kinds, *constants.values()
     with _on(device):
         if key in _compiled:
@@ -122,6 +122,20 @@ def launch(
         compiled = kernel[grid](*tensors, *numbers, *scalars, **named)
         if compiled is not None:  # the interpreter compiles nothing
             _compiled[key] = compiled, [named[argument] for argument in kernel.arg_names if argument in named]
+
+
+def described_by(matrices: Tensor, tile: tuple[int, int]) -> Any:
+    """Descriptor of matrices ``(b, m, n)`` for the tensor memory accelerator, which moves tiles of one of them."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(matrices, list(matrices.shape), list(matrices.stride()), [1, *tile])
+
+
+def _kind(argument: Any) -> tuple[Any, ...]:
+    """Kind of a tensor or a descriptor, on which what is compiled depends."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16
+    return argument.base.dtype, *argument.block_shape
 
 
 def _of(dtype: torch.dtype) -> Any:

@@ -1,29 +1,32 @@
 """Orthogonal updates by :mod:`lightning_adapm.step.triton_orthogonal`, as :mod:`lightning_adapm.moments.orthogonal`.
 
-The direction is written once, in the dtype of products. Newton-Schulz then has the Gram form for every shape: all its
-products but the last are symmetric, and computing half of each is less work than the plain form for square matrices.
+The direction is written once, in the dtype of products. All products of Newton-Schulz but those with the matrix itself
+are symmetric, and half of each is computed.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_adapm.moments.base import Direction, split
-from lightning_adapm.moments.orthogonal import COEFFICIENTS, gram_parts, sized
+from lightning_adapm.moments.orthogonal import COEFFICIENTS, parts_of, sized
 from lightning_adapm.sharding.owners import Owners
 from lightning_adapm.sharding.reduction import ProcessReduction, Reduction
 from lightning_adapm.step import kernels
-from lightning_adapm.step.launch import Matrices, launch
+from lightning_adapm.step.launch import Matrices, described_by, launch
 
 DIRECT, DIRECT_ALONG = (16, 128, 4, 3), (64, 64, 4, 4)
 """Rows and columns of a tile, warps, stages: without a product of factors and with it."""
-SYMMETRIC, DEEP_SYMMETRIC, SMALL_SYMMETRIC = (128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (128, 128, 64, 8, 3)
+SYMMETRIC, DEEP_SYMMETRIC, SMALL_SYMMETRIC = (128, 128, 64, 4, 3), (128, 256, 64, 8, 3), (128, 128, 64, 8, 3)
 """Rows, columns and depth of a tile, warps, stages: of square matrices, of longer ones, and of both within the 99 KiB
 of shared memory that a block has on smaller GPUs. Columns are a multiple of rows. The fastest of some on an H100.
 """
 _RESCALED = 4096
 """Elements of a tile."""
+_ORDINARY = 1e-15, 1e15
+"""Norms whose squares neither over- nor underflow: they are divided out of small matrices, which saves a pass."""
 
 
 def direct(
@@ -99,11 +102,14 @@ def updates(found: Tensor, squares: Tensor, steps: int, like: list[Tensor], redu
     """
     norms = torch.stack(reduction.total(list(squares.unbind()))).sqrt()
     possible = norms.isfinite() & (norms > torch.finfo(torch.float32).tiny)
-    _rescale(found, torch.where(possible, 1 / norms, 0.0).float())
-    if not isinstance(reduction, ProcessReduction):
-        return sized(split(iterated(found, steps), like), found.shape[-2])
-    owned = Owners(reduction.shards).apply(lambda whole: iterated(whole, steps), list(found.unbind()))
-    return sized(owned, reduction.shards[0].size)
+    if isinstance(reduction, ProcessReduction):
+        _rescale(found, torch.where(possible, 1 / norms, 0.0).float())
+        owned = Owners(reduction.shards).apply(lambda whole: iterated(whole, steps), list(found.unbind()))
+        return sized(owned, reduction.shards[0].size)
+    ordinary = (norms > _ORDINARY[0]) & (norms < _ORDINARY[1])
+    _rescale(found, torch.where(possible, torch.where(ordinary, 1.0, 1 / norms), 0.0).float())
+    inverse = torch.where(ordinary, 1 / norms, 1.0).float()
+    return sized(split(iterated(found, steps, inverse), like), found.shape[-2])
 
 
 def _rescale(found: Tensor, factors: Tensor) -> None:
@@ -120,23 +126,41 @@ def _rescale(found: Tensor, factors: Tensor) -> None:
     )
 
 
-def iterated(found: Tensor, steps: int) -> Tensor:
-    """Iterate on matrices ``(b, m, n)`` of norm 1 or 0."""
-    a, b, c = COEFFICIENTS
+def iterated(found: Tensor, steps: int, inverse: Tensor | None = None) -> Tensor:
+    """Iterate on matrices ``(b, m, n)`` of norm 1 or 0, or on others times the ``inverse`` ``(b,)`` of their norms.
+
+    The form with less work is that of torch's operations, because a symmetric product takes as long as all of it there.
+    """
+    if not found.numel():
+        return found
     wide = found.shape[-2] <= found.shape[-1]
-    for number in gram_parts(steps, found.dtype):
-        gram = symmetric(found, found, None) if wide else symmetric(found.mT, found.mT, None)
-        polynomial = symmetric(gram, gram, gram, alpha=c, beta=b)
-        product = polynomial.clone()
-        product.diagonal(dim1=-2, dim2=-1).add_(a)
-        for _ in range(number - 1):
-            # the matrix's next Gram matrix: (a + p) S (a + p)
-            gram = symmetric(polynomial, gram, gram, beta=a)
-            gram = symmetric(polynomial, gram, gram, beta=a)
-            polynomial = symmetric(gram, gram, gram, alpha=c, beta=b)
-            product = symmetric(polynomial, product, product, beta=a)
+    for number in parts_of(found.shape, found.dtype, steps):
+        rows = found if wide else found.mT
+        gram = symmetric(rows, rows, factors=None if inverse is None else inverse.square())
+        product = _product(gram, number, inverse)
         found = product @ found if wide else found @ product
+        inverse = None
     return found
+
+
+def _product(gram: Tensor, steps: int, factors: Tensor | None) -> Tensor:
+    """Matrix that stands for several steps, computed from the Gram matrix, times each matrix's own of ``factors``."""
+    product = polynomial = _polynomial(gram, factors if steps == 1 else None)
+    for step in range(2, steps + 1):
+        gram = symmetric(polynomial, symmetric(polynomial, gram))  # the matrix's next Gram matrix
+        polynomial = _polynomial(gram)
+        product = symmetric(polynomial, product, factors=factors if step == steps else None)
+    return product
+
+
+def _polynomial(gram: Tensor, factors: Tensor | None = None) -> Tensor:
+    """Compute ``a I + b S + c S²``.
+
+    The rounding of ``a`` on the diagonal costs no more than that of the products: where it stands in all of them alike,
+    it changes the polynomial a little, and no Gram matrix loses its small eigenvalues.
+    """
+    a, b, c = COEFFICIENTS
+    return symmetric(gram, gram, gram, c, b, a, factors)
 
 
 @cache
@@ -145,8 +169,16 @@ def _is_large(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) in ((8, 0), (9, 0), (10, 0))
 
 
-def symmetric(left: Tensor, right: Tensor, added: Tensor | None, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
-    """``alpha left rightᵀ + beta added``, ``(b, m, m)``, where that is symmetric.
+def symmetric(
+    left: Tensor,
+    right: Tensor,
+    added: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    diagonal: float = 0.0,
+    factors: Tensor | None = None,
+) -> Tensor:
+    """``factors (alpha left rightᵀ + beta added + diagonal I)``, ``(b, m, m)``, where that is symmetric.
 
     Args:
         left: Matrices ``(b, m, k)``, or transposed ones.
@@ -154,6 +186,8 @@ def symmetric(left: Tensor, right: Tensor, added: Tensor | None, alpha: float = 
         added: Symmetric matrices ``(b, m, m)``.
         alpha: Factor of the product.
         beta: Factor of what is added.
+        diagonal: Number that is added on the diagonal.
+        factors: Factors of everything, ``(b,)`` in float32.
     """
     b, m, k = left.shape
     found = left.new_empty(b, m, m)
@@ -161,14 +195,26 @@ def symmetric(left: Tensor, right: Tensor, added: Tensor | None, alpha: float = 
     if _is_large(left.device):
         tile = DEEP_SYMMETRIC if k > m else SYMMETRIC
     block_m, block_n, block_k, warps, stages = tile
+    other, transposed = found if added is None else added, left.stride(-1) != 1
+    described = _describable(left)
+    tiles: tuple[Any, ...] = (found,) * 5
+    if described:
+        sides = [(each, (rows, block_k)) for each, rows in ((left, block_m), (right, block_n))]
+        if transposed:
+            sides = [(each.mT, (block_k, rows)) for each, (rows, _) in sides]
+        both = (other, (block_m, block_n)), (found, (block_m, block_n)), (found, (block_n, block_m))
+        tiles = tuple(described_by(*each) for each in (*sides, *both))
     launch(
         "symmetric",
         (-(-m // block_m) * -(-m // block_n), b, 1),
-        (left, right, found if added is None else added, found),
+        (left, right, other, found if factors is None else factors, found, *tiles),
         (m, k, left.stride(1), left.stride(2)),
-        (alpha, beta),
+        (alpha, beta, diagonal),
         FACTOR=left.dtype,
         ADDED=added is not None,
+        SCALED=factors is not None,
+        DESCRIBED=described,
+        TRANSPOSED=transposed,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
@@ -176,3 +222,16 @@ def symmetric(left: Tensor, right: Tensor, added: Tensor | None, alpha: float = 
         num_stages=stages,
     )
     return found
+
+
+def _describable(matrices: Tensor) -> bool:
+    """Whether the tensor memory accelerator reads and writes tiles of matrices ``(b, m, k)`` and their products."""
+    _, m, k = matrices.shape
+    size = matrices.element_size()
+    whole = not (m * size % 16 or k * size % 16 or matrices.data_ptr() % 16)
+    return whole and _has_accelerator(matrices.device)
+
+
+@cache
+def _has_accelerator(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in ((9, 0), (10, 0))

@@ -91,10 +91,13 @@ def direct(
 
 @triton.jit
 def rescale(found, factors, numel, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
-    """Multiply matrices ``(b, numel)`` by ``factors`` ``(b,)``."""
+    """Multiply matrices ``(b, numel)`` by ``factors`` ``(b,)``; those with a factor of 1 are not touched."""
     which = tl.program_id(1).to(tl.int64)
+    factor = tl.load(factors + which)
+    if factor == 1.0:
+        return
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(found + which * numel + at, at < numel, 0.0).to(tl.float32) * tl.load(factors + which)
+    value = tl.load(found + which * numel + at, at < numel, 0.0).to(tl.float32) * factor
     tl.store(found + which * numel + at, value.to(FACTOR), at < numel)
 
 
@@ -103,51 +106,82 @@ def symmetric(
     left,
     right,
     added,
+    factors,
     found,
+    left_tiles,
+    right_tiles,
+    added_tiles,
+    found_tiles,
+    mirrored_tiles,
     m,
     k,
     stride_m,
     stride_k,
     alpha,
     beta,
+    diagonal,
     FACTOR: tl.constexpr,
     ADDED: tl.constexpr,
+    SCALED: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """``found = alpha left rightᵀ + beta added``, all ``(b, m, m)``, where that is known to be symmetric.
+    """``found = factor (alpha left rightᵀ + beta added + diagonal I)``, all ``(b, m, m)``, where that is
+    known to be symmetric.
 
-    ``left`` and ``right`` are ``(b, m, k)`` with the same strides. Tiles above the diagonal are not computed: what is
-    below it is written twice. That is half the work, and keeps a product symmetric in every bit, without which errors
-    of the next ones grow.
+    ``left`` and ``right`` are ``(b, m, k)`` with the same strides; ``factors`` are ``(b,)``. Tiles above the diagonal
+    are not computed: what is below it is written twice. That is half the work, and keeps a product symmetric in every
+    bit, without which errors of the next ones grow. Where ``DESCRIBED``, the tensor memory accelerator reads and writes
+    tiles; its descriptors of ``TRANSPOSED`` matrices are of ``(b, k, m)``.
     """
     across = tl.cdiv(m, BLOCK_N)
     high, wide = tl.program_id(0) // across, tl.program_id(0) % across
     if high * BLOCK_M + BLOCK_M <= wide * BLOCK_N:
         return
-    which = tl.program_id(1).to(tl.int64)
+    number = tl.program_id(1)
+    which = number.to(tl.int64)
     row, column = high * BLOCK_M + tl.arange(0, BLOCK_M), wide * BLOCK_N + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
     rows = left + which * m * k + row[:, None] * stride_m + inner[None, :] * stride_k
     columns = right + which * m * k + column[None, :] * stride_m + inner[:, None] * stride_k
     product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, k, BLOCK_K):
-        a = tl.load(rows, (row[:, None] < m) & (start + inner[None, :] < k), 0.0)
-        b = tl.load(columns, (column[None, :] < m) & (start + inner[:, None] < k), 0.0)
+        if DESCRIBED and TRANSPOSED:
+            a = left_tiles.load([number, start, high * BLOCK_M]).reshape(BLOCK_K, BLOCK_M).T
+            b = right_tiles.load([number, start, wide * BLOCK_N]).reshape(BLOCK_K, BLOCK_N)
+        elif DESCRIBED:
+            a = left_tiles.load([number, high * BLOCK_M, start]).reshape(BLOCK_M, BLOCK_K)
+            b = right_tiles.load([number, wide * BLOCK_N, start]).reshape(BLOCK_N, BLOCK_K).T
+        else:
+            a = tl.load(rows, (row[:, None] < m) & (start + inner[None, :] < k), 0.0)
+            b = tl.load(columns, (column[None, :] < m) & (start + inner[:, None] < k), 0.0)
+            rows += BLOCK_K * stride_k
+            columns += BLOCK_K * stride_k
         product = tl.dot(a, b, product)
-        rows += BLOCK_K * stride_k
-        columns += BLOCK_K * stride_k
     product *= alpha
     place = which * m * m + row[:, None] * m + column[None, :]
     inside = (row[:, None] < m) & (column[None, :] < m)
     if ADDED:
-        product += beta * tl.load(added + place, inside, 0.0).to(tl.float32)
+        if DESCRIBED:
+            other = added_tiles.load([number, high * BLOCK_M, wide * BLOCK_N]).reshape(BLOCK_M, BLOCK_N)
+        else:
+            other = tl.load(added + place, inside, 0.0)
+        product += beta * other.to(tl.float32)
+    product += tl.where(row[:, None] == column[None, :], diagonal, 0.0)
+    if SCALED:
+        product *= tl.load(factors + which)
     value = product.to(FACTOR)
     mirrored = which * m * m + column[None, :] * m + row[:, None]
     if high * BLOCK_M >= (wide + 1) * BLOCK_N:  # without masks of a triangle, which cut vectors into elements
-        tl.store(found + place, value, inside)
-        tl.store(found + mirrored, value, inside)
+        if DESCRIBED:
+            found_tiles.store([number, high * BLOCK_M, wide * BLOCK_N], value.reshape(1, BLOCK_M, BLOCK_N))
+            mirrored_tiles.store([number, wide * BLOCK_N, high * BLOCK_M], value.T.reshape(1, BLOCK_N, BLOCK_M))
+        else:
+            tl.store(found + place, value, inside)
+            tl.store(found + mirrored, value, inside)
     else:
         tl.store(found + place, value, inside & (row[:, None] >= column[None, :]))
         tl.store(found + mirrored, value, inside & (row[:, None] > column[None, :]))

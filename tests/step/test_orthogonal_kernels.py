@@ -106,28 +106,35 @@ def test_rows_that_processes_share_stay_with_the_kernels(interpreted, monkeypatc
 
 
 @pytest.mark.parametrize(("m", "n"), [(50, 50), (37, 70), (70, 37)])
-@pytest.mark.parametrize("parts", [(5,), (3, 2)])
+@pytest.mark.parametrize("parts", [(5,), (3, 2), (1, 1, 1, 1, 1)])
 def test_is_the_iteration_of_the_plain_form(interpreted, monkeypatch, m, n, parts):
     torch.manual_seed(0)
     matrices = torch.randn(2, m, n)
     matrices /= matrices.norm(dim=(-2, -1), keepdim=True)
-    monkeypatch.setattr(orthogonal, "gram_parts", lambda *_: parts)
+    monkeypatch.setattr(orthogonal, "parts_of", lambda *_: parts)
     monkeypatch.setattr(orthogonal, "SYMMETRIC", (32, 32, 64, 4, 3))
     monkeypatch.setattr(orthogonal, "DEEP_SYMMETRIC", (32, 64, 64, 4, 3))
-    found = orthogonal.iterated(matrices.clone(), 5)
     expected = reference._plain(matrices.double(), 5)
+    assert relative_difference(orthogonal.iterated(matrices.clone(), 5), expected) < 1e-4
+    scales = torch.tensor([1e-14, 1e14])
+    found = orthogonal.iterated(scales[:, None, None] * matrices, 5, 1 / scales)
     assert relative_difference(found, expected) < 1e-4
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_a_symmetric_product(interpreted, monkeypatch, transposed):
+@pytest.mark.parametrize("described", [False, True])
+def test_a_symmetric_product(interpreted, monkeypatch, transposed, described):
     monkeypatch.setattr(orthogonal, "DEEP_SYMMETRIC", (16, 32, 16, 4, 3))
-    matrices, added = torch.randn(2, 50, 70), torch.randn(2, 50, 50)
+    monkeypatch.setattr(orthogonal, "_has_accelerator", lambda device: described)
+    matrices, added = torch.randn(2, 52, 72), torch.randn(2, 52, 52)
     added = added + added.mT
     given = matrices.mT.contiguous().mT if transposed else matrices
     found = orthogonal.symmetric(given, given, added, alpha=0.5, beta=2.0)
     torch.testing.assert_close(found, 0.5 * matrices @ matrices.mT + 2 * added, rtol=1e-5, atol=1e-4)
     assert torch.equal(found, found.mT)
+    factors, one = torch.tensor([2.0, -1.0]), torch.eye(52).repeat(2, 1, 1)
+    found = orthogonal.symmetric(added, one, added, beta=3.0, diagonal=0.5, factors=factors)
+    torch.testing.assert_close(found, factors[:, None, None] * (4 * added + 0.5 * one))
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
