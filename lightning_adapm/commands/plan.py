@@ -99,13 +99,14 @@ def _read(parser: ArgumentParser, source: argparse.Namespace, words: list[str]) 
     recipe = _named(source.model_name) if source.model_name else _merged(source.config or [])
     model = _model_section(recipe, source.config)
     settings = parser.parse_args([*([f"--model={json.dumps(model)}"] if model else []), *words], defaults=False)
-    options = _optimizer_options(recipe) | {name: settings[name] for name in _SHAPE_THE_STATE if name in settings}
     dtype = settings.get("dtype") or _recipe_dtype(recipe)
     with torch.device("meta"):
         built = parser.instantiate_classes(settings).model
         if isinstance(built, L.LightningModule):
             built.configure_model()
     built.to(getattr(torch, dtype))
+    given = {name: settings[name] for name in _SHAPE_THE_STATE if name in settings}
+    options = _optimizer_options(recipe, built) | given
     label = source.model_name or type(built).__name__
     return Reading(built, label, recipe, options, _neighbor(recipe), bool(settings.get("explain")))
 
@@ -223,12 +224,14 @@ def _litgpt_model(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return described
 
 
-def _optimizer_options(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of an AdaPM under ``optimizer``, which replace the module's own settings."""
+def _optimizer_options(recipe: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Options of an AdaPM under ``optimizer``, and its defaults in the place of settings that the module states."""
     section = recipe.get("optimizer")
     if not isinstance(section, dict) or str(section.get("class_path")).rpartition(".")[2] != AdaPM.__name__:
         return {}
     defaults = {name: inspect.signature(AdaPM).parameters[name].default for name in _SHAPE_THE_STATE}
+    settings: Mapping[str, Any] = getattr(model, "adapm_options", {})
+    defaults = {name: default for name, default in defaults.items() if settings.get(name, default) != default}
     return defaults | (section.get("init_args") or {})
 
 
