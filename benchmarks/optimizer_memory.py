@@ -29,8 +29,8 @@ OPTIMIZERS: dict[str, Callable[[Any], RoleOptimizer]] = {
 LINES = (
     "torch.optim.AdamW(model.parameters(), lr=1e-3)",
     "AdaPM(model.named_parameters(), lr=1e-3)",
-    'AdaPM(model.named_parameters(), lr=1e-3, second_moment="block")',
     "PartialMuon(model.named_parameters(), lr=3e-3)",
+    'AdaPM(model.named_parameters(), lr=1e-3, second_moment="block")',
     'AdaPM(model.named_parameters(), lr=1e-3, second_moment="block", update_in_backward=True)',
     "AdaLomo(model.named_parameters(), lr=2e-2)",
 )

@@ -80,6 +80,7 @@ PEERS: tuple[Peer, ...] = (
     ),
     Peer("AdaPM, every step", "AdaPM", {"update_proj_gap": 1}),
     Peer("PartialMuon", "PartialMuon", interval=10),
+    Peer("PartialMuon, rank 5%", "PartialMuon", {"rank": 0.05, "state_dtype": None}, interval=10),
     Peer("AdamMini", "AdamMini"),
     Peer("LoRAPre", "LoRAPre"),
     Peer("LoRAPre, Muon", "LoRAPre", {"variant": "muon"}),

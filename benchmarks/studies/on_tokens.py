@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.studies.at_size import BEST_SO_FAR, more, muon
-from benchmarks.studies.base import BESIDE, BEST, BETAS95, Study, adamw, adapm, paper
+from benchmarks.studies.at_size import BEST_SO_FAR, more
+from benchmarks.studies.base import BESIDE, BEST, BETAS95, Study, adamw, adapm, muon, paper
 from benchmarks.studies.comparison import LOW_RANK
 from benchmarks.studies.decoder import Shape
 from benchmarks.studies.setting import Setting
@@ -29,7 +29,7 @@ ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "AdamW, betas .9 .95": adamw(0.9, 0.95),
     "AdaPM": adapm(betas=BETAS95),
     "AdaPM block": adapm(betas=BETAS95, second_moment="block"),
-    "PartialMuon": muon(),
+    "PartialMuon": ("PartialMuon", {}),
     "SCALE": ("SCALE", {"momentum": 0.9}),
     "APOLLO-Mini (apollo-torch)": (
         "APOLLO",

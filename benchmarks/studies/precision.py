@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.studies.base import BETAS95, Study, paper
+from benchmarks.studies.base import BETAS95, Study, muon, paper
 from benchmarks.studies.decoder import Shape
 from benchmarks.studies.setting import Setting
 
@@ -18,7 +18,7 @@ def _by_dtype(label: str, optimizer: tuple[str, Mapping[str, Any]]) -> dict[str,
 def state_dtype() -> Study:
     rows = {
         **_by_dtype("AdaPM, paper", paper(betas=BETAS95)),
-        **_by_dtype("PartialMuon", ("PartialMuon", {})),
+        **_by_dtype("PartialMuon, rank 5%", muon()),
     }
     return Study(
         "What does momentum in bfloat16 or in eight bits cost?",
@@ -30,7 +30,7 @@ def state_dtype() -> Study:
         setting=Setting(
             Shape(layers=2, width=192, n_head=6, context=128), steps=200, batch=8, val_windows=128, points=2
         ),
-        baselines={name: (f"{name}, float32",) for name in ("AdaPM, paper", "PartialMuon")},
+        baselines={name: (f"{name}, float32",) for name in ("AdaPM, paper", "PartialMuon, rank 5%")},
         finding=(
             "Little, on a small model over three seeds: int8 ends 0.0008 +- 0.0004 nats above float32 for AdaPM and "
             "0.0012 +- 0.0003 for PartialMuon, both within 0.003; bfloat16 ends equal. One learning rate each: at 2e-3 "

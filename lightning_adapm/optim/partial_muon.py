@@ -20,6 +20,8 @@ HIDDEN = ("query", "key", "value", "attn_out", "mlp")
 """Roles whose matrices are moved by orthogonal updates."""
 
 DEFAULT_MOMENTUM: Mapping[str, str] = {**policy.PAPER_MOMENTUM, "embedding": "low_rank"}
+DEFAULT_RANK = 0.15
+"""More than AdaPM's: the loss goes on falling with the rank, and attention outputs keep no momentum."""
 
 _SETTLED = 1000.0
 """Steps of a loaded Muon, which counts none: so many that its average has no bias left."""
@@ -50,7 +52,7 @@ class PartialMuon(RoleOptimizer):
         roles: Roles for names, as for AdaPM. A matrix with a policy instead of a role has Adam's update.
         unmatched: Policy of matrices without a known role, which have Adam's update; ``"error"`` refuses them.
         no_decay: Roles exempt from weight decay.
-        state_dtype: Dtype of the momentum, as for AdaPM.
+        state_dtype: Dtype of the momentum, as for AdaPM: by default, ``{"low_rank": "bfloat16"}``.
         basis: Placement of bases, as for AdaPM.
         convolutions: Whether weights of convolutions have orthogonal updates, too, as matrices of outputs by the rest.
         ns_steps: Steps of the Newton-Schulz iteration that finds the orthogonal matrix.
@@ -68,8 +70,8 @@ class PartialMuon(RoleOptimizer):
 
     - ``step``: number of steps, a float32 scalar on the CPU.
     - ``exp_avg`` ``(m, n)``: full momentum, Muon's buffer, in ``state_dtype``, by default float32.
-    - ``exp_avg_l`` ``(m, rank)``, ``exp_avg_r`` ``(rank, n)``, in ``state_dtype``, and the int ``seeded``: low-rank
-      momentum, its orthonormal basis, and whether every matrix has a basis yet.
+    - ``exp_avg_l`` ``(m, rank)``, ``exp_avg_r`` ``(rank, n)``, in ``state_dtype``, by default bfloat16, and the int
+      ``seeded``: low-rank momentum, its orthonormal basis, and whether every matrix has a basis yet.
     - ``exp_avg_sq``, or ``exp_avg_sq_row`` and ``exp_avg_sq_col``, float32: second moment of what has Adam's update, as
       AdaPM's. Hidden matrices have none.
     - Where ``state_dtype`` is int8, codes and scales take the place of a momentum, as in AdaPM.
@@ -101,14 +103,14 @@ class PartialMuon(RoleOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         *,
-        rank: int | float = 0.05,
+        rank: int | float = DEFAULT_RANK,
         update_proj_gap: int = 10,
         momentum: Mapping[str, str] | str | None = None,
         second_moment: str = "block",
         roles: Mapping[str, str] | None = None,
         unmatched: str = "error",
         no_decay: Iterable[str] = (),
-        state_dtype: options.StateDtype = None,
+        state_dtype: options.StateDtype = policy.DEFAULT_STATE_DTYPE,
         basis: str = "auto",
         convolutions: bool = False,
         ns_steps: int = STEPS,

@@ -12,7 +12,7 @@ NEEDED = [
 ]
 
 NEIGHBORS = {
-    "PartialMuon": (PartialMuon, {"rank": 3, "update_proj_gap": 3}),
+    "PartialMuon": (PartialMuon, {"rank": 3, "update_proj_gap": 3, "state_dtype": None}),
     "Muon": (PartialMuon, {"momentum": "full"}),
     "AdaLomo": (AdaLomo, {"update_in_backward": False}),
     "Lomo": (Lomo, {"update_in_backward": False}),

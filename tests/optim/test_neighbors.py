@@ -154,7 +154,7 @@ def test_adam_mini_is_adapm_with_full_momentum_and_blocks():
         lambda params, now: AdaLomo(params, lr=1e-2, update_in_backward=now),
         lambda params, now: Lomo(params, lr=1e-1, update_in_backward=now),
         lambda params, now: LoRAPre(params, lr=1e-2, rank=2, update_in_backward=now),
-        lambda params, now: PartialMuon(params, lr=1e-2, rank=2, update_in_backward=now),
+        lambda params, now: PartialMuon(params, lr=1e-2, rank=2, state_dtype=None, update_in_backward=now),
     ],
     ids=["adapm", "block", "adalomo", "lomo", "lora_pre", "partial_muon"],
 )

@@ -24,7 +24,7 @@ def hidden(name, param):
 def one_weight(m=24, n=16, dtype=torch.float64, **options):
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(m, n, dtype=dtype))
-    return weight, PartialMuon([(WEIGHT, weight)], lr=1e-2, **options)
+    return weight, PartialMuon([(WEIGHT, weight)], lr=1e-2, **{"state_dtype": None, **options})
 
 
 def steps(weight, optimizer, count=12):
@@ -96,7 +96,7 @@ def test_goes_on_from_torch_muon(adjusted):
     for _ in steps(weight, muon, 5):
         pass
     ours = PartialMuon([(WEIGHT, other)], lr=5e-3, momentum="full")
-    low_rank = PartialMuon([(WEIGHT, other)], lr=5e-3, rank=4)
+    low_rank = PartialMuon([(WEIGHT, other)], lr=5e-3, rank=4, state_dtype=None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they say that mu and the learning rate are the checkpoint's
         ours.load_state_dict(muon.state_dict())
@@ -122,7 +122,9 @@ def test_adapm_cannot_go_on_from_a_state_without_second_moments():
         AdaPM([(WEIGHT, weight)], rank=2).load_state_dict(optimizer.state_dict())
 
 
-@pytest.mark.parametrize("options", [{"rank": 2, "update_proj_gap": 3}, {"momentum": "full"}, {"momentum": "none"}])
+@pytest.mark.parametrize(
+    "options", [{"rank": 2, "update_proj_gap": 3, "state_dtype": None}, {"momentum": "full"}, {"momentum": "none"}]
+)
 def test_a_fused_weight_is_its_parts(options):
     torch.manual_seed(0)
     fused = tiny_gpt().double()
@@ -139,7 +141,7 @@ def test_a_stack_is_its_matrices():
     torch.manual_seed(0)
     stack = nn.Parameter(torch.randn(3, 12, 8, dtype=torch.float64))
     matrices = [nn.Parameter(matrix.clone()) for matrix in stack.detach()]
-    options = {"lr": 1e-2, "rank": 2, "update_proj_gap": 3}
+    options = {"lr": 1e-2, "rank": 2, "update_proj_gap": 3, "state_dtype": None}
     optimizer = PartialMuon([("h.0.mlp.experts", stack)], **options)
     apart = PartialMuon(
         [(f"h.0.mlp.{name}.weight", matrix) for name, matrix in zip("abc", matrices, strict=True)], **options

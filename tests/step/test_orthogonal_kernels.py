@@ -36,7 +36,14 @@ def trained(shapes=SHAPES, dtype=torch.float32, observer=None, broken=(1,), **op
     torch.manual_seed(0)
     weights = {name: nn.Parameter(torch.randn(shape).to(dtype)) for name, shape in shapes.items()}
     group = {"params": list(weights.items()), "n_head": 1, "n_query_groups": 1}
-    defaults = {"lr": 1e-2, "rank": 2, "update_proj_gap": 2, "ns_steps": 2, "roles": {"experts": "mlp"}}
+    defaults = {
+        "lr": 1e-2,
+        "rank": 2,
+        "update_proj_gap": 2,
+        "ns_steps": 2,
+        "roles": {"experts": "mlp"},
+        "state_dtype": None,
+    }
     optimizer = PartialMuon([group], **defaults | options)
     optimizer.observer = observer
     for step in range(3):
