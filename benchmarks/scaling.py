@@ -22,7 +22,7 @@ from benchmarks.studies.decoder import Decoder, Shape
 from lightning_adapm import AdaPM
 from lightning_adapm.report.plan import measure
 from lightning_adapm.report.scaling import Scaling, scaling
-from lightning_adapm.sharding.reduction import TRAFFIC
+from lightning_adapm.sharding.collectives import TRAFFIC
 
 LARGE = "llama-3-8b"
 SMALL = Shape(layers=2, width=64, n_head=4, n_query_groups=2, context=16, vocab=256, llama=True)

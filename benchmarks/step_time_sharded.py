@@ -36,7 +36,7 @@ from benchmarks.studies.decoder import Shape
 from benchmarks.studies.optimizers import Parameters
 from lightning_adapm.report.plan import measure as held_state
 from lightning_adapm.report.tables import show_bytes, show_count
-from lightning_adapm.sharding.reduction import TRAFFIC
+from lightning_adapm.sharding.collectives import TRAFFIC
 
 _BLOCK = {"second_moment": "block"}
 BASE = "AdamW, fused"
@@ -50,6 +50,8 @@ PEERS: tuple[Peer, ...] = (
     Peer("PartialMuon without Newton-Schulz", "Bookkeeping", interval=INTERVAL),
 )
 STRATEGIES = ("fsdp2", "ddp")
+WARM = 3 * INTERVAL
+"""Steps before any are measured, in which all kinds of steps are recorded."""
 PROFILED = 2 * INTERVAL
 """Steps under the profiler."""
 
@@ -126,7 +128,7 @@ def work(job: Job) -> dict[str, Any]:
     rows = [Row(peer, build(peer, of, float("inf"))) for peer in job.peers]
     for row in rows:
         _say(f"{row.peer.name}: first steps")
-        time_steps(row.optimizer.step, INTERVAL, job.device)
+        time_steps(row.optimizer.step, WARM, job.device)
     _take_turns(job, rows, lambda row: row.optimizer.step, "alone")
     for row in rows:
         row.counts = _count(row.optimizer, job.device)

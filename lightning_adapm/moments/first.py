@@ -110,10 +110,11 @@ class LowRankMomentum(Momentum):
     clamp: ClassVar[float] = 1.0
 
     def basis(self, state: State) -> Tensor | None:
-        (right,) = self._bases([state])
+        (right,) = self.bases([state])
         return right
 
-    def _bases(self, states: Sequence[State]) -> list[Tensor]:
+    def bases(self, states: Sequence[State]) -> list[Tensor]:
+        """The columns of bases that this process keeps."""
         return self.storage.of_bases.read(states, "exp_avg_r")
 
     @property
@@ -155,11 +156,11 @@ class LowRankMomentum(Momentum):
         return saved["exp_avg_l"].float() @ saved["exp_avg_r"].float()
 
     def from_dense(self, dense: Tensor, state: dict[str, Any]) -> None:
-        shape = self._bases([state])[0].shape
+        shape = self.bases([state])[0].shape
         self._fill(state, *lowrank.factorized(dense, shape[-2]))
 
     def resized(self, saved: Mapping[str, Any], state: dict[str, Any]) -> bool:
-        shape = self._bases([state])[0].shape
+        shape = self.bases([state])[0].shape
         self._fill(state, *lowrank.resized(saved["exp_avg_l"], saved["exp_avg_r"], shape[-2]))
         return True
 
@@ -172,7 +173,7 @@ class LowRankMomentum(Momentum):
         self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
     ) -> Direction:
         grad = grads if isinstance(grads, Stack) else join(grads)
-        lefts, rights = self.storage.read(states, "exp_avg_l"), self._bases(states)
+        lefts, rights = self.storage.read(states, "exp_avg_l"), self.bases(states)
         left, right = join(lefts), join(rights)
         right = reduction.columns(right, grad.shape[-1])
         left, right = left.to(grad.dtype), right.to(grad.dtype)
@@ -228,7 +229,7 @@ class LowRankMomentum(Momentum):
             new_right = torch.where(without, new_right, right)
         seeded = iter(new_right.any(dim=-1).any(dim=-1).tolist())
         for state in states:
-            (basis,) = self._bases([state])
+            (basis,) = self.bases([state])
             matrices = basis.shape[0] if basis.dim() == 3 else 1
             state["seeded"] = int(sum(islice(seeded, matrices)) == matrices)
         return new_right

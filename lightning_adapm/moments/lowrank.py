@@ -69,10 +69,8 @@ def orthonormalize(stacks: Sequence[Tensor], reduction: Reduction = ONE_PROCESS)
     gram = reduction.over_columns(_gram(rows))
     alive = (gram.diagonal(dim1=-2, dim2=-1) > 0.25).to(gram.dtype)
     rows = _multiplied(_whitening(gram, alive, 1 - alive), rows)
-    found = zip(rows, stacks, strict=True)
-    return [reduction.columns(row.to(stack.dtype), stack.shape[-1]) for row, stack in found], longest.isfinite()[
-        ..., None
-    ]
+    found = [row.to(stack.dtype) for row, stack in zip(rows, stacks, strict=True)]
+    return reduction.columns_of(found, [stack.shape[-1] for stack in stacks]), longest.isfinite()[..., None]
 
 
 def _gram(stacks: Sequence[Tensor]) -> Tensor:

@@ -63,7 +63,13 @@ class Orthogonal(NoSecondMoment):
 
 def sized(found: list[Tensor], rows: int) -> Direction:
     """Orthogonal matrices of so many ``rows``, over all processes, as updates of the size of AdamW's."""
-    return Direction(found, 0.2 * max(rows, found[0].shape[-1]) ** 0.5, scratch=True, clamp=None)
+    scale = scale_of(torch.Size((rows, found[0].shape[-1])))
+    return Direction(found, scale, scratch=True, clamp=None)
+
+
+def scale_of(shape: torch.Size) -> float:
+    """Factor that gives an orthogonal matrix of a ``shape`` the size of AdamW's updates."""
+    return 0.2 * float(max(shape[-2:])) ** 0.5
 
 
 def newton_schulz(matrices: Tensor, steps: int = STEPS, dtype: torch.dtype | None = None) -> Tensor:

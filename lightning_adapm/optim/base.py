@@ -75,7 +75,7 @@ class RoleOptimizer(Checkpointed):
     """Monitor of the steps."""
     most_recorded_bytes = MOST_BYTES
     """On a GPU, steps whose temporaries take no more are recorded and replayed as CUDA graphs, which keep that memory;
-    0 for none.
+    0 for none. Where processes share rows, a twentieth of the GPU's memory is as good.
     """
 
     foreign = options.FOREIGN

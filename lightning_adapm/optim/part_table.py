@@ -12,7 +12,8 @@ from lightning_adapm.optim.groups import settings_of
 from lightning_adapm.optim.in_backward import Selection
 from lightning_adapm.optim.registry import Registry
 from lightning_adapm.roles.live import find_roots
-from lightning_adapm.sharding.find import has_values
+from lightning_adapm.sharding.find import has_values, local
+from lightning_adapm.sharding.layout import Layout
 from lightning_adapm.step.engine import Rule
 from lightning_adapm.step.moving import Moving
 from lightning_adapm.step.parts import Alike, Part, parts_of
@@ -44,7 +45,7 @@ class Moved:
     def again(self, asked: Selection, states: States) -> list[tuple[int, list[Moving]]] | None:
         """Return what moves in this step, if it is what was remembered; else None."""
         params = [param for _, params in asked for param in params]
-        grads = [grad for param in params if (grad := param.grad) is not None and grad.layout == torch.strided]
+        grads = [local(grad) for param in params if (grad := param.grad) is not None and grad.layout == torch.strided]
         same = (
             [index for index, _ in asked] == self._indices
             and _are(params, self._params)
@@ -67,7 +68,13 @@ def _first(asked: Selection) -> Tensor | None:
 
 
 def _memory(params: Sequence[Tensor]) -> list[Any]:
-    return [*map(Tensor.data_ptr, params), *map(Tensor.stride, params)]
+    held = list(map(local, params))
+    return [*map(Tensor.data_ptr, held), *map(Tensor.stride, held)]
+
+
+def _shows_gradients(layout: Layout | None) -> bool:
+    """Whether a process has a gradient wherever others have one: not under FSDP1."""
+    return layout is None or layout.mesh is not None
 
 
 def _are(these: Collection[Any], those: Collection[Any]) -> bool:
@@ -114,11 +121,11 @@ class PartTable:
         return named and _are(held, self.held)
 
     def remember(self, asked: Selection, found: Sequence[tuple[int, list[Moving]]], states: States) -> None:
-        """Remember what moves, if all that was ``asked`` for does, and whole on every process."""
+        """Remember what moves, if all that was ``asked`` for does, and no process hides what it has a gradient of."""
         moving = [moved for _, group in found for moved in group]
         every = len(moving) == sum(len(params) for _, params in asked)
-        plain = all(moved.parts[0].layout is None and has_values(moved.held) for moved in moving)
-        if every and plain:
+        shown = all(_shows_gradients(moved.parts[0].layout) and has_values(moved.held) for moved in moving)
+        if every and shown:
             self._moved[_first(asked)] = Moved(asked, found, states)
         else:
             self._moved.pop(_first(asked), None)

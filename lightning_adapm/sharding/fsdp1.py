@@ -15,8 +15,8 @@ from torch.distributed.fsdp._common_utils import _is_fsdp_flattened
 from torch.distributed.fsdp._flat_param import FlatParameter, FlatParamHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lightning_adapm.sharding.collectives import all_reduce
 from lightning_adapm.sharding.layout import Layout
-from lightning_adapm.sharding.reduction import all_reduce
 
 _VIEWS: MutableMapping[Tensor, "weakref.ref[FlatParamHandle]"] = WeakIdKeyDictionary()
 """FSDP1's handle for each parameter that is a view of a flat one."""

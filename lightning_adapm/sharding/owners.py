@@ -3,10 +3,9 @@
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from lightning_adapm.sharding.reduction import TRAFFIC
+from lightning_adapm.sharding.collectives import all_to_all
 from lightning_adapm.sharding.rows import RowShard
 
 
@@ -51,11 +50,7 @@ class Owners:
     def _exchanged(self, rows: Tensor, given: list[int], taken: list[int]) -> Tensor:
         """Exchange rows: send ``given`` to each process, and receive as many."""
         received = rows.new_empty(sum(taken), rows.shape[1])
-        TRAFFIC.add(rows)
-        # as bytes: not every backend knows every dtype
-        dist.all_to_all_single(
-            received.view(torch.uint8), rows.contiguous().view(torch.uint8), taken, given, group=self._group
-        )
+        all_to_all(received, rows.contiguous(), taken, given, self._group)
         return received
 
     def _whole(self, received: Tensor) -> Tensor:

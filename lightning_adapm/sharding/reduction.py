@@ -1,6 +1,6 @@
-"""Sums over the rows of sharded matrices, and the bytes that these sums exchange."""
+"""Sums over the rows of sharded matrices."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TypeVar
 
 import torch
@@ -8,40 +8,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lightning_adapm.sharding.collectives import all_gather, all_reduce, total
 from lightning_adapm.sharding.rows import RowShard, column_range
 
 _Tensors = TypeVar("_Tensors", bound=Sequence[Tensor] | Tensor)
-
-
-class Traffic:
-    """Bytes that a process gave to collectives or received from gathering ones, and the number of collectives."""
-
-    def __init__(self) -> None:
-        self.bytes = self.collectives = 0
-
-    def add(self, tensor: Tensor) -> None:
-        """Count one collective over ``tensor``."""
-        self.bytes += tensor.numel() * tensor.element_size()
-        self.collectives += 1
-
-
-TRAFFIC = Traffic()
-"""Traffic of all optimizers' steps in this process."""
-
-
-def all_reduce(tensor: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
-    """Reduce ``tensor`` over the group in place, and count it in :data:`TRAFFIC`."""
-    TRAFFIC.add(tensor)
-    dist.all_reduce(tensor, op, group=group)
-
-
-def total(values: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
-    """Sum tensors of one dtype over processes, in place, with one collective."""
-    flat = torch.cat([value.flatten() for value in values])
-    all_reduce(flat, group)
-    sums = flat.split([value.numel() for value in values])
-    torch._foreach_copy_(values, [each.view(value.shape) for value, each in zip(values, sums, strict=True)])
-    return values
 
 
 class Reduction:
@@ -70,9 +40,18 @@ class Reduction:
         """Whether each flag is set on any process."""
         return flags
 
+    @property
+    def scope(self) -> Hashable:
+        """What is equal in reductions that may complete each other's sums."""
+        return None
+
     def columns(self, values: Tensor, n: int) -> Tensor:
         """All columns ``(b, r, n)`` of what processes may keep some columns each of, by :func:`column_range`."""
-        return values
+        return self.columns_of([values], [n])[0]
+
+    def columns_of(self, stacks: Sequence[Tensor], widths: Sequence[int]) -> list[Tensor]:
+        """:meth:`columns` of several stacks, of so many columns, in one collective."""
+        return list(stacks)
 
     def kept_columns(self, values: Tensor) -> Tensor:
         """Select the columns that this process keeps; the inverse of :meth:`columns`."""
@@ -160,15 +139,23 @@ class ProcessReduction(Reduction):
             return values
         return values[..., slice(*column_range(self.shards[0].layout, values.shape[-1]))]
 
-    def columns(self, values: Tensor, n: int) -> Tensor:
+    @property
+    def scope(self) -> Hashable:
+        return self._group, self._columns_shared
+
+    def columns_of(self, stacks: Sequence[Tensor], widths: Sequence[int]) -> list[Tensor]:
         if not self._columns_shared:
-            return values
+            return list(stacks)
         count = len(self.shards[0].layout.spans)
-        part = pad(values, (0, -(-n // count) - values.shape[-1]))
-        parts = part.new_empty(count * part.numel())
-        TRAFFIC.add(parts)
-        dist.all_gather_into_tensor(parts, part.flatten(), group=self._group)
-        return torch.cat(parts.view(count, *part.shape).unbind(), dim=-1)[..., :n]
+        parts = [pad(stack, (0, -(-n // count) - stack.shape[-1])) for stack, n in zip(stacks, widths, strict=True)]
+        flat = torch.cat([part.flatten() for part in parts])
+        whole = flat.new_empty(count * flat.numel())
+        all_gather(whole, flat, self._group)
+        pieces = whole.view(count, -1).split([part.numel() for part in parts], dim=1)
+        return [
+            torch.cat([each.view(part.shape) for each in piece.unbind()], dim=-1)[..., :n].to(part.dtype)
+            for piece, part, n in zip(pieces, parts, widths, strict=True)
+        ]
 
     def over_columns(self, values: Tensor) -> Tensor:
         return self.total([values])[0] if self._columns_shared else values

@@ -47,8 +47,13 @@ class RowShard:
         """Index in the matrix of the first row held."""
         self.count = self._rows_before(-(-last // self._width)) - self.first if last > first else 0
         """Number of rows held, including those held in part."""
-        self.most = max(self._count_of(span) for span in layout.spans)
+        self.most = max(self.counts)
         """Number of rows held by the process that holds most."""
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """Number of rows that each process holds."""
+        return tuple(map(self._count_of, self.layout.spans))
 
     @property
     def interleaved(self) -> bool:

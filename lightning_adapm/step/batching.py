@@ -89,7 +89,7 @@ def batches(bucket: Batch) -> Iterator[Batch]:
     part, grad = bucket.parts[0], bucket.grads[0]
     shard, path = part.shard, bucket.path
     numel = grad.numel() if shard is None else shard.most * shard.layout.shape[1:].numel()
-    uncopied = shard is None and (path.kernels or _one_by_one(part, grad))
+    uncopied = path.whole if shard is not None else path.kernels or _one_by_one(part, grad)
     whole = part.second.whole_matrices and (path.kernels or shard is not None)  # the same on every process
     size = most_together(numel, grad.device.type, uncopied, part.first.due(bucket.step), whole)
     if shard is not None and part.second.whole_matrices:

@@ -1,9 +1,10 @@
 """Steps by :mod:`lightning_adapm.step.kernels`, which write nothing of a gradient's size except parameters and state.
 
 A step reads gradients twice: once for flags of finite ones, sums of squares of rows and products with a basis, and once
-to move the parameters. A refresh of a basis reads them twice more. Without a basis yet, or where processes hold parts
-of matrices, momenta and second moments work on :class:`DeviceGradients` as on every device, but for full momentum,
-which is elementwise. Otherwise kernels do the same.
+to move the parameters. A refresh of a basis reads them twice more. Where processes hold rows of matrices, kernels work
+on these, between which :mod:`lightning_adapm.step.exchange` puts together what they found. Without a basis yet, or for
+sums of other kinds, momenta and second moments work on :class:`DeviceGradients` as on every device, but for full
+momentum, which is elementwise.
 """
 
 from collections.abc import Mapping, Sequence
@@ -56,6 +57,12 @@ class DeviceGradients(Stack):
         self.matrices = Matrices.of(grads)  # not of this object: no circle may keep gradients alive
         self._agreed = None if finite is None else (~finite).to(torch.int32)
         self._reading: Reading | None = None
+        self.right: Tensor | None = None
+        """Bases ``(b, r, n)`` before this step, if they were put together."""
+        self.projected: Tensor | None = None
+        """Products with these, if the first reading found them."""
+        self.roots: Tensor | None = None
+        """Roots ``(b, m)`` of second moments of blocks, if several processes hold rows of these."""
         self.basis: Tensor | None = None
         """Next basis ``(b, r, n)``, if this step refreshes it."""
         self.clock: Tensor | None = None
@@ -73,6 +80,18 @@ class DeviceGradients(Stack):
     def reading(self) -> Reading:
         """Read the gradients unless that has been done."""
         return self._reading or self._read(None, 0)[1]
+
+    def read_first(self, basis: Tensor | None) -> None:
+        """Read the gradients, with their products with a ``basis`` ``(b, r, n)`` if there is one."""
+        if basis is None:
+            self._read(None, 0)
+        else:
+            self.projected = self.read(Matrices.of([basis.to(kernels.FACTOR).contiguous()]))
+
+    def agree(self, flaws: Tensor) -> None:
+        """Count as zero the gradients with ``flaws`` ``(gradients,)``, which processes have agreed on."""
+        self._agreed = flaws
+        self._reading = self.reading._replace(flaws=flaws)
 
     def read(self, bases: Matrices) -> Tensor:
         """Products of the gradients with the transposed ``bases``, ``(b, m, width)``, finite or not."""
@@ -122,18 +141,19 @@ def refresh(batches: Sequence[Batch]) -> None:
     Products are computed batch by batch. All bases are made orthonormal together, because the many small kernels in a
     row take as long for one batch as for all.
     """
-    found: list[tuple[DeviceGradients, Iterated]] = []
+    found: list[tuple[Batch, Iterated]] = []
     for batch in batches:
-        grads, momentum = batch.grads, batch.parts[0].first
-        if not batch.path.whole or not isinstance(momentum, LowRankMomentum) or not momentum.due(batch.step):
+        if not refreshes(batch):
             continue
-        assert isinstance(grads, DeviceGradients)
-        if momentum.rank >= grads.shape[-1]:
-            continue
-        right = _joined([part["exp_avg_r"] for part in batch.parts])
+        grads, momentum, reduction = batch.grads, batch.parts[0].first, batch.reduction
+        assert isinstance(grads, DeviceGradients) and isinstance(momentum, LowRankMomentum)
+        if found and found[0][0].reduction.scope != reduction.scope:
+            _settle(found)
+            found = []
+        right = _joined(momentum.bases(batch.parts)) if grads.right is None else grads.right.float()
         left = _joined(momentum.storage.read(batch.parts, "exp_avg_l"))
-        iterated = lowrank.iterated_rows(grads, left, right, momentum.beta1)
-        found.append((grads, (*iterated, right)))
+        iterated = lowrank.iterated_rows(grads, left, right, momentum.beta1, reduction)
+        found.append((batch, (*iterated, right)))
         if sum(right.numel() for _, (_, _, right) in found) > TOGETHER_NUMEL:
             _settle(found)
             found = []
@@ -141,9 +161,22 @@ def refresh(batches: Sequence[Batch]) -> None:
         _settle(found)
 
 
-def _settle(found: Sequence[tuple[DeviceGradients, Iterated]]) -> None:
-    for (grads, _), basis in zip(found, lowrank.refreshed([iterated for _, iterated in found]), strict=True):
-        grads.basis = basis
+def refreshes(batch: Batch) -> bool:
+    """Whether kernels find the next bases of a batch in this step."""
+    part = batch.parts[0]
+    return (
+        batch.path.whole
+        and isinstance(part.first, LowRankMomentum)
+        and part.first.due(batch.step)
+        and part.first.rank < part.shape[-1]
+    )
+
+
+def _settle(found: Sequence[tuple[Batch, Iterated]]) -> None:
+    bases = lowrank.refreshed([iterated for _, iterated in found], found[0][0].reduction)
+    for (batch, _), basis in zip(found, bases, strict=True):
+        assert isinstance(batch.grads, DeviceGradients)
+        batch.grads.basis = basis
 
 
 def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> None:
@@ -165,22 +198,24 @@ def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> N
         held = momentum.storage.read(states, "exp_avg_l")
         lefts, beta1 = Matrices.of(held), momentum.beta1
         # read by every block of rows: half the bytes are worth a copy
-        kept = join([state["exp_avg_r"] for state in states])
+        kept = join(momentum.bases(states)) if grads.right is None else grads.right
         right = read = kept.to(kernels.FACTOR)
         if grads.basis is not None:
             refreshed = _refreshed(held, kept.float(), grads.basis, momentum.payout)
             read = grads.basis.to(kernels.FACTOR)
             right = torch.cat([read, right], dim=-2)
-            bases = split(grads.basis, [state["exp_avg_r"] for state in states])
+            bases = split(batch.reduction.kept_columns(grads.basis), momentum.bases(states))
             momentum.storage.of_bases.write(states, "exp_avg_r", bases)
-        projected = grads.read(Matrices.of([read]))
+        projected = grads.read(Matrices.of([read])) if grads.projected is None else grads.projected
     if not isinstance(momentum, FullMomentum) and group.get("clip_threshold") is not None:
         clip = group["clip_threshold"] * momentum.clamp
     if isinstance(second_moment, BlockSecondMoment):
-        averages, blocks = _matrices(states, "exp_avg_sq"), second_moment.blocks
+        roots = grads.roots
+        if roots is None:
+            averages, blocks = _matrices(states, "exp_avg_sq"), second_moment.blocks
     if lefts is not None or averages is not None:
         betas = beta1, second_moment.beta2 if isinstance(second_moment, BlockSecondMoment) else 0.0
-        left, roots = kernels.advance(
+        left, advanced = kernels.advance(
             grads.reading,
             projected,
             lefts,
@@ -192,6 +227,7 @@ def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> N
             1 - beta1**number,
             grads.clock,
         )
+        roots = advanced if averages is not None else roots
     if isinstance(momentum, LowRankMomentum):
         momentum.storage.write(states, "exp_avg_l", held)
     direction = _along(momentum, grads, number)
@@ -396,7 +432,7 @@ def _move(
         parts[0].decay,
         clip,
         StochasticRounding.of(parts, batch.step, group),
-        clock=used.clock if isinstance(used, DeviceGradients) else None,
+        clock=batch.grads.clock if isinstance(batch.grads, DeviceGradients) else None,
     )
     if observer is None:
         return

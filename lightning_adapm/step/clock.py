@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from lightning_adapm.moments.first import FullMomentum, LowRankMomentum, NoMomentum
+from lightning_adapm.moments.nesterov import NesterovLowRankMomentum, NesterovMomentum
+from lightning_adapm.moments.orthogonal import Orthogonal, scale_of
 from lightning_adapm.moments.second import (
     BlockSecondMoment,
     ElementwiseSecondMoment,
@@ -14,6 +16,8 @@ from lightning_adapm.moments.second import (
 )
 from lightning_adapm.step.launch import pinned
 from lightning_adapm.step.parts import Part
+
+_MOMENTA = (NoMomentum, FullMomentum, LowRankMomentum)
 
 
 class Clock(NamedTuple):
@@ -33,8 +37,10 @@ class Clock(NamedTuple):
     def of(cls, part: Part, step: int, lr: float) -> "Clock":
         """The numbers for a part, whose moments have ``beta1``, if any, and ``beta2``."""
         momentum, second_moment = part.first, part.second
-        assert isinstance(second_moment, BlockSecondMoment | ElementwiseSecondMoment | FactoredSecondMoment)
         first = 1 - momentum.beta1**step if isinstance(momentum, FullMomentum | LowRankMomentum) else 1.0
+        if isinstance(second_moment, Orthogonal):
+            return cls(lr, float(step), first, scale_of(part.shape), 1.0)
+        assert isinstance(second_moment, BlockSecondMoment | ElementwiseSecondMoment | FactoredSecondMoment)
         scale = 1 / first if isinstance(momentum, FullMomentum) else 1.0
         return cls(lr, float(step), first, scale, bias_correction(second_moment.beta2, step))
 
@@ -45,7 +51,9 @@ class Clock(NamedTuple):
 
 def is_clocked(part: Part) -> bool:
     """Whether a clock shows all that changes from step to step in the kernels of a part's moments."""
-    return type(part.first) in (NoMomentum, FullMomentum, LowRankMomentum) and type(part.second) in (
+    if type(part.second) is Orthogonal:
+        return type(part.first) in (*_MOMENTA, NesterovMomentum, NesterovLowRankMomentum)
+    return type(part.first) in _MOMENTA and type(part.second) in (
         BlockSecondMoment,
         ElementwiseSecondMoment,
         FactoredSecondMoment,

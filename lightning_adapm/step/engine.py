@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_adapm.moments.base import Momentum, SecondMoment
 from lightning_adapm.moments.cache import DeviceCache
 from lightning_adapm.roles.piece import Piece
-from lightning_adapm.step import by_kernels
+from lightning_adapm.step import by_kernels, exchange
 from lightning_adapm.step.batching import Batch, batches, bucketed, put_back
 from lightning_adapm.step.counters import StepCounters
 from lightning_adapm.step.graphs import Pool
@@ -112,7 +112,9 @@ class Engine:
                 counted = [(each.grad, each.parts, step) for each, step in zip(moving, counts, strict=True)]
                 planned.append((group, bucketed(counted, partial(rule.path_for, group=group))))
             every = [bucket for _, buckets in planned for bucket in buckets]
-            self.nonfinite.agree(pair for bucket in every for pair in zip(bucket.parts, bucket.grads, strict=True))
+            # whole rows of matrices are read first: kernels find out on their way
+            apart = (bucket for bucket in every if bucket.parts[0].shard is None or not bucket.path.whole)
+            self.nonfinite.agree(pair for bucket in apart for pair in zip(bucket.parts, bucket.grads, strict=True))
 
             def launch(clocks: Clocks | None) -> list[Flawed]:
                 return [found for group, buckets in planned for found in self._moved(buckets, group, rule, clocks)]
@@ -134,14 +136,17 @@ class Engine:
                     if clocks is not None:
                         grads.clock = clocks(batch, group["lr"])
                     batch = batch._replace(grads=grads)
-                if bucket.parts[0].shard is None:
+                if bucket.parts[0].shard is None or bucket.path.whole:
                     ready.append(batch)
-                else:  # one after another: rows that are taken out of parameters may be copies
+                else:
                     found += self._update(batch, group, rule)
                     put_back(batch)
-        by_kernels.refresh(ready)
-        for batch in ready:
-            found += self._update(batch, group, rule)
+        for together in exchange.rounds(ready):
+            exchange.begin(together)
+            by_kernels.refresh(together)
+            for batch in together:
+                found += self._update(batch, group, rule)
+                put_back(batch)
         return found
 
     def _update(self, batch: Batch, group: Mapping[str, Any], rule: Rule) -> list[Flawed]:

@@ -1,11 +1,13 @@
-"""Work on a device that is captured once and replayed, as a CUDA graph."""
+"""Work on a device that is captured once and replayed, as CUDA graphs."""
 
 import weakref
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
+
+from lightning_adapm.sharding.collectives import Collective, taken_by
 
 
 class Graph(Protocol):
@@ -53,28 +55,82 @@ class Pool:
         return graph
 
 
-def captured(work: Callable[[], None], device: torch.device, pool: Any) -> Graph:
-    """Capture what ``work`` launches, without running it.
+class Section(Graph, Protocol):
+    """Work that is captured from its beginning to its end, without running."""
+
+    def end(self) -> None: ...
+
+
+class Sections:
+    """A graph with collectives, which run between graphs.
+
+    Processes that replay a step and processes that launch it understand each other, because a collective is the same
+    for both: none has to know what the others do. Nor does a graph keep a communicator from being destroyed.
+    """
+
+    def __init__(self) -> None:
+        self._runs: list[Callable[[], None]] = []
+
+    def capture(self, work: Callable[[], None], begun: Callable[[], Section]) -> None:
+        """Capture what ``work`` launches, in sections that have ``begun`` and that end where a collective is."""
+        section = begun()
+
+        def take(collective: Collective) -> None:
+            nonlocal section
+            section.end()
+            self._runs += section.replay, collective
+            section = begun()
+
+        try:
+            with taken_by(take):
+                work()
+        finally:
+            section.end()
+        self._runs.append(section.replay)
+
+    def replay(self) -> None:
+        for run in self._runs:
+            run()
+
+
+class CudaSection:
+    """A CUDA graph of what is launched on the current stream.
 
     Other threads may go on: those that load data pin memory, and those that communicate ask for events, which a capture
     of the whole process would not allow.
     """
+
+    def __init__(self, pool: Any) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+
+    def end(self) -> None:
+        self._graph.capture_end()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+def captured(work: Callable[[], None], device: torch.device, pool: Any) -> Graph:
+    """Capture what ``work`` launches, without running it."""
+    sections = Sections()
     with torch.cuda.device(device):
-        graph, stream, current = torch.cuda.CUDAGraph(), _stream(device), torch.cuda.current_stream(device)
+        stream, current = _stream(device), torch.cuda.current_stream(device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-            try:
-                work()
-            finally:
-                graph.capture_end()
+            sections.capture(work, partial(CudaSection, pool))
         current.wait_stream(stream)
-    return graph
+    return sections
 
 
 def reserved(device: torch.device) -> int:
     """Bytes that the allocator of a device has taken from it."""
     return torch.cuda.memory_reserved(device)
+
+
+def memory(device: torch.device) -> int:
+    """Bytes of memory that a device has."""
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 @cache

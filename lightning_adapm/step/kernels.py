@@ -177,7 +177,7 @@ def combine(grads: Matrices, weights: Tensor, flaws: Tensor) -> Tensor:
         num_warps=warps,
         num_stages=stages,
     )
-    return product.sum(dim=1) if parts > 1 else product.squeeze(1)
+    return product.squeeze(1) if parts == 1 else product.sum(dim=1)
 
 
 class Refreshed(NamedTuple):

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_adapm.moments.base import Stacked
+from lightning_adapm.sharding.collectives import all_reduce
 from lightning_adapm.sharding.find import has_values
-from lightning_adapm.sharding.reduction import all_reduce
 from lightning_adapm.step.gradients import Gradients
 from lightning_adapm.step.parts import Part
 

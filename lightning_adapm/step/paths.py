@@ -16,6 +16,7 @@ from lightning_adapm.moments.second import (
     NoSecondMoment,
     RelativeSecondMoment,
 )
+from lightning_adapm.sharding.find import has_values
 from lightning_adapm.step import kernels
 from lightning_adapm.step.launch import DTYPES
 from lightning_adapm.step.parts import Part
@@ -86,11 +87,25 @@ def path_of(parts: Sequence[Part], grads: Sequence[Tensor], maximize: bool) -> P
         return Path("torch and kernels", "maximize=True negates gradients")
     if reason := unknown_moments(part):
         return Path("torch and kernels", reason)
-    if part.shard is not None:
-        return Path("kernels and reductions", "processes share the rows")
+    reason = _needs_reductions(parts)
+    return Path("kernels and reductions" if reason else "kernels", reason)
+
+
+def _needs_reductions(parts: Sequence[Part]) -> str:
+    """Why kernels alone cannot take a step, not even of whole rows; empty where they can. The same on all processes."""
+    part = parts[0]
     if isinstance(part.first, LowRankMomentum) and not all(part.get("seeded") for part in parts):
-        return Path("kernels and reductions", "the first basis is still to be found")
-    return Path("kernels", "")
+        return "the first basis is still to be found"
+    if part.shard is None:
+        return ""
+    shards = [each.shard for each in parts if each.shard is not None]
+    if any(shard.cut for shard in shards):
+        return "processes share rows"
+    if len({shard.counts for shard in shards}) > 1:
+        return "processes hold different numbers of rows of these parts"
+    if type(part.second) not in (NoSecondMoment, ElementwiseSecondMoment, BlockSecondMoment, Orthogonal):
+        return f"processes share the sums of {type(part.second).__name__}"
+    return ""
 
 
 def _unknown_layout(parts: Sequence[Part], grads: Sequence[Tensor]) -> str:
@@ -99,9 +114,13 @@ def _unknown_layout(parts: Sequence[Part], grads: Sequence[Tensor]) -> str:
     if shard is None:
         return "" if kernels.movable(views, grads) else "no kernels for this dtype or memory layout"
     # rows are taken out of what this process holds later, without gaps
-    readable = all(kernels.readable([tensor.flatten()[:1]]) for tensor in (views[0], grads[0]))
-    if not readable or shard.interleaved or parts[0].shape[-1] > kernels.MOST_COLUMNS:
-        return "no kernels for this dtype or memory layout, or this process holds nothing"
+    known = views[0].dtype in DTYPES and grads[0].dtype in DTYPES and has_values(views[0])
+    if not known or shard.interleaved or parts[0].shape[-1] > kernels.MOST_COLUMNS:
+        return "no kernels for this dtype or memory layout"
+    if not _needs_reductions(parts):
+        return ""
+    if not views[0].numel():
+        return "this process holds nothing"
     if len({part.held_shape for part in parts}) > 1:
         return "processes hold different numbers of rows of these parts"
     if parts[0].second.whole_matrices and shard.cut:

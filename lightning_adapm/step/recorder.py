@@ -17,12 +17,17 @@ from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.clock import Clock, is_clocked
 from lightning_adapm.step.graphs import Pool
 from lightning_adapm.step.moving import Moving
+from lightning_adapm.step.parts import Part
 from lightning_adapm.step.paths import Path
 from lightning_adapm.step.recording import Clocks, Flawed, Recording, Work
 from lightning_adapm.step.transients import held_by_a_step
 
 MOST_BYTES = 1 << 29
 """Default bound on the temporaries of steps that are recorded, which graphs keep from step to step."""
+_SHARE = 20
+"""Where processes share rows, steps whose temporaries are this part of a GPU's memory are recorded, too: the host takes
+longer than a GPU for models of any size there.
+"""
 
 REPLAYED = "replayed"
 UNLIKE = "launched: no two steps have been alike yet"
@@ -84,6 +89,10 @@ class Form:
 
 def _flat(works: Sequence[Work]) -> list[Moving]:
     return list(chain.from_iterable(work.moving for work in works))
+
+
+def _parts(works: Sequence[Work]) -> list[Part]:
+    return list(chain.from_iterable(moved.parts for moved in _flat(works)))
 
 
 def _objects(moving: Sequence[Moving]) -> list[Any]:
@@ -217,24 +226,26 @@ class Recorder:
         """Whether steps like this one are not recorded, and why."""
         if self._failed:
             return True
+        parts, device = _parts(works), works[0].moving[0].held.device
         reason, size = "", self._most_held(works)
         most = 0 if size is None else self._pool.need(size)  # all that move in turns are recorded, or none
         if not all(path.whole for path in paths):
             reason = "kernels do not take all of a step"
+        elif any(part.shard is None and part.is_shared for part in parts):
+            reason = "processes share stacks of matrices"
         elif not _on_one_device(works):
             reason = "the step is captured by its caller, or on several devices"
         elif size is None:
             reason = "not all moments read clocks"
-        elif most > limit:
+        elif most > max(limit, graphs.memory(device) // _SHARE if any(part.is_shared for part in parts) else 0):
             reason = f"temporaries of up to {most} bytes would be kept"
         self.launches = f"launched: {reason}" if reason else self.launches
         return bool(reason)
 
     def _most_held(self, works: Sequence[Work]) -> int | None:
         """Bound on the temporaries of a step, computed once for its parts; None where moments read no clock."""
-        parts = [moved.parts for moved in _flat(works)]
+        parts = _parts(works)
         key = list(map(id, parts))
         if key != self._sized[0]:
-            every = list(chain.from_iterable(parts))
-            self._sized = key, held_by_a_step(every) if all(map(is_clocked, every)) else None
+            self._sized = key, held_by_a_step(parts) if all(map(is_clocked, parts)) else None
         return self._sized[1]

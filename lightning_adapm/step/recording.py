@@ -1,4 +1,4 @@
-"""One step's launches as a CUDA graph, which is replayed for other gradients and other numbers of steps.
+"""One step's launches as CUDA graphs, which are replayed for other gradients and other numbers of steps.
 
 Kernels find gradients through tables of addresses on the device, and what the host knows of a step in
 :class:`~lightning_adapm.step.clock.Clock`. Before a replay, both are written by copies that nobody waits for.
@@ -106,7 +106,7 @@ class Tape(DeviceCache):
 
     def clock(self, batch: Batch, lr: float) -> Tensor:
         """A clock for a batch, whose learning rate :meth:`show` will find."""
-        if any(self._in_gradients(grad.data_ptr()) is None for grad in batch.grads):
+        if any(self._in_gradients(grad.data_ptr()) is None for grad in batch.grads if grad.numel()):
             raise NotRecordableError("a gradient is copied before kernels read it")
         self._shown.append(self._timed[batch.parts[0].key])
         start = _WIDTH * (len(self._shown) - 1)

@@ -49,23 +49,29 @@ def held_by_a_step(parts: Sequence[Part]) -> int:
     alike: defaultdict[Hashable, list[Part]] = defaultdict(list)
     for part in parts:
         alike[part.alike].append(part)
-    batches, bases = [], 0
+    batches, bases, products = [], 0, 0
     for bucket in alike.values():
         part = bucket[0]
+        shape = part.shape if part.shard is None else torch.Size((part.shard.most, *part.shape[1:]))
         kernels = part.param.dtype in DTYPES and not unknown_moments(part)
         whole = kernels and part.second.whole_matrices
-        together = min(len(bucket), most_together(part.shape.numel(), "cuda", kernels, due=True, whole=whole))
-        needed = together * _of_whole_matrices(part.shape) if whole else 0
+        together = min(len(bucket), most_together(shape.numel(), "cuda", kernels, due=True, whole=whole))
+        needed = 0
+        if whole:
+            owners = 1 if part.shard is None else len(part.shard.layout.spans)  # of which each has some matrices
+            needed = -(-together // owners) * _of_whole_matrices(part.shape)
+            needed += together * _of_whole_matrices(shape) if part.shard is not None else 0
         if not kernels:
-            needed = 4 * _COPIES * together * part.shape.numel()
+            needed = 4 * _COPIES * together * shape.numel()
         elif part.first.has_basis:
-            entries = part.first.entries(part.shape)
-            left, right = ((entries[key].shape or part.shape).numel() for key in ("exp_avg_l", "exp_avg_r"))
+            entries = part.first.entries(shape)
+            left, right = ((entries[key].shape or shape).numel() for key in ("exp_avg_l", "exp_avg_r"))
             needed += 4 * _FACTORS * together * left
             bases += right * len(bucket)
+            products += left * len(bucket) if part.shard is not None else 0  # read before any of them moves
         batches.append(needed)
     in_float64 = 4 * min(bases, TOGETHER_NUMEL)  # as they are made orthonormal, and products of them
-    return max(batches, default=0) + 4 * bases + 8 * in_float64
+    return max(batches, default=0) + 4 * (bases + products) + 8 * in_float64
 
 
 def _of_whole_matrices(shape: torch.Size) -> int:

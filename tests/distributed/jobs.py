@@ -189,3 +189,9 @@ JOBS |= {
     "gpt zero lomo": Job("gpt", make=AdaLomo, zero=True),
     "plain maximize": Job("plain", {"maximize": True, "no_decay": ("norm", "bias")}),
 }
+RECORDED_JOBS = {
+    "block": Job("gpt", {"second_moment": "block"}, dtype=torch.float32),
+    "block shard": Job("gpt", {"second_moment": "block", "basis": "shard"}, dtype=torch.float32),
+    "replicate": Job("gqa", {"basis": "replicate"}, dtype=torch.float32),
+}
+"""Trained by run_recorded.py."""

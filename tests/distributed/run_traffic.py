@@ -10,7 +10,7 @@ from jobs import JOBS, train_share
 from strategies import processes, shard
 
 from lightning_adapm.report.plan import measure
-from lightning_adapm.sharding.reduction import TRAFFIC
+from lightning_adapm.sharding.collectives import TRAFFIC
 
 
 def main(output, basis):

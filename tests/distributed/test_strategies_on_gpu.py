@@ -3,6 +3,7 @@
 import pytest
 import torch
 import yaml
+from launch import run_processes
 from test_equality import QUICK, assert_one_device
 from test_trainer import assert_one_device as assert_resumed
 from test_trainer import fits
@@ -25,6 +26,11 @@ def on_cuda(monkeypatch):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp1 late", "fsdp2", "fsdp2 of checkpointed"])
 def test_equals_one_device(strategy, tmp_path):
     assert_one_device(strategy, CARDS, tmp_path, QUICK)
+
+
+def test_replayed_steps_of_shards_are_those_that_are_launched():
+    """Also with rows of pieces that only some processes hold, and with other learning rates and gradients."""
+    run_processes("run_recorded.py", CARDS)
 
 
 def test_saved_and_resumed_by_the_trainer(tmp_path):

@@ -107,7 +107,7 @@ def test_rows_that_processes_share_stay_with_the_kernels(interpreted, monkeypatc
     hold_all_rows()
     monkeypatch.setattr(Owners, "apply", lambda self, function, parts: list(function(torch.stack(parts)).unbind()))
     found = trained(shapes, basis="replicate")
-    assert {row.path for row in found[2].step_paths()} == {"kernels and reductions"} and "direct" in interpreted
+    assert {row.path for row in found[2].step_paths()} == {"kernels"} and "direct" in interpreted
     for one, other in zip(found[:2], expected[:2], strict=True):
         assert relative_difference(one, other) < 1e-5
 

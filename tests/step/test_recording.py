@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_adapm import AdaPM
+from lightning_adapm import AdaPM, PartialMuon
 from lightning_adapm.report.diagnostics import ResidualProbe
-from lightning_adapm.step import graphs, kernels
+from lightning_adapm.step import graphs, kernels, orthogonal
 
 pytest.importorskip("triton", reason="the kernels are Triton's")
 
@@ -22,15 +22,20 @@ pytest.importorskip("triton", reason="the kernels are Triton's")
 class Tape(TorchDispatchMode):
     """A graph of operations: none changes memory that was there before until they are replayed."""
 
-    def __init__(self, work: Callable[[], None], launch: Callable[..., None]) -> None:
+    def __init__(self, launch: Callable[..., None]) -> None:
         super().__init__()
         self.calls = []
-        self.launch = launch
         self.replays = 0
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kernels, "launch", lambda *args, **kwargs: self.calls.append((launch, args, kwargs, None)))
-            with self:
-                work()
+        self.patch = pytest.MonkeyPatch()
+        for module in (kernels, orthogonal):
+            self.patch.setattr(
+                module, "launch", lambda *args, **kwargs: self.calls.append((launch, args, kwargs, None))
+            )
+        self.__enter__()
+
+    def end(self):
+        self.__exit__(None, None, None)
+        self.patch.undo()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -63,10 +68,16 @@ def recorded(monkeypatch):
     monkeypatch.setattr(graphs, "can_capture", lambda device: True)
     monkeypatch.setattr(graphs, "new_pool", lambda: "pool")
     monkeypatch.setattr(graphs, "reserved", lambda device: 0)
+    monkeypatch.setattr(graphs, "memory", lambda device: 0)
+
+    def begun():
+        made.append(Tape(launch))
+        return made[-1]
 
     def captured(work, device, pool):
-        made.append(Tape(work, launch))
-        return made[-1]
+        sections = graphs.Sections()
+        sections.capture(work, begun)
+        return sections
 
     monkeypatch.setattr(graphs, "captured", captured)
     return made
@@ -88,7 +99,7 @@ def gradient(param, generator, spoiled):
 class Twins:
     """A model that is trained with recorded steps, and one without; every step must leave the same bits."""
 
-    def __init__(self, dtype=torch.float32, **options):
+    def __init__(self, dtype=torch.float32, make=AdaPM, **options):
         self.nets = [model(dtype), model(dtype)]
         options = {
             "rank": 2,
@@ -98,7 +109,7 @@ class Twins:
             "roles": {"q_proj": "query"},
         } | options
         groups = [{"params": net.named_parameters(), "n_head": 2} for net in self.nets]
-        self.optimizers = [AdaPM([group], **options) for group in groups]
+        self.optimizers = [make([group], **options) for group in groups]
         self.optimizers[0].most_recorded_bytes, self.optimizers[1].most_recorded_bytes = 1 << 20, 0
         self.steps = 0
 
@@ -136,12 +147,17 @@ class Twins:
 
 
 @pytest.mark.parametrize(
-    ("second_moment", "dtype"),
-    [("elementwise", torch.float32), ("block", torch.bfloat16), ("factored", torch.float32)],
+    "options",
+    [
+        {"second_moment": "elementwise"},
+        {"second_moment": "block", "dtype": torch.bfloat16},
+        {"second_moment": "factored"},
+        {"make": PartialMuon},
+    ],
 )
-def test_replays_are_the_steps_that_launches_would_take(recorded, second_moment, dtype):
+def test_replays_are_the_steps_that_launches_would_take(recorded, options):
     """With another learning rate in every step, gradients anywhere, one that is not finite, and refreshes."""
-    twins = Twins(dtype, second_moment=second_moment)
+    twins = Twins(**options)
     for step in range(13):
         for optimizer in twins.optimizers:
             optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step)
@@ -165,6 +181,25 @@ def test_parameters_that_move_together_inside_backward_are_replayed(recorded):
     assert sum(graph.replays for graph in recorded) - before < groups
     twins.step()
     assert twins.optimizers[0].nonfinite_gradients() == twins.optimizers[1].nonfinite_gradients() == {"embed.weight": 1}
+
+
+@pytest.mark.parametrize("second_moment", ["elementwise", "block"])
+def test_collectives_run_between_graphs(recorded, hold_all_rows, monkeypatch, second_moment):
+    """Where processes share rows: as many in a replay as in the step that it repeats, and with the numbers of today."""
+    hold_all_rows()
+    exchanged = []
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor, op, group: exchanged.append(tensor.numel()))
+    twins = Twins(second_moment=second_moment)
+    for step in range(13):
+        exchanged.clear()
+        twins.step(spoiled={"layers.0.mlp.weight", "layers.1.q_proj.bias"} if step in (7, 8) else ())
+        half = len(exchanged) // 2
+        assert exchanged[:half] == exchanged[half:]
+        assert half == 1 or twins.steps in (1, 5, 9, 13, 3, 7, 11)
+    assert len(recorded) > 3 and recorded[0].replays > 3
+    assert [optimizer.nonfinite_gradients() for optimizer in twins.optimizers] == [
+        {"layers.0.mlp.weight": 2, "layers.1.q_proj.bias": 2}
+    ] * 2
 
 
 def test_a_step_that_is_unlike_those_recorded_is_launched(recorded):

@@ -14,7 +14,7 @@ from lightning_adapm.optim import RoleOptimizer
 from lightning_adapm.report.diagnostics import OTHER, ResidualProbe, StateReport
 from lightning_adapm.report.tables import markdown_table
 from lightning_adapm.roles.piece import ROLES
-from lightning_adapm.sharding.reduction import TRAFFIC
+from lightning_adapm.sharding.collectives import TRAFFIC
 from lightning_adapm.trainer.callbacks.pooling import Pool, ResidualFigures
 from lightning_adapm.trainer.callbacks.run import (
     StepClock,
