@@ -163,8 +163,10 @@ class PartTable:
 
     def _tune(self, part: Part, rule: Rule, index: int) -> None:
         tune(part, rule, rule.param_groups[index])
-        processes = None if part.shard is None else part.shard.layout.group
-        common = part.first, part.second, part.decay, part.shape, part.param.dtype, part.param.device, processes
+        rows = None
+        if part.shard is not None:  # FSDP1 cuts every parameter elsewhere
+            rows = part.shard.layout.group, part.shard.counts if part.shard.layout.mesh is not None else None
+        common = part.first, part.second, part.decay, part.shape, part.param.dtype, part.param.device, rows
         part.alike = self.alike.setdefault(common, Alike())
 
     def modules(self) -> list[nn.Module]:
