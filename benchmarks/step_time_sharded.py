@@ -39,12 +39,14 @@ from lightning_adapm.report.tables import show_bytes, show_count
 from lightning_adapm.sharding.collectives import TRAFFIC
 
 _BLOCK = {"second_moment": "block"}
+_PAPER = {"momentum": "paper", "rank": 0.05, "state_dtype": None}
 BASE = "AdamW, fused"
 PEERS: tuple[Peer, ...] = (
     Peer(BASE, "AdamW", {"fused": True}),
     Peer("AdaPM", "AdaPM", interval=INTERVAL),
     Peer("AdaPM block, bases replicated", "AdaPM", _BLOCK | {"basis": "replicate"}, interval=INTERVAL),
     Peer("AdaPM block, bases sharded", "AdaPM", _BLOCK | {"basis": "shard"}, interval=INTERVAL),
+    Peer("AdaPM block, paper", "AdaPM", _PAPER | _BLOCK, interval=INTERVAL),
     Peer("AdamMini", "AdamMini"),
     Peer("PartialMuon", "PartialMuon", interval=INTERVAL),
     Peer("PartialMuon without Newton-Schulz", "Bookkeeping", interval=INTERVAL),
