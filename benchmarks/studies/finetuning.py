@@ -44,7 +44,7 @@ def finetune_at_size() -> Study:
         setting=SETTING,
         needs_data=True,
         pretrained=True,
-        pretraining=Pretraining(lr=1.2e-3, steps=1500, betas=(0.9, 0.95), once=True),
+        pretraining=Pretraining(lr=1.2e-3, steps=1000, betas=(0.9, 0.95), once=True),
         curves=True,
         baselines={"AdamW": ("AdamW",)},
         rates=RATES,
