@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.studies.at_size import muon
 from benchmarks.studies.base import BESIDE, BEST, BETAS95, Pretraining, Study, adamw, adapm, paper
 from benchmarks.studies.decoder import Shape
 from benchmarks.studies.on_tokens import VOCAB
@@ -23,7 +22,7 @@ LORA = "LoRA, rank 16"
 ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "AdamW": adamw(0.9, 0.95),
     "AdaPM": adapm(betas=BETAS95),
-    "PartialMuon": muon(),
+    "PartialMuon": ("PartialMuon", {}),
     "AdaPM block": adapm(betas=BETAS95, second_moment="block"),
     LORA: adamw(0.9, 0.95),
     "Adam-mini": paper(momentum="full", second_moment="block", betas=BETAS95),
