@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_adapm.roles.context import plain
 from lightning_adapm.roles.live import children_of, parameters_of, walk
-from lightning_adapm.sharding.find import local, shape_of
+from lightning_adapm.sharding.find import is_dtensor, local, shape_of
 
 _Module = weakref.ref[nn.Module]
 
@@ -121,7 +120,7 @@ class Places:
 
 def _is_gathered(held: Tensor | None, param: Tensor) -> bool:
     """Whether a parameter is the whole of a sharded one, which FSDP2 puts in its place from forward to backward."""
-    return isinstance(held, DTensor) and not isinstance(param, DTensor) and held.shape == param.shape
+    return is_dtensor(held) and not is_dtensor(param) and held.shape == param.shape
 
 
 def _trained_by_others(optimizer: Optimizer) -> set[int]:

@@ -7,17 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_adapm.roles.piece import POLICIES, ROLES
 from lightning_adapm.roles.rules import FUSED
-
-# FSDP1 has a named_parameters of its own
-_GENERATORS = {
-    nn.Module.parameters.__code__: False,
-    nn.Module.named_parameters.__code__: True,
-    FullyShardedDataParallel.named_parameters.__code__: True,
-}
+from lightning_adapm.sharding.fsdp1 import names_parameters
 
 HOW_TO_NAME = (
     "AdaPM needs to know what each parameter is. Pass model.named_parameters(), model.parameters(), or tensors of a"
@@ -48,12 +41,19 @@ def source_module(params: Any) -> nn.Module | None:
     LightningCLI and litgpt pass nothing but ``model.parameters()`` to an optimizer. A generator that has not run still
     has its arguments. Its module, and with it every name and head count, can therefore be read exactly.
     """
-    if not inspect.isgenerator(params) or params.gi_code not in _GENERATORS:
+    if not inspect.isgenerator(params):
+        return None
+    if params.gi_code is not nn.Module.parameters.__code__ and not _has_names(params):
         return None
     if inspect.getgeneratorstate(params) != inspect.GEN_CREATED:
         return None
     module: nn.Module = _arguments(params)["self"]
     return module
+
+
+def _has_names(generator: Any) -> bool:
+    """Whether a generator is some module's ``named_parameters()``; FSDP1 has a method of its own."""
+    return generator.gi_code is nn.Module.named_parameters.__code__ or names_parameters(generator.gi_code)
 
 
 def _arguments(generator: Any) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def read_group(group: Mapping[str, Any]) -> Handed:
     else:
         _check_kind(params)
         module = source_module(params)
-        if module is not None and not _GENERATORS[params.gi_code]:
+        if module is not None and not _has_names(params):
             params, implied = module.named_parameters(recurse=_arguments(params)["recurse"]), True
     items = list(params)
     names, roles = (_parallel(group.get(key), items) for key in ("param_names", "roles"))

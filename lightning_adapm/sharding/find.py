@@ -1,14 +1,24 @@
 """Find which elements of a parameter each process holds: for DTensors, and for views of FSDP1."""
 
+import sys
 from itertools import pairwise
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lightning_adapm.sharding import fsdp1
 from lightning_adapm.sharding.layout import Layout
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_dtensor(tensor: object) -> "TypeGuard[DTensor]":
+    """Whether a tensor is a DTensor. There is none before its module was imported, which takes most of a second."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def layout_of(param: Tensor) -> Layout | None:
@@ -22,7 +32,7 @@ def layout_of(param: Tensor) -> Layout | None:
     """
     if fsdp1.is_flat_parameter(param):
         raise TypeError("AdaPM needs each parameter, not FSDP's flat one: wrap the model with use_orig_params=True")
-    if isinstance(param, DTensor):
+    if is_dtensor(param):
         return _layout_of_dtensor(param)
     return fsdp1.layout_of_view(param)
 
@@ -33,7 +43,9 @@ def shape_of(param: Tensor) -> torch.Size:
     return param.shape if layout is None else layout.shape
 
 
-def _layout_of_dtensor(param: DTensor) -> Layout:
+def _layout_of_dtensor(param: "DTensor") -> Layout:
+    from torch.distributed.tensor import Replicate, Shard
+
     mesh, sharded = param.device_mesh, [dim for dim, kind in enumerate(param.placements) if kind != Replicate()]
     if [param.placements[dim] for dim in sharded] not in ([], [Shard(0)]):
         raise TypeError(
@@ -55,4 +67,4 @@ def has_values(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, in the same memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor

@@ -1,35 +1,54 @@
 """Layouts of FSDP1's parameters, and gradients of those of which a process holds nothing.
 
-FSDP1 shows its layout in private attributes only. All code that reads them is in this file.
+FSDP1 shows its layout in private attributes only. All code that reads them is in this file. FSDP1 is imported by those
+who use it, which takes most of a second, and not from here.
 """
 
 import gc
+import sys
 import weakref
 from collections.abc import MutableMapping, Sequence
 from itertools import accumulate, pairwise
+from types import CodeType
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp._common_utils import _is_fsdp_flattened
-from torch.distributed.fsdp._flat_param import FlatParameter, FlatParamHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_adapm.sharding.collectives import all_reduce
 from lightning_adapm.sharding.layout import Layout
 
+if TYPE_CHECKING:
+    from torch.distributed.fsdp._flat_param import FlatParamHandle
+
 _VIEWS: MutableMapping[Tensor, "weakref.ref[FlatParamHandle]"] = WeakIdKeyDictionary()
 """FSDP1's handle for each parameter that is a view of a flat one."""
 
 
+def _fsdp1() -> Any:
+    """The module of flat parameters; None before FSDP1 is imported."""
+    return sys.modules.get("torch.distributed.fsdp._flat_param")
+
+
 def is_flat_parameter(param: Tensor) -> bool:
     """Whether a tensor is a flat parameter of FSDP1, as ``use_orig_params=False`` exposes them."""
-    return isinstance(param, FlatParameter)
+    return _fsdp1() is not None and isinstance(param, _fsdp1().FlatParameter)
+
+
+def names_parameters(code: CodeType) -> bool:
+    """Whether code is that of FSDP1's own ``named_parameters``."""
+    if _fsdp1() is None:
+        return False
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return code is FullyShardedDataParallel.named_parameters.__code__
 
 
 def layout_of_view(param: Tensor) -> Layout | None:
     """The layout of a parameter that is a view of a flat one; None for any other tensor."""
-    if not _is_fsdp_flattened(param):
+    if not getattr(param, "_fsdp_flattened", False):
         return None
     handle = _VIEWS[param]() if param in _VIEWS else None
     if handle is None:
@@ -50,7 +69,7 @@ def layout_of_view(param: Tensor) -> Layout | None:
 def _find_views() -> None:
     """Search memory for all handles; an optimizer has the views only, and nothing leads from a view to its handle."""
     for handle in gc.get_objects():
-        if type(handle) is FlatParamHandle and handle.flat_param._params is not None:
+        if type(handle) is _fsdp1().FlatParamHandle and handle.flat_param._params is not None:
             for view in handle.flat_param._params:
                 _VIEWS[view] = weakref.ref(handle)
 

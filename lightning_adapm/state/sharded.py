@@ -10,20 +10,22 @@ save and shard again.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 
 from lightning_adapm.moments.base import Moment
 from lightning_adapm.moments.storage import Entry, decoded
-from lightning_adapm.sharding.find import local, shape_of
+from lightning_adapm.sharding.find import is_dtensor, local, shape_of
 from lightning_adapm.sharding.layout import Layout
 from lightning_adapm.sharding.reduction import ProcessReduction
 from lightning_adapm.sharding.rows import RowShard
 from lightning_adapm.step.parts import Part, new_state
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Parts = tuple[Part, ...]
 _META = torch.device("meta")
@@ -41,7 +43,7 @@ def export_state(parts: Parts, state: Mapping[str, Any], all_parts: Callable[[],
     param, layout = parts[0].param, parts[0].layout
     if layout is None:
         return state
-    if not isinstance(param, DTensor):
+    if not is_dtensor(param):
         return {"step": state["step"], **_pack(parts, decoded(state), layout, all_parts)}
     known = [(part, entry, form_of(part, key, entry)) for part, key, entry in entries_of(parts)]
     as_they_are = {name: state[name] for _, entry, form in known if entry.storage.rowwise for name in form}
@@ -108,7 +110,9 @@ def _numbers(parts: Parts) -> Iterator[tuple[Part, Moment, list[str]]]:
                 yield part, moment, keys
 
 
-def _dtensor(part: Tensor, param: DTensor, dim: int, whole: Tensor) -> DTensor:
+def _dtensor(part: Tensor, param: "DTensor", dim: int, whole: Tensor) -> "DTensor":
+    from torch.distributed.tensor import DTensor, Shard
+
     placements = [Shard(dim) if kind == Shard(0) else kind for kind in param.placements]
     return DTensor.from_local(
         part, param.device_mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
@@ -126,7 +130,7 @@ def import_entry(
         ValueError: FSDP1 has cut a state that was saved with other settings.
     """
     layout = parts[0].layout
-    if layout is not None and not isinstance(parts[0].param, DTensor):
+    if layout is not None and not is_dtensor(parts[0].param):
         entry = _whole_entry(parts, entry, layout)
     if not entry:
         return None
@@ -166,7 +170,7 @@ def _held_value(part: Part, entry: Entry, value: Tensor) -> Tensor:
     layout = part.layout
     assert layout is not None
     if follows_rows(part, entry):
-        if isinstance(value, DTensor) and _aligned(part):
+        if is_dtensor(value) and _aligned(part):
             return value.to_local()
         if part.shard is not None:
             return _held(part.shard, _full(value))
@@ -193,7 +197,7 @@ def full_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
 def _aligned(part: Part) -> bool:

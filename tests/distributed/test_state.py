@@ -14,7 +14,7 @@ from test_equality import one_device
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 NAMES = ("gpt elementwise", "transposed block", "plain factored", "odd elementwise", "plain lora-pre")
-NAMES += ("gqa partial muon", "gpt int8")
+NAMES += ("gqa partial muon", "gpt int8", "gpt extending")
 SAVED_BY = (("single", 1), ("ddp", 2), ("fsdp1", 2), ("fsdp2", 2), ("fsdp1", 4), ("fsdp2", 4))
 
 

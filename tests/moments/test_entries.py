@@ -13,6 +13,7 @@ from models import PlainLM, token_batches, train
 from lightning_adapm import AdaPM, explain
 from lightning_adapm.moments.first import FullMomentum
 from lightning_adapm.optim.base import RoleOptimizer
+from lightning_adapm.report.diagnostics import ResidualProbe
 from lightning_adapm.report.plan import measure
 
 
@@ -40,10 +41,11 @@ def options_of(make):
     return OPTIONS if isinstance(make, type) and issubclass(make, AdaPM) else {"lr": 1e-3}
 
 
-def trained(make, **options):
+def trained(make, observer=None, **options):
     torch.manual_seed(0)
     model = PlainLM()
     optimizer = make(model.named_parameters(), **(options_of(make) | options))
+    optimizer.observer = observer
     train(model, optimizer, token_batches(5))
     return model, optimizer
 
@@ -65,6 +67,16 @@ def test_a_resumed_run_is_the_same(make, tmp_path):
     train(model, optimizer, rest)
     train(twin, resumed, rest)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+def test_a_monitor_sees_what_changes_nothing(make):
+    (model, _), probe = trained(make), ResidualProbe()
+    watched, optimizer = trained(make, probe)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), watched.parameters(), strict=True))
+    parts = [part for param in watched.parameters() for part in optimizer.parts(param)]
+    readings = probe.read()
+    assert len(readings) == 5 * len(parts) and any(reading.figures["update_max"] > 0 for reading in readings)
 
 
 def test_a_moment_that_cannot_be_converted_says_so():
