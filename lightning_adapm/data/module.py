@@ -117,7 +117,11 @@ class TextDataModule(L.LightningDataModule):
         build_cache(self.corpus(), self.max_vocab_size, self.cache_dir)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the cached tokens; training starts at the first batch unless a checkpoint is loaded."""
+        """Open the cached tokens; training starts at the first batch unless a checkpoint is loaded.
+
+        Raises:
+            RuntimeError: There are no tokens of this text in the cache.
+        """
         self._folder = folder = cache_folder(self.corpus(), self.max_vocab_size, self.cache_dir)
         if not folder.is_dir():
             raise RuntimeError(
@@ -131,7 +135,11 @@ class TextDataModule(L.LightningDataModule):
             )
 
     def train_dataloader(self) -> TrainLoader:
-        """The training stream, the same object throughout a fit, so that a reload does not restart it."""
+        """The training stream, the same object throughout a fit, so that a reload does not restart it.
+
+        Raises:
+            RuntimeError: ``setup`` has not been called.
+        """
         if self._train_loader is None:
             raise RuntimeError("TextDataModule has no training data yet; call `setup('fit')` first")
         return self._train_loader
@@ -158,7 +166,7 @@ class TextDataModule(L.LightningDataModule):
         return find_corpus(self.path, self.pattern, self.exclude, self.val_fraction, self.max_bytes)
 
     def _processes(self) -> dict[str, int]:
-        """This process's share of every batch, from the strategy, which knows the processes that read the same data."""
+        """This process's share of every batch: the strategy has the number of processes that read the same data."""
         kwargs = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
         return (
             {"rank": 0, "world_size": 1}

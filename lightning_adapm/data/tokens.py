@@ -102,7 +102,11 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def import_tokenizers() -> Any:
-    """Import the ``tokenizers`` package, or raise an error that says how to install it."""
+    """Import the ``tokenizers`` package.
+
+    Raises:
+        ModuleNotFoundError: It is missing. The error names the command that installs it.
+    """
     try:
         import tokenizers
     except ModuleNotFoundError as error:

@@ -51,14 +51,22 @@ class PreparedText(DataModule):
     def connect(
         self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None
     ) -> None:
-        """Set litgpt's tokenizer, the windows per batch of one process, and the positions per window."""
+        """Set litgpt's tokenizer, the windows per batch of one process, and the positions per window.
+
+        Raises:
+            ValueError: ``max_seq_length`` is missing, or the tokenizer is not that of the tokens.
+        """
         self.connect_tokenizer(tokenizer)
         if max_seq_length is None:
             raise ValueError("`max_seq_length`: PreparedText needs the positions per window, but got None; give an int")
         self.batch_size, self.max_seq_length = batch_size, max_seq_length
 
     def connect_tokenizer(self, tokenizer: Tokenizer | None) -> None:
-        """Set litgpt's tokenizer, which must be that of the tokens."""
+        """Set litgpt's tokenizer.
+
+        Raises:
+            ValueError: It is not the tokenizer of the tokens.
+        """
         if tokenizer is None or tokenizer.processor.to_str() != Tokenizer(self.path).processor.to_str():
             found = "none" if tokenizer is None else f"{tokenizer.model_name!r}"
             raise ValueError(

@@ -108,7 +108,11 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
         self._val_loss = MeanMetric()
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Connect litgpt's data. No callbacks are added, but no other hook runs before the data is prepared."""
+        """Connect litgpt's data. No callbacks are added, but no other hook runs before the data is prepared.
+
+        Raises:
+            MisconfigurationException: ``max_seq_length`` is longer than the model's ``block_size``.
+        """
         data: Any = getattr(self._trainer, "datamodule", None)
         if hasattr(data, "connect"):
             check_data(data)
@@ -174,7 +178,11 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
             rank_zero_info(f"weights: {show_bytes(held)} in {time.perf_counter() - began:.1f} s")
 
     def setup(self, stage: str) -> None:
-        """Check that the data's vocabulary and windows fit into the model."""
+        """Check that the data's vocabulary and windows fit into the model.
+
+        Raises:
+            MisconfigurationException: They do not.
+        """
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         config = self.model.config

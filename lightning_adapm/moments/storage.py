@@ -12,7 +12,7 @@ from lightning_adapm.sharding.find import has_values
 
 
 class State(Protocol):
-    """The state of one piece: tensors, and numbers that the host must know without asking the device."""
+    """The state of one piece: tensors, and numbers that the host reads without waiting for the device."""
 
     def __getitem__(self, key: str, /) -> Any: ...
 
@@ -25,8 +25,8 @@ class Storage:
 
     A storage in another form (codes with scales, for instance) overrides :meth:`make`, :meth:`read` and :meth:`write`,
     and sets ``plain`` to False. It keeps its tensors under the entry's key with one of ``suffixes`` each, so that
-    whoever does not know the form finds nothing under the key itself instead of taking codes for values. State dicts of
-    sharded parameters hold the values that it reads, where it is not ``rowwise``.
+    code without support for the form finds nothing under the key itself, instead of using codes as values. State dicts
+    of sharded parameters hold the values that it reads, where it is not ``rowwise``.
 
     Args:
         dtype: Dtype of the tensor. None is the dtype of the arithmetic: float32, or float64 for float64 parameters.
@@ -110,7 +110,7 @@ class Entry:
     Args:
         shape: Shape for the matrix that it was asked for. None is a number that the host keeps.
         rows: The first dimension counts the rows of the matrix, so that it is sharded as they are. Entries of a stack
-            of matrices are always sharded along the stack, and need not say so.
+            of matrices are always sharded along the stack, whatever this is.
         columns: The last dimension counts the columns of the matrix. Processes that share its rows may keep some
             columns each; see :meth:`lightning_adapm.sharding.reduction.Reduction.columns`.
         storage: How the values are kept.

@@ -132,6 +132,10 @@ class RoleOptimizer(Checkpointed):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as ``torch.optim`` does, of anything that the constructor takes. Roles are those that the
         parameters have in the whole model. A group that is refused changes nothing.
+
+        Raises:
+            TypeError: It is no dict, or its parameters lack names and roles.
+            ValueError: An option is out of range, or a matrix has no role.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")

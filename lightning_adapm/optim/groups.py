@@ -70,7 +70,7 @@ def check_left_over(optimizer: type, given: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: A keyword that would change the result.
-        TypeError: A keyword that there is not, with the nearest one of ``optimizer``.
+        TypeError: An unknown keyword. The error names the nearest option of ``optimizer``.
     """
     name = optimizer.__name__
     for key in given:

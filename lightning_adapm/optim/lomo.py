@@ -114,7 +114,7 @@ class AdaLomo(RoleOptimizer):
         lr: Learning rate, relative to the size of the parameters.
         weight_decay: Decoupled weight decay.
         clip_threshold: Bound on the root mean square of ``U``.
-        roles: Roles for names, which say how fused weights are cut.
+        roles: Roles for names. They decide how fused weights are cut.
         unmatched: ``"error"`` refuses matrices whose role is not found; any policy takes each of them as one piece.
         no_decay: Roles exempt from weight decay.
         maximize: Whether the objective is maximized.

@@ -1,4 +1,4 @@
-"""Validation of options and parameters, with errors that say what to write instead."""
+"""Validation of options and parameters, with errors that show what to write instead."""
 
 import difflib
 import inspect

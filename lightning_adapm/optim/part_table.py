@@ -23,7 +23,7 @@ States = Mapping[Tensor, dict[str, Any]]
 
 
 class Moved:
-    """All that moved in a step, to be told from that of another step by a few calls for everything.
+    """All that moved in a step, which a few calls compare with what moves in another step.
 
     Neither gradients nor states are kept.
 

@@ -206,7 +206,7 @@ def _size(values: Iterable[Any]) -> int:
 
 
 def _rows(piece: Piece, shape: torch.Size) -> str:
-    """Describe a piece's rows in a parameter of ``shape`` for people, or its columns if the weight is transposed."""
+    """Describe a piece's rows in a parameter of ``shape`` in words, or its columns if the weight is transposed."""
     if piece.whole:
         return ""
     kind = "columns" if piece.transposed else "rows"

@@ -1,4 +1,4 @@
-"""Tables of bytes for people: a plan by role or by piece, and optimizers side by side."""
+"""Tables of bytes: a plan by role or by piece, and optimizers side by side."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # rich is imported when a table is drawn
 
 
 def show_bytes(size: float) -> str:
-    """Format a number of bytes for people: ``"12.3 MiB"``."""
+    """Format a number of bytes: ``"12.3 MiB"``."""
     for unit in ("B", "KiB", "MiB"):
         if abs(size) < 1024:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
@@ -48,7 +48,7 @@ def show_saving(held: int, reference: int) -> str:
 
 
 def show_count(number: int) -> str:
-    """Format a number of parameters for people: ``"1.5 B"``."""
+    """Format a number of parameters: ``"1.5 B"``."""
     if number < 1000:
         return str(number)
     power = min(3, (len(str(number)) - 1) // 3)

@@ -29,7 +29,7 @@ _IN_TILES = (NoSecondMoment, ElementwiseSecondMoment, BlockSecondMoment, Factore
 
 
 class Batch(NamedTuple):
-    """Parts that go through a step together, as the moments of the first of them say.
+    """Parts that go through a step together, as the moments of the first of them declare.
 
     As buckets, they are all that are alike. These are cut into batches, which are worked on one at a time.
     """

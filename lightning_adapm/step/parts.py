@@ -116,7 +116,7 @@ class Part:
 
     @property
     def label(self) -> str:
-        """Name for people: the parameter's, with the piece's where there are several."""
+        """Name in messages: the parameter's, with the piece's where there are several."""
         return self.name if self.piece.whole else f"{self.name} ({self.piece.part or self.piece.role})"
 
     @property

@@ -49,7 +49,7 @@ class Path(NamedTuple):
 
     @property
     def moved_by_kernels(self) -> bool:
-        """Kernels move the parameters, whoever has found the direction."""
+        """Kernels move the parameters, by whatever means the direction was found."""
         return self.name != "torch"
 
 

@@ -66,7 +66,7 @@ class Stream(NamedTuple):
 
 @lru_cache(maxsize=1 << 16)
 def _words(name: str, piece: str) -> tuple[int, int]:
-    """Key of a piece, the same whatever wraps the model and whichever parameters are trained beside it."""
+    """Key of a piece, the same whatever wraps the model and whichever other parameters are trained."""
     digest = blake2b(f"{normalize(name)} {piece}".encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 

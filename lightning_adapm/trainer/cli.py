@@ -64,7 +64,7 @@ class AdaPMCLI(LightningCLI):
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Let the parser raise its errors, which the command line prints in one line."""
+        """Make the parser raise errors, which the command line prints in one line, instead of exiting."""
         return super().init_parser(**kwargs, exit_on_error=False)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:

@@ -110,7 +110,7 @@ class AdaPMMixin(_Module):
             The optimizer itself where nothing changes its learning rate, else Lightning's dict.
 
         Raises:
-            MisconfigurationException: The schedule needs the number of steps and the Trainer does not know it.
+            MisconfigurationException: The schedule needs the number of steps, and the Trainer has none.
         """
         config = OptimizerConfig.resolve(self.adapm)
         warmup, cosine = config.warmup_steps, config.schedule == "cosine"

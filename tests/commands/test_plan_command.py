@@ -231,7 +231,9 @@ def test_modules_that_build_themselves_late(plan, monkeypatch):
 def test_no_weight_takes_memory(monkeypatch, plan):
     seen = []
     report = plan_command._report
-    monkeypatch.setattr(plan_command, "_report", lambda model, *rest: (seen.append(model), report(model, *rest))[1])
+    monkeypatch.setattr(
+        plan_command, "_report", lambda found, *rest: (seen.append(found.model), report(found, *rest))[1]
+    )
     assert plan("--model_name", "Llama-3.1-405B")[0] == 0
     assert {param.device.type for param in seen[0].parameters()} == {"meta"}
 

@@ -60,7 +60,7 @@ def log_figures(trainer: L.Trainer, figures: Mapping[str, float]) -> None:
 
 
 def optimizer_name(trainer: L.Trainer) -> str:
-    """Class names of the Trainer's optimizers, for people."""
+    """Class names of the Trainer's optimizers, for messages."""
     return " + ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "no optimizer"
 
 
