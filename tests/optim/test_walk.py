@@ -18,8 +18,11 @@ from lightning_adapm import AdaPM
 ROW = re.compile(r"^\| `(?:(\w+)\.)?(\w+)` \|(?: \[`.*?`\]\(\.\./(.*?)\))? \| (?!\[)", re.M)
 
 
+PARTS = (REPOSITORY / "docs" / "extending.md").read_text().split("A state dict of sharded parameters")
+
+
 def page():
-    return (REPOSITORY / "docs" / "extending.md").read_text().split("A state dict of")[0]
+    return PARTS[0]
 
 
 def walk():
@@ -93,3 +96,16 @@ def test_a_step_runs_the_methods_of_few_types(frames):
         found = [each for each in kind.__mro__ if ours(each) and (made or code.co_name in vars(each))]
         ran |= {each for each in found[:1] if made or file.match(each.__module__.replace(".", "/") + ".py")}
     assert len(ran) <= 28, sorted(kind.__qualname__ for kind in ran)
+
+
+def test_the_calls_of_a_state_dict_are_where_the_page_says():
+    file, found = "", set()
+    for row in re.findall(r"^\| (?!saving|---)(.*) \|$", PARTS[1].split("A moment sees")[0], re.M):
+        *cells, stated = row.split("|")
+        file = (re.search(r"\(\.\./(.*?)\)", stated) or [None, file])[1]
+        module = import_module(file.removesuffix(".py").replace("/", "."))
+        for owner, name in re.findall(r"`(?:(\w+)\.)?(\w+)`", " ".join(cells)):
+            called = getattr(getattr(module, owner) if owner else module, name)
+            assert called.__module__ == module.__name__, name
+            found.add(name)
+    assert len(found) == 8
