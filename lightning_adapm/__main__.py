@@ -9,13 +9,13 @@ import re
 import sys
 import traceback
 
-from lightning_adapm.commands import LITGPT_COMMANDS
+from lightning_adapm.commands import COMMANDS, LITGPT_COMMANDS, check_command
 
 TRACEBACK = "LIGHTNING_ADAPM_TRACEBACK"
 """Environment variable that shows the traceback of every error when it is 1."""
 
-USAGE = """\
-usage: lightning-adapm {recipes,plan,prepare,fit,validate,test,predict,litgpt} [--config FILE ...] [--OPTION VALUE ...]
+USAGE = f"""\
+usage: lightning-adapm {{{",".join(COMMANDS)}}} [--config FILE ...] [--OPTION VALUE ...]
 
   recipes    names of the complete configurations that come with this package
   plan       bytes of optimizer state before training:  lightning-adapm plan --model_name Llama-3-8B
@@ -48,6 +48,7 @@ def main(args: list[str] | None = None) -> None:
         return
     try:
         # after the help, which need not wait for Lightning
+        check_command(words[0])
         if words[0] == "recipes":
             from lightning_adapm.commands import recipes as recipes_command
 

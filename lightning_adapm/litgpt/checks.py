@@ -167,8 +167,10 @@ def check_optimizer(optimizer: str | Mapping[str, Any] | None) -> None:
     Raises:
         ValueError: There is no such class or option, or AdaPM refuses a value.
     """
-    if not isinstance(optimizer, Mapping):
+    if optimizer is None:
         return
+    if isinstance(optimizer, str):
+        optimizer = {"class_path": optimizer if "." in optimizer else f"torch.optim.{optimizer}", "init_args": {}}
     example = f"optimizer: {_EXAMPLE}"
     if not {"class_path", "init_args"} <= optimizer.keys():
         raise ValueError(

@@ -110,7 +110,13 @@ def _fill(part: Part, moment: Moment, family: type[Moment], saved: Mapping[str, 
     if own and sources and moment.keys == sources[0].keys and moment.resized(values, new):
         return
     if sources:
-        moment.from_dense(sources[0].dense(values, part.shape), new)
+        try:
+            moment.from_dense(sources[0].dense(values, part.shape), new)
+        except ValueError as error:
+            raise ValueError(
+                f"the saved state of {part.name} does not fit: {error}; load it into the optimizer that saved it, or"
+                " begin without a state"
+            ) from error
     elif family is SecondMoment:
         held = sorted(values.keys() & {key for kind in family.kinds() for key in kind.keys})
         if not held:

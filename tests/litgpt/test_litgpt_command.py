@@ -69,6 +69,8 @@ def test_commands_that_do_not_train(words, message):
             ValueError,
             "no class 'lightning_adapm.AdaPN'",
         ),
+        ({"optimizer": "lightning_adapm.AdaPN"}, ValueError, "no class 'lightning_adapm.AdaPN'"),
+        ({"optimizer": "AdaPM"}, ValueError, "no class 'torch.optim.AdaPM'; write .*lightning_adapm.AdaPM"),
         (
             {"optimizer": {"class_path": "lightning_adapm.AdaPM", "init_args": {"rnak": 2}}},
             ValueError,

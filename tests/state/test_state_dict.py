@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import PlainLM, relative_difference, tiny_gpt, token_batches, train
 
-from lightning_adapm import AdaPM
+from lightning_adapm import AdaPM, LoRAPre
 
 OPTIONS = {"lr": 3e-3, "rank": 2, "update_proj_gap": 4}
 
@@ -385,3 +385,9 @@ class TestRefusals:
         train(model, adamw, token_batches(1))
         with pytest.raises(ValueError, match="amsgrad"):
             AdaPM(model.parameters()).load_state_dict(adamw.state_dict())
+
+
+def test_a_state_that_a_moment_cannot_be_made_from_is_refused_by_name():
+    model, optimizer = trained(steps=1)
+    with pytest.raises(ValueError, match=r"saved state of \S+weight does not fit: a LowRank.* begin without a state$"):
+        LoRAPre(model.parameters()).load_state_dict(optimizer.state_dict())

@@ -203,6 +203,16 @@ def test_bad_input_is_named_without_a_traceback(corpus, tmp_path, in_process, ca
     assert message in (end.value.code if isinstance(end.value.code, str) else capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    ("word", "message"), [("plam", "did you mean 'plan'?"), ("xyz", "the commands are recipes, plan, prepare, fit")]
+)
+def test_a_command_that_there_is_not(in_process, word, message):
+    """Lightning's parser would list its own commands only."""
+    with pytest.raises(SystemExit) as end:
+        in_process(word, "--model_name", "Llama-3-8B")
+    assert f"there is no command {word!r}; {message}" in end.value.code
+
+
 def test_errors_that_are_not_about_input_keep_their_traceback(in_process, monkeypatch):
     def broken(self, args=None):
         raise ZeroDivisionError
