@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_adapm.roles import rules
-from lightning_adapm.roles.live import parameters_of, walk
+from lightning_adapm.roles.live import children_of, parameters_of, walk
 from lightning_adapm.sharding.find import shape_of
 
 _WRAPPERS = re.compile(
@@ -67,7 +67,11 @@ class Named:
     @cached_property
     def path(self) -> str:
         """Normalized name without ``.weight``."""
-        return re.sub(r"(\.(linear|inner_linear)|(?<=to_out)\.0)?\.weight$", "", plain(self.name))
+        own = re.sub(r"((?<=to_out)\.0)?\.weight$", "", plain(self.name))
+        beside = children_of(self.around[1]) if len(self.around) > 1 else ()
+        if rules.is_attention(name.lower() for name in beside):
+            return own  # else what an adapter is wrapped around is called linear
+        return re.sub(r"\.(linear|inner_linear)$", "", own)
 
     @property
     def block(self) -> int:

@@ -53,13 +53,13 @@ def _by_type(item: Named) -> tuple[str | None, str] | None:
         return "adapter", "held by an adapter"
     if found := re.search(rules.ADAPTER, stem):
         return "adapter", rules.reason(found)
-    if any(isinstance(user, nn.Embedding) for user in item.users):
+    if any(isinstance(user, (nn.Embedding, nn.EmbeddingBag)) for user in item.users):
         return "embedding", "used by nn.Embedding"
     if len(item.shape) < 2 or item.shape.numel() <= max(item.shape):  # or has no elements at all
         return ("bias" if stem.endswith("bias") else "norm"), "a vector"
     if any(re.search(r"norm(\dd)?$", kind, re.IGNORECASE) for kind in kinds):
         return "norm", "used by a norm"
-    if found := re.search(rules.BIASES, stem):
+    if found := re.search(rules.BIASES, stem) or (re.search(rules.OWN_BIASES, stem) if item.is_own else None):
         return "bias", rules.reason(found)
     if item.name.endswith(".weight") and any(kind.endswith("Embedding") for kind in kinds):
         return "embedding", "used by an embedding"
@@ -74,6 +74,8 @@ def _by_structure(item: Named) -> tuple[str | None, str] | None:
     role = rules.child_role(item.child)
     if role == "qkv" and "q_attn" in item.beside:  # GPT-2's cross-attention
         role = "kv"
+    if item.child == "fc" and [rules.child_role(child) for child in item.beside].count("attn_out") > 1:
+        return None  # an MLP's, in a block without modules of its own
     return (role, "lies in an attention module") if role else None
 
 

@@ -10,8 +10,10 @@ from collections.abc import Iterable
 FUSED = ("qkv", "kv")
 """Roles of fused weights, whose pieces have other roles."""
 
-_BEFORE = r"(?:(?:to|add|w|lin|linear|proj|project|projection|fc|pos|layout|w2e|e2w|e2e)_?)*"
-_AFTER = r"(?:_?(?:proj|project|projection|lin|linear|layer|head|net|global|attn|up|down|weight|[ab]))*"
+_BEFORE = r"(?:(?:(?:to|add|w|lin|linear|proj|project|projection|fc|pos|layout|w2e|e2w|e2e)_?)|(?:c|attn|self|mat)_)*"
+_AFTER = (
+    r"(?:_?(?:proj|project|projection|lin|linear|layer|head|net|global|attn|up|down|weight|dense|transform|[abw]))*"
+)
 
 # Full matches of a projection's own name, for weights in one attention module.
 CHILD_RULES: tuple[tuple[str, str], ...] = (
@@ -19,16 +21,17 @@ CHILD_RULES: tuple[tuple[str, str], ...] = (
         "qkv",
         r"w?_?qkv(_?proj|_linear|_net)?|(\w+_)?attn_qkv|c_attn|att_proj|query_key_value|w_pack|to_qkv|mixed_qkv|in_proj_weight",
     ),
-    ("query", rf"{_BEFORE}(q|quer(y|ies)|query_key){_AFTER}"),  # query_key: Reformer's, shared by both
-    ("key", rf"{_BEFORE}(k|keys?){_AFTER}"),
+    ("query", rf"{_BEFORE}(qs?|quer(y|ies)|query_key){_AFTER}"),  # query_key: Reformer's, shared by both
+    ("key", rf"{_BEFORE}(ks?|keys?){_AFTER}"),
     # what relative positions are compared by: Conformer, Transformer-XL, XLNet, Funnel
     ("key", r"linear_pos|relative_k_proj|r|r_net|r_kernel"),
-    ("value", rf"{_BEFORE}(v|values?){_AFTER}"),
+    ("value", rf"{_BEFORE}(vs?|values?){_AFTER}"),
     ("kv", r"w?_?kv(_proj|_linear)?|to_kv|key_value|c_enc_kv|w?kv_[ab](_proj)?(_with_mqa)?"),
     (
         "attn_out",
         r"(w|fc)?_?o|o_?(proj|lin|net)|out_?(proj|lin|linear)|(linear|to|to_add|fc|attention|(\w+_)?attn)_out|\w+_attn_proj|out|output(_proj)?"
-        r"|proj|c_proj|post|post_proj|projection(_layer)?|dense|linear|final_linear",
+        r"|proj|c_proj|post|post_proj|projection(_layer)?|dense|linear|final_linear"
+        rf"|{_BEFORE}(o|out|output){_AFTER}|w?_?(concat|combine|unify_?heads)(_heads)?(_proj|_linear)?|fc",
     ),
 )
 
@@ -43,7 +46,9 @@ ADAPTER = (
     r"(^|[._])(lora|vera|hada|lokr|oft|hra|ia3)_|adaption_|trainable_tokens|gating_factor|adapter_(wte|scale|bias|down|up)"
     r"|(^|[._])adapters?\.(\w+\.)*\w*(down|up)|prompt_encoder\.\w+\.(embedding|transform|mlp_head|lstm_head)"
 )
-BIASES = r"bias(es)?(_table)?$|(^|[._])bias_[a-z]$"
+BIASES = r"bias(es)?_?\d*(_table)?$|(^|[._])bias_[a-z]$"
+# The same for a parameter that is no layer's weight.
+OWN_BIASES = r"(^|[._])b_?(q|k|v|o|in|out|\d)$"
 
 # Recurrent and state-space mixers: AdaPM's table has nothing for them. By name and by the class of a module around.
 MIXERS = (
@@ -93,7 +98,7 @@ NAME_RULES_OUTSIDE: tuple[tuple[str, str], ...] = (
     ("query", r"(^|\.)(w_?q|q_?proj|q_lin|to_q)$"),
     ("key", r"(^|\.)(w_?k|k_?proj|k_lin|to_k)$"),
     ("value", r"(^|\.)(w_?v|v_?proj|v_lin|to_v)$"),
-    ("mlp", r"(^|\.)(fc_?\d?|gate|gate_proj|up_proj|down_proj|gate_up_proj|c_fc|w[123]|linear_?[12])$"),
+    ("mlp", r"(^|\.)(fc_?\d?|gate|gate_proj|up(_proj)?|down(_proj)?|gate_up_proj|c_fc|w[123]|linear_?[12])$"),
     ("mlp", r"(^|\.)(dense_h_to_4h|dense_4h_to_h|intermediate\.dense)$"),
     ("mlp", r"(^|\.|_)(patch_embed\w*|project_(in|out)|pooler)(\.|$)"),
     ("mlp", r"_(projection|projs?)(_weight)?(\.\d+)?$"),

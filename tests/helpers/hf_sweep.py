@@ -86,7 +86,6 @@ TEACHINGS = (
     CONVOLUTIONS | {r"\.lstm\.": "full"},
     {r"blocks\.\d+\.attention\.": "full"},  # RWKV's time mixing
     {r"self_attn\.output_gate": "mlp"},
-    {r"cross_attn\.linear": "attn_out"},
     {r"self_attn\.dt_proj": "full"},
     {r"relative_pos_embeddings": "query"},
     {r"cluster_weight": "lm_head"},

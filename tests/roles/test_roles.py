@@ -62,6 +62,18 @@ SQUARE = (16, 16)
         "q_linear k_linear v_linear out",
         "project_q project_k project_v attention_out",
         "query_proj key_proj value_proj output_proj",
+        "WQ WK WV linear",
+        "c_q c_k c_v c_proj",
+        "w_qs w_ks w_vs fc",
+        "lin_q lin_k lin_v lin_o",
+        "q_layer k_layer v_layer o_layer",
+        "toqueries tokeys tovalues unifyheads",
+        "query_projection key_projection value_projection out_projection",
+        "w_q w_k w_v w_concat",
+        "attn_q attn_k attn_v attn_output",
+        "self_query self_key self_value self_out",
+        "qw kw vw ow",
+        "query_dense key_dense value_dense out_dense",
     ],
 )
 def test_ways_to_call_the_projections(names):
@@ -89,6 +101,21 @@ def test_heads_as_modules_with_one_output_around_them():
     assert role_of(model, "sa.proj") == "attn_out"
     assert role_of(model, "sa.heads.2.value") == "value"
     assert role_of(model, "ffwd.net.1") == "mlp"
+
+
+def test_an_mlp_next_to_the_projections_in_one_module():
+    model = model_of(**linear(q=SQUARE, k=SQUARE, v=SQUARE, o=SQUARE, up=(16, 32), down=(32, 16), fc=(16, 32)))
+    assert [role_of(model, name) for name in ("o", "up", "down", "fc")] == ["attn_out", "mlp", "mlp", "mlp"]
+
+
+def test_biases_and_bags_are_no_matrices_of_an_mlp_and_no_heads():
+    model = model_of(attn=tree(**QKVO))
+    for layer in model.layers:
+        layer.mlp = nn.ParameterDict({"bias1": torch.zeros(4, 16), "b_in": torch.zeros(4, 16)})
+    model.bag = nn.EmbeddingBag(20, 16)
+    optimizer = AdaPM(model.parameters())
+    assert {optimizer.roles[param] for param in model.layers[0].mlp.values()} == {"bias"}
+    assert optimizer.roles[model.bag.weight] == "embedding"
 
 
 def test_an_attention_of_unknown_names_is_refused_beside_a_known_one():
