@@ -83,7 +83,8 @@ def assign_roles(
                 cuts = cut(item, UNMATCHED)
             if role is None and item.param.requires_grad:
                 missing.append(item)
-            check_layout(item.label, cuts[0], item.param)
+            if item.param.requires_grad:
+                check_layout(item.label, cuts[0], item.param)
             assigned.roots.update((id(root), root) for root in item.around[-1:])
             assigned.names[item.param], assigned.reasons[item.param] = item.label, why
             assigned.roles[item.param], assigned.blocks[item.param] = role or UNMATCHED, item.block_path

@@ -12,7 +12,9 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from lightning_adapm import AdaPM
 from lightning_adapm.optim import options
+from lightning_adapm.roles import assign
 from lightning_adapm.roles.piece import Piece
+from lightning_adapm.sharding.layout import Layout
 
 
 @pytest.fixture
@@ -65,6 +67,19 @@ def test_flat_parameters_without_their_parts(one_process):
     model = FullyShardedDataParallel(PlainLM(), use_orig_params=False, device_id=torch.device("cpu"))
     with pytest.raises(TypeError, match="use_orig_params=True"):
         AdaPM(model.parameters())
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_stacks_that_fsdp1_cuts_are_refused_where_they_are_trained(trained, monkeypatch):
+    """Frozen experts under LoRA are not."""
+    monkeypatch.setattr(assign, "layout_of", lambda param: Layout(param.shape, ((0, 9), (9, param.numel())), 0, None))
+    experts = torch.nn.Parameter(torch.ones(4, 6, 6), requires_grad=trained)
+    named = [("mlp.experts", experts), ("lora_a", torch.nn.Parameter(torch.ones(2, 6)))]
+    if not trained:
+        AdaPM(named)
+        return
+    with pytest.raises(TypeError, match=r"mlp.experts \(4, 6, 6\) is a stack of matrices, which FSDP1 cuts anywhere"):
+        AdaPM(named)
 
 
 @pytest.mark.parametrize(("device", "reason"), [("mps", "float64, which MPS"), ("xla", "does not support XLA")])
