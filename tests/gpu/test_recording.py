@@ -6,7 +6,7 @@ import pytest
 import torch
 from on_gpu import NEEDED, gradients, model, step_without_waiting
 
-from lightning_adapm import AdaPM
+from lightning_adapm import AdaPM, PartialMuon
 from lightning_adapm.report.plan import cached_bytes
 from lightning_adapm.step.recorder import MOST_BYTES
 
@@ -17,10 +17,10 @@ def recorded_kinds(optimizer):
     return sum(len(recorder._recordings) for recorder in optimizer._engine._recorders.values())
 
 
-def twins_trained(dtype, steps, before=lambda step, optimizers: None, **options):
+def twins_trained(dtype, steps, before=lambda step, optimizers: None, make=AdaPM, **options):
     """Weights and state with recorded steps and without, after each step, and the optimizer that records."""
     nets = [model(dtype).cuda() for _ in range(2)]
-    optimizers = [AdaPM(net.named_parameters(), **{"rank": 3, "update_proj_gap": 4} | options) for net in nets]
+    optimizers = [make(net.named_parameters(), **{"rank": 3, "update_proj_gap": 4} | options) for net in nets]
     optimizers[0].most_recorded_bytes, optimizers[1].most_recorded_bytes = MOST_BYTES, 0
     elsewhere = []
     for step in range(steps):
@@ -81,6 +81,12 @@ def test_parameters_that_move_together_inside_backward_are_recorded(dtype):
 @pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])
 def test_recorded_steps_with_smaller_state(state_dtype):
     assert recorded_kinds(twins_trained(torch.float32, 12, state_dtype=state_dtype, second_moment="block")) == 3
+
+
+def test_recorded_orthogonal_updates():
+    """Descriptors of tiles are part of a graph."""
+    optimizer = twins_trained(torch.float32, 28, make=PartialMuon)
+    assert {row.launches for row in optimizer.step_paths()} == {"replayed"}
 
 
 def test_recorded_steps_after_loading_a_state():
