@@ -17,7 +17,7 @@ from lightning_adapm.sharding.reduction import ProcessReduction, Reduction
 from lightning_adapm.step import kernels
 from lightning_adapm.step.launch import Matrices, described_by, launch
 
-DIRECT, DIRECT_ALONG = (16, 128, 4, 3), (64, 64, 4, 4)
+DIRECT, DIRECT_ALONG = (16, 128, 4, 3), (64, 64, 4, 3)
 """Rows and columns of a tile, warps, stages: without a product of factors and with it."""
 SYMMETRIC, DEEP_SYMMETRIC, SMALL_SYMMETRIC = (128, 128, 64, 4, 3), (128, 256, 64, 8, 3), (128, 128, 64, 8, 3)
 """Rows, columns and depth of a tile, warps, stages: of square matrices, of longer ones, and of both within the 99 KiB
@@ -81,7 +81,7 @@ def direct(
         FACTORS=factors is not None,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
-        BLOCK_K=32,
+        BLOCK_K=64,
         num_warps=warps,
         num_stages=stages,
     )
