@@ -24,9 +24,9 @@ class Adapted(nn.Module):
 
 
 def adapt(model: nn.Module, rank: int) -> None:
-    """Fix a model's parameters and give every linear layer an adapter."""
+    """Fix a decoder's parameters and give every linear layer of its blocks an adapter."""
     model.requires_grad_(False)
-    for module in list(model.modules()):
+    for module in list(model.get_submodule("blocks").modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(module, name, Adapted(child, rank))

@@ -217,12 +217,13 @@ def starting(study: Study, first_text: Path | None, queue: "Queue", stack: int) 
     start = f"{shape!r}, {setting.steps} x {setting.batch} windows of {text}"
     if how != Pretraining():  # the weights before there was a choice are named by the text alone
         start += f", lr {how.lr:g}, betas {how.betas[0]:g} {how.betas[1]:g}"
-    runs = [Run(optimizer, how.lr, seed, setting, text) for seed in range(1 if how.once else study.seeds)]
+    seeds = max(study.seeds, *(seed + 1 for _, _, seed in study.first), 1)
+    runs = [Run(optimizer, how.lr, seed, setting, text) for seed in range(1 if how.once else seeds)]
     runs = [run for run in runs if not weights_file(queue.place.weights, start, run.seed).exists()]
     parts = [runs[first : first + stack] for first in range(0, len(runs), stack)]
     queue.work(Group(part, None, source, save=start) for part in parts)
     if how.once:
-        for seed in range(1, study.seeds):
+        for seed in range(1, seeds):
             weights_file(queue.place.weights, start, seed).unlink(missing_ok=True)
             weights_file(queue.place.weights, start, seed).symlink_to(weights_file(queue.place.weights, start, 0).name)
     return replace(study.setting, start=start)

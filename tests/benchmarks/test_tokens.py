@@ -92,14 +92,16 @@ def test_answers_are_read_in_the_vocabulary_of_another_text(prose, questions):
 def test_finetuning_starts_from_one_model_and_adapters_alone_may_learn(prose, questions, tmp_path):
     """A learning rate of nothing leaves the loss of the pretrained weights, whatever the seed."""
     study = Study(
-        "Which?", {"AdamW": adamw(), "LoRA": adamw()}, (1e-9, 1e-2), (), 2, TINY, pretrained=True,
+        "Which?", {"AdamW": adamw(), "LoRA": adamw()}, (1e-9, 1e-2), (), 2,
+        dataclasses.replace(TINY, shape=dataclasses.replace(TINY.shape, llama=True)), pretrained=True,
         pretraining=Pretraining(lr=1e-2, steps=3, once=True), changes={"LoRA": {"adapters": 2}},
+        first=(("AdamW", 1e-2, 2),),
     )  # fmt: skip
     store = Store(tmp_path / "results" / "study.json")
     sweep.sweep([(study, store)], questions, CPU, jobs=1, stack=1, deadline=math.inf, first_text=prose)
     losses = {(e.run["setting"].get("adapters", 0), e.run["lr"], e.run["seed"]): e.result for e in store.own.values()}
     still = [result["val_loss"] for (_, lr, _), result in losses.items() if lr == 1e-9]
-    assert still == pytest.approx([still[0]] * 4, abs=1e-5) and len(losses) == 8
+    assert still == pytest.approx([still[0]] * 4, abs=1e-5) and len(losses) == 9
     assert losses[2, 1e-2, 0]["val_loss"] < still[0] and losses[2, 1e-2, 0]["state"] < losses[0, 1e-2, 0]["state"]
     assert losses[0, 1e-2, 0]["val_loss"] != losses[0, 1e-2, 1]["val_loss"]
     report("study", study, Store(store.path))
