@@ -1,19 +1,41 @@
 """Gradients on a CPU, as moments and the step by torch's operations read them."""
 
 import math
+from collections.abc import Iterable
 from functools import cached_property
+from itertools import starmap
 
 import torch
 from torch import Tensor
 
 from lightning_adapm.moments.base import Stack
+from lightning_adapm.moments.tiles import spans
+from lightning_adapm.step.parts import Part
+
+_SQUARED_ROWS = 128
+"""Number of rows that are squared at a time for sums over columns."""
 
 
 class Gradients(Stack):
     """Gradients of one shape that are multiplied one by one, so that nothing of their size is copied.
 
     Sums of squares of rows are computed once, for the second moment and for :attr:`finite`.
+
+    Args:
+        grads: The gradients.
+        products: Dtype in which they are multiplied by a basis; None for their own.
     """
+
+    def __init__(self, grads: Iterable[Tensor], products: torch.dtype | None = None) -> None:
+        super().__init__(grads)
+        self.products = self.dtype if products is None else products
+
+    @classmethod
+    def of(cls, part: Part, grads: Iterable[Tensor]) -> "Gradients":
+        """Gradients of parts like ``part``."""
+        found = cls(grads)
+        found.products = part.first.products(found[0])
+        return found
 
     @property
     def shape(self) -> torch.Size:
@@ -42,7 +64,7 @@ class Gradients(Stack):
 
     def squares(self, dim: int | None) -> list[Tensor]:
         if dim == -2:
-            return [torch.linalg.vector_norm(grad, dim=dim, keepdim=True).square_() for grad in self]
+            return [_squares_of_columns(grad) for grad in self]
         rows = list(self._norms.square().unbind())
         return rows if dim == -1 or self[0].dim() < 2 else [row.sum() for row in rows]
 
@@ -50,12 +72,34 @@ class Gradients(Stack):
         return torch.cat([grad.any(dim=-1).any(dim=-1).reshape(-1, 1, 1) for grad in self])
 
     def __matmul__(self, columns: Tensor) -> Tensor:
-        product = columns.new_empty(*self.shape[:2], columns.shape[-1])
+        product = columns.new_empty(*self.shape[:2], columns.shape[-1], dtype=self.products)
+        if self.products != self.dtype:
+            return self._rounded(columns.to(self.products), product).to(self.dtype)
         for into, grad, rows in zip(product.split(self._sizes), self, columns.mT.split(self._sizes), strict=True):
             # transposed, because the library multiplies a few long rows half again as fast as many short ones
             into.copy_((rows @ grad.mT).mT)
         return product
 
+    def _rounded(self, columns: Tensor, product: Tensor) -> Tensor:
+        """Multiply tiles of the gradients, which are copied in the dtype of ``product``, into it."""
+        sizes = self._sizes
+        for into, grad, right in zip(product.split(sizes), self, columns.split(sizes), strict=True):
+            stack = grad.dim() == 3
+            into, right = (into, right) if stack else (into[0], right[0])
+            for rows in starmap(slice, spans(grad)):
+                torch.matmul(grad[rows].to(product.dtype), right[rows] if stack else right, out=into[rows])
+        return product
+
     def __rmatmul__(self, weights: Tensor) -> Tensor:
         parts = zip(weights.split(self._sizes), self, strict=True)
         return torch.cat([rows @ grad for rows, grad in parts])
+
+
+def _squares_of_columns(grad: Tensor) -> Tensor:
+    """Sums of squares of the columns of a matrix or of each of a stack.
+
+    The library's norm of columns takes ten times as long.
+    """
+    if grad.dim() == 3:
+        return torch.stack([_squares_of_columns(matrix) for matrix in grad])
+    return torch.stack([rows.square().sum(dim=0, keepdim=True) for rows in grad.split(_SQUARED_ROWS)]).sum(dim=0)
