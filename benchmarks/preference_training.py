@@ -225,7 +225,8 @@ def main(shape: Shape = finetuning.SHAPE) -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint, file = Path(folder) / "checkpoint", Path(folder) / "pairs.json"
         file.write_text(json.dumps(pairs))
-        weights = torch.load(args.weights, weights_only=True)
+        trained = torch.load(args.weights, map_location="cpu", weights_only=True)
+        weights = {name: weight.clone() for name, weight in trained.items()}  # they share one storage
         write_checkpoint(checkpoint, shape, litgpt_weights(weights), args.vocabulary)
         finetuned(checkpoint, file, shape, args)
         for index in range(3):
