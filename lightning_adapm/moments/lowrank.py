@@ -131,10 +131,7 @@ def iterated_rows(
     """Rows that :func:`refresh_basis` makes orthonormal, ``(M~ᵀ M~ rightᵀ)ᵀ``, and whether the gradient is not zero,
     ``(b, 1, 1)``. Of a direction that is sketched, ``M~ rightᵀ`` is taken of the gradient alone.
     """
-    rank, n = right.shape[-2:]
-    empty = ~right.any(dim=-1, keepdim=True)
-    sketch = torch.where(empty, kept_starting_rows(rank, n, right), right)
-    projected = grad @ sketch.mT
+    projected = grad @ sketched(right).mT
     reduction.rows(projected)
     # in place: of a table of tokens, each of these is as large as the state. left right rightᵀ is left, because rows of
     # the basis are orthonormal
@@ -144,7 +141,18 @@ def iterated_rows(
     seen.mul_(length.reciprocal().to(seen.dtype))
     fresh, inner = reduction.total([seen.mT @ grad, reduction.owned(seen).mT @ left])
     rows = torch.baddbmm(fresh, inner, right, beta=1 - beta1, alpha=beta1)
-    return rows, fresh.any(dim=-1, keepdim=True).any(dim=-2, keepdim=True)
+    return rows, shows(fresh)
+
+
+def sketched(right: Tensor) -> Tensor:
+    """Bases with :func:`starting_rows` in the place of directions that are still zero."""
+    rank, n = right.shape[-2:]
+    return torch.where(right.any(dim=-1, keepdim=True), right, kept_starting_rows(rank, n, right))
+
+
+def shows(product: Tensor) -> Tensor:
+    """Whether each of ``b`` matrices has an entry that is not zero, ``(b, 1, 1)``."""
+    return product.any(dim=-1, keepdim=True).any(dim=-2, keepdim=True)
 
 
 def move_left(left: Tensor, right: Tensor, new_right: Tensor) -> Tensor:

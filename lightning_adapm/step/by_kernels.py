@@ -1,22 +1,21 @@
 """Steps by :mod:`lightning_adapm.step.kernels`, which write nothing of a gradient's size except parameters and state.
 
-A step reads gradients twice: once for flags of finite ones, sums of squares of rows and products with a basis, and once
-to move the parameters. A refresh of a basis reads them twice more. Where processes hold rows of matrices, kernels work
-on these, between which :mod:`lightning_adapm.step.exchange` puts together what they found. Without a basis yet, or for
-sums of other kinds, momenta and second moments work on :class:`DeviceGradients` as on every device, but for full
-momentum, which is elementwise.
+A step reads gradients twice: once for flags of finite ones, sums of squares and products with a basis, and once to move
+the parameters. One pass cannot do both: a value that is not finite anywhere keeps all rows of a parameter from the
+gradient. A refresh of a basis reads them twice more. Where processes hold rows of matrices, kernels work on these,
+between which :mod:`lightning_adapm.step.exchange` puts together what they found. Without a basis yet, or for sums of
+other kinds, momenta and second moments work on :class:`~lightning_adapm.step.device_gradients.DeviceGradients` as on
+every device, but for full momentum, which is elementwise.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_adapm.moments import lowrank
-from lightning_adapm.moments.base import Denominators, Direction, Momentum, Stack, State, join, split
+from lightning_adapm.moments.base import Denominators, Direction, Momentum, State, join, split
 from lightning_adapm.moments.first import FullMomentum, LowRankMomentum, NoMomentum
 from lightning_adapm.moments.orthogonal import Orthogonal
 from lightning_adapm.moments.quantized import CODES, SCALE, EightBits
@@ -28,155 +27,15 @@ from lightning_adapm.moments.second import (
     RelativeSecondMoment,
     bias_correction,
 )
-from lightning_adapm.step import kernels, orthogonal, relative, watching
+from lightning_adapm.step import kernels, moves, orthogonal, relative, watching
+from lightning_adapm.step.averages import advance, factor
 from lightning_adapm.step.batching import Batch
-from lightning_adapm.step.kernels import Divisors, Reading
+from lightning_adapm.step.device_gradients import DeviceGradients
 from lightning_adapm.step.launch import Matrices
+from lightning_adapm.step.moves import Average, Divisors
+from lightning_adapm.step.refreshing import moved_lefts
 from lightning_adapm.step.rounding import StochasticRounding
 from lightning_adapm.step.watching import Observer
-
-TOGETHER_NUMEL = 1 << 24
-"""Maximum number of elements of bases that are made orthonormal together, as copies in float64."""
-
-Iterated = tuple[Tensor, Tensor, Tensor]
-"""Arguments of :func:`lowrank.refreshed`."""
-
-
-class DeviceGradients(Stack):
-    """Gradients in float32 or a smaller dtype that are multiplied without being copied.
-
-    A gradient with an infinity or a NaN is zero in every product and sum.
-
-    Args:
-        grads: Gradients of one shape and memory layout.
-        finite: Flags that processes which hold parts of them have agreed on.
-    """
-
-    def __init__(self, grads: list[Tensor], finite: Tensor | None) -> None:
-        super().__init__(grads)
-        self.matrices = Matrices.of(grads)  # not of this object: no circle may keep gradients alive
-        self._agreed = None if finite is None else (~finite).to(torch.int32)
-        self._reading: Reading | None = None
-        self.right: Tensor | None = None
-        """Bases ``(b, r, n)`` before this step, if they were put together."""
-        self.projected: Tensor | None = None
-        """Products with these, if the first reading found them."""
-        self.roots: Tensor | None = None
-        """Roots ``(b, m)`` of second moments of blocks, if several processes hold rows of these."""
-        self.basis: Tensor | None = None
-        """Next basis ``(b, r, n)``, if this step refreshes it."""
-        self.clock: Tensor | None = None
-        """A :class:`~lightning_adapm.step.clock.Clock` on the device, which counts instead of numbers of the host."""
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((len(self.matrices.addresses), *self.matrices.shape))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32
-
-    @property
-    def reading(self) -> Reading:
-        """Read the gradients unless that has been done."""
-        return self._reading or self._read(None, 0)[1]
-
-    def read_first(self, basis: Tensor | None) -> None:
-        """Read the gradients, with their products with a ``basis`` ``(b, r, n)`` if there is one."""
-        if basis is None:
-            self._read(None, 0)
-        else:
-            self.projected = self.read(Matrices.of([basis.to(kernels.FACTOR).contiguous()]))
-
-    def agree(self, flaws: Tensor) -> None:
-        """Count as zero the gradients with ``flaws`` ``(gradients,)``, which processes have agreed on."""
-        self._agreed = flaws
-        self._reading = self.reading._replace(flaws=flaws)
-
-    def read(self, bases: Matrices) -> Tensor:
-        """Products of the gradients with the transposed ``bases``, ``(b, m, width)``, finite or not."""
-        product, _ = self._read(bases, bases.like.shape[-2])
-        assert product is not None
-        return product
-
-    def _read(self, bases: Matrices | None, r: int) -> tuple[Tensor | None, Reading]:
-        product, found = kernels.read(self.matrices, len(self), bases, r, self._reading)
-        self._reading = found if self._agreed is None else found._replace(flaws=self._agreed)
-        return product, self._reading
-
-    @cached_property
-    def _counting(self) -> Tensor:
-        """Flags ``(b, 1)`` of the matrices with finite gradients."""
-        each = len(self.matrices.addresses) // len(self)
-        return (self.reading.flaws == 0)[:, None].expand(-1, each).reshape(-1, 1)
-
-    def squares(self, dim: int | None) -> list[Tensor]:
-        sums = kernels.columns(self.matrices) if dim == -2 else self.reading.squares
-        sums, shape = torch.where(self._counting, sums, 0.0), list(self[0].shape)
-        if dim is None:
-            return [part.sum() for part in sums.chunk(len(self))]
-        shape[dim] = 1
-        return [part.view(shape) for part in sums.chunk(len(self))]
-
-    def any(self) -> Tensor:
-        found = [grad.any(dim=-1).any(dim=-1).reshape(-1, 1, 1) for grad in self]
-        return torch.cat(found) & self._counting[..., None]
-
-    def __matmul__(self, columns: Tensor) -> Tensor:
-        product = self.read(Matrices.of([columns.mT.to(kernels.FACTOR).contiguous()]))[..., : columns.shape[-1]]
-        return product.masked_fill_(~self._counting[..., None], 0.0)
-
-    def __rmatmul__(self, weights: Tensor) -> Tensor:
-        return kernels.combine(self.matrices, weights.mT, self.reading.flaws)
-
-
-def _joined(values: list[Tensor]) -> Tensor:
-    """Values as one ``(b, ...)`` batch in float32; a copy, but of a single one."""
-    return join(values).float()
-
-
-def refresh(batches: Sequence[Batch]) -> None:
-    """Find the next bases of batches that refresh them.
-
-    Products are computed batch by batch. All bases are made orthonormal together, because the many small kernels in a
-    row take as long for one batch as for all.
-    """
-    found: list[tuple[Batch, Iterated]] = []
-    for batch in batches:
-        if not refreshes(batch):
-            continue
-        grads, momentum, reduction = batch.grads, batch.parts[0].first, batch.reduction
-        assert isinstance(grads, DeviceGradients) and isinstance(momentum, LowRankMomentum)
-        if found and found[0][0].reduction.scope != reduction.scope:
-            _settle(found)
-            found = []
-        right = _joined(momentum.bases(batch.parts)) if grads.right is None else grads.right.float()
-        left = _joined(momentum.storage.read(batch.parts, "exp_avg_l"))
-        iterated = lowrank.iterated_rows(grads, left, right, momentum.beta1, reduction)
-        found.append((batch, (*iterated, right)))
-        if sum(right.numel() for _, (_, _, right) in found) > TOGETHER_NUMEL:
-            _settle(found)
-            found = []
-    if found:
-        _settle(found)
-
-
-def refreshes(batch: Batch) -> bool:
-    """Whether kernels find the next bases of a batch in this step."""
-    part = batch.parts[0]
-    return (
-        batch.path.whole
-        and isinstance(part.first, LowRankMomentum)
-        and part.first.due(batch.step)
-        and part.first.rank < part.shape[-1]
-    )
-
-
-def _settle(found: Sequence[tuple[Batch, Iterated]]) -> None:
-    bases = lowrank.refreshed([iterated for _, iterated in found], found[0][0].reduction)
-    for (batch, _), basis in zip(found, bases, strict=True):
-        assert isinstance(batch.grads, DeviceGradients)
-        batch.grads.basis = basis
 
 
 def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> None:
@@ -185,7 +44,7 @@ def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> N
     momentum, second_moment, grads = part.first, part.second, batch.grads
     assert isinstance(grads, DeviceGradients)
     if isinstance(second_moment, RelativeSecondMoment):
-        relative.step(batch, grads.matrices, grads.reading, group)
+        relative.step(batch, grads, group)
         return
     assert isinstance(momentum, NoMomentum | FullMomentum | LowRankMomentum)
     assert isinstance(
@@ -201,7 +60,7 @@ def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> N
         kept = join(momentum.bases(states)) if grads.right is None else grads.right
         right = read = kept.to(kernels.FACTOR)
         if grads.basis is not None:
-            refreshed = _refreshed(held, kept.float(), grads.basis, momentum.payout)
+            refreshed = moved_lefts(held, kept.float(), grads.basis, momentum.payout)
             read = grads.basis.to(kernels.FACTOR)
             right = torch.cat([read, right], dim=-2)
             bases = split(batch.reduction.kept_columns(grads.basis), momentum.bases(states))
@@ -215,7 +74,7 @@ def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> N
             averages, blocks = _matrices(states, "exp_avg_sq"), second_moment.blocks
     if lefts is not None or averages is not None:
         betas = beta1, second_moment.beta2 if isinstance(second_moment, BlockSecondMoment) else 0.0
-        left, advanced = kernels.advance(
+        left, advanced = advance(
             grads.reading,
             projected,
             lefts,
@@ -309,20 +168,12 @@ def _along(momentum: Momentum, grads: list[Tensor], number: int) -> Direction:
     return Direction(grads, 1.0, scratch=False, clamp=None)
 
 
-def _refreshed(lefts: list[Tensor], right: Tensor, basis: Tensor, payout: float) -> kernels.Refreshed:
-    """Left factors under a new ``basis`` in the place of ``right``, both ``(b, r, n)``."""
-    held = _joined(lefts)
-    if len(lefts) == 1:  # a view of what is to change
-        held = held.clone()
-    return kernels.Refreshed(held, lowrank.move_left(held, right, basis), payout)
-
-
-def _average(momentum: FullMomentum, states: Sequence[State]) -> kernels.Average:
+def _average(momentum: FullMomentum, states: Sequence[State]) -> Average:
     """The averages as they are stored: the kernel takes the direction into them."""
     if isinstance(momentum.storage, EightBits):
         scales = _matrices(states, "exp_avg" + SCALE)
-        return kernels.Average(_matrices(states, "exp_avg" + CODES), momentum.beta1, scales)
-    return kernels.Average(_matrices(states, "exp_avg"), momentum.beta1)
+        return Average(_matrices(states, "exp_avg" + CODES), momentum.beta1, scales)
+    return Average(_matrices(states, "exp_avg"), momentum.beta1)
 
 
 def _taken(momentum: FullMomentum, states: Sequence[State], grads: DeviceGradients) -> list[Tensor]:
@@ -356,8 +207,7 @@ def _factored(
 ) -> Divisors:
     """Update the averages with the gradients."""
     averages = _matrices(states, "exp_avg_sq_row"), _matrices(states, "exp_avg_sq_col")
-    sums = kernels.columns(grads.matrices)
-    shares, roots = kernels.factor(grads.reading, sums, averages, grads.shape[1:], second_moment.beta2)
+    shares, roots = factor(grads.reading, grads.columns, averages, grads.shape[1:], second_moment.beta2)
     return Divisors(shares, bias_correction(second_moment.beta2, number), second_moment.eps, columns=roots)
 
 
@@ -420,7 +270,7 @@ def _move(
             average = _average(first, parts)
             if observer is not None:
                 taken = _taken(first, parts, used)
-    kernels.move(
+    moves.move(
         batch.params,
         used.matrices if isinstance(used, DeviceGradients) else Matrices.of(used),
         flaws,

@@ -13,9 +13,10 @@ from torch import Tensor
 from lightning_adapm.moments.base import Momentum, SecondMoment
 from lightning_adapm.moments.cache import DeviceCache
 from lightning_adapm.roles.piece import Piece
-from lightning_adapm.step import by_kernels, exchange
+from lightning_adapm.step import by_kernels, exchange, refreshing
 from lightning_adapm.step.batching import Batch, batches, bucketed, put_back
 from lightning_adapm.step.counters import StepCounters
+from lightning_adapm.step.device_gradients import DeviceGradients
 from lightning_adapm.step.graphs import Pool
 from lightning_adapm.step.moving import Moving
 from lightning_adapm.step.nonfinite import NonFiniteGradients
@@ -132,7 +133,7 @@ class Engine:
         for bucket in buckets:
             for batch in batches(bucket):
                 if batch.path.kernels:
-                    grads = by_kernels.DeviceGradients(batch.grads, self.nonfinite.agreed_on(batch.parts))
+                    grads = DeviceGradients.of(batch, self.nonfinite.agreed_on(batch.parts))
                     if clocks is not None:
                         grads.clock = clocks(batch, group["lr"])
                     batch = batch._replace(grads=grads)
@@ -143,7 +144,7 @@ class Engine:
                     put_back(batch)
         for together in exchange.rounds(ready):
             exchange.begin(together)
-            by_kernels.refresh(together)
+            refreshing.refresh(together)
             for batch in together:
                 found += self._update(batch, group, rule)
                 put_back(batch)
@@ -151,7 +152,7 @@ class Engine:
 
     def _update(self, batch: Batch, group: Mapping[str, Any], rule: Rule) -> list[Flawed]:
         grads = batch.grads
-        if isinstance(grads, by_kernels.DeviceGradients):
+        if isinstance(grads, DeviceGradients):
             step = by_kernels.step if batch.path.whole else by_kernels.step_with_reductions
             step(batch, group, rule.observer)
             return [(batch.parts, grads.reading.flaws)]

@@ -17,11 +17,13 @@ from lightning_adapm.moments.base import join
 from lightning_adapm.moments.first import LowRankMomentum
 from lightning_adapm.moments.second import BlockSecondMoment
 from lightning_adapm.sharding.collectives import total
-from lightning_adapm.step import kernels
+from lightning_adapm.step.averages import advance
 from lightning_adapm.step.batching import Batch, most_together
-from lightning_adapm.step.by_kernels import DeviceGradients, refreshes
+from lightning_adapm.step.device_gradients import DeviceGradients
 from lightning_adapm.step.launch import Matrices
 from lightning_adapm.step.parts import Part
+from lightning_adapm.step.reading import Reading
+from lightning_adapm.step.refreshing import refreshes
 
 
 def rounds(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
@@ -123,8 +125,8 @@ def _roots_of_blocks(batch: Batch, sums: Tensor) -> Tensor:
     second, shard = part.second, part.shard
     assert isinstance(second, BlockSecondMoment) and shard is not None
     blocks = sums.shape[1]
-    _, roots = kernels.advance(
-        kernels.Reading(sums, flaws),
+    _, roots = advance(
+        Reading(sums, flaws, None),
         None,
         None,
         None,

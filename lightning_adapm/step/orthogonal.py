@@ -16,10 +16,11 @@ from lightning_adapm.sharding.owners import Owners
 from lightning_adapm.sharding.reduction import ProcessReduction, Reduction
 from lightning_adapm.step import kernels
 from lightning_adapm.step.launch import Matrices, described_by, launch
+from lightning_adapm.step.moves import Average
 
 DIRECT, DIRECT_ALONG = (16, 128, 4, 3), (64, 64, 4, 3)
 """Rows and columns of a tile, warps, stages: without a product of factors and with it."""
-SYMMETRIC, DEEP_SYMMETRIC, SMALL_SYMMETRIC = (128, 128, 64, 4, 3), (128, 256, 64, 8, 3), (128, 128, 64, 8, 3)
+SYMMETRIC, DEEP_SYMMETRIC, SMALL_SYMMETRIC = (128, 128, 64, 4, 3), (128, 256, 64, 8, 3), (128, 128, 32, 8, 4)
 """Rows, columns and depth of a tile, warps, stages: of square matrices, of longer ones, and of both within the 99 KiB
 of shared memory that a block has on smaller GPUs. Columns are a multiple of rows. The fastest of some on an H100.
 """
@@ -32,7 +33,7 @@ _ORDINARY = 1e-15, 1e15
 def direct(
     grads: Matrices,
     flaws: Tensor,
-    average: kernels.Average | None,
+    average: Average | None,
     factors: tuple[Tensor, Matrices] | None,
     share: float,
 ) -> tuple[Tensor, Tensor]:
@@ -163,12 +164,6 @@ def _polynomial(gram: Tensor, factors: Tensor | None = None) -> Tensor:
     return symmetric(gram, gram, gram, c, b, a, factors)
 
 
-@cache
-def _is_large(device: torch.device) -> bool:
-    """Whether a block has the shared memory of a data center's GPU."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) in ((8, 0), (9, 0), (10, 0))
-
-
 def symmetric(
     left: Tensor,
     right: Tensor,
@@ -192,7 +187,7 @@ def symmetric(
     b, m, k = left.shape
     found = left.new_empty(b, m, m)
     tile = SMALL_SYMMETRIC
-    if _is_large(left.device):
+    if kernels.has_large_blocks(left.device):
         tile = DEEP_SYMMETRIC if k > m else SYMMETRIC
     block_m, block_n, block_k, warps, stages = tile
     other, transposed = found if added is None else added, left.stride(-1) != 1

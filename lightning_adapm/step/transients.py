@@ -8,11 +8,11 @@ import torch
 from lightning_adapm.moments.tiles import TILE_NUMEL
 from lightning_adapm.step import kernels as step_kernels
 from lightning_adapm.step.batching import most_together
-from lightning_adapm.step.by_kernels import TOGETHER_NUMEL
 from lightning_adapm.step.launch import DTYPES
 from lightning_adapm.step.orthogonal import DIRECT
 from lightning_adapm.step.parts import Part
 from lightning_adapm.step.paths import unknown_moments
+from lightning_adapm.step.refreshing import TOGETHER_NUMEL
 
 _FACTORS = 8
 """Copies of the left factors of matrices that step together, all in float32, in a first step."""

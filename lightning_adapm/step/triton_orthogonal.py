@@ -7,6 +7,8 @@ orthogonalized is one tensor ``(b, m, n)``.
 import triton
 import triton.language as tl
 
+from lightning_adapm.step import triton_products
+
 
 @triton.jit
 def direct(
@@ -64,17 +66,9 @@ def direct(
         kept = tl.minimum(tl.maximum(kept, -65504.0), 65504.0) if tl.float16 == AVERAGE else kept
         tl.store(average, kept.to(AVERAGE), inside)
     if FACTORS:
-        right = tl.load(rights + which).to(tl.pointer_type(RIGHT))
-        if ALIGNED:
-            right = tl.multiple_of(right, 16)
-        product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for start in range(0, width, BLOCK_K):
-            inner = start + tl.arange(0, BLOCK_K)
-            own = left + which * m * width + wide * width + inner[None, :]
-            a = tl.load(own, (row[:, None] < m) & (inner[None, :] < width), 0.0)
-            other = right + inner[:, None] * n + column[None, :]
-            b = tl.load(other, (inner[:, None] < k) & (column[None, :] < n), 0.0).to(FACTOR)
-            product = tl.dot(a, b, product)
+        product = triton_products.low_rank(
+            left, rights, which, row, column, m, n, k, width, RIGHT, FACTOR, ALIGNED, BLOCK_K
+        )
         d += share * product
     finite = tl.abs(d) < float("inf")
     size = tl.where(inside & finite, tl.abs(d), 0.0)

@@ -14,6 +14,7 @@ def read(
     projected,
     squares,
     flaws,
+    sums,
     m,
     n,
     r,
@@ -26,6 +27,7 @@ def read(
     FACTOR: tl.constexpr,
     ALIGNED: tl.constexpr,
     FIRST: tl.constexpr,
+    COLUMNS: tl.constexpr,
     PROJECT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -35,11 +37,14 @@ def read(
 
     Where ``PROJECT``, ``projected`` ``(b, m, width)`` are their products with the transposed ``bases`` ``(r, n)``, zero
     behind ``r``. Where this is the ``FIRST`` reading, ``squares`` ``(b, m)`` are the sums of squares of rows, and
-    ``flaws`` are set.
+    ``flaws`` are set; with ``COLUMNS``, ``sums`` ``(b, tiles of rows, n)`` are those of each tile's columns.
     """
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # programs that share a gradient's rows follow each other: all but the first find them in the cache
+    ranks = tl.cdiv(width, BLOCK_R) if PROJECT else 1
+    high = tl.program_id(0) // ranks
+    row = high * BLOCK_M + tl.arange(0, BLOCK_M)
     which = tl.program_id(1).to(tl.int64)
-    rank = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    rank = tl.program_id(0) % ranks * BLOCK_R + tl.arange(0, BLOCK_R)
     grad = tl.load(grads + which).to(tl.pointer_type(GRAD))
     if ALIGNED:
         grad = tl.multiple_of(grad, 16)
@@ -47,6 +52,9 @@ def read(
     square = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     flaw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     product = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    first = tl.program_id(0) % ranks == 0
+    if COLUMNS:
+        sums += (which * tl.cdiv(m, BLOCK_M) + high) * n
     if PROJECT:
         basis = tl.load(bases + which).to(tl.pointer_type(BASIS))
         if ALIGNED:
@@ -58,6 +66,8 @@ def read(
         if FIRST:
             square += g * g
             flaw += g * 0.0
+            if COLUMNS:
+                tl.store(sums + column, tl.sum(g * g, 0), (column < n) & first)
         if PROJECT:
             part = tl.load(basis + column[None, :], (rank[:, None] < r) & (column[None, :] < n), 0.0).to(FACTOR)
             # a value of its own: what is copied to shared memory for a product and used for more comes out wrong
@@ -65,40 +75,11 @@ def read(
     if PROJECT:
         out = projected + which * m * width + row.to(tl.int64)[:, None] * width + rank[None, :]
         tl.store(out, product, (row[:, None] < m) & (rank[None, :] < width))
-    if FIRST and tl.program_id(2) == 0:
+    if FIRST and first:
         tl.store(squares + which * m + row, tl.sum(square, 1), row < m)
         total = tl.sum(tl.sum(flaw, 1), 0)
         if total != total:
             tl.store(flaws + which // each, 1)
-
-
-@triton.jit
-def columns(
-    grads,
-    sums,
-    m,
-    n,
-    stride,
-    rows,
-    GRAD: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """``sums`` ``(b, programs, n)``: sums of squares of columns of matrices ``(m, n)``, over so many ``rows`` each."""
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    which = tl.program_id(1).to(tl.int64)
-    part = tl.program_id(2)
-    grad = tl.load(grads + which).to(tl.pointer_type(GRAD))
-    if ALIGNED:
-        grad = tl.multiple_of(grad, 16)
-    square = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(part * rows, min((part + 1) * rows, m), BLOCK_M):
-        row = start + tl.arange(0, BLOCK_M)
-        at = grad + row.to(tl.int64)[:, None] * stride + column[None, :]
-        g = tl.load(at, (row[:, None] < m) & (column[None, :] < n), 0.0).to(tl.float32)
-        square += g * g
-    tl.store(sums + (which * tl.num_programs(2) + part) * n + column, tl.sum(square, 0), column < n)
 
 
 @triton.jit
@@ -112,7 +93,6 @@ def combine(
     r,
     stride,
     each,
-    parts,
     rows,
     GRAD: tl.constexpr,
     FACTOR: tl.constexpr,
@@ -124,10 +104,11 @@ def combine(
     """``combined`` ``(b, parts, r, n)``: transposed ``weights`` ``(b, m, r)`` times matrices, over so many ``rows``
     each, zero those with a flaw.
     """
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ranks = tl.cdiv(r, BLOCK_R)
+    column = tl.program_id(0) // ranks * BLOCK_N + tl.arange(0, BLOCK_N)
     which = tl.program_id(1).to(tl.int64)
-    part = tl.program_id(2) % parts
-    rank = tl.program_id(2) // parts * BLOCK_R + tl.arange(0, BLOCK_R)
+    part = tl.program_id(2)
+    rank = tl.program_id(0) % ranks * BLOCK_R + tl.arange(0, BLOCK_R)
     grad = tl.load(grads + which).to(tl.pointer_type(GRAD))
     if ALIGNED:
         grad = tl.multiple_of(grad, 16)
@@ -141,5 +122,40 @@ def combine(
         at = weights + which * m * r + row.to(tl.int64)[:, None] * r + rank[None, :]
         weight = tl.load(at, (row[:, None] < m) & (rank[None, :] < r), 0.0)
         product = tl.dot(tl.trans(weight), g.to(FACTOR), product)
-    out = combined + (which * parts + part) * r * n + rank[:, None] * n + column[None, :]
+    out = combined + (which * tl.num_programs(2) + part) * r * n + rank[:, None] * n + column[None, :]
     tl.store(out, product, (rank[:, None] < r) & (column[None, :] < n))
+
+
+@triton.jit
+def relate(
+    grads,
+    shares,
+    roots,
+    flaws,
+    sums,
+    m,
+    n,
+    stride,
+    each,
+    GRAD: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """``sums`` ``(b, tiles)``: sums of squares of matrices over the products of ``shares`` ``(b, m)`` and ``roots``
+    ``(b, n)``, zero those with a flaw.
+    """
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    which = tl.program_id(2).to(tl.int64)
+    grad = tl.load(grads + which).to(tl.pointer_type(GRAD))
+    if ALIGNED:
+        grad = tl.multiple_of(grad, 16)
+    at = grad + row.to(tl.int64)[:, None] * stride + column[None, :]
+    g = tl.load(at, (row[:, None] < m) & (column[None, :] < n), 0.0).to(tl.float32)
+    g = tl.where(tl.load(flaws + which // each) == 0, g, 0.0)
+    share = tl.load(shares + which * m + row, row < m, 1.0)
+    root = tl.load(roots + which * n + column, column < n, 1.0)
+    ratio = g / (share[:, None] * root[None, :])
+    place = (which * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(sums + place, tl.sum(tl.sum(ratio * ratio, 1), 0))

@@ -5,7 +5,11 @@ import torch
 from on_gpu import NEEDED
 
 from lightning_adapm.moments import orthogonal as reference
-from lightning_adapm.step import kernels, nonfinite, orthogonal
+from lightning_adapm.step import nonfinite, orthogonal
+from lightning_adapm.step.averages import weigh
+from lightning_adapm.step.launch import Matrices
+from lightning_adapm.step.moves import Divisors, move
+from lightning_adapm.step.reading import combine, read
 from lightning_adapm.step.rounding import StochasticRounding, Stream
 
 pytestmark = NEEDED
@@ -27,7 +31,7 @@ def test_newton_schulz_by_symmetric_products(shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("m", "n", "r"), [(2048, 1024, 102), (512, 2048, 26), (1000, 777, 10)])
+@pytest.mark.parametrize(("m", "n", "r"), [(2048, 1024, 102), (512, 2048, 204), (520, 1024, 300), (1000, 777, 10)])
 def test_products_of_gradients(dtype, m, n, r):
     """Every time: where a compiler lets a copy overtake the product that reads it, only some come out wrong."""
     generator = torch.Generator("cuda").manual_seed(0)
@@ -35,14 +39,19 @@ def test_products_of_gradients(dtype, m, n, r):
     bases = torch.randn(6, r, n, device="cuda", generator=generator).to(torch.bfloat16)
     expected = torch.stack([grad.float() @ basis.float().T for grad, basis in zip(grads, bases, strict=True)])
     for _ in range(5):
-        product, reading = kernels.read(kernels.Matrices.of(grads), 6, kernels.Matrices.of([bases]), r, None)
+        product, reading = read(Matrices.of(grads), 6, Matrices.of([bases]), r, None, columns=True)
         assert (product[..., :r] - expected).norm() < 5e-3 * expected.norm()
         torch.testing.assert_close(reading.squares, torch.stack([grad.float().square().sum(1) for grad in grads]))
+        torch.testing.assert_close(reading.columns, torch.stack([grad.float().square().sum(0) for grad in grads]))
         assert not reading.flaws.any()
         weights = product[..., :r].contiguous()
-        combined = kernels.combine(kernels.Matrices.of(grads), weights, reading.flaws)
+        combined = combine(Matrices.of(grads), weights, reading.flaws)
         summed = weights.mT @ torch.stack([grad.float() for grad in grads])
         assert (combined - summed).norm() < 5e-3 * summed.norm()
+        lefts = [weight.to(dtype) for weight in weights]
+        weighed = weigh(product, Matrices.of(lefts), reading.flaws, 0.5).float()
+        mean = torch.lerp(torch.stack(lefts).float(), weights, 0.5)
+        assert (weighed - mean / mean.norm(dim=1, keepdim=True)).norm() < 5e-3 * weighed.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -58,9 +67,9 @@ def test_parameters_are_rounded_as_on_a_cpu(dtype, shape):
     expected = [torch.zeros(shape, dtype=dtype) for _ in values]
     params = [param.cuda() for param in expected]
     negative = [-value.cuda() for value in values]  # kernels hold addresses only
-    directions = kernels.Matrices.of(negative)
-    divisors = kernels.Divisors(torch.ones(len(directions.addresses), directions.shape[0], device="cuda"), 1.0, 0.0)
-    kernels.move(params, directions, None, None, None, divisors, 1.0, 1.0, 0.0, None, rounding)
+    directions = Matrices.of(negative)
+    divisors = Divisors(torch.ones(len(directions.addresses), directions.shape[0], device="cuda"), 1.0, 0.0)
+    move(params, directions, None, None, None, divisors, 1.0, 1.0, 0.0, None, rounding)
     rounding.write(expected, [value.clone() for value in values])
     for param, other in zip(params, expected, strict=True):
         torch.testing.assert_close(param.cpu(), other, rtol=0, atol=0, equal_nan=True)

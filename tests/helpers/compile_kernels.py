@@ -16,12 +16,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lightning_adapm.moments.quantized import BLOCK
-from lightning_adapm.step import kernels, orthogonal, triton_kernels
+from lightning_adapm.step import averages, moves, orthogonal, reading, triton_kernels
 
 SCALARS = dict.fromkeys(
-    "one beta1 scale correction eps beta2 lr decay clip step count largest flush share alpha beta".split(), "fp32"
+    "one beta1 scale correction eps beta2 lr decay clip step count largest flush share alpha beta diagonal".split(),
+    "fp32",
 )
-COMMON = {"GRAD": tl.float32, "FACTOR": tl.bfloat16, "ALIGNED": True, "BLOCK_R": 128}
+COMMON = {"GRAD": tl.float32, "FACTOR": tl.bfloat16, "ALIGNED": True, "COLUMNS": True}
 MOVED = dict.fromkeys(("PARAMETER", "DIRECTION", "AVERAGE"), tl.float32) | {
     "RIGHT": tl.bfloat16,
     "CHECKED": True,
@@ -34,7 +35,7 @@ MOVED = dict.fromkeys(("PARAMETER", "DIRECTION", "AVERAGE"), tl.float32) | {
     "CLOCKED": True,
     "BLOCK_K": 32,
 }
-READ = {"grads": "*i64", "bases": "*i64", "projected": "*fp32", "squares": "*fp32", "flaws": "*i32"}
+READ = {"grads": "*i64", "bases": "*i64", "projected": "*fp32", "squares": "*fp32", "flaws": "*i32"} | {"sums": "*fp32"}
 COMBINE = {"grads": "*i64", "weights": "*bf16", "flaws": "*i32", "combined": "*fp32"}
 MOVE = dict.fromkeys(("parameters", "directions", "averages", "rights", "streams", "scales"), "*i64") | {
     "flaws": "*i32",
@@ -58,7 +59,8 @@ DIRECT = dict.fromkeys(("grads", "averages", "rights"), "*i64") | {
     "found": "*bf16",
     "sizes": "*fp32",
 }
-SYMMETRIC = dict.fromkeys(("left", "right", "added", "found"), "*bf16")
+TILES = "left_tiles", "right_tiles", "added_tiles", "found_tiles", "mirrored_tiles"
+SYMMETRIC = dict.fromkeys(("left", "right", "added", "found", *TILES), "*bf16") | {"factors": "*fp32"}
 ROUNDED = {"PARAMETER": tl.float16, "DIRECTION": tl.float16, "STOCHASTIC": True}
 ADVANCED = {"LEFT": tl.float16, "REFRESHED": True, "BLOCKS": True, "SHARED": True}
 
@@ -90,35 +92,35 @@ def spilled(binary):
 
 def main():
     capability = int(sys.argv[1])
-    read = {"BASIS": tl.bfloat16, "FIRST": True, "PROJECT": True}
+    read = {"BASIS": tl.bfloat16, "FIRST": True, "PROJECT": True, "BLOCK_R": reading.RANKS}
     elementwise, block = ({"FACTORED": False, "DENSE": not each, "ELEMENTWISE": each} for each in (True, False))
-    rows = kernels.MOST_ROWS_OF_A_HEAD
-    advanced = ADVANCED | {"LOW_RANK": True, "BLOCK_R": kernels.ADVANCED_NUMEL // rows}
+    rows = averages.MOST_ROWS_OF_A_HEAD
+    advanced = ADVANCED | {"LOW_RANK": True, "BLOCK_R": averages.ADVANCED_NUMEL // rows}
     averaged = block | {"AVERAGED": True, "AVERAGE": tl.float16, "FACTORS": False}
     found = {
         "advance": needed(triton_kernels.advance, ADVANCE, advanced, (rows, 0, 4, 3), capability),
         "advance, many rows": needed(
             triton_kernels.advance, ADVANCE, ADVANCED | {"LOW_RANK": False, "BLOCK_R": 16}, (1024, 0, 4, 3), capability
         ),
-        "read": needed(triton_kernels.read, READ, read, kernels.PROJECT, capability),
-        "combine": needed(triton_kernels.combine, COMBINE, {}, kernels.COMBINE, capability),
-        "move": needed(triton_kernels.move, MOVE | {"roots": "*fp32"}, block, kernels.MOVE_ALONG, capability),
-        "move, full": needed(triton_kernels.move, MOVE | {"roots": "*fp32"}, averaged, kernels.MOVE, capability),
+        "read": needed(triton_kernels.read, READ, read, reading.PROJECT, capability),
+        "combine": needed(triton_kernels.combine, COMBINE, {"BLOCK_R": reading.RANKS}, reading.COMBINE, capability),
+        "move": needed(triton_kernels.move, MOVE | {"roots": "*fp32"}, block, moves.MOVE_ALONG, capability),
+        "move, full": needed(triton_kernels.move, MOVE | {"roots": "*fp32"}, averaged, moves.MOVE, capability),
         "move, rounded": needed(
-            triton_kernels.move, MOVE | {"roots": "*fp32"}, averaged | ROUNDED, kernels.MOVE, capability
+            triton_kernels.move, MOVE | {"roots": "*fp32"}, averaged | ROUNDED, moves.MOVE, capability
         ),
         "move along, rounded": needed(
             triton_kernels.move,
             MOVE | {"roots": "*fp32"},
             block | ROUNDED | {"PARAMETER": tl.bfloat16},
-            kernels.MOVE_ALONG,
+            moves.MOVE_ALONG,
             capability,
         ),
         "move, full in eight bits": needed(
             triton_kernels.move,
             MOVE | {"roots": "*fp32"},
             averaged | ROUNDED | {"AVERAGE": tl.int8, "SPAN": BLOCK},
-            kernels.MOVE,
+            moves.MOVE,
             capability,
         ),
         "direct": needed(triton_kernels.direct, DIRECT, {}, orthogonal.DIRECT_ALONG, capability),
@@ -126,12 +128,13 @@ def main():
         "symmetric": needed(
             triton_kernels.symmetric,
             SYMMETRIC,
-            {"ADDED": True, "BLOCK_K": orthogonal.SMALL_SYMMETRIC[2]},
+            {"ADDED": True, "SCALED": True, "DESCRIBED": False, "TRANSPOSED": False}
+            | {"BLOCK_K": orthogonal.SMALL_SYMMETRIC[2]},
             (*orthogonal.SMALL_SYMMETRIC[:2], *orthogonal.SMALL_SYMMETRIC[3:]),
             capability,
         ),
         "move, elementwise": needed(
-            triton_kernels.move, MOVE | {"roots": "*i64"}, elementwise, kernels.MOVE_ALONG_ELEMENTWISE, capability
+            triton_kernels.move, MOVE | {"roots": "*i64"}, elementwise, moves.MOVE_ALONG_ELEMENTWISE, capability
         ),
     }
     print(json.dumps(found))

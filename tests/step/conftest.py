@@ -10,7 +10,7 @@ import torch
 from lightning_adapm.sharding.layout import Layout
 from lightning_adapm.step import kernels
 
-KERNELS = "read columns combine advance factor move relate direct rescale symmetric".split()
+KERNELS = "read combine advance weigh factor move relate direct rescale symmetric".split()
 SCALARS = "one count largest tiny beta1 beta2 correction flush scale eps lr decay clip step share alpha".split()
 
 

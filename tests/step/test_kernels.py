@@ -19,7 +19,11 @@ from benchmarks.costs.memory import Ledger
 from lightning_adapm import AdaPM
 from lightning_adapm.moments import tiles
 from lightning_adapm.report.diagnostics import ResidualProbe
-from lightning_adapm.step import kernels
+from lightning_adapm.step import averages, kernels, reading
+from lightning_adapm.step.averages import advance
+from lightning_adapm.step.launch import Matrices
+from lightning_adapm.step.moves import Divisors, move
+from lightning_adapm.step.reading import Reading, combine, read
 from lightning_adapm.step.rounding import StochasticRounding, Stream
 from lightning_adapm.step.transients import step_transients
 
@@ -58,7 +62,7 @@ def trained(dtype, steps=8, spoiled=(), **options):
 
 def test_bases_are_refreshed_in_groups_of_a_bounded_size(interpreted, monkeypatch):
     together = trained(torch.float32, rank=2)[0]
-    monkeypatch.setattr("lightning_adapm.step.by_kernels.TOGETHER_NUMEL", 1)
+    monkeypatch.setattr("lightning_adapm.step.refreshing.TOGETHER_NUMEL", 1)
     torch.testing.assert_close(trained(torch.float32, rank=2)[0], together)
 
 
@@ -68,8 +72,8 @@ def test_as_without_kernels(interpreted, monkeypatch, second_moment, dtype, tole
     """Also with a gradient that is not finite, and refreshes. The interpreter cuts bfloat16 off, a device rounds it."""
     options = {"second_moment": second_moment, "rank": 2, "state_dtype": None, "spoiled": (5,)}
     weights, state, optimizer = trained(dtype, **options)
-    used = {"read", "combine", "advance", "move"}
-    assert set(interpreted) == (used | {"columns", "factor"} if second_moment == "factored" else used)
+    used = {"read", "combine", "weigh", "advance", "move"}
+    assert set(interpreted) == (used | {"factor"} if second_moment == "factored" else used)
     interpreted.clear()
     monkeypatch.setattr(kernels, "runs_on", lambda device: False)
     expected, expected_state, reference = trained(dtype, **options)
@@ -250,9 +254,9 @@ def test_the_same_numbers_are_rounded_as_without_kernels(interpreted, dtype, sha
     rounding = StochasticRounding((Stream(0x9E3779B9, 7, 0), Stream(3, 0x85A308D3, 2**32 - 11)), 12345)
     params, expected = ([torch.zeros(shape, dtype=dtype) for _ in values] for _ in range(2))
     negative = [-value for value in values]  # kernels hold addresses only
-    directions = kernels.Matrices.of(negative)
-    divisors = kernels.Divisors(torch.ones(len(directions.addresses), directions.shape[0]), 1.0, 0.0)
-    kernels.move(params, directions, None, None, None, divisors, 1.0, 1.0, 0.0, None, rounding)
+    directions = Matrices.of(negative)
+    divisors = Divisors(torch.ones(len(directions.addresses), directions.shape[0]), 1.0, 0.0)
+    move(params, directions, None, None, None, divisors, 1.0, 1.0, 0.0, None, rounding)
     assert interpreted == ["move"]
     rounding.write(expected, [value.clone() for value in values])
     for param, other in zip(params, expected, strict=True):
@@ -315,12 +319,12 @@ def test_one_head_of_many_rows(interpreted, monkeypatch):
 @pytest.mark.parametrize("low_rank", [False, True])
 def test_tiles_are_bounded_whatever_a_head_has(monkeypatch, rows, low_rank):
     tiles = []
-    monkeypatch.setattr(kernels, "launch", lambda *_, **constants: tiles.append(constants))
-    reading = kernels.Reading(torch.zeros(1, 2 * rows), torch.zeros(1, dtype=torch.int32))
-    left, average = (kernels.Matrices.of([torch.zeros(2 * rows, columns)]) for columns in (70, 1))
+    monkeypatch.setattr(averages, "launch", lambda *_, **constants: tiles.append(constants))
+    found = Reading(torch.zeros(1, 2 * rows), torch.zeros(1, dtype=torch.int32), None)
+    left, average = (Matrices.of([torch.zeros(2 * rows, columns)]) for columns in (70, 1))
     projected = torch.zeros(1, 2 * rows, 80)
     lefts = (projected, left) if low_rank else (None, None)
-    factors, roots = kernels.advance(reading, *lefts, None, average, torch.Size((2 * rows, 8)), 2, (0.9, 0.999), 0.1)
+    factors, roots = advance(found, *lefts, None, average, torch.Size((2 * rows, 8)), 2, (0.9, 0.999), 0.1)
     assert (factors is not None) == low_rank and roots.shape == (1, 2 * rows)
     for tile in tiles:
         assert tile["BLOCK_M"] <= 1024 and (not tile["LOW_RANK"] or tile["BLOCK_M"] * tile["BLOCK_R"] <= 4096)
@@ -338,13 +342,20 @@ def test_a_step_by_kernels_is_seen_by_autograd(interpreted):
         loss.backward()
 
 
-def test_products_from_the_left_are_sums_over_rows(interpreted, monkeypatch):
-    """Of parts that do not divide a tall matrix, so that a table of tokens occupies a device."""
-    monkeypatch.setattr(kernels, "_ROWS_OF_A_PRODUCT", 256)
-    grads, weights = list(torch.randn(3, 600, 20).unbind()), torch.randn(3, 600, 18)
-    product = kernels.combine(kernels.Matrices.of(grads), weights, torch.tensor([0, 1, 0], dtype=torch.int32))
-    expected = weights.mT @ torch.stack(grads) * torch.tensor([1.0, 0.0, 1.0]).view(3, 1, 1)
+def test_products_of_more_rows_and_ranks_than_a_program_has(interpreted, monkeypatch):
+    """From the left they are sums over parts that do not divide a tall matrix: a table of tokens occupies a device."""
+    monkeypatch.setattr(reading, "_ROWS_OF_A_PRODUCT", 256)
+    monkeypatch.setattr(reading, "RANKS", 16)
+    monkeypatch.setattr(reading, "MOST_RANKS", 16)
+    grads, weights, bases = torch.randn(3, 600, 20), torch.randn(3, 600, 18), torch.randn(3, 18, 20)
+    matrices = Matrices.of(list(grads.unbind()))
+    product = combine(matrices, weights, torch.tensor([0, 1, 0], dtype=torch.int32))
+    expected = weights.mT @ grads * torch.tensor([1.0, 0.0, 1.0]).view(3, 1, 1)
     torch.testing.assert_close(product, expected, rtol=1e-4, atol=1e-4)
+    projected, found = read(matrices, 3, Matrices.of([bases]), 18, None, columns=True)
+    torch.testing.assert_close(projected[..., :18], grads @ bases.mT, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.columns, grads.square().sum(dim=1))
+    torch.testing.assert_close(found.squares, grads.square().sum(dim=2))
 
 
 def test_tiles_fit_smaller_gpus():

@@ -41,8 +41,8 @@ def trained(kind, dtype=torch.float32, **options):
     ("kind", "options", "launched"),
     [
         (Lomo, {"weight_decay": 0.1}, {"read", "move"}),
-        (AdaLomo, {"weight_decay": 0.1}, {"read", "columns", "factor", "relate", "move"}),
-        (AdaLomo, {"clip_threshold": 0.1}, {"read", "columns", "factor", "relate", "move"}),
+        (AdaLomo, {"weight_decay": 0.1}, {"read", "factor", "relate", "move"}),
+        (AdaLomo, {"clip_threshold": 0.1}, {"read", "factor", "relate", "move"}),
     ],
     ids=["Lomo", "AdaLomo", "AdaLomo, clipped"],
 )

@@ -13,6 +13,7 @@ from lightning_adapm.report.diagnostics import ResidualProbe
 from lightning_adapm.sharding.owners import Owners
 from lightning_adapm.step import kernels, orthogonal
 from lightning_adapm.step.launch import Matrices
+from lightning_adapm.step.moves import Average
 from lightning_adapm.step.transients import step_transients
 
 pytest.importorskip("triton", reason="the kernels are Triton's")
@@ -151,7 +152,7 @@ def test_sizes_neither_overflow_nor_vanish(interpreted, scale):
     grads = [scale * torch.randn(20, 80)[:, :40] for _ in range(2)]
     averages = [torch.zeros(20, 40) for _ in grads]
     averages[1][3, 5] = float("nan")
-    momentum = kernels.Average(Matrices.of(averages), 0.5)
+    momentum = Average(Matrices.of(averages), 0.5)
     flaws = torch.zeros(2, dtype=torch.int32)
     found, squares = orthogonal.direct(Matrices.of(grads), flaws, momentum, None, 0.5)
     assert squares[0].item() == pytest.approx((0.75 * grads[0].double()).square().sum().item(), rel=1e-5)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_adapm import AdaPM, PartialMuon
 from lightning_adapm.report.diagnostics import ResidualProbe
-from lightning_adapm.step import graphs, kernels, orthogonal
+from lightning_adapm.step import averages, graphs, kernels, moves, orthogonal, reading
 
 pytest.importorskip("triton", reason="the kernels are Triton's")
 
@@ -27,7 +27,7 @@ class Tape(TorchDispatchMode):
         self.calls = []
         self.replays = 0
         self.patch = pytest.MonkeyPatch()
-        for module in (kernels, orthogonal):
+        for module in (averages, moves, orthogonal, reading):
             self.patch.setattr(
                 module, "launch", lambda *args, **kwargs: self.calls.append((launch, args, kwargs, None))
             )
@@ -62,7 +62,7 @@ def recorded(monkeypatch):
     """The graphs that steps are recorded as."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("on a CUDA device tests/gpu/test_recording.py records CUDA graphs")
-    made, launch = [], kernels.launch
+    made, launch = [], moves.launch
     monkeypatch.setattr(kernels, "runs_on", lambda device: True)
     monkeypatch.setattr(kernels, "FACTOR", torch.float32)  # the interpreter cannot multiply bfloat16
     monkeypatch.setattr(graphs, "can_capture", lambda device: True)

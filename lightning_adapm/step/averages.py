@@ -1,0 +1,177 @@
+"""Averages that :mod:`lightning_adapm.step.triton_averages` takes readings of gradients into."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_adapm.moments.second import largest
+from lightning_adapm.step import kernels
+from lightning_adapm.step.launch import Matrices, launch
+from lightning_adapm.step.moves import MOVE
+from lightning_adapm.step.reading import Reading
+
+_LARGEST, _TINY = largest(torch.float32), torch.finfo(torch.float32).tiny
+
+MOST_ROWS_OF_A_HEAD, ADVANCED_NUMEL = 256, 4096
+"""Rows that share one second moment are a single tile of :func:`advance` up to so many, with the columns that registers
+hold.
+"""
+
+WEIGH = (64, 64)
+"""Rows and columns of a tile of weights."""
+
+
+class Refreshed(NamedTuple):
+    """Left factors at a refresh, ``(b, m, r)`` in float32."""
+
+    held: Tensor
+    """Left factors in the old basis."""
+    moved: Tensor
+    """Left factors in the new basis."""
+    flush: float
+    """Factor of the difference, which is applied at once."""
+
+
+def advance(
+    reading: Reading,
+    projected: Tensor | None,
+    lefts: Matrices | None,
+    refreshed: Refreshed | None,
+    averages: Matrices | None,
+    shape: torch.Size,
+    blocks: int | None,
+    betas: tuple[float, float],
+    correction: float,
+    clock: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Take a reading of gradients of ``shape`` ``(m, n)`` into low-rank momenta, if there are ``lefts``, and into block
+    second moments, if there are ``averages``, of each row or of ``blocks``. ``correction`` is Adam's of the momentum,
+    which a ``clock`` on the device has, too.
+
+    Returns:
+        What times the basis is to be added to the gradients, ``(b, m, width)``, or, where it was ``refreshed``, times
+        the new basis and the one before it; and roots of the second moments by row, ``(b, m)``.
+    """
+
+    squares, flaws, _ = reading
+    b, (m, n) = len(squares), shape
+    r = 0 if lefts is None else lefts.like.shape[-1]
+    width = kernels.padded(r if refreshed is None else 2 * r)
+    span = 16 if blocks is None else m // blocks
+    if lefts is not None and averages is not None and span > MOST_ROWS_OF_A_HEAD:  # each in tiles of its own
+        factors, _ = advance(reading, projected, lefts, refreshed, None, shape, None, betas, correction, clock)
+        _, roots = advance(reading, None, None, None, averages, shape, blocks, betas, correction, clock)
+        return factors, roots
+    factors = None if projected is None else squares.new_empty((b, m, width), dtype=kernels.FACTOR)
+    roots = None if averages is None else torch.empty_like(squares)
+    launch(
+        "advance",
+        (-(-m // span), b, 1),
+        (
+            squares if projected is None else projected,
+            squares,
+            flaws,
+            flaws if lefts is None else lefts.table,
+            flaws if averages is None else averages.table,
+            squares if refreshed is None else refreshed.held,
+            squares if refreshed is None else refreshed.moved,
+            squares if factors is None else factors,
+            squares if roots is None else roots,
+            squares if clock is None else clock,
+        ),
+        (m, r, 0 if projected is None else projected.shape[-1], width, span, b // len(flaws)),
+        (
+            float(n if blocks is None else n * span),
+            _LARGEST,
+            *betas,
+            correction,
+            0.0 if refreshed is None else refreshed.flush,
+        ),
+        LEFT=(squares if lefts is None else lefts.like).dtype,
+        FACTOR=kernels.FACTOR,
+        LOW_RANK=lefts is not None,
+        REFRESHED=refreshed is not None,
+        BLOCKS=averages is not None,
+        SHARED=blocks is not None,
+        CLOCKED=clock is not None,
+        BLOCK_M=min(kernels.power_of_two(span), 1024),
+        BLOCK_R=max(16, min(64, ADVANCED_NUMEL // kernels.power_of_two(span), kernels.power_of_two(width))),
+    )
+    return factors, roots
+
+
+def weigh(projected: Tensor, lefts: Matrices, flaws: Tensor, beta1: float) -> Tensor:
+    """``beta1 left + (1 - beta1) projected``, ``(b, m, r)``, with columns of unit length, in the dtype of products."""
+    b, m, width = projected.shape
+    r = lefts.like.shape[-1]
+    grid = -(-m // WEIGH[0]), b, -(-r // WEIGH[1])
+    squares = projected.new_empty((b, grid[0], r), dtype=torch.float64)
+    weights = projected.new_empty((b, m, r), dtype=kernels.FACTOR)
+    scales = None
+    for _ in range(2):
+        launch(
+            "weigh",
+            grid,
+            (projected, lefts.table, flaws, projected if scales is None else scales, squares, weights),
+            (m, r, width, b // len(flaws)),
+            (beta1,),
+            LEFT=lefts.like.dtype,
+            FACTOR=kernels.FACTOR,
+            SCALED=scales is not None,
+            BLOCK_M=WEIGH[0],
+            BLOCK_R=WEIGH[1],
+        )
+        if scales is None:
+            scales = squares.sum(dim=1).sqrt_().clamp_min_(_TINY).reciprocal_().float()
+    return weights
+
+
+def factor(
+    reading: Reading,
+    sums: Tensor,
+    averages: tuple[Matrices, Matrices],
+    shape: torch.Size,
+    beta2: float,
+    extra: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Take a reading of gradients of ``shape`` ``(m, n)`` and their ``sums`` over columns, which are overwritten, into
+    ``averages`` of means of squares, plus ``extra``, over rows ``(m, 1)`` and columns ``(1, n)``.
+
+    Returns:
+        Factors of the roots of the second moments: of the averages of rows over their mean ``(b, m)``, and ``(b, n)``.
+    """
+    squares, flaws, _ = reading
+    (m, n), shares = shape, torch.empty_like(squares)
+    rows, columns = averages
+    launch(
+        "factor",
+        (len(squares), 1, 1),
+        (squares, sums, flaws, rows.table, columns.table, shares),
+        (m, n, len(squares) // len(flaws)),
+        (float(m), float(n), _LARGEST, _TINY, beta2, extra),
+        BLOCK=1024,
+    )
+    return shares, sums
+
+
+def relate(grads: Matrices, shares: Tensor, roots: Tensor, flaws: Tensor) -> Tensor:
+    """Sums of squares ``(b,)`` of gradients over the products of ``shares`` ``(b, m)`` and ``roots`` ``(b, n)``."""
+    b, (m, n) = len(grads.addresses), grads.shape
+    block_m, block_n, warps, stages = kernels.narrowed(MOVE, n)
+    grid = -(-m // block_m), -(-n // block_n), b
+    sums = shares.new_empty(b, grid[0] * grid[1])
+    launch(
+        "relate",
+        grid,
+        (grads.table, shares, roots, flaws, sums),
+        (m, n, grads.stride, b // len(flaws)),
+        (),
+        GRAD=grads.like.dtype,
+        ALIGNED=grads.aligned,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return sums.sum(dim=1)

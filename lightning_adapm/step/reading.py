@@ -1,0 +1,118 @@
+"""Readings of gradients by :mod:`lightning_adapm.step.triton_reading`: products with bases, and sums of squares."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_adapm.step import kernels
+from lightning_adapm.step.launch import Matrices, launch
+
+READ, READ_COLUMNS, COMBINE = (16, 512, 4, 3), (64, 128, 4, 3), (32, 128, 4, 4)
+PROJECT, PROJECT_FAR = (64, 64, 8, 3), (128, 32, 8, 4)
+"""Rows and columns of a tile, warps, stages: of sums over rows, and over columns as well; of a combination; of sums
+with products, up to 128 ranks in a tile and above. The fastest of some on an H100, and within the 99 KiB of shared
+memory that a block has on smaller GPUs, where a tile has no more ranks.
+"""
+
+RANKS, MOST_RANKS = 128, 256
+"""Most ranks in a tile, which a program has in its registers; of sums with products, on GPUs with large blocks."""
+
+_ROWS_OF_A_PRODUCT = 2048
+"""Products from the left are taken of so many rows each: enough programs for a device, also where a table of tokens is
+the only matrix of its shape. Tiles of rows divide them.
+"""
+
+
+class Reading(NamedTuple):
+    """Results of one pass over ``b`` gradients."""
+
+    squares: Tensor
+    """Sums of squares of rows, ``(b, m)``."""
+    flaws: Tensor
+    """Flaws ``(gradients,)``, int32, not 0 where a gradient has an entry that is not finite."""
+    columns: Tensor | None
+    """Sums of squares of columns, ``(b, n)``, finite or not, if they were asked for."""
+
+
+def read(
+    grads: Matrices, gradients: int, bases: Matrices | None, r: int, known: Reading | None, columns: bool = False
+) -> tuple[Tensor | None, Reading]:
+    """Products of ``grads`` with the transposed ``bases`` ``(r, n)``, ``(b, m, padded(r))``; and what else so many
+    ``gradients`` show, of their ``columns`` as well, unless that is ``known``.
+    """
+    like, b = grads.like, len(grads.addresses)
+    m, n = grads.shape
+    width, columns = kernels.padded(r), columns and known is None
+    projected = None if bases is None else like.new_empty((b, m, width), dtype=torch.float32)
+    most = MOST_RANKS if kernels.has_large_blocks(like.device) else RANKS
+    block_r = 16 if bases is None else _ranks(r, most)
+    tile = READ_COLUMNS if columns else READ
+    if bases is not None:
+        tile = PROJECT if block_r <= RANKS else PROJECT_FAR
+    block_m, block_n, warps, stages = kernels.narrowed(tile, n)
+    high = -(-m // block_m)
+    sums = like.new_empty((b, high, n), dtype=torch.float32) if columns else None
+    found = known or Reading(
+        like.new_empty((b, m), dtype=torch.float32), like.new_zeros(gradients, dtype=torch.int32), None
+    )
+    launch(
+        "read",
+        (high * max(1, -(-width // block_r)), b, 1),
+        (
+            grads.table,
+            grads.table if bases is None else bases.table,
+            found.squares if projected is None else projected,
+            found.squares,
+            found.flaws,
+            found.squares if sums is None else sums,
+        ),
+        (m, n, r, width, grads.stride, b // gradients),
+        (1.0,),
+        GRAD=like.dtype,
+        BASIS=(like if bases is None else bases.like).dtype,
+        FACTOR=kernels.FACTOR,
+        ALIGNED=grads.aligned and (bases is None or bases.aligned),
+        FIRST=known is None,
+        COLUMNS=columns,
+        PROJECT=bases is not None,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_R=block_r,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return projected, found if sums is None else found._replace(columns=sums.sum(dim=1))
+
+
+def combine(grads: Matrices, weights: Tensor, flaws: Tensor) -> Tensor:
+    """Multiply transposed ``weights`` ``(b, m, r)`` by ``grads`` ``(m, n)``; gradients with a flaw count as zero."""
+
+    b, m, r = weights.shape
+    n = grads.shape[1]
+    parts = -(-m // _ROWS_OF_A_PRODUCT)
+    product = weights.new_empty((b, parts, r, n), dtype=torch.float32)
+    block_m, block_n, warps, stages = kernels.narrowed(COMBINE, n)
+    block_r = _ranks(r, RANKS)
+    launch(
+        "combine",
+        (-(-n // block_n) * -(-r // block_r), b, parts),
+        # weights: read by every block of columns
+        (grads.table, weights.to(kernels.FACTOR).contiguous(), flaws, product),
+        (m, n, r, grads.stride, b // len(flaws), _ROWS_OF_A_PRODUCT),
+        (),
+        GRAD=grads.like.dtype,
+        FACTOR=kernels.FACTOR,
+        ALIGNED=grads.aligned,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_R=block_r,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return product.squeeze(1) if parts == 1 else product.sum(dim=1)
+
+
+def _ranks(r: int, most: int) -> int:
+    """Ranks in a tile: a power of two."""
+    return min(most, max(16, kernels.power_of_two(r)))

@@ -1,0 +1,155 @@
+"""Triton kernel that moves parameters.
+
+As in :mod:`lightning_adapm.step.triton_kernels`, parameters, gradients and state lie anywhere, at addresses in tables.
+"""
+
+import triton
+import triton.language as tl
+
+from lightning_adapm.step import triton_products, triton_rounding
+
+
+@triton.jit
+def move(
+    parameters,
+    directions,
+    roots,
+    flaws,
+    averages,
+    left,
+    rights,
+    root_columns,
+    streams,
+    scales,
+    rates,
+    clock,
+    m,
+    n,
+    k,
+    width,
+    group_rows,
+    group_stride,
+    parameter_stride,
+    direction_stride,
+    root_stride_m,
+    root_stride_n,
+    each,
+    beta1,
+    scale,
+    correction,
+    eps,
+    beta2,
+    lr,
+    decay,
+    clip,
+    step,
+    PARAMETER: tl.constexpr,
+    DIRECTION: tl.constexpr,
+    AVERAGE: tl.constexpr,
+    RIGHT: tl.constexpr,
+    FACTOR: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHECKED: tl.constexpr,
+    DENSE: tl.constexpr,
+    FACTORED: tl.constexpr,
+    ELEMENTWISE: tl.constexpr,
+    AVERAGED: tl.constexpr,
+    SPAN: tl.constexpr,
+    CLAMP: tl.constexpr,
+    FACTORS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    RATED: tl.constexpr,
+    CLOCKED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``p = (1 - lr decay) p - lr clamp(scale (direction + left right) / (root / correction + eps))``.
+
+    ``parameters`` and ``directions`` are ``(m, n)``; with ``FACTORS``, ``left`` is ``(b, m, width)``, zero behind
+    ``k``, and ``rights`` are ``(k, n)``. Rows of a parameter come in groups of ``group_rows``, ``group_stride`` apart.
+    Roots are ``DENSE``, ``(b, m)``, where ``FACTORED`` times the ``root_columns`` ``(b, n)``, or at addresses with the
+    strides given, 0 where they broadcast; where ``ELEMENTWISE``, these are averages of the squared direction, which
+    they take first. Where ``CHECKED``, a direction with a flaw is zero. Where ``AVERAGED``, ``averages`` ``(m, n)``
+    take the direction and stand in its place. With a ``SPAN`` they are codes of
+    :mod:`lightning_adapm.moments.quantized` with ``scales`` of so many columns each. Where ``STOCHASTIC``, parameters
+    are rounded by the bits of ``streams`` ``(b, 3)`` in this ``step``. Where ``RATED``, ``lr`` is multiplied by the
+    matrix's own of ``rates`` ``(b,)``. Where ``CLOCKED``, what changes from step to step is read from the
+    :class:`~lightning_adapm.step.clock.Clock` at ``clock``.
+    """
+    if CLOCKED:
+        lr = tl.load(clock)
+        step = tl.load(clock + 1)
+        scale = tl.load(clock + 3)
+        correction = tl.load(clock + 4)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    which = tl.program_id(2).to(tl.int64)
+    inside = (row[:, None] < m) & (column[None, :] < n)
+    wide = row.to(tl.int64)[:, None]
+    direction = tl.load(directions + which).to(tl.pointer_type(DIRECTION))
+    if ALIGNED:
+        direction = tl.multiple_of(direction, 16)
+    d = tl.load(direction + wide * direction_stride + column[None, :], inside, 0.0).to(tl.float32)
+    if FACTORS:  # before the parameter is loaded: registers are short in the loop
+        product = triton_products.low_rank(
+            left, rights, which, row, column, m, n, k, width, RIGHT, FACTOR, ALIGNED, BLOCK_K
+        )
+    parameter = tl.load(parameters + which).to(tl.pointer_type(PARAMETER))
+    if ALIGNED:
+        parameter = tl.multiple_of(parameter, 16)
+    parameter += wide // group_rows * group_stride + wide % group_rows * parameter_stride + column[None, :]
+    p = tl.load(parameter, inside, 0.0).to(tl.float32)
+    if CHECKED:
+        d = tl.where(tl.load(flaws + which // each) == 0, d, 0.0)
+    if DENSE:
+        root = tl.load(roots + which * m + row, row < m, 0.0)[:, None]
+        if FACTORED:
+            root = root * tl.load(root_columns + which * n + column, column < n, 0.0)[None, :]
+    else:
+        at = tl.load(roots + which).to(tl.pointer_type(tl.float32))
+        if ALIGNED and ELEMENTWISE:
+            at = tl.multiple_of(at, 16)
+        at += wide * root_stride_m + column[None, :] * root_stride_n
+        root = tl.load(at, inside, 0.0)
+        if ELEMENTWISE:
+            root = beta2 * root + (1 - beta2) * d * d
+            tl.store(at, root, inside)
+            root = tl.sqrt(root)
+    if AVERAGED:
+        average = tl.load(averages + which).to(tl.pointer_type(AVERAGE))
+        if ALIGNED:
+            average = tl.multiple_of(average, 16)
+        average += wide * n + column[None, :]
+        kept = tl.load(average, inside, 0).to(tl.float32)
+        if SPAN:
+            scale_of = tl.load(scales + which).to(tl.pointer_type(tl.float32)) + wide * tl.cdiv(n, SPAN)
+            kept = kept / 127
+            kept = kept * tl.abs(kept) * tl.load(scale_of + (column // SPAN)[None, :], inside, 0.0)
+        d = kept + (1 - beta1) * (d - kept)
+        # an infinity would stay forever
+        if SPAN:
+            d = tl.minimum(tl.maximum(d, -3.4028234e38), 3.4028234e38)
+            size = tl.where(inside, tl.abs(d), 0.0).reshape(BLOCK_M, BLOCK_N // SPAN, SPAN)
+            largest = tl.max(size, 2)
+            share = tl.sqrt(size / tl.maximum(largest, 1.1754944e-38)[:, :, None]).reshape(BLOCK_M, BLOCK_N)
+            code = tl.where(d < 0, -1.0, 1.0) * tl.floor(share * 127 + 0.5)
+            tl.store(average, code.to(tl.int8), inside)
+            block = tl.program_id(1) * (BLOCK_N // SPAN) + tl.arange(0, BLOCK_N // SPAN)[None, :]
+            largest = tl.where(largest < 1.1754944e-38, 0.0, largest)
+            tl.store(scale_of + block, largest, (row[:, None] < m) & (block < tl.cdiv(n, SPAN)))
+        else:
+            kept = tl.minimum(tl.maximum(d, -65504.0), 65504.0) if tl.float16 == AVERAGE else d
+            tl.store(average, kept.to(AVERAGE), inside)
+    if FACTORS:
+        d += product
+    if RATED:
+        lr *= tl.load(rates + which)
+    update = scale * d / (root / correction + eps)
+    if CLAMP:
+        update = tl.minimum(tl.maximum(update, -clip), clip)
+    p = p * (1 - lr * decay) - lr * update
+    if STOCHASTIC:
+        random = triton_rounding.bits(streams + 3 * which, wide, column[None, :], n, step)
+        p = triton_rounding.rounded(p, random, PARAMETER)
+    tl.store(parameter, p.to(PARAMETER), inside)

@@ -1,0 +1,38 @@
+"""Products of low-rank factors in kernels."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def low_rank(
+    left,
+    rights,
+    which,
+    row,
+    column,
+    m,
+    n,
+    k,
+    width,
+    RIGHT: tl.constexpr,
+    FACTOR: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A tile of ``left right`` for one matrix, in float32.
+
+    ``left`` is ``(b, m, width)``, zero behind ``k``, and ``rights`` are addresses of ``(k, n)``.
+    """
+    right = tl.load(rights + which).to(tl.pointer_type(RIGHT))
+    if ALIGNED:
+        right = tl.multiple_of(right, 16)
+    product = tl.zeros((row.shape[0], column.shape[0]), tl.float32)
+    for start in range(0, width, BLOCK_K):
+        inner = start + tl.arange(0, BLOCK_K)
+        own = left + which * m * width + row.to(tl.int64)[:, None] * width + inner[None, :]
+        a = tl.load(own, (row[:, None] < m) & (inner[None, :] < width), 0.0)
+        other = right + inner[:, None] * n + column[None, :]
+        b = tl.load(other, (inner[:, None] < k) & (column[None, :] < n), 0.0).to(FACTOR)
+        product = tl.dot(a, b, product)
+    return product
