@@ -69,6 +69,8 @@ class Engine:
         self._pool = Pool()
         self._recorders: defaultdict[Tensor, Recorder] = defaultdict(partial(Recorder, self._pool))
         """By the first of the parameters that move together: all, or those of one update inside backward."""
+        self._latest: list[Recorder] = []
+        """Those of the latest step."""
 
     @property
     def cached_bytes(self) -> int:
@@ -77,8 +79,8 @@ class Engine:
 
     @property
     def launches(self) -> str:
-        """:data:`~lightning_adapm.step.recorder.REPLAYED` where all steps are, or why some are not."""
-        found = [each.launches for each in self._recorders.values()] or [UNLIKE]
+        """:data:`~lightning_adapm.step.recorder.REPLAYED` where steps like the latest are, or why they are not."""
+        found = [each.launches for each in self._latest] or [UNLIKE]
         return next((each for each in found if each != REPLAYED), REPLAYED)
 
     def move(self, work: Sequence[tuple[Mapping[str, Any], Sequence[Moving]]], rule: Rule) -> None:
@@ -91,6 +93,9 @@ class Engine:
         works = [Work(group, moving, self._count(moving)) for group, moving in work]
         limit = 0 if rule.observer is not None else rule.most_recorded_bytes
         recorder = self._recorders[works[0].moving[0].parts[0].param]
+        if recorder in self._latest:  # parameters move once in a step
+            self._latest.clear()
+        self._latest.append(recorder)
         with _without_autocast(works[0].moving[0].held.device.type), self._cache.in_use():
             flawed = recorder.replayed(works, limit)
             for parts, flaws in self._launched(works, rule, recorder, limit) if flawed is None else flawed:

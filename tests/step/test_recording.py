@@ -228,6 +228,7 @@ def test_a_step_that_is_unlike_those_recorded_is_launched(recorded):
     assert replayed() == 0
     assert replayed(missing={"embed.weight"}) == 0
     assert replayed(16) > 0  # the embedding is a step behind
+    assert {row.launches for row in twins.optimizers[0].step_paths()} == {"replayed"}
     for optimizer in twins.optimizers:
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert replayed() == 0
