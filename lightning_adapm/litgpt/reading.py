@@ -133,11 +133,11 @@ def _read(source: Source, block: Tensor, stream: torch.cuda.Stream | None) -> No
     if stream is None:
         _fill(block, source)
         return
-    if not hasattr(_buffers, "pinned"):
-        _buffers.pinned = torch.empty(_BLOCK, dtype=torch.uint8, device="cpu", pin_memory=True)
-    pinned: Tensor = _buffers.pinned[: len(block)]
-    _fill(pinned, source)
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream):  # and on its device, where a new thread is not
+        if not hasattr(_buffers, "pinned"):
+            _buffers.pinned = torch.empty(_BLOCK, dtype=torch.uint8, device="cpu", pin_memory=True)
+        pinned: Tensor = _buffers.pinned[: len(block)]
+        _fill(pinned, source)
         block.copy_(pinned, non_blocking=True)
         stream.record_event().synchronize()  # the buffer is used again
 
