@@ -25,6 +25,8 @@ _UNCOPIED_NUMEL = {"cpu": 1 << 24, "cuda": 1 << 29}
 _REFRESHED_NUMEL = {"cpu": 1 << 24, "cuda": 1 << 28}
 # Whole matrices are copied in the dtype of products, and fill a device only by several.
 _WHOLE_NUMEL = {"cpu": 1 << 16, "cuda": 1 << 27}
+EXCHANGED = 4
+"""Copies of rows that processes exchange for whole matrices: what is sent and received, there and back."""
 _IN_TILES = (NoSecondMoment, ElementwiseSecondMoment, BlockSecondMoment, FactoredSecondMoment)
 
 
@@ -91,8 +93,10 @@ def batches(bucket: Batch) -> Iterator[Batch]:
     numel = grad.numel() if shard is None else shard.most * shard.layout.shape[1:].numel()
     uncopied = path.whole if shard is not None else path.kernels or _one_by_one(part, grad)
     whole = part.second.whole_matrices and (path.kernels or shard is not None)  # the same on every process
+    exchanged = shard is not None and part.second.whole_matrices
+    numel *= EXCHANGED if exchanged else 1
     size = most_together(numel, grad.device.type, uncopied, part.first.due(bucket.step), whole)
-    if shard is not None and part.second.whole_matrices:
+    if shard is not None and exchanged:
         size = max(size, len(shard.layout.spans))  # every process has a matrix to work on
     for start in range(0, len(bucket.parts), size):
         some = slice(start, start + size)

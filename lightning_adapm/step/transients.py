@@ -7,7 +7,7 @@ import torch
 
 from lightning_adapm.moments.tiles import TILE_NUMEL
 from lightning_adapm.step import kernels as step_kernels
-from lightning_adapm.step.batching import most_together
+from lightning_adapm.step.batching import EXCHANGED, most_together
 from lightning_adapm.step.launch import DTYPES
 from lightning_adapm.step.orthogonal import DIRECT
 from lightning_adapm.step.parts import Part
@@ -55,7 +55,8 @@ def held_by_a_step(parts: Sequence[Part]) -> int:
         shape = part.shape if part.shard is None else torch.Size((part.shard.most, *part.shape[1:]))
         kernels = part.param.dtype in DTYPES and not unknown_moments(part)
         whole = kernels and part.second.whole_matrices
-        together = min(len(bucket), most_together(shape.numel(), "cuda", kernels, due=True, whole=whole))
+        numel = shape.numel() * (EXCHANGED if whole and part.shard is not None else 1)
+        together = min(len(bucket), most_together(numel, "cuda", kernels, due=True, whole=whole))
         needed = 0
         if whole:
             owners = 1 if part.shard is None else len(part.shard.layout.spans)  # of which each has some matrices
