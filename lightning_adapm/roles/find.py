@@ -112,7 +112,9 @@ def _by_place(item: Named) -> tuple[str | None, str] | None:
     if rules.is_attention(item.beside):
         return None, rules.BESIDE_ATTENTION
     role = rules.child_role(item.child)
-    if role not in (None, "attn_out") or (re.fullmatch(rules.OUTPUT_ONLY, item.child) and not item.output_found):
+    if role not in (None, "attn_out") or re.search(rules.FUSED_SOMEHOW, item.child):
+        return None, rules.LIKE_ATTENTION
+    if re.fullmatch(rules.OUTPUT_ONLY, item.child) and not item.output_found:
         return None, rules.LIKE_ATTENTION
     if item.block_path is not None:
         return "mlp", "in a transformer block, outside its attention"

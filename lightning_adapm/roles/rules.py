@@ -19,14 +19,20 @@ _AFTER = (
 CHILD_RULES: tuple[tuple[str, str], ...] = (
     (
         "qkv",
-        r"w?_?qkv(_?proj|_linear|_net)?|(\w+_)?attn_qkv|c_attn|att_proj|query_key_value|w_pack|to_qkv|mixed_qkv|in_proj_weight",
+        # linear_qkv is Megatron's, whose rows are interleaved
+        r"w?_?qkv(_?proj|_projection|_linear|_layer|_net|_fused)?|(c|fc|lin|proj|fused)_qkv|(\w+_)?attn_qkv|c_attn"
+        r"|att_proj|query_key_value|w_pack|to_qkv|mixed_qkv|in_proj_weight",
     ),
     ("query", rf"{_BEFORE}(qs?|quer(y|ies)|query_key){_AFTER}"),  # query_key: Reformer's, shared by both
     ("key", rf"{_BEFORE}(ks?|keys?){_AFTER}"),
     # what relative positions are compared by: Conformer, Transformer-XL, XLNet, Funnel
     ("key", r"linear_pos|relative_k_proj|r|r_net|r_kernel"),
     ("value", rf"{_BEFORE}(vs?|values?){_AFTER}"),
-    ("kv", r"w?_?kv(_proj|_linear)?|to_kv|key_value|c_enc_kv|w?kv_[ab](_proj)?(_with_mqa)?"),
+    (
+        "kv",
+        r"w?_?kv(_proj|_projection|_linear|_layer|_net)?|(fc|lin|proj)_kv|to_kv|key_value|c_enc_kv"
+        r"|w?kv_[ab](_proj)?(_with_mqa)?",
+    ),
     (
         "attn_out",
         r"(w|fc)?_?o|o_?(proj|lin|net)|out_?(proj|lin|linear)|(linear|to|to_add|fc|attention|(\w+_)?attn)_out|\w+_attn_proj|out|output(_proj)?"
@@ -37,6 +43,9 @@ CHILD_RULES: tuple[tuple[str, str], ...] = (
 
 # Those names that a layer outside attention rarely has.
 OUTPUT_ONLY = r"(w|fc)?_?o|o_?(proj|lin|net)|out_?(proj|lin)|to_out|attn_out|attention_out"
+
+# In the name of a layer that holds an attention's inputs, in whatever order.
+FUSED_SOMEHOW = r"qkv|qvk|kqv|kvq|vqk|vkq"
 
 # What holds an attention's inputs, and in parallel blocks an MLP's too; the name alone says neither.
 INPUT_ONLY = r"in_proj"

@@ -83,6 +83,30 @@ def test_ways_to_call_the_projections(names):
     assert role_of(model, "ff") == "mlp"
 
 
+@pytest.mark.parametrize(
+    "name", ["c_qkv", "fc_qkv", "proj_qkv", "fused_qkv", "qkv_layer", "qkv_projection", "qkv_fused"]
+)
+def test_ways_to_call_a_fused_projection(name):
+    model = model_of(att=tree(**{name: nn.Linear(16, 48), "out": nn.Linear(16, 16)}))
+    weight = getattr(model.layers[1].att, name).weight
+    pieces = AdaPM(model.parameters()).pieces[weight]
+    assert [(piece.role, piece.start) for piece in pieces] == [("query", 0), ("key", 16), ("value", 32)]
+
+
+@pytest.mark.parametrize("name", ["linear_qkv", "kqv"])
+def test_fused_projections_of_another_order_are_refused(name):
+    """Megatron's linear_qkv is interleaved by head."""
+    model = model_of(att=tree(**{name: nn.Linear(16, 48), "out": nn.Linear(16, 16)}), attn=tree(**QKVO))
+    assert f"layers.1.att.{name}.weight" in refused(model)
+
+
+@pytest.mark.parametrize("name", ["fc_kv", "lin_kv", "proj_kv", "kv_layer", "kv_net"])
+def test_ways_to_call_fused_keys_and_values(name):
+    model = model_of(att=tree(q=nn.Linear(16, 16), **{name: nn.Linear(16, 32), "out": nn.Linear(16, 16)}))
+    weight = getattr(model.layers[1].att, name).weight
+    assert [piece.role for piece in AdaPM(model.parameters()).pieces[weight]] == ["key", "value"]
+
+
 @pytest.mark.parametrize("child", ["wo", "out_proj", "o_proj", "proj", "c_proj", "dense", "fc", "w1", "output", "out"])
 def test_outputs_of_an_mlp_are_no_attention_outputs(child):
     model = model_of(attn=tree(**QKVO), glu=tree(**linear(wi=(16, 32), **{child: (32, 16)})))
