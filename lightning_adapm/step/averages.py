@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_adapm.moments.second import largest
+from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
 from lightning_adapm.step import kernels
 from lightning_adapm.step.launch import Matrices, launch
 from lightning_adapm.step.moves import MOVE
@@ -101,8 +102,12 @@ def advance(
     return factors, roots
 
 
-def weigh(projected: Tensor, lefts: Matrices, flaws: Tensor, beta1: float) -> Tensor:
-    """``beta1 left + (1 - beta1) projected``, ``(b, m, r)``, with columns of unit length, in the dtype of products."""
+def weigh(
+    projected: Tensor, lefts: Matrices, flaws: Tensor, beta1: float, reduction: Reduction = ONE_PROCESS
+) -> Tensor:
+    """``beta1 left + (1 - beta1) projected``, ``(b, m, r)``, with columns of unit length over all processes, in the
+    dtype of products.
+    """
     b, m, width = projected.shape
     r = lefts.like.shape[-1]
     grid = -(-m // WEIGH[0]), b, -(-r // WEIGH[1])
@@ -123,7 +128,8 @@ def weigh(projected: Tensor, lefts: Matrices, flaws: Tensor, beta1: float) -> Te
             BLOCK_R=WEIGH[1],
         )
         if scales is None:
-            scales = squares.sum(dim=1).sqrt_().clamp_min_(_TINY).reciprocal_().float()
+            (lengths,) = reduction.total([squares.sum(dim=1)])
+            scales = lengths.sqrt_().clamp_min_(_TINY).reciprocal_().float()
     return weights
 
 

@@ -36,7 +36,7 @@ class DeviceGradients(Stack):
         self.right: Tensor | None = None
         """Bases ``(b, r, n)`` before this step, if they were put together."""
         self.projected: Tensor | None = None
-        """Products with these, if the first reading found them."""
+        """Products with these, or with those that a refresh begins with, if the first reading found them."""
         self.roots: Tensor | None = None
         """Roots ``(b, m)`` of second moments of blocks, if several processes hold rows of these."""
         self.basis: Tensor | None = None

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lightning_adapm.moments import lowrank
 from lightning_adapm.moments.base import join
 from lightning_adapm.moments.first import LowRankMomentum
 from lightning_adapm.moments.second import BlockSecondMoment
@@ -89,7 +90,8 @@ def _agree(batches: Sequence[Batch]) -> None:
     numbers: list[Tensor] = []
     for batch in batches:
         grads = _grads(batch)
-        grads.read_first(None if refreshes(batch) else grads.right)
+        right = grads.right
+        grads.read_first(lowrank.sketched(right.float()) if right is not None and refreshes(batch) else right)
         numbers.append((grads.reading.flaws != 0).float())
         if _has_blocks(batch):
             numbers.append(_sums_of_blocks(batch))

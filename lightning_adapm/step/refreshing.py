@@ -8,7 +8,6 @@ from torch import Tensor
 from lightning_adapm.moments import lowrank
 from lightning_adapm.moments.base import join
 from lightning_adapm.moments.first import LowRankMomentum
-from lightning_adapm.step import kernels
 from lightning_adapm.step.averages import Refreshed, weigh
 from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.device_gradients import DeviceGradients
@@ -60,19 +59,19 @@ def refreshes(batch: Batch) -> bool:
 
 
 def _iterated(batch: Batch) -> Iterated:
-    """:func:`lowrank.iterated_rows`, of whole matrices by kernels, whose products round their operands; and the old
-    bases.
-    """
-    grads, momentum, states = batch.grads, batch.parts[0].first, batch.parts
+    """:func:`lowrank.iterated_rows` by kernels, whose products round their operands; and the old bases."""
+    grads, momentum, states, reduction = batch.grads, batch.parts[0].first, batch.parts, batch.reduction
     assert isinstance(grads, DeviceGradients) and isinstance(momentum, LowRankMomentum)
     right = _joined(momentum.bases(states)) if grads.right is None else grads.right.float()
-    held, beta1 = momentum.storage.read(states, "exp_avg_l"), momentum.beta1
-    if batch.parts[0].shard is not None:
-        return *lowrank.iterated_rows(grads, _joined(held), right, beta1, batch.reduction), right
-    projected, lefts = grads.read(Matrices.of([lowrank.sketched(right).to(kernels.FACTOR)])), Matrices.of(held)
+    lefts, beta1 = Matrices.of(momentum.storage.read(states, "exp_avg_l")), momentum.beta1
+    if grads.projected is None:
+        grads.read_first(lowrank.sketched(right))
+    projected, grads.projected = grads.projected, None  # those with the next bases are still to be read
+    assert projected is not None
     flaws = grads.reading.flaws
-    weights = weigh(projected, lefts, flaws, beta1)
-    fresh, inner = combine(grads.matrices, weights, flaws), combine(lefts, weights, torch.zeros_like(flaws))
+    weights = weigh(projected, lefts, flaws, beta1, reduction)
+    sums = [combine(grads.matrices, weights, flaws), combine(lefts, weights, torch.zeros_like(flaws))]
+    fresh, inner = reduction.total(sums)
     return torch.baddbmm(fresh, inner, right, beta=1 - beta1, alpha=beta1), lowrank.shows(fresh), right
 
 
