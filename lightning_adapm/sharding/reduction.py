@@ -153,7 +153,7 @@ class ProcessReduction(Reduction):
         all_gather(whole, flat, self._group)
         pieces = whole.view(count, -1).split([part.numel() for part in parts], dim=1)
         return [
-            torch.cat([each.view(part.shape) for each in piece.unbind()], dim=-1)[..., :n].to(part.dtype)
+            torch.cat([each.view(part.shape) for each in piece.unbind()], dim=-1)[..., :n].contiguous().to(part.dtype)
             for piece, part, n in zip(pieces, parts, widths, strict=True)
         ]
 
