@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from lightning_adapm.roles.piece import Piece
 from lightning_adapm.sharding.layout import Layout
+from lightning_adapm.sharding.reduction import ProcessReduction
 from lightning_adapm.sharding.rows import RowShard, column_range
 
 
@@ -83,3 +84,22 @@ def test_columns_are_shared_out_as_a_dtensor_does(n, size):
     chunks = torch.arange(n).chunk(size)
     for index, (first, last) in enumerate(ranges):
         assert list(range(first, last)) == (chunks[index].tolist() if index < len(chunks) else [])
+
+
+def test_gathered_columns_lie_without_gaps(monkeypatch):
+    """As kernels read them, also where the number of processes does not divide the columns."""
+    whole, sent = [torch.arange(30.0).view(2, 3, 5), torch.arange(12.0).view(1, 3, 4)], []
+
+    def reduction_of(rank):
+        layout = Layout(torch.Size((6, 5)), ((0, 15), (15, 30)), rank, "both")
+        return ProcessReduction([RowShard(layout)], columns_shared=True)
+
+    def exchanged(into, part, group):
+        sent.append(part)
+        into.copy_(torch.cat([sent[0], sent[-1]]))
+
+    monkeypatch.setattr("torch.distributed.all_gather_into_tensor", exchanged)
+    for rank in range(2):  # what the first has sent is there when the second asks
+        reduction = reduction_of(rank)
+        found = reduction.columns_of([reduction.kept_columns(each) for each in whole], [5, 4])
+    assert all(torch.equal(one, other) and one.is_contiguous() for one, other in zip(found, whole, strict=True))
