@@ -64,8 +64,7 @@ class Direction(NamedTuple):
     clamp: float | None
     """Factor of the bound ``clip_threshold`` on entries, which may be far larger than AdamW's; None for no bound."""
     factors: tuple[Tensor, Tensor] | None = None
-    """Factors ``(b, m, k)`` and ``(b, k, n)`` over all matrices; multiplied late, so that parts of them can be, in the
-    dtype of the second."""
+    """Factors ``(b, m, k)`` and ``(b, k, n)`` over all matrices; multiplied late, so that parts of them can be."""
 
     def some(self, first: int, last: int) -> "Direction":
         """Select the tensors ``first`` to ``last``."""
@@ -86,23 +85,12 @@ class Direction(NamedTuple):
             factors = (left[first:last], right[first:last]) if stack else (left[:, first:last], right)
         return self._replace(tensors=[tensor[first:last]], factors=factors)
 
-    def multiplied_in(self, dtype: torch.dtype) -> "Direction":
-        """Choose the dtype in which the factors are multiplied."""
-        if self.factors is None:
-            return self
-        left, right = self.factors
-        return self._replace(factors=(left, right.to(dtype)))
-
     def multiplied(self) -> "Direction":
         """Multiply the factors and add them to the tensors."""
         if self.factors is None:
             return self
-        used = self._product(*self.factors)
-        torch._foreach_add_(used, self.tensors)
+        used = split(torch.baddbmm(join(self.tensors), *self.factors), self.tensors)
         return self._replace(tensors=used, scratch=True, factors=None)
-
-    def _product(self, left: Tensor, right: Tensor) -> list[Tensor]:
-        return split(torch.bmm(left.to(right.dtype), right).to(left.dtype), self.tensors)
 
     def divided(self, divisors: list[Tensor], factor: float) -> list[Tensor]:
         """Compute ``factor * (tensors + product of factors) / divisors``, as new tensors."""
@@ -110,19 +98,16 @@ class Direction(NamedTuple):
             # a row has one divisor: the left factor is divided, which is smaller than the product
             weights = torch._foreach_reciprocal(divisors)
             torch._foreach_mul_(weights, factor)
+            found = list(torch._foreach_mul(self.tensors, weights))
             if self.factors is None:
-                return list(torch._foreach_mul(self.tensors, weights))
+                return found
             left, right = self.factors
-            pairs = zip(weights, self.tensors, strict=True)
-            found = self._product(left * join([weight.expand(*each.shape[:-1], 1) for weight, each in pairs]), right)
-            torch._foreach_addcmul_(found, self.tensors, weights)
-            return found
-        if self.factors is None:
-            found = list(torch._foreach_mul(self.tensors, factor))
+            of_rows = [weight.expand(*each.shape[:-1], 1) for weight, each in zip(weights, found, strict=True)]
+            return split(join(found).baddbmm_(left * join(of_rows), right), found)
+        if self.factors is not None:
+            found = split(torch.baddbmm(join(self.tensors), *self.factors, beta=factor, alpha=factor), self.tensors)
         else:
-            left, right = self.factors
-            found = self._product(left * factor, right)
-            torch._foreach_add_(found, self.tensors, alpha=factor)
+            found = list(torch._foreach_mul(self.tensors, factor))
         torch._foreach_div_(found, divisors)
         return found
 
@@ -202,10 +187,6 @@ class Momentum(Moment):
     """Name of its policy."""
     has_basis: ClassVar[bool] = False
     """Whether it averages projections of gradients on an orthonormal basis."""
-
-    def products(self, grad: Tensor) -> torch.dtype:
-        """Choose the dtype in which gradients like ``grad`` are multiplied by a basis."""
-        return grad.dtype
 
     @property
     def share(self) -> float:

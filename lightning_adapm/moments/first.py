@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lightning_adapm.moments import lowrank
 from lightning_adapm.moments.base import Direction, Momentum, Stack, State, join, split
-from lightning_adapm.moments.products import product_dtype
 from lightning_adapm.moments.storage import EXACT, Entry, Storage
 from lightning_adapm.sharding.find import has_values
 from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
@@ -117,15 +116,6 @@ class LowRankMomentum(Momentum):
     def bases(self, states: Sequence[State]) -> list[Tensor]:
         """The columns of bases that this process keeps."""
         return self.storage.of_bases.read(states, "exp_avg_r")
-
-    def products(self, grad: Tensor) -> torch.dtype:
-        """Bfloat16 where factors are stored in it and a CPU has instructions for it, which multiply twice as fast.
-
-        Kernels do likewise on a GPU.
-        """
-        if grad.device.type != "cpu" or self.storage.dtype != torch.bfloat16:
-            return grad.dtype
-        return product_dtype(grad.device, grad.dtype)
 
     @property
     def payout(self) -> float:

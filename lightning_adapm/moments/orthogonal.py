@@ -12,14 +12,13 @@ it by matrix products alone. Of two forms of the same iteration, the one with le
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_adapm.moments.base import Direction, join, split
-from lightning_adapm.moments.products import product_dtype
 from lightning_adapm.moments.second import NoSecondMoment
 from lightning_adapm.sharding.owners import Owners
 from lightning_adapm.sharding.reduction import ONE_PROCESS, ProcessReduction, Reduction
@@ -85,6 +84,20 @@ def newton_schulz(matrices: Tensor, steps: int = STEPS, dtype: torch.dtype | Non
     """
     dtype = dtype or product_dtype(matrices.device, matrices.dtype)
     return _iterated(_normalized(matrices, _squares(matrices), dtype), steps)
+
+
+def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the products for matrices of ``dtype``: bfloat16 where the device has instructions for it."""
+    if dtype == torch.float64:
+        return dtype
+    return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
+
+
+@lru_cache
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def _squares(matrices: Tensor) -> Tensor:

@@ -83,9 +83,7 @@ class AdaPM(RoleOptimizer):
 
     Numerics: arithmetic is in float32, or float64 for float64 parameters, whatever the dtype of parameters and state.
     Bases are made orthonormal in float64, never in TF32. Kernels of a CUDA step read gradients in their own dtype and
-    multiply bases in bfloat16 with float32 sums; the gradient itself is added in float32. On a CPU with instructions
-    for bfloat16 (``avx512_bf16``), so does a step with factors in bfloat16, the default, of matrices that no other
-    process holds a part of, and it rounds the products to bfloat16. Refreshes add up the next basis in float32.
+    multiply bases in bfloat16 with float32 sums; the gradient itself is added in float32.
 
     A gradient with an infinity or a NaN is taken as zero, for the whole piece, and counted: see
     :meth:`nonfinite_gradients`.

@@ -39,8 +39,6 @@ def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> N
     """Take gradients that are finite into the moments of a batch, and move its parameters."""
     part, parts = batch.parts[0], batch.parts
     momentum = part.first.direction(batch.grads, parts, batch.step, batch.reduction)
-    if isinstance(batch.grads, Gradients):
-        momentum = momentum.multiplied_in(batch.grads.products)
     direction = by_kernels.applied(batch, momentum) or part.second.applied(momentum, batch.reduction)
     lr, clip = float(group["lr"]), group.get("clip_threshold")
     clip = None if clip is None or direction.clamp is None else clip * direction.clamp

@@ -1,16 +1,12 @@
 """Gradients on a CPU, as moments and the step by torch's operations read them."""
 
 import math
-from collections.abc import Iterable
 from functools import cached_property
-from itertools import starmap
 
 import torch
 from torch import Tensor
 
 from lightning_adapm.moments.base import Stack
-from lightning_adapm.moments.tiles import spans
-from lightning_adapm.step.parts import Part
 
 _SQUARED_ROWS = 128
 """Number of rows that are squared at a time for sums over columns."""
@@ -20,22 +16,7 @@ class Gradients(Stack):
     """Gradients of one shape that are multiplied one by one, so that nothing of their size is copied.
 
     Sums of squares of rows are computed once, for the second moment and for :attr:`finite`.
-
-    Args:
-        grads: The gradients.
-        products: Dtype in which they are multiplied by a basis; None for their own.
     """
-
-    def __init__(self, grads: Iterable[Tensor], products: torch.dtype | None = None) -> None:
-        super().__init__(grads)
-        self.products = self.dtype if products is None else products
-
-    @classmethod
-    def of(cls, part: Part, grads: Iterable[Tensor]) -> "Gradients":
-        """Gradients of parts like ``part``."""
-        found = cls(grads)
-        found.products = part.first.products(found[0])
-        return found
 
     @property
     def shape(self) -> torch.Size:
@@ -72,22 +53,10 @@ class Gradients(Stack):
         return torch.cat([grad.any(dim=-1).any(dim=-1).reshape(-1, 1, 1) for grad in self])
 
     def __matmul__(self, columns: Tensor) -> Tensor:
-        product = columns.new_empty(*self.shape[:2], columns.shape[-1], dtype=self.products)
-        if self.products != self.dtype:
-            return self._rounded(columns.to(self.products), product).to(self.dtype)
+        product = columns.new_empty(*self.shape[:2], columns.shape[-1])
         for into, grad, rows in zip(product.split(self._sizes), self, columns.mT.split(self._sizes), strict=True):
             # transposed, because the library multiplies a few long rows half again as fast as many short ones
             into.copy_((rows @ grad.mT).mT)
-        return product
-
-    def _rounded(self, columns: Tensor, product: Tensor) -> Tensor:
-        """Multiply tiles of the gradients, which are copied in the dtype of ``product``, into it."""
-        sizes = self._sizes
-        for into, grad, right in zip(product.split(sizes), self, columns.split(sizes), strict=True):
-            stack = grad.dim() == 3
-            into, right = (into, right) if stack else (into[0], right[0])
-            for rows in starmap(slice, spans(grad)):
-                torch.matmul(grad[rows].to(product.dtype), right[rows] if stack else right, out=into[rows])
         return product
 
     def __rmatmul__(self, weights: Tensor) -> Tensor:

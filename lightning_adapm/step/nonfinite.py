@@ -3,7 +3,7 @@
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from functools import partial, reduce
+from functools import reduce
 from typing import Any
 
 import torch
@@ -107,7 +107,7 @@ class NonFiniteGradients:
 
     def _on_cpu(self, parts: Sequence[Part], grads: list[Tensor]) -> list[Tensor]:
         """Gradients of which those that are not finite are zero, where asking costs nothing."""
-        alone = list if parts[0].is_shared else partial(Gradients.of, parts[0])  # shards may differ in shape
+        alone = list if parts[0].is_shared else Gradients  # shards may differ in shape
         found, finite = alone(grads), self.agreed_on(parts)
         if finite is None and isinstance(found, Gradients) and found.finite:
             self._watch.see(_FINE)

@@ -8,7 +8,6 @@ from torch import nn
 from benchmarks.costs.memory import Ledger
 from lightning_adapm import PartialMuon
 from lightning_adapm.moments import orthogonal as reference
-from lightning_adapm.moments import products
 from lightning_adapm.report.diagnostics import ResidualProbe
 from lightning_adapm.sharding.owners import Owners
 from lightning_adapm.step import kernels, orthogonal
@@ -30,7 +29,7 @@ SHAPES = {
 @pytest.fixture(autouse=True)
 def _float32(monkeypatch):
     """Products in float32 on both sides."""
-    monkeypatch.setattr(products, "_multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr(reference, "_multiplies_bfloat16", lambda device: False)
 
 
 def trained(shapes=SHAPES, dtype=torch.float32, observer=None, broken=(1,), **options):

@@ -7,7 +7,7 @@ from torch import nn
 
 from benchmarks.costs.memory import Ledger
 from lightning_adapm import AdaPM
-from lightning_adapm.moments import products, tiles
+from lightning_adapm.moments import tiles
 from lightning_adapm.moments.base import join
 from lightning_adapm.step import by_torch as update
 from lightning_adapm.step import gradients
@@ -118,25 +118,3 @@ def test_gradients_are_multiplied_as_one_batch(shape, monkeypatch):
     torch.testing.assert_close(torch.stack(grads.squares(None)), torch.stack([grad.square().sum() for grad in grads]))
     grads.squares(-1)[0].zero_()  # callers change what they are given
     assert all(rows.all() for rows in grads.squares(-1))
-
-
-@pytest.mark.parametrize("shape", [(40, 24), (3, 40, 24)])
-def test_bases_in_bfloat16_are_multiplied_in_it_where_a_cpu_can(shape, monkeypatch):
-    """Within a hundredth of what steps move; bases in float32 never are."""
-    monkeypatch.setattr(tiles, "TILE_NUMEL", 240)
-    found = {}
-    for stored in ("bfloat16", None):
-        for fast in (True, False):
-            monkeypatch.setattr(products, "_multiplies_bfloat16", lambda device, fast=fast: fast)
-            generator = torch.Generator().manual_seed(0)
-            weight = nn.Parameter(torch.zeros(shape))
-            optimizer = AdaPM(
-                [("mlp.experts", weight)], lr=1e-2, rank=4, second_moment="block", state_dtype=stored, weight_decay=0
-            )
-            for _ in range(12):
-                weight.grad = torch.randn(shape, generator=generator)
-                optimizer.step()
-            found[stored, fast] = weight.detach()
-    assert torch.equal(found[None, True], found[None, False])
-    rounded, exact = found["bfloat16", True], found["bfloat16", False]
-    assert 0 < (rounded - exact).norm() < 0.01 * exact.norm()
