@@ -136,6 +136,18 @@ def test_a_rate_may_depend_on_the_results_so_far(tmp_path):
         assert found[: len(expected)] == expected
 
 
+@pytest.mark.parametrize(("losses", "beyond"), [((1.0, 2.0), [5e-4]), ((2.0, 1.0), [4e-3])], ids=["lowest", "highest"])
+def test_a_best_rate_at_an_edge_is_followed_by_the_next_one_beyond(tmp_path, losses, beyond):
+    study = Study("Which?", {"AdamW": adamw()}, (1e-3, 2e-3), (4e-3, 5e-4), 1, TINY)
+    data = tmp_path / "data.txt"
+    data.write_bytes(bytes(range(250)))
+    plan = sweep.Sweep(study, Store(tmp_path / "study.json"), data, stack=1)
+    for lr, loss in zip(study.lrs, losses, strict=True):
+        result = {"val_loss": loss, "curve": [], "max_update": 1.0, "diverged": False, "seconds": 1.0}
+        plan.store.add(plan.run("AdamW", lr, 0), result, dict.fromkeys(("command", "date", "hardware"), ""))
+    assert [run.lr for group in plan.beyond() for run in group.runs] == beyond
+
+
 def test_the_next_run_is_asked_for_when_a_worker_is_free(tmp_path):
     asked = []
 

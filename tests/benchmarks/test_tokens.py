@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 import torch
@@ -77,6 +78,7 @@ def test_a_study_on_tokens_trains_and_its_page_says_so(prose, tmp_path):
     report("study", study, Store(store.path))
     page = store.path.with_suffix(".md").read_text()
     assert "a vocabulary of 300 tokens; 2 steps of 2 x 8 tokens" in page and "nats per token" in page
+    assert "| state | seconds |" in page and re.search(r"\| 100\.\d\d% \|", page)
 
 
 def test_answers_are_read_in_the_vocabulary_of_another_text(prose, questions):
