@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from lightning_adapm.moments.base import Stack
+from lightning_adapm.moments.tiles import tile_numel
 
 _SQUARED_ROWS = 128
-"""Number of rows that are squared at a time for sums over columns."""
+"""Maximum number of rows that are squared at a time for sums over columns."""
 
 
 class Gradients(Stack):
@@ -71,4 +72,5 @@ def _squares_of_columns(grad: Tensor) -> Tensor:
     """
     if grad.dim() == 3:
         return torch.stack([_squares_of_columns(matrix) for matrix in grad])
-    return torch.stack([rows.square().sum(dim=0, keepdim=True) for rows in grad.split(_SQUARED_ROWS)]).sum(dim=0)
+    count = max(1, min(_SQUARED_ROWS, tile_numel(grad) // max(1, grad.shape[1])))
+    return torch.stack([rows.square().sum(dim=0, keepdim=True) for rows in grad.split(count)]).sum(dim=0)
