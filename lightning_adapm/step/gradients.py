@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from lightning_adapm.moments.base import Stack
-from lightning_adapm.moments.tiles import tile_numel
 
-_SQUARED_ROWS = 128
-"""Maximum number of rows that are squared at a time for sums over columns."""
+_SQUARED_ROWS, _SQUARED_NUMEL = 64, 1 << 20
+"""Maximum numbers of rows and of elements that are squared at a time for sums over columns."""
 
 
 class Gradients(Stack):
@@ -72,5 +71,5 @@ def _squares_of_columns(grad: Tensor) -> Tensor:
     """
     if grad.dim() == 3:
         return torch.stack([_squares_of_columns(matrix) for matrix in grad])
-    count = max(1, min(_SQUARED_ROWS, tile_numel(grad) // max(1, grad.shape[1])))
+    count = max(1, min(_SQUARED_ROWS, _SQUARED_NUMEL // max(1, grad.shape[1])))
     return torch.stack([rows.square().sum(dim=0, keepdim=True) for rows in grad.split(count)]).sum(dim=0)
