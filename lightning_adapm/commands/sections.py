@@ -1,4 +1,4 @@
-"""What recipes of ``fit`` and of litgpt's commands specify: a model, its dtype, and an optimizer with options."""
+"""The model, dtype and optimizer that recipes of ``fit`` and of litgpt's commands specify."""
 
 import inspect
 from collections.abc import Mapping

@@ -205,7 +205,7 @@ class RoleOptimizer(Checkpointed):
         return any(self.state[param].get("step") for param in self.pieces if param in self.state)
 
     def _left(self, early: bool) -> Selection:
-        """What is to move after backward; if parameters moved ``early``, those that have not, or have no state yet."""
+        """Select parameters to move after backward; if some moved ``early``, those left over or without state yet."""
         every = [(index, group["params"]) for index, group in enumerate(self.param_groups)]
         if not early:
             return every

@@ -42,7 +42,7 @@ class Reduction:
 
     @property
     def scope(self) -> Hashable:
-        """What is equal in reductions that may complete each other's sums."""
+        """A key, equal for reductions that may complete each other's sums."""
         return None
 
     def columns(self, values: Tensor, n: int) -> Tensor:

@@ -103,7 +103,7 @@ def _agree(batches: Sequence[Batch]) -> None:
 
 
 def _has_blocks(batch: Batch) -> bool:
-    """Whether there are second moments of blocks whose rows lie on several processes; a vector is one block."""
+    """Ask whether rows of a block with a second moment lie on several processes; a vector is one block."""
     second = batch.parts[0].second
     return isinstance(second, BlockSecondMoment) and (second.blocks is not None or len(batch.parts[0].shape) < 2)
 

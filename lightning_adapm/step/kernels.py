@@ -1,4 +1,4 @@
-"""What the kernels of a CUDA step support, and what all of them share: the dtype of products, sizes of tiles."""
+"""Support for the kernels of a CUDA step, and what all of them share: the dtype of products, sizes of tiles."""
 
 import importlib.util
 from collections.abc import Sequence

@@ -45,7 +45,7 @@ Launch = Callable[[Clocks | None], Sequence[Flawed]]
 
 
 class Form:
-    """What the steps of a recording have in common: the parameters, where all but gradients lie, options.
+    """The common part of a recording's steps: the parameters, where all but gradients lie, options.
 
     It keeps no state alive. What has the identity and the address of a tensor that is gone lies where that lay.
     """
@@ -79,7 +79,7 @@ class Form:
         )
 
     def kind(self, works: Sequence[Work]) -> Hashable:
-        """What tells steps of this form apart: which parts do what only some steps do."""
+        """Compute what tells steps of this form apart: which parts do what only some steps do."""
         first = works[0].counts[0]
         return tuple(momentum.due(first + later) for momentum, later in self._dues.values())
 
@@ -96,7 +96,7 @@ def _parts(works: Sequence[Work]) -> list[Part]:
 
 
 def _objects(moving: Sequence[Moving]) -> list[Any]:
-    """What must stay the same."""
+    """List the objects that must stay the same."""
     parts, held, _, states = zip(*moving, strict=True)
     return [*parts, *held, *states, *chain.from_iterable(map(dict.values, states))]
 
@@ -106,7 +106,7 @@ def _addresses(tensors: Iterable[Tensor]) -> list[int]:
 
 
 def _equal(works: Sequence[Work], moving: Sequence[Moving]) -> list[Any]:
-    """What must be equal."""
+    """List the properties that must be equal."""
     first = works[0].counts[0]
     grads = [moved.grad for moved in moving]
     return [
