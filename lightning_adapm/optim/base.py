@@ -143,7 +143,7 @@ class RoleOptimizer(Checkpointed):
 
     def _add(self, added: list[dict[str, Any]]) -> None:
         """Add groups together: all of them, or none where one is refused."""
-        filled = [groups.fill(group, self.defaults, self.unmatched) for group in added]
+        filled = [groups.fill(type(self).__name__, group, self.defaults, self.unmatched) for group in added]
         for group in filled:
             self.check_options(group)
         before = len(self.param_groups)
@@ -239,7 +239,7 @@ class RoleOptimizer(Checkpointed):
     def _make_state(self, param: Tensor) -> None:
         parts = self.parts(param)
         for part in parts:
-            options.check_trainable(part.name, part.piece, param, self.unmatched)
+            options.check_trainable(type(self).__name__, part.name, part.piece, param, self.unmatched)
         self.state[param].update(new_state(parts, local(param).device))  # wrappers keep theirs in it too
 
     def _moving(self, params: list[Tensor]) -> list[Moving]:
@@ -249,7 +249,7 @@ class RoleOptimizer(Checkpointed):
         moving: list[Moving] = []
         for param, own, grad in zip(params, parts, grads, strict=True):
             if grad is not None:
-                options.check_gradient(own[0].name, grad)
+                options.check_gradient(type(self).__name__, own[0].name, grad)
                 moving.append(Moving(own, local(param), local(grad), self.state[param]))
         return [moved for moved in moving if moved.is_something]
 
@@ -299,7 +299,7 @@ class RoleOptimizer(Checkpointed):
                 group.update(bare)
         except TypeError:
             for group in groups:
-                options.check_held(group, self.pieces)
+                options.check_held(type(self).__name__, group, self.pieces)
             raise
         finally:
             self.param_groups = held

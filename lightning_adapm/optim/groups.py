@@ -16,13 +16,13 @@ _CHANGE_RESULTS = ("amsgrad", "differentiable")
 """Keywords of ``torch.optim.AdamW`` that change the result of a step."""
 
 
-def fill(group: Mapping[str, Any], defaults: Mapping[str, Any], unmatched: str) -> dict[str, Any]:
+def fill(optimizer: str, group: Mapping[str, Any], defaults: Mapping[str, Any], unmatched: str) -> dict[str, Any]:
     """Copy a parameter group with every option. Its lists are its own, and may be changed in place.
 
     Raises:
         ValueError: An option of another optimizer that would change the result, or has another meaning here.
     """
-    _refuse_counterparts("AdaPM", group)
+    _refuse_counterparts(optimizer, group)
     for key in _OF_ALL:
         if key in group and (key != "roles" or isinstance(group[key], Mapping)):
             raise ValueError(

@@ -215,8 +215,8 @@ def dtype_name(dtype: torch.dtype | str | None) -> str | None:
     return str(found).removeprefix("torch.")
 
 
-def check_held(group: Mapping[str, Any], pieces: Mapping[Tensor, Any]) -> None:
-    """Refuse a group whose parameters were replaced after AdaPM was built, as DeepSpeed's ZeRO does.
+def check_held(optimizer: str, group: Mapping[str, Any], pieces: Mapping[Tensor, Any]) -> None:
+    """Refuse a group whose parameters were replaced after the optimizer was built, as DeepSpeed's ZeRO does.
 
     Raises:
         TypeError: A parameter was replaced.
@@ -224,13 +224,13 @@ def check_held(group: Mapping[str, Any], pieces: Mapping[Tensor, Any]) -> None:
     for index, param in enumerate(group["params"]):
         if param not in pieces:
             raise TypeError(
-                f"params[{index}] of shape {tuple(param.shape)} was put into AdaPM's parameter group after it was"
-                " built, so that its role is unknown. DeepSpeed replaces parameters like this and is not supported; add"
-                " parameters with add_param_group"
+                f"params[{index}] of shape {tuple(param.shape)} was put into a parameter group of {optimizer} after"
+                " that was built, so that its role is unknown. DeepSpeed replaces parameters like this and is not"
+                " supported; add parameters with add_param_group"
             )
 
 
-def check_trainable(name: str, piece: Piece, param: Tensor, unmatched: str) -> None:
+def check_trainable(optimizer: str, name: str, piece: Piece, param: Tensor, unmatched: str) -> None:
     """Refuse a parameter that was unfrozen without a role, or that a sharding strategy has replaced by a part of
     itself.
 
@@ -240,23 +240,23 @@ def check_trainable(name: str, piece: Piece, param: Tensor, unmatched: str) -> N
     """
     if piece.role == UNMATCHED and unmatched == "error":
         raise ValueError(
-            f"{name} {tuple(param.shape)} now requires a gradient, but AdaPM did not know its role when it was frozen;"
-            f" pass roles={{{name!r}: ...}} with its role or a policy, or unmatched='full'"
+            f"{name} {tuple(param.shape)} now requires a gradient, but {optimizer} found no role for it when it was"
+            f" frozen; pass roles={{{name!r}: ...}} with its role or a policy, or unmatched='full'"
         )
     if param.device.type == "xla":
-        raise TypeError("AdaPM does not support XLA devices (TPUs) yet; train on a CPU or a GPU")
+        raise TypeError(f"{optimizer} does not support XLA devices (TPUs) yet; train on a CPU or a GPU")
     if param.device.type == "mps":
-        raise TypeError("AdaPM finds its subspaces in float64, which MPS devices do not have; train on a CPU or a GPU")
+        raise TypeError(f"{optimizer} does not support MPS devices, which have no float64; train on a CPU or a GPU")
     if param.is_complex():
-        raise TypeError(f"{name} is complex and now requires a gradient; AdaPM supports real parameters only")
+        raise TypeError(f"{name} is complex and now requires a gradient; {optimizer} supports real parameters only")
     if piece.dim >= 2 and len(shape_of(param)) < 2:
         raise TypeError(
-            f"{name} has become one-dimensional after AdaPM was built, but not by FSDP, whose views it knows"
+            f"{name} has become one-dimensional after {optimizer} was built, but not by FSDP, whose views it knows"
         )
     check_layout(name, piece, param)
 
 
-def check_gradient(name: str, grad: Tensor) -> None:
+def check_gradient(optimizer: str, name: str, grad: Tensor) -> None:
     """Refuse unsupported gradients.
 
     Raises:
@@ -264,5 +264,5 @@ def check_gradient(name: str, grad: Tensor) -> None:
     """
     if grad.layout != torch.strided:
         raise RuntimeError(
-            f"AdaPM does not support sparse gradients, and {name} has one; build its module with sparse=False"
+            f"{optimizer} does not support sparse gradients, and {name} has one; build its module with sparse=False"
         )

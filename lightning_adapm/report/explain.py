@@ -107,7 +107,7 @@ def explain(model: nn.Module | RoleOptimizer, **adapm_options: Any) -> Explanati
         params = [param for group in model.param_groups for param in group["params"]]
         return Explanation(tuple(plan(model)), _frozen(params))
     if not isinstance(model, nn.Module):
-        raise TypeError(f"explain needs a module or an AdaPM optimizer, but got {type(model).__name__}")
+        raise TypeError(f"explain needs a module or an optimizer of the package, but got {type(model).__name__}")
     make: type[Any] = getattr(model, "adapm_class", AdaPM)
     optimizer, refuses = _optimizer(make, model, {**getattr(model, "adapm_options", {}), **adapm_options})
     return Explanation(tuple(plan(optimizer)), _frozen(model.parameters()), refuses)
@@ -147,7 +147,7 @@ def _optimizer(make: type[Any], model: nn.Module, options: Mapping[str, Any]) ->
     """Build an optimizer over a model; also return whether it would refuse to train for lack of roles."""
     refuses = options.get("unmatched", "error") == "error"
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="AdaPM gives")  # the table shows them
+        warnings.filterwarnings("ignore", message="unmatched=")  # the table shows them
         return make(model.named_parameters(), **dict(options) | ({"unmatched": "full"} if refuses else {})), refuses
 
 

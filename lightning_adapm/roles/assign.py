@@ -72,7 +72,7 @@ def assign_roles(
         stated = Heads(*(group.get(key) for key in HEADS))
         for item in items:
             if item.param.is_complex() and item.param.requires_grad:
-                raise TypeError(f"{item.label} is complex; AdaPM supports real parameters only")
+                raise TypeError(f"{item.label} is complex; only real parameters are supported")
             role, why = _role(item, given, rules)
             try:
                 cuts = cut(item, role or UNMATCHED, stated)
@@ -104,7 +104,8 @@ def assign_roles(
     if missing and roles_matter:
         names = ", ".join(f"{item.label} {tuple(item.shape)}" for item in missing)
         warnings.warn(
-            f"AdaPM gives {unmatched} momentum to matrices whose role it does not know: {names}", stacklevel=5
+            f"unmatched={unmatched!r} gives {unmatched} momentum to matrices whose role is not known: {names}",
+            stacklevel=5,
         )
     return assigned
 
@@ -187,7 +188,7 @@ def unmatched_message(missing: Iterable[tuple[str, Sequence[int], str]]) -> str:
     paste = ", ".join(f'r"{pattern}": "{role}"' for pattern, role in guessed.items())
     full = 4 * sum(math.prod(shape) for _, shape, _ in missing)
     return (
-        f"AdaPM does not know the role of {len(missing)} matrices:\n{lines}\nTeach it, with the right role"
+        f"the role of {len(missing)} matrices is not known:\n{lines}\nState it, with the right role"
         f" ({', '.join((*ROLES, *FUSED))}) or a policy (full, low_rank, none) for each. This is a guess that saves"
         f' memory where it can, and "full" where it cannot tell:\n  roles={{{paste}}}\nor pass unmatched="full" to'
         f" give all of them AdamW's full momentum, {full:,} bytes in float32."

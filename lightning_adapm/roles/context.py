@@ -59,7 +59,7 @@ class Named:
         if is_lazy(self.param):
             raise ValueError(
                 f"{self.name} has no shape yet: its lazy module gets one in its first forward. Run the model on one"
-                " batch before AdaPM is built, model(batch), in Lightning in configure_model()"
+                " batch before the optimizer is built, model(batch), in Lightning in configure_model()"
             )
         self.shape = shape_of(self.param)
         self.label = self.label or self.name

@@ -13,8 +13,8 @@ from lightning_adapm.roles.rules import FUSED
 from lightning_adapm.sharding.fsdp1 import names_parameters
 
 HOW_TO_NAME = (
-    "AdaPM needs to know what each parameter is. Pass model.named_parameters(), model.parameters(), or tensors of a"
-    ' model that exists while AdaPM is built; in a parameter group {"params": [(name, parameter), ...]}, or a role:'
+    "Each parameter needs a name or a role. Pass model.named_parameters(), model.parameters(), or tensors of a model"
+    ' that exists while the optimizer is built; in a parameter group {"params": [(name, parameter), ...]}, or a role:'
     ' {"params": [...], "role": "mlp"}; or unmatched="full", which gives what has no name AdamW\'s full momentum'
 )
 
@@ -32,7 +32,7 @@ class Handed:
     role: str | None = None
     """Role that the group states for all of them."""
     carried: dict[int, str] = field(default_factory=dict)
-    """Roles in a group of an AdaPM optimizer, by the parameter's identity."""
+    """Roles in a group of an optimizer of the package, by the parameter's identity."""
 
 
 def source_module(params: Any) -> nn.Module | None:
@@ -116,7 +116,7 @@ def read_group(group: Mapping[str, Any]) -> Handed:
 
 def _check_kind(params: Any) -> None:
     if isinstance(params, nn.Module):
-        raise TypeError("params is a module: pass its named_parameters() instead, AdaPM(model.named_parameters(), ...)")
+        raise TypeError("params is a module: pass its named_parameters() instead")
     if isinstance(params, (set, frozenset)):
         raise TypeError("params is a set, whose order changes from run to run: pass a list")
     if isinstance(params, Mapping):

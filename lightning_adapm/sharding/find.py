@@ -31,7 +31,7 @@ def layout_of(param: Tensor) -> Layout | None:
         TypeError: The parameter is neither sharded by rows nor a view of FSDP1's flat one.
     """
     if fsdp1.is_flat_parameter(param):
-        raise TypeError("AdaPM needs each parameter, not FSDP's flat one: wrap the model with use_orig_params=True")
+        raise TypeError("params holds FSDP's flat parameter, not the model's: wrap the model with use_orig_params=True")
     if is_dtensor(param):
         return _layout_of_dtensor(param)
     return fsdp1.layout_of_view(param)
@@ -49,8 +49,8 @@ def _layout_of_dtensor(param: "DTensor") -> Layout:
     mesh, sharded = param.device_mesh, [dim for dim, kind in enumerate(param.placements) if kind != Replicate()]
     if [param.placements[dim] for dim in sharded] not in ([], [Shard(0)]):
         raise TypeError(
-            f"a parameter of shape {tuple(param.shape)} has the placements {param.placements}; AdaPM works on"
-            " parameters sharded along their first dimension, as fully_shard does by default. Tensor parallelism"
+            f"a parameter of shape {tuple(param.shape)} has the placements {param.placements}, but must be"
+            " sharded along its first dimension, as fully_shard does by default. Tensor parallelism"
             " (tensor_parallel_size > 1) and shard_placement_fn are not supported"
         )
     dim = sharded[0] if sharded else 0

@@ -168,7 +168,7 @@ def _others(parts: Parts, entry: Mapping[str, Any], ours: bool) -> dict[str, Any
     others = {key: value for key, value in entry.items() if key not in known}
     if unknown := sorted(key for key in others if not ours or key.rpartition(".")[2] in moments):
         raise ValueError(
-            f"the saved state of {parts[0].name} holds {', '.join(unknown)}, which AdaPM has no meaning for; it loads"
-            " states of AdaPM with the same roles and of torch.optim.AdamW"
+            f"the saved state of {parts[0].name} holds {', '.join(unknown)}, which has no meaning here; load a"
+            " state of this optimizer with the same roles, or of torch.optim.AdamW"
         )
     return others

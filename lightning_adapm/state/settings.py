@@ -62,7 +62,7 @@ def _check(old: Mapping[str, Any], version: int) -> None:
             " version of lightning-adapm reads; update it"
         )
     if old.get("amsgrad"):
-        raise ValueError("the saved state is AdamW's with amsgrad=True, which AdaPM has no counterpart for")
+        raise ValueError("the saved state is AdamW's with amsgrad=True, which has no counterpart here")
 
 
 def _built(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

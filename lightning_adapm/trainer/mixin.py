@@ -86,7 +86,7 @@ class AdaPMMixin(_Module):
         """AdaPM or PartialMuon over all parameters of the module, with the schedule of its settings.
 
         Raises:
-            MisconfigurationException: A strategy that AdaPM does not support, or a schedule over an endless run.
+            MisconfigurationException: A strategy that is not supported, or a schedule over an endless run.
             ValueError: A setting is out of range, or a matrix has no role.
         """
         config = dataclasses.replace(OptimizerConfig.resolve(self.adapm), lr=self.lr)
@@ -166,13 +166,13 @@ class AdaPMMixin(_Module):
 
 
 def check_strategy(strategy: strategies.Strategy) -> None:
-    """Refuse strategies under which AdaPM would not be the optimizer that it is on one device.
+    """Refuse strategies under which an optimizer would not be the one that it is on one device.
 
     Raises:
         MisconfigurationException: The strategy is one of those.
     """
     if isinstance(strategy, _UNSUPPORTED_STRATEGIES):
         raise MisconfigurationException(
-            f"AdaPM does not support {type(strategy).__name__} yet. It works on a single device and with DDP, FSDP and"
-            " FSDP2: Trainer(strategy='auto'), 'ddp', 'fsdp' or ModelParallelStrategy(...)"
+            f"{type(strategy).__name__} is not supported yet. The optimizers work on a single device and with DDP,"
+            " FSDP and FSDP2: Trainer(strategy='auto'), 'ddp', 'fsdp' or ModelParallelStrategy(...)"
         )

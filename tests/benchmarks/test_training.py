@@ -35,7 +35,7 @@ def run_of(setting, seed=0, kind="AdaPM", lr=1e-2, **options):
 
 @pytest.mark.parametrize("setting", [RECURRENT, IMAGES])
 @pytest.mark.parametrize("kind", ["AdamW", "AdaPM"])
-@pytest.mark.filterwarnings("ignore:AdaPM gives")
+@pytest.mark.filterwarnings("ignore:unmatched=")
 def test_other_models_train_side_by_side_as_alone(text, setting, kind):
     data = made_images(setting.shape, 50, 20) if isinstance(setting.shape, Images) else text
     options = TAUGHT[type(setting.shape)] if kind == "AdaPM" else {}

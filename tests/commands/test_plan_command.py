@@ -178,7 +178,7 @@ def test_unmatched_matrices_end_with_status_1_and_what_to_write(plan):
     (roles,) = re.findall(r"--roles='(\{.*?\})'", out)
     assert json.loads(roles) == {"^gadget$": "full"}
     status, out, _, _ = plan("--model", f"{__name__}.Gadget", f"--roles={roles}")
-    assert status == 0 and "Teach it" not in out
+    assert status == 0 and "State it" not in out
 
 
 @pytest.mark.parametrize(

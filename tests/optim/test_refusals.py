@@ -1,11 +1,13 @@
-"""What AdaPM cannot do, it says by name."""
+"""What an optimizer cannot do, it says by name."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from models import PlainLM, token_batches
+from optimizers import Case, exported
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -31,7 +33,7 @@ def test_parameters_replaced_after_construction():
     flat = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in model.parameters()]))
     optimizer.param_groups[0]["params"] = [flat]
     flat.grad = torch.ones_like(flat)
-    with pytest.raises(TypeError, match=r"params\[0\] of shape .* put into AdaPM's parameter group.*DeepSpeed"):
+    with pytest.raises(TypeError, match=r"params\[0\] of shape .* put into a parameter group of AdaPM.*DeepSpeed"):
         optimizer.step()
 
 
@@ -82,8 +84,80 @@ def test_stacks_that_fsdp1_cuts_are_refused_where_they_are_trained(trained, monk
         AdaPM(named)
 
 
-@pytest.mark.parametrize(("device", "reason"), [("mps", "float64, which MPS"), ("xla", "does not support XLA")])
+@pytest.mark.parametrize(
+    ("device", "reason"), [("mps", "MPS devices, which have no float64"), ("xla", "does not support XLA")]
+)
 def test_devices(device, reason):
     param = SimpleNamespace(device=torch.device(device), shape=(2, 2))
     with pytest.raises(TypeError, match=reason):
-        options.check_trainable("mlp.weight", Piece("mlp"), param, "error")
+        options.check_trainable("AdaPM", "mlp.weight", Piece("mlp"), param, "error")
+
+
+def refuse_a_replaced_parameter(case):
+    weight = torch.nn.Parameter(torch.ones(4, 4))
+    optimizer = case([("mlp.weight", weight)])
+    optimizer.param_groups[0]["params"] = [torch.nn.Parameter(torch.ones(16))]
+    optimizer.step()
+
+
+def refuse_a_sparse_gradient(case):
+    weight = torch.nn.Parameter(torch.ones(4, 4))
+    optimizer = case([("embed_tokens.weight", weight)])
+    weight.grad = torch.ones(4, 4).to_sparse()
+    optimizer.step()
+
+
+def refuse_a_role_that_was_not_found(case):
+    weight = torch.nn.Parameter(torch.ones(4, 4), requires_grad=False)
+    optimizer = case([("mixer.A", weight), ("norm.weight", torch.nn.Parameter(torch.ones(4)))])
+    weight.requires_grad_().grad = torch.ones(4, 4)
+    optimizer.step()
+
+
+def refuse_an_option_of_adamw(case):
+    case([{"params": [("mlp.weight", torch.nn.Parameter(torch.ones(4, 4)))], "amsgrad": True}])
+
+
+def refuse_a_matrix_without_a_role(case):
+    case([("mixer.A", torch.nn.Parameter(torch.ones(4, 4)))])
+
+
+def refuse_a_tensor_without_a_name(case):
+    case([torch.nn.Parameter(torch.ones(4, 4))])
+
+
+def refuse_complex_parameters(case):
+    case([("mlp.weight", torch.nn.Parameter(torch.ones(4, 4, dtype=torch.complex64)))])
+
+
+def refuse_a_state_of_amsgrad(case):
+    weight = torch.nn.Parameter(torch.ones(4, 4))
+    case([("mlp.weight", weight)]).load_state_dict(torch.optim.AdamW([weight], amsgrad=True).state_dict())
+
+
+def refuse_entries_without_a_meaning(case):
+    weight = torch.nn.Parameter(torch.ones(4, 4))
+    saved = torch.optim.AdamW([weight]).state_dict() | {"state": {0: {"step": torch.tensor(1.0), "sum": weight}}}
+    case([("mlp.weight", weight)]).load_state_dict(saved)
+
+
+REFUSALS = (
+    refuse_a_replaced_parameter,
+    refuse_a_sparse_gradient,
+    refuse_a_role_that_was_not_found,
+    refuse_an_option_of_adamw,
+    refuse_a_matrix_without_a_role,
+    refuse_a_tensor_without_a_name,
+    refuse_complex_parameters,
+    refuse_a_state_of_amsgrad,
+    refuse_entries_without_a_meaning,
+)
+
+
+@pytest.mark.parametrize("name", exported())
+@pytest.mark.parametrize("refuse", REFUSALS, ids=lambda refuse: refuse.__name__.removeprefix("refuse_"))
+def test_no_optimizer_is_called_by_the_name_of_another(refuse, name):
+    with pytest.raises((ValueError, TypeError, RuntimeError)) as refused:
+        refuse(Case(exported()[name], {"unmatched": "error", "update_in_backward": False}))
+    others = exported().keys() - {name}
+    assert not others & set(re.findall(r"\w+", str(refused.value)))

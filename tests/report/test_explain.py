@@ -89,14 +89,14 @@ def test_unmatched_is_shown_and_not_raised():
     assert "unmatched" in text and "nothing matches" in text
     paste = text[text.index("roles={") + len("roles=") : text.index("}") + 1]
     assert not explain(Unknown(), roles=eval(paste)).unmatched
-    with pytest.raises(ValueError, match="does not know the role of 2 matrices"):
+    with pytest.raises(ValueError, match="the role of 2 matrices is not known"):
         AdaPM(Unknown().named_parameters())
 
 
 def test_an_unmatched_policy_is_shown_without_advice():
     explanation = explain(Unknown(), unmatched="none")
     assert {row.policy for row in explanation.unmatched} == {"none"}
-    assert "Teach it" not in str(explanation)
+    assert "State it" not in str(explanation)
 
 
 def test_fused_rows_that_cannot_be_told_apart_are_shown():
@@ -136,7 +136,7 @@ def test_an_optimizer_is_explained_as_it_is():
     assert list(explain(optimizer)) == plan(optimizer)
     with pytest.raises(TypeError, match="rank"):
         explain(optimizer, rank=3)
-    with pytest.raises(TypeError, match="needs a module or an AdaPM optimizer, but got list"):
+    with pytest.raises(TypeError, match="needs a module or an optimizer of the package, but got list"):
         explain([])
 
 
