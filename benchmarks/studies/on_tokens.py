@@ -29,6 +29,7 @@ ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "AdamW, betas .9 .95": adamw(0.9, 0.95),
     "AdaPM": adapm(betas=BETAS95),
     "AdaPM block": adapm(betas=BETAS95, second_moment="block"),
+    "AdaPM factored": adapm(betas=BETAS95, second_moment="factored"),
     "PartialMuon": ("PartialMuon", {}),
     "SCALE": ("SCALE", {"momentum": 0.9}),
     "APOLLO-Mini (apollo-torch)": (
