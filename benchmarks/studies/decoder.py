@@ -77,15 +77,15 @@ class Attention(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.n_head, self.n_query_groups = shape.n_head, shape.n_query_groups or shape.n_head
-        self.head_size, self.rotary, bias = shape.width // shape.n_head, shape.rotary, not shape.llama
+        self.head_size, bias = shape.width // shape.n_head, not shape.llama
         self.qkv = nn.Linear(shape.width, (self.n_head + 2 * self.n_query_groups) * self.head_size, bias=bias)
         self.proj = nn.Linear(self.n_head * self.head_size, shape.width, bias=bias)
 
-    def forward(self, x: Tensor, batch: int) -> Tensor:
+    def forward(self, x: Tensor, batch: int, turn: Tensor | None) -> Tensor:
         heads = self.qkv(x).view(batch, -1, self.n_head + 2 * self.n_query_groups, self.head_size).transpose(1, 2)
         q, k, v = heads.split((self.n_head, self.n_query_groups, self.n_query_groups), dim=1)
-        if self.rotary:
-            q, k = rotate(q), rotate(k)
+        if turn is not None:
+            q, k = rotate(q, turn), rotate(k, turn)
         shared = self.n_head // self.n_query_groups
         if shared > 1:
             k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
@@ -93,13 +93,21 @@ class Attention(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(x.shape[0], -1))
 
 
-def rotate(x: Tensor) -> Tensor:
-    """Rotary positions (arXiv 2104.09864) on ``(batch, heads, time, head_size)``."""
-    half = x.shape[-1] // 2
-    rates = 10000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angles = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)[:, None] * rates
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    a, b = x.split(half, dim=-1)
+def turns(time: int, head_size: int, device: torch.device) -> Tensor:
+    """Cosines and sines of rotary positions (arXiv 2104.09864), ``(2, time, head_size / 2)``.
+
+    Computed once for all blocks: in a compiled block every element of queries and keys would compute its own.
+    """
+    half = head_size // 2
+    rates = 10000.0 ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
+    angles = torch.arange(time, device=device, dtype=torch.float32)[:, None] * rates
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """Rotary positions of :func:`turns` on ``(batch, heads, time, head_size)``."""
+    cos, sin = turn.to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
@@ -124,8 +132,8 @@ class Block(nn.Module):
         super().__init__()
         self.norm_1, self.attn, self.norm_2, self.mlp = norm(shape), Attention(shape), norm(shape), MLP(shape)
 
-    def forward(self, x: Tensor, batch: int) -> Tensor:
-        x = x + self.attn(self.norm_1(x), batch)
+    def forward(self, x: Tensor, batch: int, turn: Tensor | None) -> Tensor:
+        x = x + self.attn(self.norm_1(x), batch, turn)
         return x + self.mlp(self.norm_2(x))
 
 
@@ -134,6 +142,7 @@ class Decoder(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
+        self.head_size = shape.width // shape.n_head if shape.rotary else None
         self.wte = nn.Embedding(shape.vocab, shape.width)
         self.wpe = None if shape.rotary else nn.Embedding(shape.context, shape.width)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
@@ -157,9 +166,10 @@ class Decoder(nn.Module):
         x = self.wte(tokens)
         if self.wpe is not None:
             x = x + self.wpe.weight[:time]
+        turn = None if self.head_size is None else turns(time, self.head_size, x.device)
         x = x.flatten(0, 1)  # so that under vmap a linear layer is one batched product
         for block in self.blocks:
-            x = block(x, batch)
+            x = block(x, batch, turn)
         return self.norm(x)
 
     def forward(self, tokens: Tensor) -> Tensor:
