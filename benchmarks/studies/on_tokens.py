@@ -57,7 +57,14 @@ RATES = {
     "LoRA-Pre": (5e-4, 2.5e-4, 1e-3, 2e-3),
 }
 """Learning rates of optimizers for which they mean something else than for AdamW, the likely best first."""
+OF_BLOCKS = "AdaPM block", "Adam-mini"
+"""Rows that at 86 million parameters are best at half of AdamW's learning rate."""
 VERDICT = "AdamW, betas .9 .95", "AdaPM", "AdaPM block", "PartialMuon"
+
+
+def rates_of(lr: float) -> dict[str, tuple[float, ...]]:
+    """Learning rates of the rows that do not have AdamW's, whose likely best is ``lr``; a row's likely best first."""
+    return {**RATES, **dict.fromkeys(OF_BLOCKS, (lr / 2, lr / 4, lr, 2 * lr))}
 
 
 def first(lr: float) -> tuple[tuple[str, float | str, int], ...]:
@@ -67,7 +74,8 @@ def first(lr: float) -> tuple[tuple[str, float | str, int], ...]:
     Args:
         lr: Likely best rate of the rows without one of their own.
     """
-    guesses = [(label, RATES.get(label, (lr,))[0], 0) for label in ROWS]
+    rates = rates_of(lr)
+    guesses = [(label, rates.get(label, (lr,))[0], 0) for label in ROWS]
     beside = [(label, BESIDE, 0) for _ in range(3) for label in ROWS]
     return (*guesses, *beside, *((label, BEST, seed) for seed in (1, 2) for label in VERDICT))
 
@@ -83,7 +91,7 @@ def on_tokens(question: str, setting: Setting, lr: float = 1.2e-3, finding: str 
         setting=setting,
         curves=True,
         baselines={"AdamW": ("AdamW, betas .9 .95", "AdamW"), "Muon": ("Muon",)},
-        rates=RATES,
+        rates=rates_of(lr),
         first=first(lr),
         finding=finding,
     )
