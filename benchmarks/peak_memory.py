@@ -83,7 +83,7 @@ def _key(checkpointing: bool) -> str:
     return "checkpointing" if checkpointing else "plain"
 
 
-def page(result: dict[str, Any], plots: Sequence[str]) -> str:
+def page(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     seen = "the parts are counted by following the tensors that operations return"
     by = f"the peak is the allocator's, {seen}" if result["device"] == "cuda" else seen
@@ -95,12 +95,10 @@ def page(result: dict[str, Any], plots: Sequence[str]) -> str:
         f"{show_count(result['parameters'])} parameters ({result['layers']} of {result['all_layers']} layers),"
         f" {result['batch']} windows of {result['length']} tokens. Each row is the moment of a step when most is alive;"
         f" {by}. Transient is all that is none of the others; what updates inside backward frees gradients early.",
-        "",
     ]
     for key, title in (("plain", "Without"), ("checkpointing", "With")):
         rows = [[name, *_cells(row[key])] for name, row in result["rows"].items()]
-        lines += [f"## {title} activation checkpointing", "", *table(["", "peak", *PARTS], rows), ""]
-    lines += [f"![Memory]({plot})" for plot in plots]
+        lines += ["", f"## {title} activation checkpointing", "", *table(["", "peak", *PARTS], rows)]
     if result["budget"] is not None:
         lines += ["", *_budget_lines(result)]
     return "\n".join(lines) + "\n"
@@ -161,13 +159,13 @@ def run(args: argparse.Namespace, shape: Shape, peers: Sequence[Peer]) -> None:
         "rows": rows,
     }
     file = args.output / f"peak_memory-{args.device}-{args.model}-{args.dtype}.json"
-    write(file, result, page(result, plots(file, result)))
+    write(file, result, page(result))
+    plot(file, result)
     print(file.with_suffix(".md").read_text(), flush=True)
 
 
-def plots(file: Path, result: dict[str, Any]) -> list[str]:
-    """Names of the pictures drawn next to ``file``."""
-    drawn = []
+def plot(file: Path, result: dict[str, Any]) -> None:
+    """Draw the pictures next to ``file``."""
     for key, suffix in (("plain", ".svg"), ("checkpointing", "-checkpointing.svg")):
         bars = {
             name: {part: row[key][part] / 2**20 for part in PARTS}
@@ -178,9 +176,7 @@ def plots(file: Path, result: dict[str, Any]) -> list[str]:
         title = f"{result['model']}, {result['dtype']}, {result['device']}" + (
             ", checkpointing" if "-" in suffix else ""
         )
-        if stacked_bars(picture, title, "MiB", bars):
-            drawn.append(picture.name)
-    return drawn
+        stacked_bars(picture, title, "MiB", bars)
 
 
 def main() -> None:

@@ -100,7 +100,7 @@ def large_rows(sizes: Sequence[int]) -> list[dict[str, Any]]:
     return [paper(MODELS[LARGE], size, basis)._asdict() for size in sizes for basis in bases(size)]
 
 
-def page(result: dict[str, Any], plot: str | None) -> str:
+def page(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     counted = []
     for row in result["counted"]:
@@ -139,7 +139,6 @@ def page(result: dict[str, Any], plot: str | None) -> str:
         "",
         *table(*large_table(result["large"])),
     ]
-    lines += ["", f"![Momentum]({plot})"] if plot else []
     return "\n".join(lines) + "\n"
 
 
@@ -171,9 +170,9 @@ def main() -> None:
         "large": large_rows((1, 2, 4, 8, 16, 32, 64, 256, 1024)),
     }
     bars = {f"{row['world_size']}, {row['basis']}": {"momentum": row["momentum"] / 2**20} for row in result["large"]}
-    plot = (args.output / "scaling.json").with_suffix(".svg")
-    drawn = stacked_bars(plot, f"{LARGE}: momentum per process", "MiB", bars)
-    write(args.output / "scaling.json", result, page(result, plot.name if drawn else None))
+    file = args.output / "scaling.json"
+    stacked_bars(file.with_suffix(".svg"), f"{LARGE}: momentum per process", "MiB", bars)
+    write(file, result, page(result))
     print((args.output / "scaling.md").read_text())
 
 

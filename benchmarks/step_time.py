@@ -164,7 +164,7 @@ def summarize(rows: Sequence[Measured], speed: float) -> dict[str, dict[str, Any
     return found
 
 
-def page(result: dict[str, Any], plot: str | None) -> str:
+def page(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     layers = f"{result['layers']} of {result['all_layers']} layers"
     turns = "taking turns" if result["together"] else "one after another, each with the memory to itself"
@@ -189,7 +189,6 @@ def page(result: dict[str, Any], plot: str | None) -> str:
     base = result["rows"].get(BASES[-1], {}).get("turns_ms", []) if result["together"] else []
     rows = [[name, *_cells(row, base, len(header) + 2)] for name, row in result["rows"].items()]
     lines += table([*header, counted, "transient", "state"], rows)
-    lines += ["", f"![Step time]({plot})"] if plot else []
     return "\n".join(lines) + "\n"
 
 
@@ -236,9 +235,8 @@ def run(name: str, dtype: str, shape: Shape, peers: Sequence[Peer], plan: Plan, 
     }
     file = output / f"step_time-{plan.device}-{name}-{dtype}.json"
     bars = {peer: {"step": row["mean_ms"], "floor": row["floor_ms"]} for peer, row in rows.items() if "mean_ms" in row}
-    plot = file.with_suffix(".svg")
-    drawn = stacked_bars(plot, f"{name}, {dtype}, {plan.device}", "milliseconds", bars, mark="floor")
-    write(file, result, page(result, plot.name if drawn else None))
+    stacked_bars(file.with_suffix(".svg"), f"{name}, {dtype}, {plan.device}", "milliseconds", bars, mark="floor")
+    write(file, result, page(result))
     print(file.with_suffix(".md").read_text(), flush=True)
 
 

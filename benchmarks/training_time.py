@@ -62,7 +62,7 @@ def summarize(rows: Sequence[Measured], tokens: int) -> dict[str, dict[str, Any]
     return found
 
 
-def page(result: dict[str, Any], plot: str | None) -> str:
+def page(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     products = ", products in bfloat16 (autocast)" if result["autocast"] else ""
     times = result.get("accumulate", 1)
@@ -95,7 +95,6 @@ def page(result: dict[str, Any], plot: str | None) -> str:
             ]
         )
     lines += table(["", "mean ms", "added ms", f"/ {BASE}", "tokens per second"], rows)
-    lines += ["", f"![Time of a training step]({plot})"] if plot else []
     return "\n".join(lines) + "\n"
 
 
@@ -133,9 +132,8 @@ def run(args: argparse.Namespace) -> None:
     dtype = f"{args.dtype}-autocast" if args.autocast else args.dtype
     windows = f"{args.batch}x{args.length}" + (f"x{args.accumulate}" if args.accumulate > 1 else "")
     file = args.output / f"training_time-{args.device}-{args.model}-{dtype}-{windows}.json"
-    plot = file.with_suffix(".svg")
-    drawn = stacked_bars(plot, f"{args.model}, {args.dtype}, {args.device}", "milliseconds", bars)
-    write(file, result, page(result, plot.name if drawn else None))
+    stacked_bars(file.with_suffix(".svg"), f"{args.model}, {args.dtype}, {args.device}", "milliseconds", bars)
+    write(file, result, page(result))
     print(file.with_suffix(".md").read_text(), flush=True)
 
 

@@ -73,15 +73,14 @@ def mean_curve(results: Mapping[int, dict[str, Any]], setting: Setting) -> dict[
     return found
 
 
-def plot_curves(study: Study, table: Table, path: Path) -> bool:
+def plot_curves(study: Study, table: Table, path: Path) -> None:
     """Loss against steps, what was read, seconds and state as an SVG, every row at its best learning rate.
 
-    Returns:
-        False where matplotlib is missing. The last panel is left out where no run has counted its state.
+    The last panel is left out where no run has counted its state.
     """
     plt = plotting()
     if plt is None:
-        return False
+        return
     chosen = {label: cells[best(cells)] for label, cells in table.items()}
     counted = any(cell.state is not None for cell in chosen.values())
     figure, panels = plt.subplots(1, 3 + counted, figsize=(14 + 4 * counted, 5), sharey=True, layout="constrained")
@@ -101,7 +100,6 @@ def plot_curves(study: Study, table: Table, path: Path) -> bool:
     panels[0].legend(fontsize=6)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
-    return True
 
 
 def observed(table: Table) -> dict[str, list[dict[str, Any]]]:
@@ -113,11 +111,11 @@ def observed(table: Table) -> dict[str, list[dict[str, Any]]]:
     return {label: found for label, found in runs.items() if found}
 
 
-def plot_observed(table: Table, path: Path, role: str = "mlp") -> bool:
-    """Draw a panel for each figure of one role as an SVG; False without observations or matplotlib."""
+def plot_observed(table: Table, path: Path, role: str = "mlp") -> None:
+    """Draw a panel for each figure of one role as an SVG, if there are observations and matplotlib."""
     runs, plt = observed(table), plotting()
     if plt is None or not runs:
-        return False
+        return
     figure, panels = plt.subplots(1, len(FIGURES), figsize=(15, 5), layout="constrained")
     for axes, (name, words) in zip(panels, FIGURES.items(), strict=True):
         for index, (label, found) in enumerate(runs.items()):
@@ -131,7 +129,6 @@ def plot_observed(table: Table, path: Path, role: str = "mlp") -> bool:
     panels[0].legend(fontsize=6)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
-    return True
 
 
 def observed_tables(table: Table) -> list[str]:

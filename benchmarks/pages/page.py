@@ -1,14 +1,13 @@
-"""Output of a benchmark: JSON, and from it a dated page with a plot."""
+"""Output of a benchmark: JSON, from it a dated page, and a plot beside them that the repository does not keep."""
 
 import datetime
 import json
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.studies.store import hardware, versions
+from benchmarks.studies.store import command_line, hardware, versions
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -16,7 +15,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 def session(module: str, device: str) -> dict[str, Any]:
     """Hardware, versions, date and command of a measurement."""
     return {
-        "command": f"python -m benchmarks.{module} {shlex.join(sys.argv[1:])}".strip(),
+        "command": command_line(f"python -m benchmarks.{module}", sys.argv[1:]),
         "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}",
         "hardware": hardware(device),
         "versions": versions(),
@@ -41,15 +40,15 @@ def write(file: Path, result: Mapping[str, Any], page: str) -> None:
     file.with_suffix(".md").write_text(page)
 
 
-def stacked_bars(file: Path, title: str, unit: str, bars: Mapping[str, Mapping[str, float]], mark: str = "") -> bool:
-    """Horizontal bars of parts, one per name, as an SVG; whether there is matplotlib to draw it.
+def stacked_bars(file: Path, title: str, unit: str, bars: Mapping[str, Mapping[str, float]], mark: str = "") -> None:
+    """Horizontal bars of parts, one per name, as an SVG, where there is matplotlib.
 
     The part called ``mark`` is not stacked but drawn as a line across the bar.
     """
     try:
         import matplotlib
     except ImportError:
-        return False
+        return
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
@@ -71,4 +70,3 @@ def stacked_bars(file: Path, title: str, unit: str, bars: Mapping[str, Mapping[s
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, metadata={"Date": None})
     plt.close(figure)
-    return True

@@ -1,4 +1,4 @@
-"""Page of a study from its results: losses by learning rate, best ones compared seed by seed, a plot."""
+"""Page of a study from its results: losses by learning rate, best ones compared seed by seed; and plots beside it."""
 
 import math
 import statistics
@@ -83,11 +83,11 @@ def crossed_table(study: Study, table: Table) -> list[str]:
     return lines
 
 
-def plot_crossed(study: Study, table: Table, path: Path) -> bool:
-    """Loss against one option, a line for each value of the other, baselines level; False without matplotlib."""
+def plot_crossed(study: Study, table: Table, path: Path) -> None:
+    """Loss against one option, a line for each value of the other, baselines level."""
     plt = plotting()
     if plt is None:
-        return False
+        return
     assert study.crossed is not None
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for index, (value, cells) in enumerate(crossings(study, table).items()):
@@ -102,14 +102,13 @@ def plot_crossed(study: Study, table: Table, path: Path) -> bool:
     axes.legend(fontsize=7)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
-    return True
 
 
-def plot(table: Table, path: Path) -> bool:
-    """Loss against learning rate as an SVG; False where matplotlib is missing."""
+def plot(table: Table, path: Path) -> None:
+    """Loss against learning rate as an SVG, where there is matplotlib."""
     plt = plotting()
     if plt is None:
-        return False
+        return
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for index, (label, cells) in enumerate(table.items()):
         finite = {lr: cell for lr, cell in cells.items() if math.isfinite(cell.mean)}
@@ -127,7 +126,6 @@ def plot(table: Table, path: Path) -> bool:
     axes.legend(fontsize=7)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
-    return True
 
 
 def opening(name: str, study: Study) -> list[str]:
@@ -174,30 +172,28 @@ def not_run(study: Study, table: Table) -> list[str]:
     return ["Rows without results:", "", *lines, ""] if lines else []
 
 
-def section(study: Study, table: Table, image: Path) -> list[str]:
-    """All about one text; ``image`` is the file of its plot."""
+def section(study: Study, table: Table) -> list[str]:
+    """All about one text."""
     page = [*crossed_table(study, table), ""] if study.crossed else []
     page += [*losses_table(table), ""]
     page += ["Bold: each row's best learning rate, chosen on the same seeds for every row. There:", ""]
     page += [*best_table(study, table), ""]
     page += [f"Stable: no seed diverged and the mean is within {STABLE} of the row's best.", ""]
     page += not_run(study, table)
-    if study.crossed:
-        drawn, shown = plot_crossed(study, table, image), " and ".join(study.crossed)
-    else:
-        drawn, shown = plot(table, image), "learning rate"
-    if drawn or image.exists():
-        page += [f"![validation loss by {shown}]({image.name})", ""]
     if study.curves:
         page += steps_table(study, table)
-        curves = image.with_name(f"{image.stem}-curves.svg")
-        if plot_curves(study, table, curves) or curves.exists():
-            page += [f"![validation loss by steps, {study.setting.shape.unit}s, seconds and state]({curves.name})", ""]
-    page += observed_tables(table)
-    seen = image.with_name(f"{image.stem}-observed.svg")
-    if plot_observed(table, seen) or seen.exists():
-        page += [f"![what was observed of the MLPs over the steps]({seen.name})", ""]
-    return page
+    return page + observed_tables(table)
+
+
+def draw(study: Study, table: Table, image: Path) -> None:
+    """Plots of one text, of which the first is ``image``; none without matplotlib."""
+    if study.crossed:
+        plot_crossed(study, table, image)
+    else:
+        plot(table, image)
+    if study.curves:
+        plot_curves(study, table, image.with_name(f"{image.stem}-curves.svg"))
+    plot_observed(table, image.with_name(f"{image.stem}-observed.svg"))
 
 
 def report(name: str, study: Study, store: Store) -> None:
@@ -210,7 +206,8 @@ def report(name: str, study: Study, store: Store) -> None:
         table = tabulate(study, entries)
         if not table:
             continue
-        page += [f"## {text}", "", *section(study, table, store.path.with_name(f"{name}{index or ''}.svg"))]
+        page += [f"## {text}", "", *section(study, table)]
+        draw(study, table, store.path.with_name(f"{name}{index or ''}.svg"))
         sessions |= dict.fromkeys(
             "- {date}, {hardware}, {versions}: `{command}`".format_map(entry.session) for entry in entries
         )

@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import platform
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +71,19 @@ def read(file: Path) -> dict[str, Entry]:
         )
         for line in content["runs"]
     }
+
+
+FILES = ("--data", "--pretrain-on", "--weights", "--vocabulary")
+"""Options whose files may be anywhere."""
+
+
+def command_line(program: str, words: Sequence[str]) -> str:
+    """Command of a measurement, as others repeat it: without ``--output``, and with :data:`FILES` by their names."""
+    kept = [program]
+    for before, word in zip(("", *words), words, strict=False):
+        if "--output" not in (before, word):
+            kept.append(shlex.quote(Path(word).name if before in FILES else word))
+    return " ".join(kept)
 
 
 def hardware(device: str) -> str:

@@ -4,7 +4,6 @@ import datetime
 import hashlib
 import multiprocessing
 import os
-import shlex
 import statistics
 import sys
 import time
@@ -23,7 +22,7 @@ from benchmarks.studies.base import Pretraining
 from benchmarks.studies.elsewhere import Images, made_images
 from benchmarks.studies.optimizers import missing, resolve
 from benchmarks.studies.setting import Device, Run, Setting
-from benchmarks.studies.store import Store, hardware, versions
+from benchmarks.studies.store import Store, command_line, hardware, versions
 from benchmarks.studies.text import Text, read_text
 from benchmarks.studies.tokens import Answers, Tokens
 from benchmarks.studies.training import train
@@ -127,7 +126,7 @@ def sweep(
         first_text: Text of the weights that a study starts from, likewise.
     """
     session = {
-        "command": "python -m benchmarks " + shlex.join(sys.argv[1:]),
+        "command": command_line("python -m benchmarks", sys.argv[1:]),
         "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}",
         "hardware": hardware(device.type),
         "versions": versions(),

@@ -12,7 +12,7 @@ from benchmarks.studies.decoder import Shape
 from benchmarks.studies.elsewhere import Images, Recurrent
 from benchmarks.studies.optimizers import Parameters, build, missing, resolve
 from benchmarks.studies.setting import Device, Run, Setting
-from benchmarks.studies.store import Store
+from benchmarks.studies.store import Store, command_line
 from benchmarks.studies.sweep import sweep
 from benchmarks.studies.text import Text, read_text
 from benchmarks.studies.training import schedule, train
@@ -178,6 +178,14 @@ def test_a_study_runs_resumes_and_reports(study, tmp_path):
     report("study", more, Store(path))
     page = path.with_name("study.md").read_text()
     assert "minus AdamW's best" in page and "(2)" in page and then.popitem()[1].session["command"] in page
+    assert path.with_name("study.svg").exists() and "svg" not in page
+
+
+def test_a_recorded_command_names_no_place():
+    words = ["main", "--only", "AdaPM block", "--data", "/somewhere/text.xz", "--output", "/tmp/out", "--jobs", "2"]
+    assert command_line("python -m benchmarks", words) == (
+        "python -m benchmarks main --only 'AdaPM block' --data text.xz --jobs 2"
+    )
 
 
 def test_crossed_options_are_shown_against_each_other(study, tmp_path):

@@ -20,6 +20,11 @@ def test_the_page_shows_the_drawings():
     assert all((drawings.PICTURES / f"{name}.svg").is_file() for name in shown)
 
 
+def test_results_show_the_picture_that_the_readme_shows():
+    shown = [name for page in RESULTS.glob("*.md") for name in re.findall(r"\]\(([^)]*\.svg)\)", page.read_text())]
+    assert shown == ["loss_and_bytes.svg"]
+
+
 @pytest.mark.parametrize("name", ["payment", "orthogonalization"])
 def test_a_drawing_has_curves(name):
     (axes,) = drawings.DRAWINGS[name](plotting()).axes
