@@ -66,7 +66,8 @@ def points(names: Sequence[str], known: Mapping[str, float], results: Path = RES
     Args:
         known: States by :func:`identity`, which are not counted again.
 
-    Trials, which nobody can use, are left out, and so are optimizers of packages that are not installed here.
+    Trials, which nobody can use, are left out, and so are optimizers whose state is neither known nor can be counted,
+    because their package is not installed here.
     """
     found: dict[str, Point] = {}
     for name in names:
@@ -78,13 +79,13 @@ def points(names: Sequence[str], known: Mapping[str, float], results: Path = RES
             rival = rivals(study, rows)["AdamW"]
             labels = [label for label in rows if label == rival or not label.startswith("AdamW")]
             for label in labels:
-                kind = study.variants[label][0]
-                if kind not in TRIALS and not missing(kind):
-                    found.setdefault(label, _point(study, name, rows, label, rival, known))
+                state = _state(study, name, label, rows, known)
+                if study.variants[label][0] not in TRIALS and state is not None:
+                    found.setdefault(label, _point(study, name, rows, label, rival, state))
     return sorted(found.values(), key=lambda point: not point.label.startswith("AdamW"))
 
 
-def _point(study: Study, name: str, rows: Table, label: str, rival: str, known: Mapping[str, float]) -> Point:
+def _point(study: Study, name: str, rows: Table, label: str, rival: str, state: float) -> Point:
     lr, other = best(rows[label]), rows[rival][best(rows[rival])].losses
     losses = rows[label][lr].losses
     differences = [losses[seed] - other[seed] for seed in losses if seed in other]
@@ -97,15 +98,17 @@ def _point(study: Study, name: str, rows: Table, label: str, rival: str, known: 
         seeds=len(differences),
         difference=statistics.fmean(differences),
         error=statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None,
-        state=_state(study, name, label, rows[label][lr].state, known),
+        state=state,
         optimizer=resolve(*study.variants[label]),
     )
 
 
-def _state(study: Study, name: str, label: str, counted: float | None, known: Mapping[str, float]) -> float:
+def _state(study: Study, name: str, label: str, rows: Table, known: Mapping[str, float]) -> float | None:
+    kind, options = study.variants[label]
+    counted = rows[label][best(rows[label])].state
     if counted is None:
-        counted = known.get(identity(name, resolve(*study.variants[label])))
-    return relative_state(study, label) if counted is None else counted
+        counted = known.get(identity(name, resolve(kind, options)))
+    return relative_state(study, label) if counted is None and not missing(kind) else counted
 
 
 def identity(study: str, optimizer: Mapping[str, Any]) -> str:

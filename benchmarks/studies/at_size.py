@@ -117,8 +117,8 @@ def at_size() -> Study:
             "0.814. **With the paper's settings AdaPM ends 0.030 above AdamW's best** (one seed; 0.766 at 6e-4). "
             "With values in bfloat16, too, it is 0.0194 ± 0.0009 below. Full momentum for embeddings is as good and "
             "larger. A damped denominator gains nothing. **Block second moments cost it: AdaPM block ends 0.034 "
-            "above AdamW's best and 0.003 above Adam-mini's** (one seed). Both are best at 6e-4, the lowest rate "
-            "tried, and at 1.2e-3 they end at 0.778 and 0.849. Some runs shared a GPU, so seconds compare nothing."
+            "above AdamW's best and 0.003 above Adam-mini's** (one seed). Both are best at 6e-4: they end at 0.808 "
+            "and 0.811 at 3e-4, at 0.778 and 0.849 at 1.2e-3. Some runs shared a GPU, so seconds compare nothing."
         ),
     )
 
@@ -205,9 +205,9 @@ def partial_muon() -> Study:
         ),
         finding=(
             "Muon (full momentum) ends at 0.6114 at 4e-3 and 0.6141 at 8e-3, one seed. PartialMuon ends 0.012 above "
-            "its best in the same seed, at 8e-3, the only rate tried, and 0.1107 +- 0.0023 below AdamW's best (two "
-            "seeds). At rank 5 % in float32, which were the defaults, it ends 0.028 above Muon, at 4e-3, with full "
-            "momentum for embeddings 0.019, at 8e-3; with low-rank attention outputs, rank 10 % and all state in "
-            "bfloat16 0.025. Muon below 4e-3 was not run."
+            "its best in the same seed, at 8e-3 (0.630 at 1.6e-2, lower rates not run), and "
+            "0.1107 +- 0.0023 below AdamW's best (two seeds). At rank 5 % in float32, which were the defaults, it ends "
+            "0.028 above Muon, at 4e-3, with full momentum for embeddings 0.019, at 8e-3; with low-rank attention "
+            "outputs, rank 10 % and all state in bfloat16 0.025. Muon below 4e-3 was not run."
         ),
     )
