@@ -165,6 +165,7 @@ def _count(optimizer: Optimizer, device: str) -> dict[str, Any]:
     """Bytes of state and of collectives, time of the host, and steps in which it waits for a GPU."""
     exchanged, collectives, waits, host = [], [], 0, []
     for _ in range(INTERVAL):
+        _synchronize(device)
         before, began = (TRAFFIC.bytes, TRAFFIC.collectives), time.perf_counter()
         waits += _waits(optimizer, device)
         host.append(time.perf_counter() - began)
@@ -179,12 +180,16 @@ def _count(optimizer: Optimizer, device: str) -> dict[str, Any]:
     }
 
 
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 def _waits(optimizer: Optimizer, device: str) -> bool:
     """Take a step on an idle GPU, and return whether the host waited for it."""
     if device != "cuda":
         optimizer.step()
         return False
-    torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")  # an error on one process would let the others wait

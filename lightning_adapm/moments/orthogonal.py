@@ -58,7 +58,7 @@ class Orthogonal(NoSecondMoment):
         squares = reduction.total([_squares(part.unsqueeze(0)) for part in held])
         dtype = product_dtype(parts[0].device, parts[0].dtype)
         held = [_normalized(part, total[0], dtype) for part, total in zip(held, squares, strict=True)]
-        return Owners(reduction.shards).apply(partial(_iterated, steps=self.steps), held)
+        return Owners(reduction.shards, dtype).apply(partial(_iterated, steps=self.steps), held)
 
 
 def sized(found: list[Tensor], rows: int) -> Direction:

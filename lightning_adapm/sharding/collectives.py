@@ -1,15 +1,20 @@
 """Collectives of a step, which are counted, and which whoever records the step may run in every replay instead."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 Collective = Callable[[], None]
-"""A collective with its tensors, which may be run again when these have other values."""
+"""A collective with its tensors, or the end of one, which may be run again when these have other values."""
+Borrowing = Callable[[Tensor], Tensor]
+"""Gives the tensor that a collective keeps for one of the step, whose memory may be used again after it."""
+Taker = Callable[[Callable[[Borrowing], Collective]], None]
+"""Takes a collective that is still to be bound to its tensors."""
 
 
 class Traffic:
@@ -18,20 +23,21 @@ class Traffic:
     def __init__(self) -> None:
         self.bytes = self.collectives = 0
 
-    def add(self, tensor: Tensor) -> None:
-        """Count one collective over ``tensor``."""
-        self.bytes += tensor.numel() * tensor.element_size()
+    def add(self, nbytes: int) -> None:
+        """Count one collective over ``nbytes``."""
+        self.bytes += nbytes
         self.collectives += 1
 
 
 TRAFFIC = Traffic()
 """Traffic of all optimizers' steps in this process."""
 
-_taken: ContextVar[Callable[[Collective], None] | None] = ContextVar("whoever takes collectives", default=None)
+
+_taken: ContextVar[Taker | None] = ContextVar("whoever takes collectives", default=None)
 
 
 @contextmanager
-def taken_by(taker: Callable[[Collective], None]) -> Iterator[None]:
+def taken_by(taker: Taker) -> Iterator[None]:
     """Within the context, give collectives to ``taker`` instead of running them."""
     token = _taken.set(taker)
     try:
@@ -40,30 +46,81 @@ def taken_by(taker: Callable[[Collective], None]) -> Iterator[None]:
         _taken.reset(token)
 
 
-def _communicate(counted: Tensor, collective: Collective) -> None:
-    def run() -> None:
-        TRAFFIC.add(counted)
-        collective()
-
+def _run(bound: Callable[[Borrowing], Collective]) -> None:
     taker = _taken.get()
-    run() if taker is None else taker(run)
+    bound(lambda tensor: tensor)() if taker is None else taker(bound)
+
+
+class Planned(NamedTuple):
+    """A collective over tensors, which begins when it is called with them; the bytes of the first one are counted."""
+
+    tensors: tuple[Tensor, ...]
+    call: Callable[..., dist.Work]
+
+
+def begin(planned: Sequence[Planned]) -> Callable[[], None]:
+    """Begin collectives, and return what waits for all of them. The device goes on meanwhile.
+
+    Until then, the memory of their tensors must not be used again.
+    """
+    begun: list[dist.Work] = []
+
+    def bound(borrowed: Borrowing) -> Collective:
+        kept = [(each.call, [borrowed(tensor) for tensor in each.tensors]) for each in planned]
+
+        def start() -> None:
+            for call, tensors in kept:
+                TRAFFIC.add(tensors[0].nbytes)
+                begun.append(call(*tensors))
+
+        return start
+
+    def wait() -> None:
+        while begun:
+            begun.pop().wait()
+
+    _run(bound)
+    return lambda: _run(lambda borrowed: wait)
+
+
+def _communicate(call: Callable[..., object], *tensors: Tensor) -> None:
+    """Run a collective over tensors, and count the bytes of the first one."""
+
+    def bound(borrowed: Borrowing) -> Collective:
+        kept = [borrowed(tensor) for tensor in tensors]
+
+        def run() -> None:
+            TRAFFIC.add(kept[0].nbytes)
+            call(*kept)
+
+        return run
+
+    _run(bound)
 
 
 def all_reduce(tensor: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
     """Reduce ``tensor`` over the group in place."""
-    _communicate(tensor, lambda: dist.all_reduce(tensor, op, group=group))
+    _communicate(lambda kept: dist.all_reduce(kept, op, group=group), tensor)
 
 
 def all_gather(whole: Tensor, part: Tensor, group: dist.ProcessGroup) -> None:
     """Gather the ``part`` of every process, in order of their ranks, in ``whole``."""
-    _communicate(whole, lambda: dist.all_gather_into_tensor(whole, part, group=group))
+    _communicate(lambda into, given: dist.all_gather_into_tensor(into, given, group=group), whole, part)
 
 
-def all_to_all(received: Tensor, sent: Tensor, taken: list[int], given: list[int], group: dist.ProcessGroup) -> None:
-    """Send so many rows as are ``given`` of ``sent`` to each process, and receive so many as are ``taken``."""
+def summing(tensor: Tensor, group: dist.ProcessGroup) -> Planned:
+    """Plan to sum ``tensor`` over the group in place."""
+    return Planned((tensor,), lambda kept: dist.all_reduce(kept, dist.ReduceOp.SUM, group=group, async_op=True))
+
+
+def exchanging(received: Tensor, sent: Tensor, taken: list[int], given: list[int], group: dist.ProcessGroup) -> Planned:
+    """Plan to send so many rows as are ``given`` of ``sent`` to each process, and receive so many as are ``taken``."""
+
+    def call(rows: Tensor, into: Tensor) -> dist.Work:
+        return dist.all_to_all_single(into, rows, taken, given, group=group, async_op=True)
+
     # as bytes: not every backend knows every dtype
-    into, rows = received.view(torch.uint8), sent.view(torch.uint8)
-    _communicate(sent, lambda: dist.all_to_all_single(into, rows, taken, given, group=group))
+    return Planned((sent.view(torch.uint8), received.view(torch.uint8)), call)
 
 
 def total(values: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:

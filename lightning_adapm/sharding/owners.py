@@ -1,30 +1,65 @@
 """Whole matrices from sharded rows: each matrix goes to one process, which works on it alone."""
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_adapm.sharding.collectives import all_to_all
+from lightning_adapm.sharding.collectives import Planned, begin, exchanging
 from lightning_adapm.sharding.rows import RowShard
+
+LARGE = 1 << 24
+"""Bytes of a matrix from which on it has an exchange of its own, which puts its rows where they belong. Smaller ones
+share an exchange, because the host takes as long for it as a device for copies of their rows.
+"""
+
+
+class Turn(NamedTuple):
+    """Matrices that are exchanged together: those of each process, and the place of this one's among all of its own."""
+
+    dealt: list[range]
+    place: slice
+
+    @property
+    def all(self) -> slice:
+        return slice(self.dealt[0].start, self.dealt[-1].stop)
 
 
 class Owners:
     """Assignment of a batch's matrices to the processes that hold their rows, with one exchange in each direction.
 
     Each of ``N`` processes sends its rows of every matrix and receives one matrix in ``N``. Its traffic shrinks with
-    ``N`` like its share of the rows, and no work is done twice.
+    ``N`` like its share of the rows, and no work is done twice. The device goes on while they are exchanged.
 
     Args:
         shards: Shards of the batch's matrices, in order; all of one group and one shape.
+        dtype: Dtype of what is exchanged.
     """
 
-    def __init__(self, shards: Sequence[RowShard]) -> None:
+    def __init__(self, shards: Sequence[RowShard], dtype: torch.dtype) -> None:
         layout = shards[0].layout
         self._shards, self._group, self._rank = shards, layout.group, layout.rank
-        count = len(layout.spans)
-        self._dealt = [range(owner, len(shards), count) for owner in range(count)]
-        """Indices of each process's matrices."""
+        self._processes = range(len(layout.spans))
+        self._size, self._width = shards[0].size, shards[0].width
+        self._cut = any(shard.cut for shard in shards)
+        alike = not self._cut and len({shard.counts for shard in shards}) == 1
+        large = self._size * self._width * dtype.itemsize >= LARGE
+        self._together = len(self._processes) if alike and large else len(shards)
+
+    @cached_property
+    def _turns(self) -> list[Turn]:
+        found, mine = list[Turn](), 0
+        for start in range(0, len(self._shards), self._together):
+            number = min(self._together, len(self._shards) - start)
+            each, more = divmod(number, len(self._processes))
+            edges = accumulate((each + (process < more) for process in self._processes), initial=start)
+            dealt = [range(*pair) for pair in pairwise(edges)]
+            found.append(Turn(dealt, slice(mine, mine + len(dealt[self._rank]))))
+            mine += len(dealt[self._rank])
+        return found
 
     def apply(self, function: Callable[[Tensor], Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
         """Apply a function to whole matrices, and return this process's rows of each result.
@@ -33,33 +68,108 @@ class Owners:
             function: Function of a tensor ``(b, m, n)`` to one of the same shape, of any dtype.
             parts: This process's rows of each matrix, zero where others hold them.
         """
-        mine, shards = self._dealt[self._rank], self._shards
-        given = [sum(shards[i].count for i in dealt) for dealt in self._dealt]
-        taken = [sum(shards[i].rows_of(rank)[1] for i in mine) for rank in range(len(self._dealt))]
-        order = [i for dealt in self._dealt for i in dealt]
-        results = function(self._whole(self._exchanged(torch.cat([parts[i] for i in order]), given, taken)))
+        return self.give_back(function(self.collect(parts)()))()
+
+    def mine(self, values: Tensor) -> Tensor:
+        """Those of a value for each matrix that are of this process's."""
+        return torch.cat([values[own.start : own.stop] for own in (turn.dealt[self._rank] for turn in self._turns)])
+
+    def collect(self, parts: Tensor | Sequence[Tensor], also: Sequence[Planned] = ()) -> Callable[[], Tensor]:
+        """Begin to collect this process's matrices from all rows of theirs.
+
+        Args:
+            parts: This process's rows of each matrix, which must stay as they are until all is done.
+            also: Collectives that are to begin before that.
+
+        Returns:
+            What waits for the matrices ``(b, m, n)``.
+        """
+        made = parts[0].new_zeros if self._cut else parts[0].new_empty
+        whole = made(self._turns[-1].place.stop, self._size, self._width)
+        planned, sent, received = list(also), list[Tensor](), list[Tensor]()
+        for turn in self._turns:
+            taken, given = self._received(turn), self._sent(turn)
+            into = whole[turn.place].flatten(0, 1) if self._in_place(turn) else whole.new_empty(sum(taken), self._width)
+            sent.append(self._joined(parts, turn))
+            received.append(into)
+            planned.append(exchanging(into, sent[-1], taken, given, self._group))
+        wait = begin(planned)
+
+        def waited() -> Tensor:
+            wait()
+            sent.clear()  # their memory was not to be used again before
+            for turn, rows in zip(self._turns, received, strict=True):
+                if not self._in_place(turn):
+                    self._assemble(whole[turn.place], rows, turn)
+            return whole
+
+        return waited
+
+    def give_back(self, results: Tensor, parts: Tensor | None = None) -> Callable[[], list[Tensor]]:
+        """Begin to give the rows of results back to the processes that hold them.
+
+        Args:
+            results: A result for each of this process's matrices, ``(b, m, n)``.
+            parts: Rows of each matrix ``(b, k, n)`` that the results may take the place of.
+
+        Returns:
+            What waits for this process's rows of each result.
+        """
+        planned, sent, received = list[Planned](), list[Tensor](), list[Tensor]()
+        for turn in self._turns:
+            taken, given = self._sent(turn), self._received(turn)
+            rows = results[turn.place].flatten(0, 1) if self._in_place(turn) else self._cut_up(results, turn)
+            into = results.new_empty(sum(taken), self._width) if parts is None else parts[turn.all].flatten(0, 1)
+            sent.append(rows.contiguous())
+            received.append(into)
+            planned.append(exchanging(into, sent[-1], taken, given, self._group))
+        wait = begin(planned)
+
+        def waited() -> list[Tensor]:
+            wait()
+            sent.clear()  # their memory was not to be used again before
+            counts = [[shard.count for shard in self._shards[turn.all]] for turn in self._turns]
+            return [rows for turn, each in zip(received, counts, strict=True) for rows in turn.split(each)]
+
+        return waited
+
+    def _in_place(self, turn: Turn) -> bool:
+        """Whether the rows of this process's matrices lie as they are exchanged."""
+        return len(turn.dealt[self._rank]) < 2 and not self._cut
+
+    def _sent(self, turn: Turn) -> list[int]:
+        """Number of this process's rows of each process's matrices."""
+        return [sum(self._shards[i].count for i in dealt) for dealt in turn.dealt]
+
+    def _received(self, turn: Turn) -> list[int]:
+        """Number of each process's rows of this process's matrices."""
+        return [sum(count for _, count in self._spans(turn, process)) for process in self._processes]
+
+    def _spans(self, turn: Turn, process: int) -> list[tuple[int, int]]:
+        """First row that a process has of each of this process's matrices, and how many."""
+        return [self._shards[i].rows_of(process) for i in turn.dealt[self._rank]]
+
+    def _joined(self, parts: Tensor | Sequence[Tensor], turn: Turn) -> Tensor:
+        """This process's rows of the matrices of a turn; no copy of what lies together."""
+        return parts[turn.all].flatten(0, 1) if isinstance(parts, Tensor) else torch.cat(list(parts[turn.all]))
+
+    def _assemble(self, matrices: Tensor, received: Tensor, turn: Turn) -> None:
+        """Assemble this process's matrices from the rows of all processes."""
+        spans = [self._spans(turn, process) for process in self._processes]
+        pieces = received.split([count for each in spans for _, count in each])
+        for index, matrix in enumerate(matrices):
+            rows = pieces[index :: len(matrices)]
+            if not self._cut:
+                torch.cat(rows, out=matrix)
+                continue
+            for piece, (first, count) in zip(rows, (each[index] for each in spans), strict=True):
+                matrix[first : first + count] += piece  # a row may be cut in two
+
+    def _cut_up(self, results: Tensor, turn: Turn) -> Tensor:
+        """Rows of this process's results in the order of the processes that hold them."""
         rows = [
             result[first : first + count]
-            for rank in range(len(self._dealt))
-            for result, (first, count) in zip(results, (shards[i].rows_of(rank) for i in mine), strict=True)
+            for process in self._processes
+            for result, (first, count) in zip(results[turn.place], self._spans(turn, process), strict=True)
         ]
-        back = torch.cat(rows) if rows else results.flatten(0, 1)
-        found = self._exchanged(back, taken, given).split([shards[i].count for i in order])
-        return [result for _, result in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])]
-
-    def _exchanged(self, rows: Tensor, given: list[int], taken: list[int]) -> Tensor:
-        """Exchange rows: send ``given`` to each process, and receive as many."""
-        received = rows.new_empty(sum(taken), rows.shape[1])
-        all_to_all(received, rows.contiguous(), taken, given, self._group)
-        return received
-
-    def _whole(self, received: Tensor) -> Tensor:
-        """Assemble this process's matrices from the rows of all processes."""
-        mine, like = self._dealt[self._rank], self._shards[0]
-        whole, place = received.new_zeros(len(mine), like.size, like.width), 0
-        for rank in range(len(self._dealt)):
-            for matrix, i in zip(whole, mine, strict=True):
-                first, count = self._shards[i].rows_of(rank)
-                matrix[first : first + count] += received[place : place + count]  # a row may be cut in two
-                place += count
-        return whole
+        return torch.cat(rows) if rows else results[turn.place].flatten(0, 1)

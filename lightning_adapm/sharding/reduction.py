@@ -97,7 +97,8 @@ class ProcessReduction(Reduction):
     def __init__(self, shards: Sequence[RowShard], columns_shared: bool = False) -> None:
         self.shards = shards
         self._columns_shared = columns_shared
-        self._group = shards[0].layout.group
+        self.group = shards[0].layout.group
+        """The processes."""
 
     def rows(self, values: _Tensors) -> _Tensors:
         cut = sum(len(shard.cut) for shard in self.shards)
@@ -112,17 +113,17 @@ class ProcessReduction(Reduction):
                 place += 1
         for place, row_value in mine:
             parts[place] = row_value
-        all_reduce(parts, self._group)
+        all_reduce(parts, self.group)
         for place, row_value in mine:
             row_value.copy_(parts[place])
         return values
 
     def total(self, values: list[Tensor]) -> list[Tensor]:
-        return total(values, self._group)
+        return total(values, self.group)
 
     def largest(self, values: Tensor) -> Tensor:
         found = super().largest(values) if values.shape[-2] else values.new_zeros(values.shape[0], 1, values.shape[-1])
-        all_reduce(found, self._group, dist.ReduceOp.MAX)
+        all_reduce(found, self.group, dist.ReduceOp.MAX)
         return found
 
     def length(self, values: Tensor) -> Tensor:
@@ -131,7 +132,7 @@ class ProcessReduction(Reduction):
 
     def any(self, flags: Tensor) -> Tensor:
         counts = flags.to(torch.int32)
-        all_reduce(counts, self._group, dist.ReduceOp.MAX)
+        all_reduce(counts, self.group, dist.ReduceOp.MAX)
         return counts != 0
 
     def kept_columns(self, values: Tensor) -> Tensor:
@@ -141,7 +142,7 @@ class ProcessReduction(Reduction):
 
     @property
     def scope(self) -> Hashable:
-        return self._group, self._columns_shared
+        return self.group, self._columns_shared
 
     def columns_of(self, stacks: Sequence[Tensor], widths: Sequence[int]) -> list[Tensor]:
         if not self._columns_shared:
@@ -150,7 +151,7 @@ class ProcessReduction(Reduction):
         parts = [pad(stack, (0, -(-n // count) - stack.shape[-1])) for stack, n in zip(stacks, widths, strict=True)]
         flat = torch.cat([part.flatten() for part in parts])
         whole = flat.new_empty(count * flat.numel())
-        all_gather(whole, flat, self._group)
+        all_gather(whole, flat, self.group)
         pieces = whole.view(count, -1).split([part.numel() for part in parts], dim=1)
         return [
             torch.cat([each.view(part.shape) for each in piece.unbind()], dim=-1)[..., :n].contiguous().to(part.dtype)

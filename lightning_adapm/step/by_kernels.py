@@ -8,7 +8,7 @@ other kinds, momenta and second moments work on :class:`~lightning_adapm.step.de
 every device, but for full momentum, which is elementwise.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,14 +38,18 @@ from lightning_adapm.step.rounding import StochasticRounding
 from lightning_adapm.step.watching import Observer
 
 
-def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> None:
-    """Move the parameters of a batch that :func:`refresh` has seen, all by kernels."""
+def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> Iterable[None]:
+    """Move the parameters of a batch that :func:`refresh` has seen, all by kernels.
+
+    Returns:
+        The rest of it, which yields where the device would wait for other processes.
+    """
     part, states, number = batch.parts[0], batch.parts, batch.step
     momentum, second_moment, grads = part.first, part.second, batch.grads
     assert isinstance(grads, DeviceGradients)
     if isinstance(second_moment, RelativeSecondMoment):
         relative.step(batch, grads, group)
-        return
+        return ()
     assert isinstance(momentum, NoMomentum | FullMomentum | LowRankMomentum)
     assert isinstance(
         second_moment, BlockSecondMoment | ElementwiseSecondMoment | FactoredSecondMoment | NoSecondMoment
@@ -93,8 +97,7 @@ def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> N
     if left is not None and right is not None:
         direction = direction._replace(factors=(left, right))
     if isinstance(second_moment, Orthogonal):
-        move(batch, *_orthogonalized(batch, direction, momentum.share, observer), group, None, observer)
-        return
+        return _step_orthogonally(batch, direction, momentum.share, group, observer)
     if isinstance(second_moment, FactoredSecondMoment):
         divisors = _factored(second_moment, states, number, grads)
     elif isinstance(second_moment, NoSecondMoment):
@@ -105,10 +108,11 @@ def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> N
     else:
         divisors = Divisors(roots, bias_correction(second_moment.beta2, number), second_moment.eps)
     _move(batch, direction, direction, divisors, group, clip, observer)
+    return ()
 
 
-def step_with_reductions(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> None:
-    """Move the parameters of a batch whose moments need more than kernels do: sums over processes, or first bases."""
+def step_with_reductions(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> Iterable[None]:
+    """:func:`step` of a batch whose moments need more than kernels do: sums over processes, or first bases."""
     momentum, grads = batch.parts[0].first, batch.grads
     assert isinstance(grads, DeviceGradients)
     if isinstance(momentum, FullMomentum):
@@ -119,17 +123,17 @@ def step_with_reductions(batch: Batch, group: Mapping[str, Any], observer: Obser
         if direction.factors is not None:  # which have the share of the momentum
             direction = direction._replace(factors=_padded(*direction.factors))
         share = momentum.share if isinstance(momentum, FullMomentum) else 1.0
-        move(batch, *_orthogonalized(batch, direction, share, observer), group, None, observer)
-        return
+        return _step_orthogonally(batch, direction, share, group, observer)
     clip = group.get("clip_threshold")
     clip = None if clip is None or direction.clamp is None else clip * direction.clamp
     move(batch, direction, direction, group, clip, observer)
+    return ()
 
 
-def _orthogonalized(
-    batch: Batch, direction: Direction, share: float, observer: Observer | None
-) -> tuple[Direction, Direction]:
-    """The direction as it is orthogonalized, which only an observer needs, and the update.
+def _step_orthogonally(
+    batch: Batch, direction: Direction, share: float, group: Mapping[str, Any], observer: Observer | None
+) -> Iterable[None]:
+    """Write the direction, and return the rest of the step.
 
     ``share`` is that of the momentum in the direction: of the factors, or of a full average, which is taken further.
     """
@@ -140,8 +144,21 @@ def _orthogonalized(
         left, right = direction.factors
         factors = left, Matrices.of([right])
     found, squares = orthogonal.direct(grads.matrices, grads.reading.flaws, average, factors, share)
-    shown = direction if observer is None else Direction(split(found.clone(), grads), 1.0, scratch=False, clamp=None)
-    return shown, orthogonal.updates(found, squares, second.steps, grads, batch.reduction)
+    shown = None if observer is None else Direction(split(found.clone(), grads), 1.0, scratch=False, clamp=None)
+    updates = orthogonal.updates(found, squares, second.steps, grads, batch.reduction)
+    return _rest(batch, shown, updates, group, observer)
+
+
+def _rest(
+    batch: Batch,
+    shown: Direction | None,
+    updates: Generator[None, None, Direction],
+    group: Mapping[str, Any],
+    observer: Observer | None,
+) -> Iterable[None]:
+    """Move parameters by updates, once they are found. Only an observer needs the direction that is ``shown``."""
+    direction = yield from updates
+    move(batch, direction if shown is None else shown, direction, group, None, observer)
 
 
 def applied(batch: Batch, direction: Direction) -> Direction | None:
@@ -152,7 +169,7 @@ def applied(batch: Batch, direction: Direction) -> Direction | None:
     used = direction.multiplied().tensors
     found = torch.cat([each.to(kernels.FACTOR).reshape(-1, *each.shape[-2:]) for each in used])
     squares = torch.linalg.vector_norm(found, dim=(-2, -1), dtype=torch.float64).square_()
-    return orthogonal.updates(found, squares, second.steps, used, batch.reduction)
+    return orthogonal.updates_of_whole(found, squares, second.steps, used)
 
 
 def _padded(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

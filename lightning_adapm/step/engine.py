@@ -1,7 +1,7 @@
 """A step of parameters along their gradients: sorted into buckets of parts, and moved batch by batch on one path."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
@@ -24,6 +24,7 @@ from lightning_adapm.step.parts import Alike, Part
 from lightning_adapm.step.paths import Path, StepPath
 from lightning_adapm.step.recorder import REPLAYED, UNLIKE, Recorder
 from lightning_adapm.step.recording import Clocks, Flawed, Work
+from lightning_adapm.step.turns import take_turns
 from lightning_adapm.step.watching import Observer
 
 
@@ -145,26 +146,25 @@ class Engine:
                 if bucket.parts[0].shard is None or bucket.path.whole:
                     ready.append(batch)
                 else:
-                    found += self._update(batch, group, rule)
-                    put_back(batch)
+                    take_turns([self._update(batch, group, rule)])
+                    found += _flawed(batch)
         for together in exchange.rounds(ready):
             exchange.begin(together)
             refreshing.refresh(together)
-            for batch in together:
-                found += self._update(batch, group, rule)
-                put_back(batch)
+            take_turns(self._update(batch, group, rule) for batch in together)
+            found += chain.from_iterable(map(_flawed, together))
         return found
 
-    def _update(self, batch: Batch, group: Mapping[str, Any], rule: Rule) -> list[Flawed]:
+    def _update(self, batch: Batch, group: Mapping[str, Any], rule: Rule) -> Iterator[None]:
         grads = batch.grads
         if isinstance(grads, DeviceGradients):
             step = by_kernels.step if batch.path.whole else by_kernels.step_with_reductions
-            step(batch, group, rule.observer)
-            return [(batch.parts, grads.reading.flaws)]
-        # only now, batch by batch: copies of all gradients in float32 would be larger than the state that is saved
-        finite = self.nonfinite.replaced(batch.parts, grads, bool(group["maximize"]))
-        rule.move(batch._replace(grads=finite), group)
-        return []
+            yield from step(batch, group, rule.observer)
+        else:
+            # only now, batch by batch: copies of all gradients in float32 would be larger than the state that is saved
+            finite = self.nonfinite.replaced(batch.parts, grads, bool(group["maximize"]))
+            rule.move(batch._replace(grads=finite), group)
+        put_back(batch)
 
     def paths(self, params: Iterable[Moving], group: Mapping[str, Any], rule: Rule) -> list[StepPath]:
         """List the paths that parameters will take, of gradients that lie in memory as the parameters do."""
@@ -179,6 +179,11 @@ class Engine:
             for part in parts:
                 part.release()
         return rows
+
+
+def _flawed(batch: Batch) -> list[Flawed]:
+    """What was not finite of the gradients that kernels have read."""
+    return [(batch.parts, batch.grads.reading.flaws)] if isinstance(batch.grads, DeviceGradients) else []
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:

@@ -6,8 +6,9 @@ from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
-from lightning_adapm.sharding.collectives import Collective, taken_by
+from lightning_adapm.sharding.collectives import Borrowing, Collective, taken_by
 
 
 class Graph(Protocol):
@@ -75,10 +76,10 @@ class Sections:
         """Capture what ``work`` launches, in sections that have ``begun`` and that end where a collective is."""
         section = begun()
 
-        def take(collective: Collective) -> None:
+        def take(bound: Callable[[Borrowing], Collective]) -> None:
             nonlocal section
             section.end()
-            self._runs += section.replay, collective
+            self._runs += section.replay, bound(borrowed)
             section = begun()
 
         try:
@@ -121,6 +122,30 @@ def captured(work: Callable[[], None], device: torch.device, pool: Any) -> Graph
             sections.capture(work, partial(CudaSection, pool))
         current.wait_stream(stream)
     return sections
+
+
+class _Memory:
+    """The memory of a tensor, as numba describes arrays on a device to others."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "version": 2,
+            "typestr": "|u1",
+            "shape": (tensor.nbytes,),
+            "data": (tensor.data_ptr(), False),
+        }
+
+
+def borrowed(tensor: Tensor) -> Tensor:
+    """A tensor in the memory of another without gaps, which it does not keep from being used again.
+
+    What is exchanged between graphs is in their pool. If every collective held its own, a recorded step would take the
+    memory of all that it exchanges.
+    """
+    if tensor.device.type != "cuda" or not tensor.numel():
+        return tensor
+    found = torch.as_tensor(_Memory(tensor), device=tensor.device)
+    return found.view(tensor.dtype).view(tensor.shape)
 
 
 def reserved(device: torch.device) -> int:

@@ -4,6 +4,7 @@ The direction is written once, in the dtype of products. All products of Newton-
 are symmetric, and half of each is computed.
 """
 
+from collections.abc import Generator
 from functools import cache
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lightning_adapm.moments.base import Direction, split
 from lightning_adapm.moments.orthogonal import COEFFICIENTS, parts_of, sized
+from lightning_adapm.sharding.collectives import summing
 from lightning_adapm.sharding.owners import Owners
 from lightning_adapm.sharding.reduction import ProcessReduction, Reduction
 from lightning_adapm.step import kernels
@@ -90,27 +92,43 @@ def direct(
     return found, (largest.square() * shares).sum(dim=-1)
 
 
-def updates(found: Tensor, squares: Tensor, steps: int, like: list[Tensor], reduction: Reduction) -> Direction:
-    """Updates along directions.
+def updates(
+    found: Tensor, squares: Tensor, steps: int, like: list[Tensor], reduction: Reduction
+) -> Generator[None, None, Direction]:
+    """Updates along directions, which are found when the generator returns; it yields where it waits for processes.
 
     Args:
         found: Directions ``(b, m, n)`` in the dtype of products, which are overwritten. Of shards, the rows of this
             process; no row is cut.
-        squares: Their squared norms ``(b,)`` in float64.
+        squares: Their squared norms ``(b,)`` in float64, which are completed.
         steps: Number of steps of Newton-Schulz.
         like: Matrices and stacks of them, one for each part.
         reduction: Completion of sums over rows.
     """
-    norms = torch.stack(reduction.total(list(squares.unbind()))).sqrt()
+    if not isinstance(reduction, ProcessReduction):
+        return updates_of_whole(found, squares, steps, like)
+    owners = Owners(reduction.shards, found.dtype)
+    collected = owners.collect(found, also=[summing(squares, reduction.group)])
+    yield
+    whole = collected()
+    given_back = owners.give_back(_orthogonalized(whole, owners.mine(squares), steps), found)
+    del whole, collected
+    yield
+    return sized(given_back(), reduction.shards[0].size)
+
+
+def updates_of_whole(found: Tensor, squares: Tensor, steps: int, like: list[Tensor]) -> Direction:
+    """:func:`updates` along directions of whole matrices."""
+    return sized(split(_orthogonalized(found, squares, steps), like), found.shape[-2])
+
+
+def _orthogonalized(found: Tensor, squares: Tensor, steps: int) -> Tensor:
+    """Orthogonal matrices by Newton-Schulz; zero where that is impossible. ``found`` is overwritten."""
+    norms = squares.sqrt()
     possible = norms.isfinite() & (norms > torch.finfo(torch.float32).tiny)
-    if isinstance(reduction, ProcessReduction):
-        _rescale(found, torch.where(possible, 1 / norms, 0.0).float())
-        owned = Owners(reduction.shards).apply(lambda whole: iterated(whole, steps), list(found.unbind()))
-        return sized(owned, reduction.shards[0].size)
     ordinary = (norms > _ORDINARY[0]) & (norms < _ORDINARY[1])
     _rescale(found, torch.where(possible, torch.where(ordinary, 1.0, 1 / norms), 0.0).float())
-    inverse = torch.where(ordinary, 1 / norms, 1.0).float()
-    return sized(split(iterated(found, steps, inverse), like), found.shape[-2])
+    return iterated(found, steps, torch.where(ordinary, 1 / norms, 1.0).float())
 
 
 def _rescale(found: Tensor, factors: Tensor) -> None:

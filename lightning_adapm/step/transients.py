@@ -23,6 +23,9 @@ _COPIES = 2
 _DIRECTIONS, _SQUARES = 3, 5
 """Copies of matrices that are orthogonalized, and of their Gram matrices, in the dtype of products."""
 
+_WAITING = 2
+"""Batches whose matrices are exchanged between processes while another one is worked on."""
+
 _TILES = 6
 """Tiles in float32 that a monitor holds."""
 
@@ -49,7 +52,7 @@ def held_by_a_step(parts: Sequence[Part]) -> int:
     alike: defaultdict[Hashable, list[Part]] = defaultdict(list)
     for part in parts:
         alike[part.alike].append(part)
-    batches, bases, products = [], 0, 0
+    batches, bases, products, waiting = [], 0, 0, 0
     for bucket in alike.values():
         part = bucket[0]
         shape = part.shape if part.shard is None else torch.Size((part.shard.most, *part.shape[1:]))
@@ -61,7 +64,10 @@ def held_by_a_step(parts: Sequence[Part]) -> int:
         if whole:
             owners = 1 if part.shard is None else len(part.shard.layout.spans)  # of which each has some matrices
             needed = -(-together // owners) * _of_whole_matrices(part.shape)
-            needed += together * _of_whole_matrices(shape) if part.shard is not None else 0
+            if part.shard is not None:
+                needed += together * _of_whole_matrices(shape)
+                rows = together * shape.numel() + -(-together // owners) * part.shape.numel()
+                waiting = max(waiting, _WAITING * rows * step_kernels.FACTOR.itemsize)
         if not kernels:
             needed = 4 * _COPIES * together * shape.numel()
         elif part.first.has_basis:
@@ -72,7 +78,7 @@ def held_by_a_step(parts: Sequence[Part]) -> int:
             products += left * len(bucket) if part.shard is not None else 0  # read before any of them moves
         batches.append(needed)
     in_float64 = 4 * min(bases, TOGETHER_NUMEL)  # as they are made orthonormal, and products of them
-    return max(batches, default=0) + 4 * (bases + products) + 8 * in_float64
+    return max(batches, default=0) + waiting + 4 * (bases + products) + 8 * in_float64
 
 
 def _of_whole_matrices(shape: torch.Size) -> int:

@@ -7,6 +7,7 @@ import torch
 from jobs import RECORDED_JOBS, draw_gradients
 from strategies import device, processes, shard
 
+from lightning_adapm.sharding import owners
 from lightning_adapm.sharding.collectives import TRAFFIC
 from lightning_adapm.sharding.find import layout_of, local
 from lightning_adapm.step.recorder import MOST_BYTES
@@ -19,6 +20,8 @@ def main():
     with processes():
         for job in RECORDED_JOBS.values():
             compare(job)
+        owners.LARGE = 1  # each matrix has an exchange of its own
+        compare(RECORDED_JOBS["muon"])
 
 
 def compare(job):

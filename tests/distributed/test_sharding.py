@@ -1,13 +1,17 @@
 """The arithmetic of rows and processes, without processes."""
 
+from collections import defaultdict
 from itertools import pairwise
+from types import SimpleNamespace
 
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lightning_adapm.roles.piece import Piece
+from lightning_adapm.sharding import owners
 from lightning_adapm.sharding.layout import Layout
+from lightning_adapm.sharding.owners import Owners
 from lightning_adapm.sharding.reduction import ProcessReduction
 from lightning_adapm.sharding.rows import RowShard, column_range
 
@@ -33,7 +37,7 @@ def cuts(draw):
 
 
 def shards_of(shape, piece, spans):
-    layouts = [Layout(shape, spans, rank, None) for rank in range(len(spans))]
+    layouts = [Layout(shape, spans, rank, rank) for rank in range(len(spans))]
     return [RowShard(layout, piece.start, piece.stop, piece.groups, piece.transposed) for layout in layouts]
 
 
@@ -103,3 +107,48 @@ def test_gathered_columns_lie_without_gaps(monkeypatch):
         reduction = reduction_of(rank)
         found = reduction.columns_of([reduction.kept_columns(each) for each in whole], [5, 4])
     assert all(torch.equal(one, other) and one.is_contiguous() for one, other in zip(found, whole, strict=True))
+
+
+class Mail:
+    """Exchanges between processes that are all in this one: each is delivered to whoever waits for it."""
+
+    def __init__(self):
+        self.sent = defaultdict(list)
+
+    def exchange(self, received, sent, taken, given, group, async_op):
+        """``group`` is the number of the process."""
+        place = len(self.sent[group])
+        self.sent[group].append(sent.split(given))
+        return SimpleNamespace(wait=lambda: self._deliver(received, taken, group, place))
+
+    def _deliver(self, received, taken, process, place):
+        for source, rows in enumerate(received.split(taken)):
+            rows.copy_(self.sent[source][place][process])
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cuts(), st.integers(1, 7), st.booleans(), st.booleans())
+def test_each_matrix_is_worked_on_by_one_process(monkeypatch, case, number, large, together):
+    """Rows come back to where they were, of matrices that have exchanges of their own and of those that share one."""
+    shape, piece, spans = case
+    monkeypatch.setattr(owners, "LARGE", 1 if large else 1 << 30)
+    monkeypatch.setattr("torch.distributed.all_to_all_single", Mail().exchange)
+    params = [torch.randn(shape) for _ in range(number)]
+    matrices = torch.stack([piece.matrix(param) for param in params])
+    parts, dealt = [], []
+    for (first, last), shard in zip(spans, shards_of(shape, piece, spans), strict=True):
+        rows = torch.stack([shard.take(param.flatten()[first:last]).flatten(1) for param in params])
+        parts.append(rows if together else list(rows))
+        dealt.append(Owners([shard] * number, torch.float32))
+    waits = [each.collect(rows) for each, rows in zip(dealt, parts, strict=True)]
+    wholes = [wait() for wait in waits]
+    assert torch.equal(torch.cat([each.mine(matrices) for each in dealt]), torch.cat(wholes))
+    assert max(map(len, wholes)) - min(map(len, wholes)) <= max(1, number // len(spans) if large else 1)
+    results = [whole.mT.contiguous().mT + 1 for whole in wholes]
+    waits = [
+        each.give_back(result, rows if together else None)
+        for each, result, rows in zip(dealt, results, parts, strict=True)
+    ]
+    for wait, shard in zip(waits, shards_of(shape, piece, spans), strict=True):
+        for found, matrix in zip(wait(), matrices, strict=True):
+            assert torch.equal(found, matrix[shard.first : shard.first + shard.count] + 1)

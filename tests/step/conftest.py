@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lightning_adapm.sharding.layout import Layout
+from lightning_adapm.sharding.owners import Owners, Turn
 from lightning_adapm.step import kernels
 
 KERNELS = "read combine advance weigh factor move relate direct rescale symmetric".split()
@@ -48,15 +49,42 @@ def interpreted(monkeypatch):
     return launched
 
 
+class Done:
+    """A collective that has been waited for."""
+
+    def wait(self):
+        pass
+
+
 @pytest.fixture
 def hold_all_rows(monkeypatch):
-    """Call this to share parameters with another process, which holds no row, so that sums are complete here."""
+    """Call this to share parameters with another process, which holds no row, so that sums are complete here.
+
+    It is given no matrix either. Returns where the numbers of elements of what is exchanged are listed.
+    """
+    exchanged = []
 
     def layout(param):
         return Layout(param.shape, ((0, param.numel()), (param.numel(), param.numel())), 0, "both", "a mesh")
 
+    def all_reduce(tensor, op, group, async_op=False):
+        exchanged.append(tensor.numel())
+        return Done()
+
+    def all_to_all(received, sent, taken, given, group, async_op):
+        exchanged.append(sent.numel())
+        received.copy_(sent)
+        return Done()
+
+    def turns(owners):
+        number = len(owners._shards)
+        return [Turn([range(number), range(number, number)], slice(0, number))]
+
     def share():
         monkeypatch.setattr("lightning_adapm.step.parts.layout_of", layout)
-        monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor, op, group: None)
+        monkeypatch.setattr("torch.distributed.all_reduce", all_reduce)
+        monkeypatch.setattr("torch.distributed.all_to_all_single", all_to_all)
+        monkeypatch.setattr(Owners, "_turns", property(turns))
+        return exchanged
 
     return share

@@ -9,7 +9,6 @@ from benchmarks.costs.memory import Ledger
 from lightning_adapm import PartialMuon
 from lightning_adapm.moments import orthogonal as reference
 from lightning_adapm.report.diagnostics import ResidualProbe
-from lightning_adapm.sharding.owners import Owners
 from lightning_adapm.step import kernels, orthogonal
 from lightning_adapm.step.launch import Matrices
 from lightning_adapm.step.moves import Average
@@ -106,7 +105,6 @@ def test_rows_that_processes_share_stay_with_the_kernels(interpreted, monkeypatc
     expected = trained(shapes)
     monkeypatch.setattr(kernels, "runs_on", lambda device: True)
     hold_all_rows()
-    monkeypatch.setattr(Owners, "apply", lambda self, function, parts: list(function(torch.stack(parts)).unbind()))
     found = trained(shapes, basis="replicate")
     assert {row.path for row in found[2].step_paths()} == {"kernels"} and "direct" in interpreted
     for one, other in zip(found[:2], expected[:2], strict=True):
