@@ -1,6 +1,6 @@
 """The studies, as data: what is asked, which variants answer it, and at which learning rates."""
 
-from benchmarks.studies import ablation, at_size, comparison, defaults, finetuning, large, on_tokens, precision
+from benchmarks.studies import ablation, at_size, comparison, defaults, finetuning, large, muon, on_tokens, precision
 from benchmarks.studies.base import BESIDE, BEST, SIZES, Study, adamw, adapm
 
 STUDIES: dict[str, Study] = {
@@ -23,7 +23,8 @@ STUDIES: dict[str, Study] = {
         large.update_size,
         at_size.at_size,
         at_size.at_size_llama,
-        at_size.partial_muon,
+        muon.partial_muon,
+        muon.partial_muon_llama,
         on_tokens.tokens_gpt2,
         on_tokens.tokens_llama_60m,
         on_tokens.tokens_llama_130m,

@@ -125,89 +125,14 @@ def at_size() -> Study:
 
 def at_size_llama() -> Study:
     return Study(
-        "Does AdaPM reach AdamW's best on a Llama-like model of 100 million parameters?",
-        ROWS,
+        "Does AdaPM reach AdamW's best on a Llama-like model of 100 million parameters, and PartialMuon Muon's?",
+        {**ROWS, "PartialMuon": ("PartialMuon", {}), "Muon": muon(momentum="full")},
         lrs=(1.2e-3, 6e-4, 1.8e-3),
         edge=(2.4e-3,),
         seeds=1,
         setting=LLAMA_AT_SIZE,
         needs_data=True,
         curves=True,
-        baselines=BASELINES,
-    )
-
-
-HALF = {"low_rank": "bfloat16"}
-"""Storage of factors, so that the rank can be larger."""
-RANK_19 = "PartialMuon, rank 19%, factors in bfloat16, full in int8"
-FULL_TABLE = "PartialMuon, embedding full, rank 15%, factors in bfloat16, full in int8"
-"""As large as the default, with momentum elsewhere. Of fp32 AdamW's state, they keep 5.9 and 5.3 % on Llama-3-8B, and
-6.2 and 7.8 % on GPT-2 124M, the default 5.3 and 7.2 %."""
-MUON_ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
-    "Muon": muon(momentum="full"),
-    "PartialMuon": ("PartialMuon", {}),
-    "PartialMuon, rank 5%": muon(),
-    RANK_19: muon(rank=0.19, state_dtype={**HALF, "full": "int8"}),
-    FULL_TABLE: muon(momentum={"embedding": "full"}, rank=0.15, state_dtype={**HALF, "full": "int8"}),
-    "PartialMuon, embedding full": muon(momentum={"embedding": "full"}),
-    "PartialMuon, embedding full, rank 10%": muon(momentum={"embedding": "full"}, rank=0.1),
-    "PartialMuon, attn_out low-rank, rank 10%, bfloat16": muon(
-        momentum={"attn_out": "low_rank"}, rank=0.1, state_dtype="bfloat16"
-    ),
-    "PartialMuon, rank 10%, bfloat16": muon(rank=0.1, state_dtype="bfloat16"),
-    "PartialMuon, rank 25%": muon(rank=0.25),
-    "PartialMuon, rank 2%": muon(rank=0.02),
-    "PartialMuon, embedding none": muon(momentum={"embedding": "none"}),
-    "PartialMuon, attn_out low-rank": muon(momentum={"attn_out": "low_rank"}),
-    "PartialMuon, value low-rank": muon(momentum={"value": "low_rank"}),
-    "PartialMuon, elementwise": muon(second_moment="elementwise"),
-    "PartialMuon, factored": ("PartialMuon", {"second_moment": "factored"}),
-    "PartialMuon, momentum .9": muon(mu=0.9),
-    "PartialMuon, every step": muon(update_proj_gap=1),
-    "PartialMuon, every 5": muon(update_proj_gap=5),
-    "PartialMuon, every 50": muon(update_proj_gap=50),
-    "Muon (torch)": ("Muon", {"adjust_lr_fn": "match_rms_adamw"}),
-    "AdamW": adamw(0.9, 0.95),
-}
-
-
-def partial_muon() -> Study:
-    """Learning rates are Muon's; AdamW's runs are those of :func:`at_size`."""
-    return Study(
-        "How close does PartialMuon come to Muon, and what of it decides that?",
-        MUON_ROWS,
-        lrs=(4e-3, 2e-3, 8e-3),
-        edge=(1.6e-2,),
-        seeds=1,
-        setting=AT_SIZE,
-        needs_data=True,
-        curves=True,
-        baselines={"Muon": ("Muon",), "AdamW": ("AdamW",)},
-        rates={"AdamW": (1.2e-3, 6e-4, 1.8e-3)},
-        first=(
-            ("Muon", 4e-3, 0),
-            ("PartialMuon", 8e-3, 0),
-            ("PartialMuon, rank 5%", 8e-3, 0),
-            (RANK_19, 8e-3, 0),
-            (FULL_TABLE, 8e-3, 0),
-            ("Muon", 8e-3, 0),
-            ("PartialMuon, rank 10%, bfloat16", 8e-3, 0),
-            ("PartialMuon, embedding full", 1.6e-2, 0),
-            ("PartialMuon", 4e-3, 0),
-            ("PartialMuon", BESIDE, 0),
-            ("Muon", BESIDE, 0),
-            ("PartialMuon, attn_out low-rank", 8e-3, 0),
-            ("PartialMuon, rank 25%", 8e-3, 0),
-            ("Muon", BEST, 1),
-            ("PartialMuon", BEST, 1),
-            ("Muon", BEST, 2),
-            ("PartialMuon", BEST, 2),
-        ),
-        finding=(
-            "Muon (full momentum) ends at 0.6114 at 4e-3 and 0.6141 at 8e-3, one seed. PartialMuon ends 0.012 above "
-            "its best in the same seed, at 8e-3 (0.630 at 1.6e-2, lower rates not run), and "
-            "0.1107 +- 0.0023 below AdamW's best (two seeds). At rank 5 % in float32, which were the defaults, it ends "
-            "0.028 above Muon, at 4e-3, with full momentum for embeddings 0.019, at 8e-3; with low-rank attention "
-            "outputs, rank 10 % and all state in bfloat16 0.025. Muon below 4e-3 was not run."
-        ),
+        baselines={**BASELINES, "Muon": ("Muon",)},
+        rates=dict.fromkeys(("PartialMuon", "Muon"), (8e-3, 4e-3, 1.6e-2)),
     )
