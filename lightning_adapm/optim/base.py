@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lightning_adapm.moments.base import Momentum, SecondMoment
 from lightning_adapm.optim import groups, in_backward, options
-from lightning_adapm.optim.in_backward import Selection
 from lightning_adapm.optim.part_table import PartTable
 from lightning_adapm.optim.registry import Registry
+from lightning_adapm.optim.turns import Selection
 from lightning_adapm.roles.assign import assign_roles
 from lightning_adapm.roles.context import Named
 from lightning_adapm.roles.inputs import read_groups
@@ -101,8 +101,8 @@ class RoleOptimizer(Checkpointed):
         self.unmatched = unmatched
         self.roles_matter = roles_matter
         self.update_in_backward = update_in_backward
-        self.gradient_norm: Tensor | None = None
-        """Norm of the last step's gradients, where it updated in backward and left none to measure."""
+        self._norms: list[Tensor] = []
+        """Norms of the last step's gradients, where it updated in backward."""
         self._registry = known = Registry()
         self.names, self.roles, self.pieces = known.names, known.roles, known.pieces
         self.reasons, self.blocks = known.reasons, known.blocks
@@ -175,6 +175,11 @@ class RoleOptimizer(Checkpointed):
         super().__setstate__(state)
         self._forget()
 
+    @property
+    def gradient_norm(self) -> Tensor | None:
+        """Norm of the last step's gradients, where it updated in backward and left none to measure."""
+        return torch.linalg.vector_norm(torch.stack(self._norms)) if self._norms else None
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; ``closure`` reevaluates the model and returns the loss."""
@@ -183,20 +188,19 @@ class RoleOptimizer(Checkpointed):
         loss, early = None, None
         self._rates.clear()
         if self.update_in_backward:
-            sharded = any(self.parts(param)[0].layout is not None for param in self.pieces)
-            modules = self._table.modules()
-            armed = in_backward.armed(self.param_groups, self.blocks, modules, closure, sharded, self._take)
+            table = self._table
+            armed = in_backward.armed(self.param_groups, self.blocks, table.modules(), closure, table.turns, self._take)
             with armed as early, torch.enable_grad():
                 loss = None if closure is None else closure()
         elif closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._registry.check_not_replaced(self)
-        self.gradient_norm = None if early is None else early.gradient_norm()
+        self._norms = [] if early is None else early.norms()
         moved = self._take(self._left(early is not None))
         self._engine.nonfinite.finish_step()
         skipped = closure is not None and loss is None  # as Lightning skips a batch
-        if not moved and self.gradient_norm is None and not skipped and not self._has_moved():
+        if not moved and not self._norms and not skipped and not self._has_moved():
             warnings.warn(_NO_GRADIENT.format(type(self).__name__), stacklevel=4)
         return loss
 

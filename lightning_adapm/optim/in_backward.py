@@ -6,9 +6,9 @@ to an ordinary, equal step.
 """
 
 import warnings
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_adapm.optim.clipping import clip_value_for
+from lightning_adapm.optim.turns import Selection, Turn, Turns, Waiting
 
 _ACCUMULATED = (
     "update_in_backward=True saves no gradient memory here: {:,.1f} MiB of gradients were held before the step's"
@@ -29,112 +30,52 @@ _CHANGED = (
     " gradients in param.register_hook, or pass update_in_backward=False"
 )
 
-Selection = Sequence[tuple[int, list[Tensor]]]
-"""Indices of parameter groups, each with parameters of it."""
+_TWICE = (
+    "the closure ran backward twice, and update_in_backward=True has moved parameters in between;"
+    " add the losses and run backward once, or pass update_in_backward=False"
+)
 
-
-class Waiting:
-    """Parameters whose gradients are complete and wait for others, so that pieces of one shape move together.
-
-    They wait as long as any gradient that is still to come fits into :attr:`bound` with them.
-
-    Args:
-        groups: The parameter groups.
-        blocks: Name of the transformer block around each parameter, None outside.
-    """
-
-    def __init__(self, groups: Iterable[Mapping[str, Any]], blocks: Mapping[Tensor, str | None]) -> None:
-        self._places = {
-            param: (index, place)
-            for index, group in enumerate(groups)
-            for place, param in enumerate(group["params"])
-            if param.requires_grad
-        }
-        self._to_come = Counter(param.nbytes for param in self._places)
-        """Number of gradients that are still to come, by their bytes."""
-        self._sizes = sorted(self._to_come, reverse=True)
-        """Their different bytes; the smallest come last."""
-        together: Counter[str | Tensor] = Counter()
-        for param in self._places:
-            together[blocks[param] or param] += param.nbytes
-        self.bound = max(together.values(), default=0)
-        """Bytes of the gradients of the largest transformer block or parameter. No more wait when a gradient comes."""
-        self._params: list[Tensor] = []
-        self._bytes = 0
-
-    @property
-    def params(self) -> Collection[Tensor]:
-        """All parameters that require a gradient."""
-        return self._places.keys()
-
-    def add(self, param: Tensor) -> bool:
-        """Add a parameter whose gradient is complete, and return whether it is time to take all that wait."""
-        self._params.append(param)
-        self._bytes += param.nbytes
-        self._to_come[param.nbytes] -= 1
-        while self._sizes and not self._to_come[self._sizes[-1]]:
-            self._sizes.pop()
-        smallest = self._sizes[-1] if self._sizes else self.bound
-        return self._bytes + smallest > self.bound
-
-    def take(self) -> Selection:
-        """Empty the collection and return its parameters in the order of their groups."""
-        found: dict[int, list[Tensor]] = {}
-        for param in sorted(self._params, key=self._places.__getitem__):
-            found.setdefault(self._places[param][0], []).append(param)
-        self._params, self._bytes = [], 0
-        return list(found.items())
+Hook = Callable[[Tensor], None]
 
 
 class EarlyUpdates:
     """One step that moves parameters inside backward.
 
     Args:
-        waiting: Parameters to move.
+        params: All parameters that require a gradient.
         clip: Bound on the entries of gradients, None for no bound.
         take: Function that moves parameters by their gradients.
     """
 
-    def __init__(self, waiting: Waiting, clip: float | None, take: Callable[[Selection], Any]) -> None:
-        self._waiting, self._clip, self._take = waiting, clip, take
-        self._arrived: set[Tensor] = set()
+    def __init__(self, params: Sequence[Tensor], clip: float | None, take: Callable[[Selection], Any]) -> None:
+        self._params, self._clip, self._take = params, clip, take
+        self._began = False
+        self._moved: list[Tensor] = []
         self._norms: list[Tensor] = []
-        self.held_before = 0
-        """Bytes of gradients from before this backward pass, which adds to them, without the first one's."""
         self._kept: Tensor | None = None
         """A moved parameter with a gradient, until the next one comes: torch's clip_grad_value_, which the Trainer
         still calls after backward, fails without any."""
         self._seen: tuple[Tensor, Tensor, int] | None = None
         """A parameter, the last gradient that it had in backward, and the version of that."""
 
-    def complete(self, param: Tensor) -> None:
-        """Collect a parameter whose gradient is complete, and move all that wait when it is time.
+    def hooks(self) -> Iterable[tuple[Tensor, Hook]]:
+        """Parameters, each with what is to be called when its gradient is complete."""
+        raise NotImplementedError
 
-        Raises:
-            RuntimeError: The gradient was complete before in this step.
-        """
-        if param in self._arrived:
-            raise RuntimeError(
-                "the closure ran backward twice, and update_in_backward=True has moved parameters in between;"
-                " add the losses and run backward once, or pass update_in_backward=False"
-            )
-        if not self._arrived:
-            others = (each for each in self._waiting.params if each is not param)
-            self.held_before = sum(each.nbytes for each in others if each.grad is not None)
-        self.free()
-        self._arrived.add(param)
-        if self._clip is not None:
-            with torch.no_grad():
-                _gradient(param).clamp_(-self._clip, self._clip)
-        self._see(param)
-        if self._waiting.add(param):
-            self._move(self._waiting.take())
+    def finish(self, turns: Turns) -> None:
+        """Let the next steps know what this one has found out."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def _move(self, selected: Selection) -> None:
         params = [param for _, several in selected for param in several]
-        self._norms += _norms(params)
+        grads = [_gradient(param) for param in params]
+        if self._clip is not None:
+            torch._foreach_clamp_min_(grads, -self._clip)
+            torch._foreach_clamp_max_(grads, self._clip)
+        self._norms += _norms(grads)
         self._take(selected)
+        self._moved += params
         self._kept = min(params, key=torch.numel)
         self._see(self._kept)
         for param in params:
@@ -153,22 +94,114 @@ class EarlyUpdates:
             self._kept = None
 
     def check_unchanged(self) -> None:
-        """Refuse changes of gradients, such as clipping, that came after parameters had moved.
+        """Refuse gradients that have come, or were changed as by clipping, after their parameters had moved.
 
         Raises:
-            RuntimeError: A gradient was changed.
+            RuntimeError: There is one.
         """
-        if self._clip is None and self._norms and self._seen is not None:
+        if self._clip is None and self._moved and self._seen is not None:
             param, grad, version = self._seen
             if param.grad is not None and (param.grad is not grad or grad._version != version):
                 raise RuntimeError(_CHANGED)
+        if any(param.grad is not None for param in self._moved if param is not self._kept):
+            raise RuntimeError(_TWICE)
 
-    def gradient_norm(self) -> Tensor | None:
-        """Norm of all gradients of this step, with those that are still to be taken; None without early gradients."""
-        if not self._arrived:
-            return None
-        left = [param for param in self._waiting.params if param.grad is not None]  # none of them has moved
-        return torch.linalg.vector_norm(torch.stack([*self._norms, *_norms(left)]))
+    def norms(self) -> list[Tensor]:
+        """Norm of each gradient of this step, with those that are still to be taken; none without early gradients."""
+        if not self._began:
+            return []
+        return self._norms + _norms([param.grad for param in self._params if param.grad is not None])
+
+
+class OneByOne(EarlyUpdates):
+    """A step that notices when each gradient is complete.
+
+    Args:
+        waiting: Collection of those that wait for others.
+    """
+
+    def __init__(
+        self, params: Sequence[Tensor], clip: float | None, take: Callable[[Selection], Any], waiting: Waiting
+    ) -> None:
+        super().__init__(params, clip, take)
+        self._waiting = waiting
+        self._arrived: set[Tensor] = set()
+        self._turns: list[Turn] = []
+        self._held_before = 0
+        """Bytes of gradients from before this backward pass, which adds to them, without the first one's."""
+
+    def hooks(self) -> Iterable[tuple[Tensor, Hook]]:
+        return ((param, self._complete) for param in self._params)
+
+    def finish(self, turns: Turns) -> None:
+        if self._held_before:
+            warnings.warn(_ACCUMULATED.format(self._held_before / 2**20), stacklevel=7)
+        elif len(self._moved) == len(self._params):
+            turns.keep(self._params, self._turns)
+
+    def _complete(self, param: Tensor) -> None:
+        """Collect a parameter whose gradient is complete, and move all that wait when it is time."""
+        if param in self._arrived:
+            raise RuntimeError(_TWICE)
+        if not self._began:
+            others = (each for each in self._params if each is not param)
+            self._held_before = sum(each.nbytes for each in others if each.grad is not None)
+        self._began = True
+        self.free()
+        self._arrived.add(param)
+        self._see(param)
+        if self._waiting.add(param):
+            self._turns.append(self._waiting.take())
+            self._move(self._turns[-1].selected)
+
+
+class InTurns(EarlyUpdates):
+    """A step whose gradients come as in an earlier one, so that the first and the last of each turn alone have a hook.
+
+    Gradients that come otherwise move with the next turn. No parameter has a gradient before.
+
+    Args:
+        turns: The turns.
+    """
+
+    def __init__(
+        self, params: Sequence[Tensor], clip: float | None, take: Callable[[Selection], Any], turns: Sequence[Turn]
+    ) -> None:
+        super().__init__(params, clip, take)
+        self._turns = turns
+        self._next = 0
+        self._as_before = True
+
+    def hooks(self) -> Iterable[tuple[Tensor, Hook]]:
+        for index, turn in enumerate(self._turns):
+            if turn.first is not turn.last:
+                yield turn.first, lambda _: self.free()
+            yield turn.last, partial(self._complete, index)
+
+    def finish(self, turns: Turns) -> None:
+        if not self._as_before or (self._began and self._next < len(self._turns)):
+            turns.give_up()
+
+    def _complete(self, index: int, last: Tensor) -> None:
+        """Move a turn, the last gradient of which is complete."""
+        self._began = True
+        self.free()
+        turn = self._turns[index]
+        self._as_before &= index == self._next and all(param.grad is not None for param in turn.params)
+        self._next += 1
+        self._move(turn.selected if self._as_before else self._late(last))
+
+    def _late(self, last: Tensor) -> Selection:
+        """All parameters with a gradient that have not moved."""
+        moved = set(self._moved)
+        if last in moved:
+            raise RuntimeError(_TWICE)
+        found: dict[int, list[Tensor]] = {}
+        for turn in self._turns:
+            for index, params in turn.selected:
+                left = [param for param in params if param.grad is not None and param not in moved]
+                found.setdefault(index, []).extend(left)
+        return [(index, params) for index, params in sorted(found.items()) if params]
 
 
 def _gradient(param: Tensor) -> Tensor:
@@ -176,20 +209,19 @@ def _gradient(param: Tensor) -> Tensor:
     return param.grad
 
 
-def _norms(params: list[Tensor]) -> list[Tensor]:
+def _norms(grads: list[Tensor]) -> list[Tensor]:
     """Norm of each gradient."""
-    grads = [_gradient(param) for param in params]
     exact = torch.float64 if any(grad.dtype == torch.float64 for grad in grads) else torch.float32
     return list(torch._foreach_norm(grads, 2, dtype=exact)) if grads else []
 
 
 @contextmanager
 def armed(
-    groups: Iterable[Mapping[str, Any]],
+    groups: Sequence[Mapping[str, Any]],
     blocks: Mapping[Tensor, str | None],
     modules: Iterable[nn.Module],
     closure: Callable[[], Any] | None,
-    sharded: bool,
+    turns: Turns,
     take: Callable[[Selection], Any],
 ) -> Iterator[EarlyUpdates | None]:
     """Within the context, ``take`` parameters soon after their gradients are complete, and free these.
@@ -202,19 +234,23 @@ def armed(
         ValueError: The Trainer of one of ``modules`` clips gradients by norm, or the module clips them itself.
         RuntimeError: Backward runs a second time in the same step, or gradients are changed after it.
     """
-    if closure is None or sharded or _in_process_group():
+    if closure is None or _in_process_group():
         reason = "step() got no closure" if closure is None else "gradients of several processes are added after it"
         warnings.warn(f"update_in_backward=True frees no gradient early here: {reason}", stacklevel=6)
         yield None
         return
-    waiting = Waiting(groups, blocks)
-    early = EarlyUpdates(waiting, clip_value_for(modules), take)
-    handles = [param.register_post_accumulate_grad_hook(early.complete) for param in waiting.params]
+    params = [param for group in groups for param in group["params"] if param.requires_grad]
+    clip, known = clip_value_for(modules), turns.of(params)
+    early: EarlyUpdates
+    if known and all(param.grad is None for param in params):
+        early = InTurns(params, clip, take, known)
+    else:
+        early = OneByOne(params, clip, take, Waiting(groups, blocks))
+    handles = [param.register_post_accumulate_grad_hook(hook) for param, hook in early.hooks()]
     try:
         yield early
         early.check_unchanged()
-        if early.held_before:
-            warnings.warn(_ACCUMULATED.format(early.held_before / 2**20), stacklevel=6)
+        early.finish(turns)
     finally:
         early.free()
         for handle in handles:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_adapm.optim.groups import settings_of
-from lightning_adapm.optim.in_backward import Selection
 from lightning_adapm.optim.registry import Registry
+from lightning_adapm.optim.turns import Selection, Turns
 from lightning_adapm.roles.live import find_roots
 from lightning_adapm.sharding.find import has_values, local
 from lightning_adapm.sharding.layout import Layout
@@ -109,6 +109,8 @@ class PartTable:
         self._settings: dict[int, tuple[Any, ...]] = {}
         self._moved: dict[Tensor | None, Moved] = {}
         """By the first of the parameters that move together."""
+        self.turns = Turns()
+        """Parameters that move together inside backward."""
         self._modules: list[weakref.ref[nn.Module]] | None = None
 
     def __contains__(self, param: Tensor) -> bool:
