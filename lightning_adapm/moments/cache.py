@@ -17,7 +17,7 @@ MOST = 4096
 class DeviceCache:
     """The tensors that an optimizer keeps; they are freed with it, and are no part of its state.
 
-    Inside :meth:`in_use`, :func:`kept` finds them.
+    Inside :func:`using`, :func:`kept` finds them.
     """
 
     def __init__(self) -> None:
@@ -43,17 +43,18 @@ class DeviceCache:
         found: _Value = self._held[key]
         return found
 
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Within the context, this is the cache of the step that runs."""
-        token = _CURRENT.set(self)
-        try:
-            yield
-        finally:
-            _CURRENT.reset(token)
-
 
 _CURRENT: ContextVar[DeviceCache | None] = ContextVar("cache of the optimizer whose step runs", default=None)
+
+
+@contextmanager
+def using(cache: DeviceCache) -> Iterator[None]:
+    """Within the context, ``cache`` is that of the step that runs."""
+    token = _CURRENT.set(cache)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
 
 
 def kept(key: Hashable, make: Callable[[], _Value]) -> _Value:

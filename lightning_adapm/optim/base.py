@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_adapm.moments.base import Momentum, SecondMoment
 from lightning_adapm.optim import groups, in_backward, options
-from lightning_adapm.optim.part_table import PartTable
+from lightning_adapm.optim.part_table import Asked, PartTable
 from lightning_adapm.optim.registry import Registry
 from lightning_adapm.optim.turns import Selection
 from lightning_adapm.roles.assign import assign_roles
@@ -23,11 +23,11 @@ from lightning_adapm.state.state_dict import FORMAT_VERSION, Checkpointed
 from lightning_adapm.step import by_torch
 from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.engine import Engine
-from lightning_adapm.step.moving import Moving
 from lightning_adapm.step.parts import Part, new_state
 from lightning_adapm.step.paths import Path, StepPath, path_of
 from lightning_adapm.step.recorder import MOST_BYTES
 from lightning_adapm.step.watching import Observer
+from lightning_adapm.step.work import Work
 
 _NO_GRADIENT = "{}.step() found no gradient on any of its parameters, so nothing is trained"
 
@@ -195,7 +195,9 @@ class RoleOptimizer(Checkpointed):
         elif closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._registry.check_not_replaced(self)
+        places = self._registry.places
+        if places is None or not all(each.are_as_before for each in places):
+            self._registry.check_not_replaced(self)
         self._norms = [] if early is None else early.norms()
         moved = self._take(self._left(early is not None))
         self._engine.nonfinite.finish_step()
@@ -224,21 +226,20 @@ class RoleOptimizer(Checkpointed):
         for index, _ in selected:
             self._table.retune(index, self)
         joined = groups.joined(selected, self.param_groups, self.defaults)
-        if (found := self._table.again(joined, self.state)) is None:
-            found = self._found(joined)
-        work = [(self._with_number(index), moving) for index, moving in found if moving]
-        if work:
-            self._engine.move(work, self)
-        return bool(work)
+        asked = [(self._with_number(index), params) for index, params in joined if params]
+        works = self._table.again(asked, self.state) or self._found(asked)
+        if works:
+            self._engine.move(works, self)
+        return bool(works)
 
-    def _found(self, joined: Selection) -> list[tuple[int, list[Moving]]]:
-        """Find what moves of parameters, given group by group."""
-        for param in chain.from_iterable(params for _, params in joined):
+    def _found(self, asked: Asked) -> list[Work]:
+        """Find what moves of parameters."""
+        for param in chain.from_iterable(params for _, params in asked):
             if (param.requires_grad or param.grad is not None) and "step" not in self.state.get(param, ()):
                 self._make_state(param)
-        found = [(index, self._moving(params)) for index, params in joined]
-        self._table.remember(joined, found, self.state)
-        return found
+        works = [work for group, params in asked if (work := self._work(group, params)).held]
+        self._table.remember(asked, works, self.state)
+        return works
 
     def _make_state(self, param: Tensor) -> None:
         parts = self.parts(param)
@@ -246,16 +247,16 @@ class RoleOptimizer(Checkpointed):
             options.check_trainable(type(self).__name__, part.name, part.piece, param, self.unmatched)
         self.state[param].update(new_state(parts, local(param).device))  # wrappers keep theirs in it too
 
-    def _moving(self, params: list[Tensor]) -> list[Moving]:
+    def _work(self, group: Mapping[str, Any], params: list[Tensor]) -> Work:
         """The parameters that have a gradient, or part of one on another process, and an element on any."""
         parts = [self.parts(param) for param in params]
         grads = gradients(params, [each[0].layout for each in parts])
-        moving: list[Moving] = []
+        moving = []
         for param, own, grad in zip(params, parts, grads, strict=True):
             if grad is not None:
                 options.check_gradient(type(self).__name__, own[0].name, grad)
-                moving.append(Moving(own, local(param), local(grad), self.state[param]))
-        return [moved for moved in moving if moved.is_something]
+                moving.append((own, local(param), local(grad), self.state[param]))
+        return Work.of(group, moving)
 
     def _with_number(self, index: int) -> Mapping[str, Any]:
         """A group whose learning rate is a number: a tensor on a device, which a step waits for, is read once."""
@@ -333,8 +334,8 @@ class RoleOptimizer(Checkpointed):
         for index, group in enumerate(self.param_groups):
             self._table.retune(index, self)
             trained = [(param, local(param)) for param in group["params"] if param.requires_grad]
-            moving = [Moving(self.parts(param), held, held, self.state.get(param, {})) for param, held in trained]
-            rows += self._engine.paths(moving, group, self)
+            moving = ((self.parts(param), held, held, self.state.get(param, {})) for param, held in trained)
+            rows += self._engine.paths(Work.of(group, moving), self)
         return rows
 
     def nonfinite_gradients(self) -> dict[str, int]:

@@ -19,7 +19,7 @@ from lightning_adapm.step.by_torch import Tile
 from lightning_adapm.step.parts import Part
 from lightning_adapm.step.paths import Path
 from lightning_adapm.step.relative import SMALLEST
-from lightning_adapm.step.rounding import StochasticRounding, widened
+from lightning_adapm.step.rounding import rounding_of, widened
 
 
 class Lomo(RoleOptimizer):
@@ -201,7 +201,7 @@ class AdaLomo(RoleOptimizer):
 def _move(tiles: Sequence[Tile], batch: Batch, group: Mapping[str, Any]) -> None:
     """Move all tiles of some matrices. Several are gone through twice, because what a matrix moves depends on all."""
     lr, clip, decay = float(group["lr"]), float(group["clip_threshold"]), batch.parts[0].decay
-    rounding = StochasticRounding.of(tiles[0].parts, batch.step, group)
+    rounding = rounding_of(tiles[0].parts, batch.step, group)
     kept = [_updates(tiles[0])] if len(tiles) == 1 else []
     lengths = _sums_of_squares((kept or [_updates(tile)])[0] for tile in tiles)
     sizes = _sums_of_squares(_matrices(tile) for tile in tiles)

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Collection, Mapping, Sequence
+from itertools import islice
 from operator import is_
 from typing import Any
 
@@ -12,14 +13,17 @@ from lightning_adapm.optim.groups import settings_of
 from lightning_adapm.optim.registry import Registry
 from lightning_adapm.optim.turns import Selection, Turns
 from lightning_adapm.roles.live import find_roots
-from lightning_adapm.sharding.find import has_values, local
+from lightning_adapm.sharding.find import local
 from lightning_adapm.sharding.layout import Layout
+from lightning_adapm.step import graphs
 from lightning_adapm.step.engine import Rule
-from lightning_adapm.step.moving import Moving
 from lightning_adapm.step.parts import Alike, Part, parts_of
+from lightning_adapm.step.work import Work
 
 States = Mapping[Tensor, dict[str, Any]]
 """States of parameters."""
+Asked = Sequence[tuple[Mapping[str, Any], list[Tensor]]]
+"""Options that a step asks for, each with the parameters that are to move by them."""
 
 
 class Moved:
@@ -28,26 +32,25 @@ class Moved:
     Neither gradients nor states are kept.
 
     Args:
-        asked: Parameters, by index of the group whose options count.
-        found: What moved of them: all.
+        asked: Parameters, with the options that they move by.
+        works: What moved of them: all.
         states: The states.
     """
 
-    def __init__(self, asked: Selection, found: Sequence[tuple[int, list[Moving]]], states: States) -> None:
-        self._indices = [index for index, _ in asked]
+    def __init__(self, asked: Asked, works: Sequence[Work], states: States) -> None:
         self._params = [param for _, params in asked for param in params]
         self._memory = _memory(self._params)
         self._trained = list(states)
         place = {param: index for index, param in enumerate(states)}
         self._places = [place[param] for param in self._params]
-        self._found = [[(moved.parts, moved.held) for moved in moving] for _, moving in found]
+        self._found = [(work.parts, work.held) for work in works]
 
-    def again(self, asked: Selection, states: States) -> list[tuple[int, list[Moving]]] | None:
+    def again(self, asked: Asked, states: States) -> list[Work] | None:
         """Return what moves in this step, if it is what was remembered; else None."""
         params = [param for _, params in asked for param in params]
         grads = [local(grad) for param in params if (grad := param.grad) is not None and grad.layout == torch.strided]
         same = (
-            [index for index, _ in asked] == self._indices
+            [len(params) for _, params in asked] == [len(parts) for parts, _ in self._found]
             and _are(params, self._params)
             and _are(states, self._trained)
             and _memory(params) == self._memory
@@ -55,15 +58,16 @@ class Moved:
         if not same or len(grads) < len(params):
             return None
         kept = list(states.values())
-        rest = zip(grads, map(kept.__getitem__, self._places), strict=True)
-        moving = [
-            (index, [Moving(*own, *now) for own, now in zip(found, rest, strict=False)])
-            for index, found in zip(self._indices, self._found, strict=True)
+        if not all("step" in state for state in kept):
+            return None
+        grads_left, states_left = iter(grads), map(kept.__getitem__, self._places)
+        return [
+            Work(group, parts, held, list(islice(grads_left, len(parts))), list(islice(states_left, len(parts))))
+            for (group, _), (parts, held) in zip(asked, self._found, strict=True)
         ]
-        return moving if all("step" in state for state in kept) else None
 
 
-def _first(asked: Selection) -> Tensor | None:
+def _first(asked: Asked) -> Tensor | None:
     return next((param for _, params in asked for param in params), None)
 
 
@@ -122,17 +126,17 @@ class PartTable:
         named = [group.get("param_names") for group in groups] == self._names
         return named and _are(held, self.held)
 
-    def remember(self, asked: Selection, found: Sequence[tuple[int, list[Moving]]], states: States) -> None:
+    def remember(self, asked: Asked, works: Sequence[Work], states: States) -> None:
         """Remember what moves, if all that was ``asked`` for does, and no process hides what it has a gradient of."""
-        moving = [moved for _, group in found for moved in group]
-        every = len(moving) == sum(len(params) for _, params in asked)
-        shown = all(_shows_gradients(moved.parts[0].layout) and has_values(moved.held) for moved in moving)
-        if every and shown:
-            self._moved[_first(asked)] = Moved(asked, found, states)
+        every = [len(work.held) for work in works] == [len(params) for _, params in asked]
+        shown = all(_shows_gradients(own[0].layout) for work in works for own in work.parts)
+        # elsewhere than on a GPU, no step waits for the host
+        if every and shown and all(graphs.can_capture(held.device) for work in works for held in work.held):
+            self._moved[_first(asked)] = Moved(asked, works, states)
         else:
             self._moved.pop(_first(asked), None)
 
-    def again(self, asked: Selection, states: States) -> list[tuple[int, list[Moving]]] | None:
+    def again(self, asked: Asked, states: States) -> list[Work] | None:
         """Return what moves in this step, if only gradients differ from the step that was remembered; else None."""
         moved = self._moved.get(_first(asked))
         return None if moved is None else moved.again(asked, states)

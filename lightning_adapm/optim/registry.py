@@ -30,10 +30,11 @@ class Registry:
         """Numbers of the parameters in the order of their coming: the same on every process."""
         self.built: dict[Tensor, Built] = {}
         """Names, shapes and options that the pieces and the state of every parameter were made for."""
-        self._places: list[Places] | None = []
+        self.places: list[Places] | None = []
+        """Places of the parameters in live modules; None where they are still to be found."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_places": None}  # other modules hold the parameters of a copy
+        return {**vars(self), "places": None}  # other modules hold the parameters of a copy
 
     def add(self, assigned: Assigned, structure: Sequence[str]) -> None:
         """Add the parameters of new groups, whose options named in ``structure`` shape the state."""
@@ -47,8 +48,8 @@ class Registry:
         for group in assigned.groups:
             options = {option: copy(group[option]) for option in structure}
             self.built.update((param, Built(self.names[param], shape_of(param), options)) for param in group["params"])
-        if self._places is not None:
-            self._places.append(Places(assigned.roots.values(), assigned.names))
+        if self.places is not None:
+            self.places.append(Places(assigned.roots.values(), assigned.names))
 
     def let_go(self, held: Collection[Tensor]) -> None:
         """Forget all parameters except ``held``, so that their memory is given back."""
@@ -71,9 +72,7 @@ class Registry:
         Raises:
             RuntimeError: Naming the first of them, and where to build the optimizer instead.
         """
-        if self._places is not None and all(places.are_as_before for places in self._places):
-            return
         held = {param: self.names[param] for group in optimizer.param_groups for param in group["params"]}
-        if self._places is None:
-            self._places = [Places(find_roots(held), held, complete=False)]
-        self._places = [places.check(held, optimizer) for places in self._places]
+        if self.places is None:
+            self.places = [Places(find_roots(held), held, complete=False)]
+        self.places = [places.check(held, optimizer) for places in self.places]

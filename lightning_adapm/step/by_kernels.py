@@ -34,7 +34,7 @@ from lightning_adapm.step.device_gradients import DeviceGradients
 from lightning_adapm.step.launch import Matrices
 from lightning_adapm.step.moves import Average, Divisors
 from lightning_adapm.step.refreshing import moved_lefts
-from lightning_adapm.step.rounding import StochasticRounding
+from lightning_adapm.step.rounding import rounding_of
 from lightning_adapm.step.watching import Observer
 
 
@@ -298,7 +298,7 @@ def _move(
         float(group["lr"]),
         parts[0].decay,
         clip,
-        StochasticRounding.of(parts, batch.step, group),
+        rounding_of(parts, batch.step, group),
         clock=batch.grads.clock if isinstance(batch.grads, DeviceGradients) else None,
     )
     if observer is None:

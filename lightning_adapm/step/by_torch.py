@@ -12,7 +12,7 @@ from lightning_adapm.step import by_kernels, watching
 from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.gradients import Gradients
 from lightning_adapm.step.parts import Part
-from lightning_adapm.step.rounding import StochasticRounding, widened
+from lightning_adapm.step.rounding import rounding_of, widened
 from lightning_adapm.step.watching import Observer
 
 Place = tuple[int, int, tuple[int, int] | None]
@@ -54,7 +54,7 @@ def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> N
             seen = tile.direction if momentum is direction else _cut(momentum, tile.place)
             settled = Denominators(divisors, 1.0, 0.0)
             watching.see_updates(observer, tile.parts, seen, used, settled, clip, tile.first)
-        rounding = StochasticRounding.of(tile.parts, batch.step, group)
+        rounding = rounding_of(tile.parts, batch.step, group)
         moved = tile.params if rounding is None else widened(tile.params)
         _apply(moved, used, divisors, lr, part.decay, clip)
         if rounding is not None:

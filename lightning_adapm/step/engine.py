@@ -11,21 +11,23 @@ import torch
 from torch import Tensor
 
 from lightning_adapm.moments.base import Momentum, SecondMoment
-from lightning_adapm.moments.cache import DeviceCache
+from lightning_adapm.moments.cache import DeviceCache, using
 from lightning_adapm.roles.piece import Piece
-from lightning_adapm.step import by_kernels, exchange, refreshing
+from lightning_adapm.step import by_kernels, exchange, graphs, refreshing
 from lightning_adapm.step.batching import Batch, batches, bucketed, put_back
 from lightning_adapm.step.counters import StepCounters
 from lightning_adapm.step.device_gradients import DeviceGradients
 from lightning_adapm.step.graphs import Pool
-from lightning_adapm.step.moving import Moving
 from lightning_adapm.step.nonfinite import NonFiniteGradients
 from lightning_adapm.step.parts import Alike, Part
 from lightning_adapm.step.paths import Path, StepPath
 from lightning_adapm.step.recorder import REPLAYED, UNLIKE, Recorder
-from lightning_adapm.step.recording import Clocks, Flawed, Work
+from lightning_adapm.step.recording import Clocks, Flawed
 from lightning_adapm.step.turns import take_turns
 from lightning_adapm.step.watching import Observer
+from lightning_adapm.step.work import Work
+
+_UNRECORDED = "launched: steps are recorded on a GPU, where their caller does not record them and no monitor sees them"
 
 
 class Rule(Protocol):
@@ -78,46 +80,51 @@ class Engine:
         """Bytes that are kept for speed alone."""
         return self._cache.nbytes + self._pool.nbytes + sum(each.nbytes for each in self._recorders.values())
 
-    @property
-    def launches(self) -> str:
+    def _launches(self, device: torch.device, rule: Rule) -> str:
         """:data:`~lightning_adapm.step.recorder.REPLAYED` where steps like the latest are, or why they are not."""
+        if not records(rule, device):
+            return _UNRECORDED
         found = [each.launches for each in self._latest] or [UNLIKE]
         return next((each for each in found if each != REPLAYED), REPLAYED)
 
-    def move(self, work: Sequence[tuple[Mapping[str, Any], Sequence[Moving]]], rule: Rule) -> None:
+    def move(self, works: Sequence[Work], rule: Rule) -> None:
         """Count one more step of parameters, and move them.
 
         Args:
-            work: Options, as a parameter group has them, each with the parameters that move by them: at least one.
+            works: The parameters, at least one by the options of each group.
             rule: The optimizer's decisions.
         """
-        works = [Work(group, moving, self._count(moving)) for group, moving in work]
-        limit = 0 if rule.observer is not None else rule.most_recorded_bytes
-        recorder = self._recorders[works[0].moving[0].parts[0].param]
+        device, works = works[0].device, [work._replace(counts=self._count(work)) for work in works]
+        with _without_autocast(device.type), using(self._cache):
+            recorder = self._recorder(works[0].first) if records(rule, device) else None
+            flawed = None if recorder is None else recorder.replayed(works)
+            for parts, flaws in self._launched(works, rule, recorder) if flawed is None else flawed:
+                self.nonfinite.count(parts, flaws)
+
+    def _recorder(self, first: Tensor) -> Recorder:
+        """The recorder of the parameters that move together with the ``first`` of them."""
+        recorder = self._recorders[first]
         if recorder in self._latest:  # parameters move once in a step
             self._latest.clear()
         self._latest.append(recorder)
-        with _without_autocast(works[0].moving[0].held.device.type), self._cache.in_use():
-            flawed = recorder.replayed(works, limit)
-            for parts, flaws in self._launched(works, rule, recorder, limit) if flawed is None else flawed:
-                self.nonfinite.count(parts, flaws)
+        return recorder
 
-    def _count(self, moving: Sequence[Moving]) -> list[int]:
+    def _count(self, work: Work) -> list[int]:
         """Count one more step of parameters."""
-        counters, states = self._counters[moving[0].parts[0].param], [each.state for each in moving]
-        if not counters.have_counted(states):
-            for each in moving:
-                each.settle()
-        return counters.count(states)
+        counters = self._counters[work.first]
+        if not counters.have_counted(work.states):
+            work.settle()
+        return counters.count(work.states)
 
-    def _launched(self, works: Sequence[Work], rule: Rule, recorder: Recorder, limit: int) -> Sequence[Flawed]:
+    def _launched(self, works: Sequence[Work], rule: Rule, recorder: Recorder | None) -> Sequence[Flawed]:
         """Take a step launch by launch, and return what was not finite of the gradients that kernels have read."""
         planned: list[tuple[Mapping[str, Any], list[Batch]]] = []
-        bound = [part for work in works for each in work.moving for part in each.bind().parts]
+        bound = [part for work in works for part in work.bound()]
         try:
-            for group, moving, counts in works:
-                counted = [(each.grad, each.parts, step) for each, step in zip(moving, counts, strict=True)]
-                planned.append((group, bucketed(counted, partial(rule.path_for, group=group))))
+            for group, parts, _, grads, _, counts in works:
+                planned.append(
+                    (group, bucketed(zip(grads, parts, counts, strict=True), partial(rule.path_for, group=group)))
+                )
             every = [bucket for _, buckets in planned for bucket in buckets]
             # whole rows of matrices are read first: kernels find out on their way
             apart = (bucket for bucket in every if bucket.parts[0].shard is None or not bucket.path.whole)
@@ -126,7 +133,10 @@ class Engine:
             def launch(clocks: Clocks | None) -> list[Flawed]:
                 return [found for group, buckets in planned for found in self._moved(buckets, group, rule, clocks)]
 
-            return recorder.run(works, [bucket.path for bucket in every], launch, self._cache, limit)
+            if recorder is None:
+                return launch(None)
+            paths = [bucket.path for bucket in every]
+            return recorder.run(works, paths, launch, self._cache, rule.most_recorded_bytes)
         finally:
             for part in bound:
                 part.release()
@@ -166,16 +176,16 @@ class Engine:
             rule.move(batch._replace(grads=finite), group)
         put_back(batch)
 
-    def paths(self, params: Iterable[Moving], group: Mapping[str, Any], rule: Rule) -> list[StepPath]:
-        """List the paths that parameters will take, of gradients that lie in memory as the parameters do."""
+    def paths(self, work: Work, rule: Rule) -> list[StepPath]:
+        """List the paths that parameters will take, given gradients that lie in memory as the parameters do."""
         alike: defaultdict[Alike, list[Part]] = defaultdict(list)
-        for part in chain.from_iterable(each.bind().parts for each in params if each.is_something):
+        for part in work.bound():
             alike[part.alike].append(part)
         rows: list[StepPath] = []
         for parts in alike.values():
-            path = rule.path_for(parts, [part.view for part in parts], group)
+            path = rule.path_for(parts, [part.view for part in parts], work.group)
             roles = tuple(dict.fromkeys(part.piece.role for part in parts))
-            rows.append(StepPath(tuple(parts[0].shape), len(parts), roles, *path, self.launches))
+            rows.append(StepPath(tuple(parts[0].shape), len(parts), roles, *path, self._launches(work.device, rule)))
             for part in parts:
                 part.release()
         return rows
@@ -184,6 +194,11 @@ class Engine:
 def _flawed(batch: Batch) -> list[Flawed]:
     """What was not finite of the gradients that kernels have read."""
     return [(batch.parts, batch.grads.reading.flaws)] if isinstance(batch.grads, DeviceGradients) else []
+
+
+def records(rule: Rule, device: torch.device) -> bool:
+    """Whether an optimizer's steps on a device are recorded, where they are alike."""
+    return bool(rule.most_recorded_bytes) and rule.observer is None and graphs.can_capture(device)
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:

@@ -18,8 +18,9 @@ class Graph(Protocol):
 
 
 def can_capture(device: torch.device) -> bool:
-    """Whether work on a device can be captured now: it is a GPU's, and nobody is capturing it."""
-    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    """Whether work on a device can be captured now: it is a GPU of this machine, and nobody is capturing its work."""
+    on_gpu = device.type == "cuda" and torch.cuda.is_initialized()  # under FakeTensorMode any machine has GPUs
+    return on_gpu and not torch.cuda.is_current_stream_capturing()
 
 
 def new_pool() -> Any:

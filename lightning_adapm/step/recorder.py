@@ -16,11 +16,11 @@ from lightning_adapm.step import graphs
 from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.clock import Clock, is_clocked
 from lightning_adapm.step.graphs import Pool
-from lightning_adapm.step.moving import Moving
 from lightning_adapm.step.parts import Part
 from lightning_adapm.step.paths import Path
-from lightning_adapm.step.recording import Clocks, Flawed, Recording, Work
+from lightning_adapm.step.recording import Clocks, Flawed, Recording
 from lightning_adapm.step.transients import held_by_a_step
+from lightning_adapm.step.work import Work
 
 MOST_BYTES = 1 << 29
 """Default bound on the temporaries of steps that are recorded, which graphs keep from step to step."""
@@ -38,6 +38,7 @@ _WORTH = 16
 """Number of replays that are worth their captures. Where steps changed before, the next must come twice as often before
 they are captured.
 """
+_PARTS, _HELD, _GRADS, _STATES, _COUNTS = map(attrgetter, ("parts", "held", "grads", "states", "counts"))
 _DTYPE = attrgetter("dtype")
 _VARYING = frozenset({"params", "param_names", "roles", "lr"})
 Launch = Callable[[Clocks | None], Sequence[Flawed]]
@@ -51,17 +52,16 @@ class Form:
     """
 
     def __init__(self, works: Sequence[Work]) -> None:
-        moving = _flat(works)
-        objects = _objects(moving)
-        self._identities, self._equal = list(map(id, objects)), _equal(works, moving)
+        objects = _objects(works)
+        self._identities, self._equal = list(map(id, objects)), _equal(works)
         self._are_tensors = [isinstance(each, Tensor) for each in objects]
         self._addresses = _addresses(compress(objects, self._are_tensors))
         self._options = [_options(work.group) for work in works]
-        counts = list(chain.from_iterable(work.counts for work in works))
+        counts = _all(works, _COUNTS)
         # one of those that are due at the same steps
         self._dues: dict[Hashable, tuple[Momentum, int]] = {}
-        for moved, count in zip(moving, counts, strict=True):
-            for part in moved.parts:
+        for parts, count in zip(_all(works, _PARTS), counts, strict=True):
+            for part in parts:
                 later = count - counts[0]
                 self._dues.setdefault((type(part.first), *vars(part.first).items(), later), (part.first, later))
 
@@ -69,12 +69,11 @@ class Form:
         """Whether a step is one of them."""
         if len(works) != len(self._options):
             return False
-        moving = _flat(works)
-        objects = _objects(moving)
+        objects = _objects(works)
         return (
             list(map(id, objects)) == self._identities
             and _addresses(compress(objects, self._are_tensors)) == self._addresses
-            and _equal(works, moving) == self._equal
+            and _equal(works) == self._equal
             and all(_have(work.group, options) for work, options in zip(works, self._options, strict=True))
         )
 
@@ -87,31 +86,33 @@ class Form:
 # what follows is done for hundreds of parameters in every step, so that nothing but C runs for each of them
 
 
-def _flat(works: Sequence[Work]) -> list[Moving]:
-    return list(chain.from_iterable(work.moving for work in works))
+def _all(works: Sequence[Work], column: Callable[[Work], Sequence[Any]]) -> list[Any]:
+    """List what all works have in a column."""
+    return list(chain.from_iterable(map(column, works)))
 
 
 def _parts(works: Sequence[Work]) -> list[Part]:
-    return list(chain.from_iterable(moved.parts for moved in _flat(works)))
+    return list(chain.from_iterable(_all(works, _PARTS)))
 
 
-def _objects(moving: Sequence[Moving]) -> list[Any]:
+def _objects(works: Sequence[Work]) -> list[Any]:
     """List the objects that must stay the same."""
-    parts, held, _, states = zip(*moving, strict=True)
-    return [*parts, *held, *states, *chain.from_iterable(map(dict.values, states))]
+    states = _all(works, _STATES)
+    values = chain.from_iterable(map(dict.values, states))
+    return [*_all(works, _PARTS), *_all(works, _HELD), *states, *values]
 
 
 def _addresses(tensors: Iterable[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 
 
-def _equal(works: Sequence[Work], moving: Sequence[Moving]) -> list[Any]:
+def _equal(works: Sequence[Work]) -> list[Any]:
     """List the properties that must be equal."""
     first = works[0].counts[0]
-    grads = [moved.grad for moved in moving]
+    grads = _all(works, _GRADS)
     return [
-        *(len(work.moving) for work in works),
-        [count - first for work in works for count in work.counts],
+        *(len(work.grads) for work in works),
+        [count - first for count in _all(works, _COUNTS)],
         list(map(_DTYPE, grads)),
         list(map(Tensor.stride, grads)),
         [address % 16 for address in _addresses(grads)],
@@ -133,7 +134,7 @@ def _have(group: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
 
 def _on_one_device(works: Sequence[Work]) -> bool:
     """Whether everything is on one device whose work can be captured now."""
-    devices = {moved.held.device for moved in _flat(works)}
+    devices = {held.device for held in _all(works, _HELD)}
     return len(devices) == 1 and all(map(graphs.can_capture, devices))
 
 
@@ -177,9 +178,9 @@ class Recorder:
         """Bytes that are kept on the device, besides temporaries."""
         return sum(recording.nbytes for recording in self._recordings.values())
 
-    def replayed(self, works: Sequence[Work], limit: int) -> list[Flawed] | None:
+    def replayed(self, works: Sequence[Work]) -> list[Flawed] | None:
         """Replay a step, if one like it was recorded."""
-        if self._form is None or not limit or not graphs.can_capture(works[0].moving[0].held.device):
+        if self._form is None:
             return None
         if not self._form.holds(works):
             self._misses += 1
@@ -201,9 +202,9 @@ class Recorder:
             paths: Paths of its buckets.
             launch: Launches it.
             cache: What is kept on the device.
-            limit: Bound on the temporaries of steps that are recorded; 0 for none.
+            limit: Bound on the temporaries of steps that are recorded.
         """
-        if not limit or self._refused(works, paths, limit) or 0 < self._misses < _MISSES:
+        if self._refused(works, paths, limit) or 0 < self._misses < _MISSES:
             return launch(None)
         if self._form is None or self._misses:
             self._begin(Form(works))
@@ -226,7 +227,7 @@ class Recorder:
         """Whether steps like this one are not recorded, and why."""
         if self._failed:
             return True
-        parts, device = _parts(works), works[0].moving[0].held.device
+        parts, device = _parts(works), works[0].device
         reason, size = "", self._most_held(works)
         most = 0 if size is None else self._pool.need(size)  # all that move in turns are recorded, or none
         if not all(path.whole for path in paths):
@@ -234,7 +235,7 @@ class Recorder:
         elif any(part.shard is None and part.is_shared for part in parts):
             reason = "processes share stacks of matrices"
         elif not _on_one_device(works):
-            reason = "the step is captured by its caller, or on several devices"
+            reason = "parameters are on several devices"
         elif size is None:
             reason = "not all moments read clocks"
         elif most > max(limit, graphs.memory(device) // _SHARE if any(part.is_shared for part in parts) else 0):

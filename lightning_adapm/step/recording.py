@@ -6,19 +6,19 @@ Everything else lies where it lay, which :class:`lightning_adapm.step.recorder.F
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_adapm.moments.cache import DeviceCache
+from lightning_adapm.moments.cache import DeviceCache, using
 from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.clock import Clock
 from lightning_adapm.step.graphs import Graph, Pool
 from lightning_adapm.step.launch import Addresses, pinned
-from lightning_adapm.step.moving import Moving
 from lightning_adapm.step.parts import Part
+from lightning_adapm.step.work import Work
 
 _WIDTH = 8
 """Elements from one clock to the next, so that each is aligned as an allocation is."""
@@ -36,15 +36,6 @@ class NotRecordableError(RuntimeError):
     """Why a step cannot be recorded."""
 
 
-class Work(NamedTuple):
-    """Parameters that step by the options of one group."""
-
-    group: Mapping[str, Any]
-    moving: Sequence[Moving]
-    counts: Sequence[int]
-    """Numbers of their steps."""
-
-
 class Timed(NamedTuple):
     """Whose step and learning rate a clock shows."""
 
@@ -56,8 +47,8 @@ class Timed(NamedTuple):
 
     def clock(self, works: Sequence[Work]) -> Clock:
         """The numbers of a step."""
-        group, _, counts = works[self.work]
-        return Clock.of(self.part, counts[self.place], group["lr"])
+        work = works[self.work]
+        return Clock.of(self.part, work.counts[self.place], work.group["lr"])
 
 
 class Tape(DeviceCache):
@@ -72,10 +63,14 @@ class Tape(DeviceCache):
     def __init__(self, cache: DeviceCache, works: Sequence[Work]) -> None:
         super().__init__()
         self._cache = cache
-        every = [(index, place, moved) for index, work in enumerate(works) for place, moved in enumerate(work.moving)]
-        grads = [moved.grad for _, _, moved in every]
+        grads = [grad for work in works for grad in work.grads]
         self._spans = sorted((grad.data_ptr(), _extent(grad), index) for index, grad in enumerate(grads))
-        self._timed = {part.key: Timed(part, index, place) for index, place, moved in every for part in moved.parts}
+        self._timed = {
+            part.key: Timed(part, index, place)
+            for index, work in enumerate(works)
+            for place, parts in enumerate(work.parts)
+            for part in parts
+        }
         self.device = grads[0].device
         room = _TABLES_OF_A_PART * len(self._timed)
         self._fixed = torch.empty(room, dtype=torch.int64, device=self.device)
@@ -136,7 +131,7 @@ class Tape(DeviceCache):
 
     def show(self, works: Sequence[Work]) -> None:
         """Write what is other in every step."""
-        grads = [moved.grad.data_ptr() for work in works for moved in work.moving]
+        grads = [grad.data_ptr() for work in works for grad in work.grads]
         _write(self._moving, [grads[index] + distance for index, distance in self._places])
         rest = [0.0] * (_WIDTH - len(Clock._fields))
         _write(self._clocks, [number for timed in self._shown for number in (*timed.clock(works), *rest)])
@@ -180,9 +175,8 @@ class Recording:
         pool: Pool,
     ) -> None:
         self._tape = Tape(cache, works)
-        keys = [part.key for work in works for moved in work.moving for part in moved.parts]
-        self._flaws = torch.zeros(len(keys), dtype=torch.int32, device=self._tape.device)
-        self._parts = [part for work in works for moved in work.moving for part in moved.parts]
+        self._parts = [part for work in works for parts in work.parts for part in parts]
+        self._flaws = torch.zeros(len(self._parts), dtype=torch.int32, device=self._tape.device)
         order: list[Any] = []
 
         def run() -> None:
@@ -190,12 +184,12 @@ class Recording:
             order.extend(part.key for parts, _ in found for part in parts)
             torch.cat([flaws for _, flaws in found], out=self._flaws)
 
-        with self._tape.in_use():
+        with using(self._tape):
             self._graph: Graph = pool.captured(run, self._tape.device)
         self._tape.settle()
         place = {key: index for index, key in enumerate(order)}
-        self._order = torch.empty(len(keys), dtype=torch.int64, device=self._tape.device)
-        _write(self._order, [place[key] for key in keys])
+        self._order = torch.empty(len(self._parts), dtype=torch.int64, device=self._tape.device)
+        _write(self._order, [place[part.key] for part in self._parts])
 
     @property
     def nbytes(self) -> int:
@@ -206,5 +200,5 @@ class Recording:
         """Take a step."""
         self._tape.show(works)
         self._graph.replay()
-        torch.autograd.graph.increment_version([moved.held for work in works for moved in work.moving])
+        torch.autograd.graph.increment_version([held for work in works for held in work.held])
         return [(self._parts, self._flaws[self._order])]

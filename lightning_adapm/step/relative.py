@@ -11,7 +11,7 @@ from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.device_gradients import DeviceGradients
 from lightning_adapm.step.launch import Matrices
 from lightning_adapm.step.moves import Divisors, move
-from lightning_adapm.step.rounding import StochasticRounding
+from lightning_adapm.step.rounding import rounding_of
 
 SMALLEST = 1e-3
 """Least root mean square of a matrix that its updates are relative to."""
@@ -42,6 +42,6 @@ def step(batch: Batch, grads: DeviceGradients, group: Mapping[str, Any]) -> None
         float(group["lr"]),
         parts[0].decay,
         None,
-        StochasticRounding.of(parts, batch.step, group),
+        rounding_of(parts, batch.step, group),
         rates=sizes.clamp_min_(SMALLEST),
     )

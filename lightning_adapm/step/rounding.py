@@ -78,13 +78,6 @@ class StochasticRounding(NamedTuple):
     """One for each parameter."""
     step: int
 
-    @classmethod
-    def of(cls, parts: Sequence[Part], step: int, group: Mapping[str, Any]) -> "StochasticRounding | None":
-        """The rounding of parts that step together; None to nearest, as torch converts, or where nothing is rounded."""
-        if group["rounding"] != "stochastic" or parts[0].param.dtype not in DROPPED:
-            return None
-        return cls(tuple(map(Stream.of, parts)), step)
-
     def table(self, numel: int, count: int, device: torch.device) -> Tensor:
         """Keys and first elements of ``count`` matrices of ``numel`` elements, for kernels; stacks are several each."""
         each = count // len(self.streams)
@@ -104,6 +97,13 @@ class StochasticRounding(NamedTuple):
                 places = torch.arange(len(chunk), device=flat.device).add_(before + start)
                 chunk.copy_(rounded(chunk, stream.bits(places, self.step), param.dtype))
         torch._foreach_copy_(list(params), list(values))
+
+
+def rounding_of(parts: Sequence[Part], step: int, group: Mapping[str, Any]) -> StochasticRounding | None:
+    """Rounding of parts that step together; None to nearest, as torch converts, or where nothing is rounded."""
+    if group["rounding"] != "stochastic" or parts[0].param.dtype not in DROPPED:
+        return None
+    return StochasticRounding(tuple(map(Stream.of, parts)), step)
 
 
 def widened(params: Sequence[Tensor]) -> list[Tensor]:

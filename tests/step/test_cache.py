@@ -9,7 +9,7 @@ from models import PlainLM, token_batches, train
 
 from lightning_adapm import AdaPM
 from lightning_adapm.moments import lowrank
-from lightning_adapm.moments.cache import DeviceCache, kept
+from lightning_adapm.moments.cache import DeviceCache, kept, using
 from lightning_adapm.report.plan import cached_bytes
 
 
@@ -42,7 +42,7 @@ def test_starts_of_refreshes_are_kept_once_per_optimizer_counted_and_freed_with_
 def test_the_cache_is_bounded_and_that_of_the_step_that_runs(monkeypatch):
     monkeypatch.setattr("lightning_adapm.moments.cache.MOST", 2)
     cache = DeviceCache()
-    with cache.in_use():
+    with using(cache):
         first = kept("a", lambda: torch.zeros(3))
         kept("b", lambda: (torch.zeros(5), True))
         assert kept("a", lambda: torch.ones(3)) is first
