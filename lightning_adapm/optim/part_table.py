@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_adapm.optim.groups import settings_of
 from lightning_adapm.optim.registry import Registry
-from lightning_adapm.optim.turns import Selection, Turns
+from lightning_adapm.optim.turns import Turns
 from lightning_adapm.roles.live import find_roots
 from lightning_adapm.sharding.find import local
 from lightning_adapm.sharding.layout import Layout
