@@ -32,6 +32,8 @@ PANELS = {
 """Models in the order in which they are worth a look, and the studies whose rows they show."""
 ENOUGH, DRAWN = 5, 2
 """The picture has the first models with as many rows, and so many of them."""
+VARIED = ("low-rank everywhere", "more momentum", "embedding full", "attn_out low-rank")
+"""Parts of labels of rows that only vary an option: they are in the table, not in the picture."""
 NOTES = (
     "Validation loss minus AdamW's best, in nats per byte or, where the model reads tokens, per token. The bars are"
     " standard errors over seeds.",
@@ -149,10 +151,11 @@ def draw(panels: dict[str, list[Point]], file: Path) -> bool:
                 100 * point.state, point.difference, point.error, marker="o", ms=6, capsize=2, color=color, zorder=4
             )
             side, name = 1.15 if point.state < 0.01 else 0.87, point.label.partition(" (")[0]
+            name = "AdamW" if name.startswith("AdamW") else name
             axes.text(
                 100 * point.state * side, heights[point.label], f"{name} *" if point.edge else name, color=color,
-                bbox={"color": "white", "pad": 0.5}, fontsize=6 if len(name) > 40 else 8, va="center",
-                ha="left" if side > 1 else "right",
+                bbox={"color": "white", "pad": 0.5}, fontsize=8, va="center", ha="left" if side > 1 else "right",
+                zorder=3.5,
             )  # fmt: skip
         border = front(found)
         axes.plot(
@@ -186,9 +189,12 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 
 def chosen(panels: Mapping[str, list[Point]]) -> dict[str, list[Point]]:
-    """Panels of the picture: the first that have :data:`ENOUGH` rows."""
+    """Panels of the picture: the first that have :data:`ENOUGH` rows, without :data:`VARIED`."""
     enough = [title for title, found in panels.items() if len(found) >= ENOUGH]
-    return {title: panels[title] for title in enough[:DRAWN]}
+    return {
+        title: [point for point in panels[title] if not any(part in point.label for part in VARIED)]
+        for title in enough[:DRAWN]
+    }
 
 
 def label_heights(points: Sequence[Point]) -> dict[str, float]:

@@ -60,8 +60,8 @@ def test_the_front_has_the_points_that_none_beats_in_loss_and_in_bytes():
 
 def test_the_picture_shows_the_first_models_with_enough_rows():
     many = [point(str(index), 0.0, 1.0) for index in range(loss_and_bytes.ENOUGH)]
-    panels = {"a": many, "b": many[:2], "c": many, "d": many}
-    assert list(loss_and_bytes.chosen(panels)) == ["a", "c"]
+    panels = {"a": many, "b": many[:2], "c": [*many, point("AdaPM, more momentum", 0.0, 1.0)], "d": many}
+    assert loss_and_bytes.chosen(panels) == {"a": many, "c": many}
 
 
 def test_a_state_that_was_counted_is_not_counted_again(tmp_path):
