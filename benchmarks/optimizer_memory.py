@@ -15,8 +15,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "choosing-an-optimizer.md"
 MODELS = ("pythia-160m", "TinyLlama-1.1B", "Llama-3-8B")
 OPTIMIZERS: dict[str, Callable[[Any], RoleOptimizer]] = {
     "`AdaPM`": AdaPM,
-    '`AdaPM(second_moment="block")`': lambda params: AdaPM(params, second_moment="block"),
     '`AdaPM(second_moment="factored")`': lambda params: AdaPM(params, second_moment="factored"),
+    '`AdaPM(second_moment="block")`': lambda params: AdaPM(params, second_moment="block"),
     "`AdamMini`": AdamMini,
     "`PartialMuon`": PartialMuon,
     '`PartialMuon(state_dtype="bfloat16")`': lambda params: PartialMuon(params, state_dtype="bfloat16"),
@@ -30,8 +30,8 @@ LINES = (
     "torch.optim.AdamW(model.parameters(), lr=1e-3)",
     "AdaPM(model.named_parameters(), lr=1e-3)",
     "PartialMuon(model.named_parameters(), lr=3e-3)",
-    'AdaPM(model.named_parameters(), lr=1e-3, second_moment="block")',
-    'AdaPM(model.named_parameters(), lr=1e-3, second_moment="block", update_in_backward=True)',
+    'AdaPM(model.named_parameters(), lr=1e-3, second_moment="factored")',
+    'AdaPM(model.named_parameters(), lr=1e-3, second_moment="factored", update_in_backward=True)',
     "AdaLomo(model.named_parameters(), lr=2e-2)",
 )
 """Lines to paste, from the most memory to the least."""
