@@ -33,7 +33,7 @@ from lightning_adapm.data.tokens import import_tokenizers, save_tokenizer
 from lightning_adapm.litgpt.module import LitGPTModule
 from lightning_adapm.litgpt.preference import DPOModule, PreferenceData
 
-LABELS = "AdamW", "AdaPM", "AdaPM block", "PartialMuon", "Adam-mini"
+LABELS = "AdamW", "AdaPM", "AdaPM factored", "PartialMuon", "Adam-mini"
 ROWS = {label: finetuning.ROWS[label] for label in LABELS}
 LRS = (3e-5, 1e-4, 1e-5)
 RATES = {"PartialMuon": (1e-4, 3e-4, 3e-5)}

@@ -22,6 +22,7 @@ LORA = "LoRA, rank 16"
 ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "AdamW": adamw(0.9, 0.95),
     "AdaPM": adapm(betas=BETAS95),
+    "AdaPM factored": adapm(betas=BETAS95, second_moment="factored"),
     "PartialMuon": ("PartialMuon", {}),
     "AdaPM block": adapm(betas=BETAS95, second_moment="block"),
     LORA: adamw(0.9, 0.95),

@@ -59,7 +59,7 @@ RATES = {
 """Learning rates of optimizers for which they mean something else than for AdamW, the likely best first."""
 OF_BLOCKS = "AdaPM block", "Adam-mini"
 """Rows that at 86 million parameters are best at half of AdamW's learning rate."""
-VERDICT = "AdamW, betas .9 .95", "AdaPM", "AdaPM block", "PartialMuon"
+VERDICT = "AdamW, betas .9 .95", "AdaPM", "AdaPM factored", "PartialMuon"
 
 
 def rates_of(lr: float) -> dict[str, tuple[float, ...]]:
