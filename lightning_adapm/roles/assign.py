@@ -21,6 +21,7 @@ from lightning_adapm.sharding.find import layout_of
 
 HEADS = ("n_head", "n_query_groups", "head_size")
 """Head counts that a parameter group may state."""
+_SAID = "said by its parameter group"
 
 
 @dataclass
@@ -75,7 +76,7 @@ def assign_roles(
                 raise TypeError(f"{item.label} is complex; only real parameters are supported")
             role, why = _role(item, given, rules)
             try:
-                cuts = cut(item, role or UNMATCHED, stated)
+                cuts = cut(item, role or UNMATCHED, stated, taught=why == _SAID or is_taught(why))
             except ValueError:
                 if item.param.requires_grad and (unmatched == "error" or stated != Heads()):
                     raise
@@ -152,11 +153,11 @@ def _role(item: Named, given: Handed, rules: Mapping[str, str]) -> tuple[str | N
     carried = given.carried.get(id(item.param))
     if given.role is None and carried is not None:
         role, why = _found(item, rules)
-        return (role, why) if is_taught(why) else (carried, "said by its parameter group")
+        return (role, why) if is_taught(why) else (carried, _SAID)
     if given.role is None:
         return _found(item, rules)
     if fits(given.role, item.shape):
-        return given.role, "said by its parameter group"
+        return given.role, _SAID
     # most likely the bias of these matrices, and the elementwise rules of a bias are safe for any
     return "bias", "a vector in a group of matrices"
 

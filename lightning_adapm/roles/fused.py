@@ -11,7 +11,7 @@ from torch import nn
 from lightning_adapm.roles.context import Named
 from lightning_adapm.roles.live import attribute
 from lightning_adapm.roles.piece import Piece
-from lightning_adapm.roles.rules import FUSED, child_role
+from lightning_adapm.roles.rules import FUSED, INTERLEAVED, child_role
 
 # Names of head counts in attention modules and their configurations.
 N_HEAD = (
@@ -51,15 +51,16 @@ CONFIGS = ("config", "cfg", "args", "hparams")
 
 # Fused weights whose rows are interleaved by head, (query..., key, value) for each query group; all others hold all
 # queries, then all keys, then all values. By the projection's name and a part of the attention module's class name.
-INTERLEAVED: tuple[tuple[str, str], ...] = (
-    ("query_key_value", ""),  # GPT-NeoX, Bloom, Falcon, Persimmon
+_INTERLEAVED: tuple[tuple[str, str], ...] = (
+    ("query_key_value", "GPTNeoX|Bloom|Falcon|Persimmon"),
     ("attn", ""),  # litgpt before 0.5.3
     ("in_proj", "Disentangled"),  # DeBERTa
     ("c_attn", "GPTBigCode"),
     ("wqkv", "InternLM2"),
     ("qkv_proj", "MiniMaxLightning"),
 )
-CONTIGUOUS_AFTER_ALL: tuple[tuple[str, str], ...] = (("query_key_value", "GLM"),)
+_IN_EITHER_WAY: tuple[tuple[str, str], ...] = (("query_key_value", "GLM"),)
+"""Fused weights whose name alone means interleaved rows, and the modules that do not interleave them."""
 AMBIGUOUS = ("in_proj", "wqkv")  # read in either way: only the module tells
 CODEGEN_PARTITIONS = 4  # CodeGen's qkv_proj: (query, value, key) in each of four partitions
 
@@ -98,8 +99,10 @@ def _stated(holder: Any, name: str) -> Any:
     return holder.get(name) if issubclass(type(holder), Mapping) else attribute(holder, name)
 
 
-def cut(item: Named, role: str, stated: Heads = Heads()) -> tuple[Piece, ...]:
+def cut(item: Named, role: str, stated: Heads = Heads(), taught: bool = False) -> tuple[Piece, ...]:
     """Cut one parameter into pieces. Head counts that the caller ``stated`` take precedence over those of modules.
+
+    ``taught``: The caller has named the role, and with it the order of a fused weight's rows that no module shows.
 
     Raises:
         ValueError: The rows of a fused weight are unknown.
@@ -109,7 +112,7 @@ def cut(item: Named, role: str, stated: Heads = Heads()) -> tuple[Piece, ...]:
     if role == "kv":
         return _cut_kv(item, heads)
     if role in FUSED:
-        return _cut_qkv(item, heads)
+        return _cut_qkv(item, heads, role if taught else None)
     if role == "mlp" and re.fullmatch(GATE_UP, item.child) and len(item.shape) == 2 and item.shape[0] % 2 == 0:
         half = item.shape[0] // 2
         return (Piece(role, 0, half, part="gate"), Piece(role, half, 2 * half, part="up"))
@@ -158,7 +161,7 @@ def _key_heads(item: Named, query: Named, n_head: int) -> int | None:
     return None if query.packed else max(1, item.shape[0] * n_head // query.shape[0])
 
 
-def _cut_qkv(item: Named, heads: Heads) -> tuple[Piece, ...]:
+def _cut_qkv(item: Named, heads: Heads, taught: str | None) -> tuple[Piece, ...]:
     shape, transposed = item.shape, is_transposed(item, "qkv")
     total, inner = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
     query = _query_rows(item, heads, total, inner)
@@ -173,21 +176,46 @@ def _cut_qkv(item: Named, heads: Heads) -> tuple[Piece, ...]:
         fewer = key != query and groups != heads.n_query_groups  # or values of another head size: nobody says which
         if query % n_head or groups * query != key * n_head or fewer:
             raise ValueError(_unknown_rows(item, heads))
-    kind = type(item.around[1]).__name__ if len(item.around) > 1 else ""
-    if "CodeGen" in kind:
+    if re.search("CodeGen", _kinds(item)):
         return _in_groups(
             CODEGEN_PARTITIONS, {"query": (query, n_head), "value": (key, None), "key": (key, groups)}, item
         )
     rows = {"query": (query, n_head), "key": (key, groups), "value": (key, None)}
-    if not _matches(item, kind, INTERLEAVED) or _matches(item, kind, CONTIGUOUS_AFTER_ALL):
+    if groups == 1 or not _is_interleaved(item, taught):
         return _in_groups(1, rows, item)
     if groups is None or query % groups or key % groups:
         raise ValueError(_unknown_rows(item, heads))
     return _in_groups(groups, rows, item)
 
 
-def _matches(item: Named, kind: str, rules: Iterable[tuple[str, str]]) -> bool:
-    return any(item.child == child and part in kind for child, part in rules)
+def _kinds(item: Named) -> str:
+    """Names of the classes of the attention module and their bases; adapters may be between it and a projection."""
+    return " ".join(base.__name__ for module in item.around[1:3] for base in type(module).__mro__)
+
+
+def _is_interleaved(item: Named, taught: str | None) -> bool:
+    """Whether the rows are those of one head after another.
+
+    Raises:
+        ValueError: The name is that of projections in either order, and the module is unknown.
+    """
+    kinds = _kinds(item)
+    if taught == INTERLEAVED or _matches(item, kinds, _INTERLEAVED):
+        return True
+    if taught or _matches(item, kinds, _IN_EITHER_WAY) or item.child not in dict(_IN_EITHER_WAY):
+        return False
+    if not kinds:  # by its name alone it is that of checkpoints
+        return True
+    raise ValueError(
+        f"{item.name} of shape {tuple(item.shape)} holds query, key and value rows, in one order in GPT-NeoX, BLOOM and"
+        f" Falcon and in another in GLM, and {type(item.around[1]).__name__} is none of them. Write"
+        f" roles={{{item.child!r}: 'qkv'}} if all queries come first, then all keys, then all values, or"
+        f" {INTERLEAVED!r} if those of one head come after another"
+    )
+
+
+def _matches(item: Named, kinds: str, rules: Iterable[tuple[str, str]]) -> bool:
+    return any(item.child == child and re.search(part, kinds) for child, part in rules)
 
 
 def _query_rows(item: Named, heads: Heads, total: int, inner: int) -> int:

@@ -7,8 +7,14 @@ All patterns are regular expressions on lower-case names without ``.weight``; ro
 import re
 from collections.abc import Iterable
 
-FUSED = ("qkv", "kv")
-"""Roles of fused weights, whose pieces have other roles."""
+INTERLEAVED = "qkv_interleaved"
+FUSED = ("qkv", INTERLEAVED, "kv")
+"""Roles of fused weights, whose pieces have other roles.
+
+Rows of ``qkv`` are all queries, then all keys, then all values, unless the module is known to have them otherwise.
+Those of :data:`INTERLEAVED` are the queries, the key and the value of one head, or of heads with a common key, then of
+the next.
+"""
 
 _BEFORE = r"(?:(?:(?:to|add|w|lin|linear|proj|project|projection|fc|pos|layout|w2e|e2w|e2e)_?)|(?:c|attn|self|mat)_)*"
 _AFTER = (

@@ -29,7 +29,7 @@ class TransposedAttention(nn.Module):
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
-class InterleavedAttention(nn.Module):
+class GPTNeoXAttention(nn.Module):
     """GPT-NeoX's fused weight: query, key and value rows of one head after the other."""
 
     def __init__(self, width, n_head):
@@ -96,7 +96,7 @@ class Odd(nn.Module):
         if positions:
             self.pos = nn.Parameter(torch.zeros(1, 8, width))
             self.gain = nn.Parameter(torch.ones(width, 1, 1))
-        attentions = [TransposedAttention(width, n_head), InterleavedAttention(width, n_head)]
+        attentions = [TransposedAttention(width, n_head), GPTNeoXAttention(width, n_head)]
         self.h = nn.ModuleList(
             OddBlock(width, attn, ffn)
             for attn, ffn in zip(

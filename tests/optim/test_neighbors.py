@@ -106,7 +106,8 @@ def test_adalomo_of_interleaved_heads_is_that_of_separate_weights():
     cut = fused.detach().unflatten(0, (heads, 3, size))
     names = ("query", "key", "value")
     alone = [nn.Parameter(cut[:, index].reshape(-1, width).clone()) for index in range(3)]
-    whole = AdaLomo(nn.ModuleDict({"attention": attention}).parameters(), lr=0.1, weight_decay=0.1)
+    roles = {"query_key_value": "qkv_interleaved"}
+    whole = AdaLomo(nn.ModuleDict({"attention": attention}).parameters(), lr=0.1, weight_decay=0.1, roles=roles)
     parts = AdaLomo(
         [{"params": [(name, p)], "role": name} for name, p in zip(names, alone, strict=True)], lr=0.1, weight_decay=0.1
     )

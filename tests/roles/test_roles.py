@@ -270,3 +270,38 @@ def test_a_table_of_positions_tells_no_head(positions):
     optimizer = AdaPM(model.parameters())
     roles = {n: r for g in optimizer.param_groups for n, r in zip(g["param_names"], g["roles"], strict=True)}
     assert roles["transform.weight"] == "mlp" and roles["head.weight"] == "lm_head"
+
+
+def attention_of_class(name, child="query_key_value"):
+    """A module of a class of this name with a fused projection of four heads."""
+    module = type(name, (nn.Module,), {})()
+    module.add_module(child, nn.Linear(16, 48))
+    module.dense, module.num_heads = nn.Linear(16, 16), 4
+    return module
+
+
+@pytest.mark.parametrize(
+    ("kind", "child", "taught", "groups"),
+    [
+        ("GPTNeoXAttention", "query_key_value", None, 4),
+        ("GPTNeoXAttention", "query_key_value", "qkv", 4),
+        ("GLMAttention", "query_key_value", None, 1),
+        ("Attention", "query_key_value", "qkv", 1),
+        ("Attention", "query_key_value", "qkv_interleaved", 4),
+        ("Attention", "linear_qkv", "qkv_interleaved", 4),
+        ("Attention", "qkv", None, 1),
+    ],
+)
+def test_the_order_of_rows_that_a_name_does_not_show_is_the_classes_or_the_callers(kind, child, taught, groups):
+    model = model_of(attention=attention_of_class(kind, child))
+    weight = getattr(model.layers[1].attention, child).weight
+    optimizer = AdaPM(model.parameters(), roles={child: taught} if taught else None)
+    assert {piece.groups for piece in optimizer.pieces[weight]} == {groups}
+    again = AdaPM(optimizer.param_groups)  # whose roles say so, too
+    assert again.pieces[weight] == optimizer.pieces[weight]
+
+
+def test_rows_of_either_order_are_refused():
+    model = model_of(attention=attention_of_class("Attention"))
+    with pytest.raises(ValueError, match=r"Attention is none of them. Write roles=\{'query_key_value': 'qkv'\} if all"):
+        AdaPM(model.parameters())
