@@ -2,25 +2,21 @@
 
 import copy
 import gc
-import pickle
-import warnings
 from itertools import chain
 
 import lightning as L
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import BackboneFinetuning
-from models import PlainLM, PlainTraining, names_alone, tiny_gpt, token_batches, train
+from models import PlainLM, PlainTraining, names_alone, tiny_gpt
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from towers import Classifier, Tower, TwoTowers, by_parameter, steps
 from trainers import quiet_trainer
 
-from lightning_adapm import AdaLomo, AdaPM, explain
+from lightning_adapm import AdaPM, explain
 from lightning_adapm.roles.live import find_roots
-from lightning_adapm.step.engine import Engine
 
 WAYS = {
     "list": lambda m: list(m.parameters()),
@@ -237,149 +233,12 @@ def test_what_is_refused(way, error, words):
         AdaPM(way(TwoTowers()))
 
 
-@pytest.mark.parametrize(
-    "group",
-    [
-        lambda m: {"params": [m.narrow.blocks[0].norm.weight, m.logit_scale]},
-        lambda m: {"params": [("taken.role.weight", m.wide.blocks[0].mlp[0].weight)]},
-        lambda m: {"params": [*m.narrow.parameters(), nn.Parameter(torch.zeros(3, 3))]},
-        lambda m: {"params": m.narrow.parameters(), "rank": -1},
-        lambda m: {"params": m.narrow.parameters(), "amsgrad": True},
-        lambda m: {"params": set(m.narrow.parameters())},
-    ],
-)
-def test_a_refused_group_changes_nothing(group):
-    model = TwoTowers()
-    optimizer = AdaPM([*model.wide.parameters(), model.logit_scale])
-    kept = [copy.copy(getattr(optimizer, name)) for name in ("names", "roles", "pieces", "reasons", "param_groups")]
-    lists = copy.copy(optimizer.param_groups[0])
-    with pytest.raises((TypeError, ValueError)):
-        optimizer.add_param_group(group(model))
-    assert kept == [getattr(optimizer, name) for name in ("names", "roles", "pieces", "reasons", "param_groups")]
-    assert optimizer.param_groups[0] == lists
-
-
-def test_groups_without_parameters_work_as_in_adamw():
-    model = TwoTowers()
-    for make in (torch.optim.AdamW, AdaPM):
-        optimizer = make([{"params": []}, {"params": iter(())}])
-        optimizer.add_param_group({"params": model.parameters()})
-        optimizer.add_param_group({"params": []})
-        steps(model, optimizer, 1)
-        assert [len(group["params"]) for group in optimizer.param_groups] == [0, 0, len(list(model.parameters())), 0]
-        make([{"params": []}]).load_state_dict(make([{"params": []}]).state_dict())
-        optimizer.load_state_dict(optimizer.state_dict())
-
-
-def test_lists_that_change_in_place():
-    torch.manual_seed(0)
-    model = TwoTowers()
-    optimizer = AdaPM([{"params": model.wide.parameters()}, {"params": model.narrow.parameters()}], betas=[0.9, 0.99])
-    first, second = optimizer.param_groups
-    assert first["no_decay"] is not second["no_decay"]
-    steps(model, optimizer, 1)
-    moved, gone = first["params"].pop(3), second["params"].pop(0)
-    second["params"] += [moved, moved]
-    first["betas"][0] = 0.0
-    before = gone.detach().clone()
-    steps(model, optimizer, 1)
-    assert torch.equal(gone, before)
-    assert optimizer.state[moved]["step"] == 2
-    assert sum(param is moved for param in second["params"]) == 1
-    assert second["param_names"][-1] == optimizer.names[moved] == "wide.blocks.0.attn.qkv.bias"
-    assert second["betas"] == [0.9, 0.99]
-    weight = model.wide.blocks[0].norm.weight
-    torch.testing.assert_close(optimizer.state[weight]["exp_avg"], weight.grad)
-    assert len(explain(optimizer)) > 0
-    assert pickle.loads(pickle.dumps(optimizer)).param_groups[1]["roles"] == second["roles"]
-
-
-def test_a_parameter_handed_over_twice_is_trained_once():
-    model = Tower()
-    with pytest.warns(UserWarning, match="duplicate parameters, 20 of them"):
-        optimizer = AdaPM([*model.parameters(), *model.parameters()])
-    assert len(optimizer.param_groups[0]["params"]) == len(optimizer.param_groups[0]["param_names"]) == 20
-    steps(model, optimizer, 1, width=32)
-    assert {int(state["step"]) for state in optimizer.state.values()} == {1}
-
-
-def test_a_user_s_own_entries_may_be_anything():
-    model = TwoTowers()
-    extra = {"mask": torch.ones(3), "table": np.arange(4), "name": ["a"], "lr_scale": 0.5}
-    optimizer = AdaPM([{"params": model.wide.parameters(), **extra}, {"params": model.narrow.parameters(), **extra}])
-    steps(model, optimizer, 2)
-    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    steps(model, optimizer, 1)
-    assert optimizer.param_groups[1]["mask"].sum() == 3
-
-
-def test_a_caller_s_group_is_the_optimizer_s():
-    model = TwoTowers()
-    group = {"params": model.parameters(), "lr": 1e-2}
-    optimizer = AdaPM([group])
-    group["lr"] = 0.0
-    before = [param.detach().clone() for param in model.parameters()]
-    assert all(map(torch.equal, steps(model, optimizer, 1), before))
-
-
-def test_options_of_a_group():
-    model = TwoTowers()
-    groups = [
-        {"params": model.wide.parameters(), "momentum": {"mlp": "none"}, "no_decay": "norm"},
-        {"params": model.narrow.parameters(), "momentum": "full", "state_dtype": torch.bfloat16},
-    ]
-    optimizer = AdaPM(groups, momentum={"query": "none"})
-    first, second = (group["momentum"] for group in optimizer.param_groups)
-    assert (first["mlp"], first["query"], first["key"]) == ("none", "none", "low_rank")
-    assert set(second.values()) == {"full"}
-    assert optimizer.param_groups[0]["no_decay"] == ["norm"]
-    assert optimizer.param_groups[1]["state_dtype"] == "bfloat16"
-
-
-def test_left_over_keywords():
-    model = TwoTowers()
-    with pytest.warns(UserWarning, match=r"AdaPM ignores amsgrad=False, fused=True: ") as caught:
-        AdaPM(model.parameters(), amsgrad=False, fused=True)
-    assert len(caught) == 1
-    with pytest.raises(ValueError, match="AdaLomo has no counterpart of amsgrad=True"):
-        AdaLomo(model.parameters(), amsgrad=True)
-    with pytest.raises(TypeError, match="AdaPM has no option 'ranks'; did you mean 'rank'"):
-        AdaPM(model.parameters(), ranks=3)
-
-
-def test_an_optimizer_is_rebuilt_from_its_groups_and_defaults():
-    model = TwoTowers()
-    optimizer = AdaPM(model.parameters(), rank=2, roles={"mlp": "none"}, betas=(0.8, 0.9))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        again = type(optimizer)(optimizer.param_groups, **optimizer.defaults)
-    assert by_parameter(again) == by_parameter(optimizer)
-    assert again.defaults == optimizer.defaults
-    again.load_state_dict(optimizer.state_dict())
-    unnamed = AdaPM([{"params": [nn.Parameter(torch.ones(4, 4))], "role": "mlp"}])
-    assert by_parameter(AdaPM(unnamed.param_groups)) == by_parameter(unnamed)
-
-
 def test_tensors_of_no_module_with_a_policy_for_what_is_unknown():
     weights = [nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(3))]
     with pytest.warns(UserWarning, match="full momentum to matrices"):
         optimizer = AdaPM(weights, unmatched="full")
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
     assert optimizer.param_groups[1]["param_names"] == ["group1.full.0"]
-
-
-def test_rates_by_layer_step_together(monkeypatch):
-    model = PlainLM()
-    optimizer = AdaPM([{"params": [param]} for param in model.parameters()])
-    moved = []
-    move = Engine._update
-    monkeypatch.setattr(Engine, "_update", lambda self, batch, *rest: moved.append(batch) or move(self, batch, *rest))
-    train(model, optimizer, token_batches(1))
-    apart = len(moved)
-    moved.clear()
-    whole = AdaPM(model.parameters())
-    train(model, whole, token_batches(1))
-    assert apart == len(moved)
 
 
 def test_the_search_for_modules_is_fast():
