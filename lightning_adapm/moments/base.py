@@ -278,7 +278,7 @@ class SecondMoment(Moment):
     """A second moment: turns gradients into denominators."""
 
     whole_matrices: ClassVar[bool] = False
-    """Each matrix is worked on as a whole, by one of the processes that hold its rows."""
+    """Each matrix is worked on as a whole, by one process: directions are :meth:`applied`."""
     elementwise: ClassVar[bool] = False
     """State and denominators have the gradients' shapes and need no other entry: they may be worked on in parts."""
 
@@ -292,8 +292,8 @@ class SecondMoment(Moment):
         raise NotImplementedError
 
     def applied(self, direction: Direction, reduction: Reduction = ONE_PROCESS) -> Direction:
-        """Replace ``direction``, for a moment that changes more than the size of its entries."""
-        return direction
+        """Replace a direction by what its matrices become, where the moment works on :attr:`whole_matrices`."""
+        raise NotImplementedError
 
 
 def join(tensors: list[Tensor]) -> Tensor:

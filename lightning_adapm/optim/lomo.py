@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_adapm.moments.base import Direction, Momentum, SecondMoment
+from lightning_adapm.moments.base import Denominators, Direction, Momentum, SecondMoment
 from lightning_adapm.moments.first import NoMomentum
 from lightning_adapm.moments.second import NoSecondMoment, RelativeSecondMoment
 from lightning_adapm.optim.base import RoleOptimizer
@@ -15,7 +15,6 @@ from lightning_adapm.roles.piece import Piece
 from lightning_adapm.sharding.reduction import Reduction
 from lightning_adapm.step import by_torch
 from lightning_adapm.step.batching import Batch
-from lightning_adapm.step.by_torch import Tile
 from lightning_adapm.step.parts import Part
 from lightning_adapm.step.paths import Path
 from lightning_adapm.step.relative import SMALLEST
@@ -194,23 +193,25 @@ class AdaLomo(RoleOptimizer):
     def move(self, batch: Batch, group: Mapping[str, Any]) -> None:
         along = Direction(batch.grads, 1.0, scratch=False, clamp=None)
         stacks = batch.grads[0].dim() > 2  # of which a tile has whole matrices
-        for _, tiles in groupby(by_torch.tiles(batch, along), lambda tile: (tile.place[0], stacks and tile.first)):
-            _move(list(tiles), batch, group)
+        tiles = ((tile, denominators) for tile, _, denominators in by_torch.tiles(batch, along))
+        for _, several in groupby(tiles, lambda each: (each[0].start, stacks and each[0].first)):
+            _move(list(several), batch, group)
 
 
-def _move(tiles: Sequence[Tile], batch: Batch, group: Mapping[str, Any]) -> None:
+def _move(tiles: Sequence[tuple[Batch, Denominators]], batch: Batch, group: Mapping[str, Any]) -> None:
     """Move all tiles of some matrices. Several are gone through twice, because what a matrix moves depends on all."""
     lr, clip, decay = float(group["lr"]), float(group["clip_threshold"]), batch.parts[0].decay
-    rounding = rounding_of(tiles[0].parts, batch.step, group)
-    kept = [_updates(tiles[0])] if len(tiles) == 1 else []
-    lengths = _sums_of_squares((kept or [_updates(tile)])[0] for tile in tiles)
-    sizes = _sums_of_squares(_matrices(tile) for tile in tiles)
-    first, last, _ = tiles[0].place
-    lengths, sizes = (_root_means(sums, batch.grads[first:last], batch.reduction) for sums in (lengths, sizes))
+    begin = tiles[0][0]
+    rounding = rounding_of(begin.parts, batch.step, group)
+    kept = [_updates(*tiles[0])] if len(tiles) == 1 else []
+    lengths = _sums_of_squares((kept or [_updates(*each)])[0] for each in tiles)
+    sizes = _sums_of_squares(_matrices(tile) for tile, _ in tiles)
+    whole = batch.grads[begin.start : begin.start + len(begin.parts)]
+    lengths, sizes = (_root_means(sums, whole, batch.reduction) for sums in (lengths, sizes))
     rates = [lr * size.clamp_min(SMALLEST) for size in sizes]
-    for tile in tiles:
+    for tile, denominators in tiles:
         moved = tile.params if rounding is None else widened(tile.params)
-        updates = kept[0] if kept else _updates(tile)
+        updates = kept[0] if kept else _updates(tile, denominators)
         for param, update, rate, length in zip(moved, updates, rates, lengths, strict=True):
             if decay:
                 param.mul_(1 - rate * decay)
@@ -219,15 +220,15 @@ def _move(tiles: Sequence[Tile], batch: Batch, group: Mapping[str, Any]) -> None
             rounding.write(tile.params, moved, tile.first)
 
 
-def _updates(tile: Tile) -> list[Tensor]:
+def _updates(tile: Batch, denominators: Denominators) -> list[Tensor]:
     """Gradients over the roots of their second moments."""
-    divisors, _ = tile.denominators.settle(as_adamw=True)
-    return list(torch._foreach_div(tile.direction.tensors, divisors))
+    divisors, _ = denominators.settle(as_adamw=True)
+    return list(torch._foreach_div(tile.grads, divisors))
 
 
-def _matrices(tile: Tile) -> list[Tensor]:
+def _matrices(tile: Batch) -> list[Tensor]:
     """Parameters in the shapes of their gradients: views may have a dimension for heads, or those of a convolution."""
-    pairs = zip(tile.params, tile.direction.tensors, strict=True)
+    pairs = zip(tile.params, tile.grads, strict=True)
     return [param.to(grad.dtype).reshape(grad.shape) for param, grad in pairs]
 
 

@@ -33,7 +33,8 @@ _IN_TILES = (NoSecondMoment, ElementwiseSecondMoment, BlockSecondMoment, Factore
 class Batch(NamedTuple):
     """Parts that go through a step together, as the moments of the first of them declare.
 
-    As buckets, they are all that are alike. These are cut into batches, which are worked on one at a time.
+    As buckets, they are all that are alike. These are cut into batches, which are worked on one at a time, and where
+    torch's operations move parameters tile by tile.
     """
 
     parts: list[Part]
@@ -46,6 +47,15 @@ class Batch(NamedTuple):
     path: Path
     reduction: Reduction
     """Completes sums over rows that other processes hold."""
+    start: int = 0
+    """Place of a tile's first part in its batch."""
+    rows: tuple[int, int] | None = None
+    """Rows of a single part that a tile has: the first, and the one after the last."""
+
+    @property
+    def first(self) -> int:
+        """First row of a tile of some rows."""
+        return self.rows[0] if self.rows else 0
 
 
 def bucketed(

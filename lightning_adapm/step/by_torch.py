@@ -1,7 +1,7 @@
 """A step by torch's operations, on every device: parameters move in tiles of a bounded size."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +11,6 @@ from lightning_adapm.moments.tiles import spans, tile_numel
 from lightning_adapm.step import by_kernels, watching
 from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.gradients import Gradients
-from lightning_adapm.step.parts import Part
 from lightning_adapm.step.rounding import rounding_of, widened
 from lightning_adapm.step.watching import Observer
 
@@ -19,27 +18,13 @@ Place = tuple[int, int, tuple[int, int] | None]
 """First part of a batch and the one after the last; of a single part perhaps first row and the one after the last."""
 
 
-class Tile(NamedTuple):
-    """Some parts of a batch, or some rows of one, with their parameters, directions and denominators."""
-
-    parts: Sequence[Part]
-    params: list[Tensor]
-    direction: Direction
-    denominators: Denominators
-    place: Place
-
-    @property
-    def first(self) -> int:
-        """The first row."""
-        _, _, rows = self.place
-        return rows[0] if rows else 0
-
-
 def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> None:
     """Take gradients that are finite into the moments of a batch, and move its parameters."""
     part, parts = batch.parts[0], batch.parts
     momentum = part.first.direction(batch.grads, parts, batch.step, batch.reduction)
-    direction = by_kernels.applied(batch, momentum) or part.second.applied(momentum, batch.reduction)
+    direction = momentum
+    if part.second.whole_matrices:
+        direction = by_kernels.applied(batch, momentum) or part.second.applied(momentum, batch.reduction)
     lr, clip = float(group["lr"]), group.get("clip_threshold")
     clip = None if clip is None or direction.clamp is None else clip * direction.clamp
     if batch.path.moved_by_kernels:
@@ -47,11 +32,11 @@ def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> N
         return
     if observer is not None:
         watching.see_gradients(observer, batch)
-    for tile in tiles(batch, direction):
-        divisors, scale = tile.denominators.settle(as_adamw=direction.clamp is None)
-        used = tile.direction._replace(scale=tile.direction.scale * scale)
+    for tile, along, denominators in tiles(batch, direction):
+        divisors, scale = denominators.settle(as_adamw=direction.clamp is None)
+        used = along._replace(scale=along.scale * scale)
         if observer is not None:
-            seen = tile.direction if momentum is direction else _cut(momentum, tile.place)
+            seen = along if momentum is direction else _cut(momentum, tile)
             settled = Denominators(divisors, 1.0, 0.0)
             watching.see_updates(observer, tile.parts, seen, used, settled, clip, tile.first)
         rounding = rounding_of(tile.parts, batch.step, group)
@@ -61,14 +46,13 @@ def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> N
             rounding.write(tile.params, moved, tile.first)
 
 
-def tiles(batch: Batch, direction: Direction) -> Iterator[Tile]:
-    """A batch in tiles, with denominators that have taken its gradients in."""
-    parts, params, grads, step, _, reduction = batch
+def tiles(batch: Batch, direction: Direction) -> Iterator[tuple[Batch, Direction, Denominators]]:
+    """Cut a batch and its directions into tiles, with denominators that have taken the gradients in."""
+    parts, params, grads, step, _, reduction, *_ = batch
     second = parts[0].second
     in_tiles = second.elementwise and all(entry.storage.plain for entry in second.entries(parts[0].shape).values())
     known = None if in_tiles else second.denominators(grads, parts, step, reduction)
-    for place in _places(params, grads):
-        first, last, rows = place
+    for first, last, rows in _places(params, grads):
         states: Sequence[State] = parts[first:last]
         some, held = grads[first:last], params[first:last]
         if rows is not None:
@@ -79,18 +63,18 @@ def tiles(batch: Batch, direction: Direction) -> Iterator[Tile]:
         else:
             denominators = known.some(first, last)
             denominators = denominators if rows is None else denominators.part(*rows, grads[first])
-        yield Tile(parts[first:last], held, _cut(direction, place), denominators, place)
+        tile = batch._replace(parts=parts[first:last], params=held, grads=some, start=first, rows=rows)
+        yield tile, _cut(direction, tile), denominators
 
 
-def _cut(direction: Direction, place: Place) -> Direction:
-    """Select what a tile at ``place`` has of a direction of the batch."""
-    first, last, rows = place
-    some = direction.some(first, last)
-    return some if rows is None else some.part(*rows)
+def _cut(direction: Direction, tile: Batch) -> Direction:
+    """Select what a tile has of a direction of its batch."""
+    some = direction.some(tile.start, tile.start + len(tile.parts))
+    return some if tile.rows is None else some.part(*tile.rows)
 
 
 def _places(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Iterator[Place]:
-    """Places of tiles of a bounded size, or of parts that share kernels."""
+    """Find places of tiles of a bounded size, or of parts that share kernels."""
     count = max(1, tile_numel(grads[0]) // max(1, grads[0].numel())) if isinstance(grads, Gradients) else len(grads)
     for first in range(0, len(grads), count):
         last = min(first + count, len(grads))

@@ -38,7 +38,9 @@ Key = tuple[int, int]
 class NonFiniteGradients:
     """Counts per piece of the steps whose gradient held an infinity or a NaN; such a gradient counts as zero.
 
-    The counts are on the gradient's device, so that no step waits for them.
+    The counts are on the gradient's device, so that no step waits for them. Nor does one wait for the warning after
+    some steps in a row whose gradients are all broken: flaws on a device are copied to the host for several steps at
+    once, and looked at when they have arrived.
     """
 
     def __init__(self) -> None:
@@ -46,7 +48,25 @@ class NonFiniteGradients:
         self._counts: dict[Key, tuple[Tensor, int]] = {}
         """Counts of all pieces of a batch, and the place of this one among them."""
         self._agreed: dict[Key, Tensor] = {}
-        self._watch = Watch()
+        self._in_a_row = 0
+        """Number of the latest steps with only broken gradients, as far as their flaws have arrived."""
+        self._warned = False
+        self._forget_flaws()
+
+    def _forget_flaws(self) -> None:
+        self._flaws: list[Tensor] = []
+        """Flaws of the batches since the last copy, in order."""
+        self._sizes: list[int] = [0]
+        """Number of flaws in each step since then."""
+        self._copied: tuple[Tensor, list[int], torch.cuda.Event | None] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        left_out = ("_flaws", "_sizes", "_copied")
+        return {key: value for key, value in vars(self).items() if key not in left_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._forget_flaws()
 
     def steps(self) -> dict[str, int]:
         """Number of steps by name, for names with any; waits for the device."""
@@ -84,9 +104,33 @@ class NonFiniteGradients:
                 del known[key]
 
     def finish_step(self) -> None:
-        """Finish a step, after :meth:`count` for every batch."""
-        if self._watch.finish_step():
-            warnings.warn(_ALL_BROKEN.format(steps=_WATCHED), stacklevel=5)  # of whoever calls step()
+        """Finish a step, after :meth:`count` for every batch. Warn once, where several in a row were broken."""
+        if self._warned or not self._flaws:
+            return
+        device = self._flaws[0].device
+        if self._copied is None and (device.type != "cuda" or len(self._sizes) == _COPIED_TOGETHER):
+            flaws = torch.cat([each.to(device) for each in self._flaws]).to("cpu", non_blocking=True)
+            event = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+            self._copied, self._flaws, self._sizes = (flaws, self._sizes, event), [], []
+        self._sizes.append(0)
+        if self._copied is not None and (self._copied[2] is None or self._copied[2].query()):
+            flaws, sizes, _ = self._copied
+            self._copied = None
+            self._watch(flaws.split(sizes))
+
+    def _watch(self, steps: Iterable[Tensor]) -> None:
+        """Warn, once, where the flaws of ``steps`` make several in a row whose gradients are all broken."""
+        for flaws in steps:
+            self._in_a_row = self._in_a_row + 1 if len(flaws) and flaws.all() else 0
+            self._warned = self._warned or self._in_a_row == _WATCHED
+        if self._warned:
+            self._flaws.clear()
+            warnings.warn(_ALL_BROKEN.format(steps=_WATCHED), stacklevel=6)  # of whoever calls step()
+
+    def _see(self, flaws: Tensor) -> None:
+        if not self._warned:
+            self._flaws.append(flaws)
+            self._sizes[-1] += len(flaws)
 
     def replaced(self, parts: Sequence[Part], grads: list[Tensor], maximize: bool) -> list[Tensor]:
         """The gradients to descend along, of parts of one shape, dtype and device."""
@@ -110,11 +154,11 @@ class NonFiniteGradients:
         alone = list if parts[0].is_shared else Gradients  # shards may differ in shape
         found, finite = alone(grads), self.agreed_on(parts)
         if finite is None and isinstance(found, Gradients) and found.finite:
-            self._watch.see(_FINE)
+            self._see(_FINE)
             return found
         finite = _finite(grads) if finite is None else finite
         if finite.all():
-            self._watch.see(_FINE)
+            self._see(_FINE)
             return found
         self.count(parts, (~finite).to(torch.int32))
         return alone(g if fine else torch.zeros_like(g) for g, fine in zip(grads, finite.tolist(), strict=True))
@@ -139,7 +183,7 @@ class NonFiniteGradients:
         if counts is None:
             counts = self._gathered(parts, flaws)
         counts += flaws
-        self._watch.see(flaws)
+        self._see(flaws)
 
     def _together(self, keys: list[Key]) -> Tensor | None:
         """Counts of pieces that were counted together in this order last time; None for others."""
@@ -158,52 +202,6 @@ class NonFiniteGradients:
             self._counts[part.key] = counts, place
             self._names[part.key] = part.label
         return counts
-
-
-class Watch:
-    """Notices steps in a row whose gradients are all broken, without waiting for a device.
-
-    Flaws on a device are copied to the host for several steps at once, and looked at when they have arrived.
-    """
-
-    def __init__(self) -> None:
-        self._flaws: list[Tensor] = []
-        """Flaws of the batches since the last copy, in order."""
-        self._sizes: list[int] = [0]
-        """Number of flaws in each step since then."""
-        self._copied: tuple[Tensor, list[int], torch.cuda.Event | None] | None = None
-        self._in_a_row = 0
-        self._over = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_in_a_row": self._in_a_row, "_over": self._over}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= {"_flaws": [], "_sizes": [0], "_copied": None, **state}
-
-    def see(self, flaws: Tensor) -> None:
-        """Add the flaws of a batch."""
-        if not self._over:
-            self._flaws.append(flaws)
-            self._sizes[-1] += len(flaws)
-
-    def finish_step(self) -> bool:
-        """Whether to warn now; true once."""
-        if self._over or not self._flaws:
-            return False
-        device = self._flaws[0].device
-        if self._copied is None and (device.type != "cuda" or len(self._sizes) == _COPIED_TOGETHER):
-            flaws = torch.cat([each.to(device) for each in self._flaws]).to("cpu", non_blocking=True)
-            event = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-            self._copied, self._flaws, self._sizes = (flaws, self._sizes, event), [], []
-        self._sizes.append(0)
-        if self._copied is not None and (self._copied[2] is None or self._copied[2].query()):
-            flaws, sizes, _ = self._copied
-            self._copied = None
-            for step in flaws.split(sizes):
-                self._in_a_row = self._in_a_row + 1 if len(step) and step.all() else 0
-                self._over = self._over or self._in_a_row == _WATCHED
-        return self._over
 
 
 def _each_finite(grads: Sequence[Tensor]) -> Tensor:

@@ -170,7 +170,7 @@ def test_gradients_that_are_all_broken_for_steps_are_warned_of_once():
     pattern = [1, 1, 0, 1, 1, "partly", 1, 1, 1, 1, 1, 0, 1, 1, 1]
     assert broken_steps(optimizer, params, pattern) == [0] * 8 + [1] * 7
     assert broken_steps(copy.deepcopy(optimizer), params, [1] * 4) == [0] * 4
-    assert optimizer._engine.nonfinite._watch._flaws == []
+    assert optimizer._engine.nonfinite._flaws == []
 
 
 def test_gradients_used_in_backward_are_watched_by_step():
