@@ -7,8 +7,12 @@ generated for each group of exported names.
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import re
 from collections.abc import Iterator
+from html import escape
+from importlib import import_module
 from pathlib import Path
 from posixpath import dirname, join, normpath
 from typing import Any
@@ -75,6 +79,12 @@ _LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(?=\))")
 _ROLE = re.compile(r":(?:class|meth|func|attr|mod|data):(<code>)~?(?:[\w.]+\.)?(\w+</code>)")
 _LEFT_OVER = re.compile(r'\n *<span class="o">\*\*</span><span class="n">left_over</span><span class="p">,</span>')
 """Parameter that only serves an error about options of other optimizers."""
+_OWNER = re.compile(r'(?=<h2 id="(lightning_adapm[\w.]*)\.(\w+)")')
+_DEFAULT = re.compile(
+    r'^( *<span class="n">(\w+)</span><span class="o">=</span>).*(?:[A-Z_]{4,}|lambda).*,</span>$', re.MULTILINE
+)
+_CONSTANT = re.compile(r'<autoref[^>]*identifier="(lightning_adapm[\w.]*)\.([A-Z_]+)"[^>]*>.*?</autoref>')
+"""Constants as defaults, in signatures and in tables of parameters, of which a reader wants the values."""
 _FENCE = re.compile(r"^(```|~~~).*?^\1", re.DOTALL | re.MULTILINE)
 
 
@@ -133,11 +143,32 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Show the roles of docstrings, such as ``:class:`AdaPM```, as plain code, and hide ``**left_over``."""
+    """Show the roles of docstrings, such as ``:class:`AdaPM```, as plain code, and defaults by their values, and hide
+    ``**left_over``.
+    """
     html = _LEFT_OVER.sub("", html)
     if "left_over" in html and page.file.src_uri.startswith("reference/"):
         raise PluginError("docs/site/hooks.py: _LEFT_OVER no longer finds **left_over in the signatures")
+    if page.file.src_uri.startswith("reference/"):
+        start, *sections = _OWNER.split(html)
+        html = start + "".join(map(_with_values, sections[::3], sections[1::3], sections[2::3]))
     return _ROLE.sub(r"\1\2", html)
+
+
+def _with_values(module: str, name: str, section: str) -> str:
+    """The section of a class with constants replaced by their values."""
+    owner = getattr(import_module(module), name)
+
+    def default(match: re.Match[str]) -> str:
+        start, parameter = match.groups()
+        if dataclasses.is_dataclass(owner):
+            value = getattr(owner(), parameter)
+        else:
+            value = inspect.signature(owner).parameters[parameter].default
+        return f'{start}{escape(repr(value))}<span class="p">,</span>'
+
+    section = _DEFAULT.sub(default, section)
+    return _CONSTANT.sub(lambda match: escape(repr(getattr(import_module(match[1]), match[2]))), section)
 
 
 def _linked(path: str) -> Iterator[str]:
