@@ -114,6 +114,7 @@ def _fit(recipe: Mapping[str, Any], device: str, folder: str, progress: Progress
     """Train to the end, and return the tokens of a step."""
     trainer, arguments = recipe["trainer"], recipe["model"]["init_args"]
     module = LitGPTModule(**arguments)
+    module.resumes = resumed is not None
     name, _, kind = trainer["strategy"]["class_path"].rpartition(".")
     together, steps = trainer.get("accumulate_grad_batches", 1), SAVED + AFTER
     data = SameBatch(module, dist.get_world_size() * together * steps)

@@ -21,6 +21,7 @@ from torchmetrics import MeanMetric
 from lightning_adapm.litgpt.checks import check_data
 from lightning_adapm.litgpt.loss import chunked_loss, summed_loss
 from lightning_adapm.litgpt.model import build, litgpt_config, load_tokenizer
+from lightning_adapm.litgpt.reading import Read, placed, unread
 from lightning_adapm.litgpt.weights import give_shards, place_later, place_weights, take_weights
 from lightning_adapm.report.tables import show_bytes
 from lightning_adapm.sharding.find import local
@@ -147,7 +148,7 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
             weights = take_weights(self.model, torch.get_default_dtype())
             for part in (*self.model.transformer.h, self.model):
                 fully_shard(part, mesh=self.device_mesh["data_parallel"])
-            give_shards(self.model, weights)
+            give_shards(self.model, weights, self._read)
             self._say_placed(began)
             self._in_file = False
         self._leave_file()
@@ -164,16 +165,20 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
         if self._in_file:
             strategy, dtype = self._trainer and self._trainer.strategy, torch.get_default_dtype()
             if isinstance(strategy, FSDPStrategy) and "param_init_fn" not in strategy.kwargs:
-                strategy.kwargs["param_init_fn"] = place_later(self, strategy.root_device, dtype)
+                strategy.kwargs["param_init_fn"] = place_later(self, strategy.root_device, dtype, self._read)
             else:
                 began = time.perf_counter()
-                place_weights(self, torch.get_default_device(), dtype)
+                place_weights(self, torch.get_default_device(), dtype, self._read)
                 self._say_placed(began)
         self._in_file = False
 
+    @property
+    def _read(self) -> Read:
+        return unread if self.resumes and self.strict_loading else placed
+
     def _say_placed(self, began: float) -> None:
-        """Say how long it took to copy the weights of this process from the file, if there is one."""
-        if self._in_file:
+        """Say how long it took to copy the weights of this process from the file, if they were."""
+        if self._in_file and self._read is placed:
             held = sum(local(param).nbytes for param in self.parameters())
             rank_zero_info(f"weights: {show_bytes(held)} in {time.perf_counter() - began:.1f} s")
 

@@ -27,6 +27,14 @@ _AHEAD = 1 << 28
 
 _buffers = threading.local()
 
+Read = Callable[[Iterable[Tensor], torch.device, torch.dtype], Iterator[Tensor]]
+""":func:`placed`, or :func:`unread` where other values are about to come."""
+
+
+def unread(tensors: Iterable[Tensor], device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Make memory for tensors on a device, in a dtype, and leave their values where they are."""
+    return (torch.empty(tensor.shape, dtype=dtype, device=device) for tensor in tensors)
+
 
 def placed(tensors: Iterable[Tensor], device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
     """Copy tensors to a device and a dtype, one after another; those that are mapped from a file are read from it."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from lightning_adapm.litgpt.reading import placed
+from lightning_adapm.litgpt.reading import Read, placed
 from lightning_adapm.sharding.find import layout_of, local
 
 
@@ -74,14 +74,16 @@ def attach_weights(model: nn.Module, path: Path, tie_embeddings: bool) -> None:
 
 
 @torch.no_grad()
-def place_weights(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+def place_weights(module: nn.Module, device: torch.device, dtype: torch.dtype, read: Read = placed) -> None:
     """Move a module's parameters to a device and a dtype, out of the file that they are mapped from."""
     params = list(module.parameters())
-    for param, value in zip(params, placed((param.data for param in params), device, dtype), strict=True):
+    for param, value in zip(params, read((param.data for param in params), device, dtype), strict=True):
         param.data = value
 
 
-def place_later(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Callable[[nn.Module], None]:
+def place_later(
+    model: nn.Module, device: torch.device, dtype: torch.dtype, read: Read = placed
+) -> Callable[[nn.Module], None]:
     """Leave a model's weights in the file, and return a function that moves those of one of its modules.
 
     FSDP1 calls it, as ``param_init_fn``, for the modules that it is about to flatten.
@@ -93,7 +95,7 @@ def place_later(model: nn.Module, device: torch.device, dtype: torch.dtype) -> C
     def place(module: nn.Module) -> None:
         for name, param in module.named_parameters(recurse=False):
             if param in waiting:
-                (value,) = placed([waiting.pop(param)], device, dtype)
+                (value,) = read([waiting.pop(param)], device, dtype)
                 new = nn.Parameter(value, param.requires_grad)
                 known[param] = weakref.ref(new)
                 setattr(module, name, new)
@@ -112,19 +114,20 @@ def take_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def give_shards(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def give_shards(model: nn.Module, weights: Mapping[str, Tensor], read: Read = placed) -> None:
     """Give a sharded model on the meta device this process's share of whole weights; only the share is read.
 
     Args:
         model: Model of DTensors, as ``fully_shard`` leaves it.
         weights: The whole weights by the names of the model's parameters.
+        read: How the share is read.
     """
     given: dict[nn.Parameter, nn.Parameter] = {}
     named = dict(model.named_parameters())
     first = next(iter(named.values()))
     assert isinstance(first, DTensor)
     device = torch.device(first.device_mesh.device_type)
-    parts = placed((_part(param, weights[name]) for name, param in named.items()), device, first.dtype)
+    parts = read((_part(param, weights[name]) for name, param in named.items()), device, first.dtype)
     for param, part in zip(named.values(), parts, strict=True):
         assert isinstance(param, DTensor)
         shard = DTensor.from_local(

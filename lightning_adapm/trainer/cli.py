@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -79,6 +80,12 @@ class AdaPMCLI(LightningCLI):
         trainer = self.config[str(self.subcommand)].trainer
         if trainer.precision is None and trainer.accelerator in ("auto", "gpu", "cuda") and _cuda_has_bf16():
             trainer.precision = "bf16-mixed"
+
+    def before_fit(self) -> None:
+        """Let the model know whether it resumes; the Trainer finds the path of "last" and the like only later."""
+        path = self.config_init["fit"].ckpt_path
+        if isinstance(self.model, AdaPMMixin):
+            self.model.resumes = path is not None and Path(path).exists()
 
     def configure_optimizers(  # type: ignore[override]
         self,

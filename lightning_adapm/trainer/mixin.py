@@ -42,6 +42,9 @@ class AdaPMMixin(_Module):
     """
 
     adapm: OptimizerConfig | Mapping[str, Any] | None = None
+    resumes: bool = False
+    """Whether a checkpoint is about to replace all weights, so that others need not be read: ``lightning-adapm fit
+    --ckpt_path PATH`` sets it before the module is configured."""
     __jit_unused_properties__ = ["lr", "adapm_class", "adapm_options", *L.LightningModule.__jit_unused_properties__]  # noqa: RUF012
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

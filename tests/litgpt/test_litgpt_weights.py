@@ -19,8 +19,10 @@ from litgpt.data import JSON
 from torch import nn
 from trainers import quiet_trainer
 
+from lightning_adapm.litgpt import reading
 from lightning_adapm.litgpt.checkpoint import write_checkpoint
 from lightning_adapm.litgpt.module import LitGPTModule
+from lightning_adapm.trainer.cli import AdaPMCLI
 
 LORA = {"lora_r": 2, "lora_alpha": 4, "lora_query": True, "lora_value": True}
 
@@ -123,6 +125,37 @@ def test_weights_that_are_not_those_of_the_file_are_kept(base, tmp_path, how):
     module.configure_model()
     for name, param in module.named_parameters():
         assert not in_file(param) and torch.equal(param, expected[name].float()), name
+
+
+@pytest.mark.parametrize("base", [torch.float32], indirect=True)
+def test_resuming_reads_the_resumed_checkpoint_alone(base, tmp_path, monkeypatch):
+    data = write_instructions(tmp_path / "instructions.json")
+    settings = {
+        "model": {"class_path": "lightning_adapm.litgpt.LitGPTModule", "init_args": {"checkpoint_dir": str(base)}},
+        "data": {"class_path": "litgpt.data.JSON", "init_args": {"json_path": str(data), "val_split_fraction": 0.25}},
+        "trainer": {"max_steps": 1, "limit_val_batches": 0, "accelerator": "cpu", "logger": False},
+    }
+    settings["trainer"] |= {"default_root_dir": str(tmp_path), "enable_progress_bar": False}
+    settings["data"]["init_args"]["num_workers"] = 0
+    settings["model"]["init_args"]["max_seq_length"] = 64
+    (tmp_path / "run.yaml").write_text(json.dumps(settings))
+    words = ["fit", "--config", str(tmp_path / "run.yaml")]
+    AdaPMCLI(words)
+    (path,) = tmp_path.glob("**/*.ckpt")
+    saved = torch.load(path, weights_only=False)
+    saved["state_dict"] = {name: value + 1 for name, value in saved["state_dict"].items()}
+    torch.save(saved, path)
+    monkeypatch.setattr(reading.Files, "source", lambda *args: pytest.fail("weights are read"))
+    resumed = AdaPMCLI([*words, "--ckpt_path", str(path)]).model
+    assert resumed.state_dict().keys() == saved["state_dict"].keys()
+    assert all(torch.equal(value, saved["state_dict"][name]) for name, value in resumed.state_dict().items())
+
+
+def test_weights_are_read_where_a_checkpoint_may_lack_some(base):
+    module = LitGPTModule(checkpoint_dir=str(base))
+    module.resumes, module.strict_loading = True, False
+    module.configure_model()
+    assert torch.equal(module.model.lm_head.weight, read_the_old_way(base).lm_head.weight.float())
 
 
 def test_what_the_checkpoint_lacks_is_made_as_ever(base):
