@@ -108,8 +108,8 @@ class EarlyUpdates:
 
     def norms(self) -> list[Tensor]:
         """Norm of each gradient of this step, with those that are still to be taken; none without early gradients."""
-        if not self._began:
-            return []
+        if not self._began or len(self._moved) == len(self._params):
+            return self._norms
         return self._norms + _norms([param.grad for param in self._params if param.grad is not None])
 
 
