@@ -48,7 +48,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-graph", action="store_true", help="do not record CUDA graphs")
     parser.add_argument("--time-limit", type=float, help="seconds after which nothing is running any more")
     parser.add_argument("--report-only", action="store_true", help="train nothing; write the .md and the plot")
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="add the runs in these; train nothing")
     args = parser.parse_args()
+    args.report_only |= bool(args.merge)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device here; leave it out to train on the CPU")
     args.jobs = args.jobs or max(1, len(visible_gpus()) if args.device == "cuda" else 1)
@@ -57,12 +59,14 @@ def parse() -> argparse.Namespace:
         parser.error(f"{args.study} trains on another text than Python's sources; name one with --data FILE")
     if args.compile and args.stack > 1:
         parser.error("--compile goes with --stack 1")
-    if len(args.studies) > 1 and (args.name or args.only):
-        parser.error(f"--name and --only go with one study; {args.study} is {', '.join(args.studies)}")
+    if len(args.studies) > 1 and (args.name or args.only or args.merge):
+        parser.error(f"--name, --only and --merge go with one study; {args.study} is {', '.join(args.studies)}")
     if args.size and not all(is_gpt2(STUDIES[name]) for name in args.studies):
         parser.error(f"--size names a GPT-2-like model, and {args.study} trains another; leave it out")
     if args.pretrain_on and not all(STUDIES[name].pretrained for name in args.studies):
         parser.error(f"--pretrain-on: {args.study} starts from random weights; leave it out")
+    if absent := [str(file) for file in args.merge or () if not file.is_file()]:
+        parser.error(f"--merge: {', '.join(absent)} does not exist; name STUDY.json of another machine's --output")
     unknown = set(args.only or ()) - set(STUDIES[args.studies[0]].variants)
     if unknown:
         parser.error(f"--only: {', '.join(sorted(unknown))} not in {', '.join(STUDIES[args.studies[0]].variants)}")
@@ -102,6 +106,8 @@ def main() -> None:
         device = Device(args.device, args.compile, not args.no_graph)
         stores = [(studies[name], Store(files[name])) for name in names]
         sweep(stores, args.data, device, args.jobs, args.stack, deadline, args.pretrain_on)
+    for file in args.merge or ():
+        print(f"{file}: {Store(files[args.study]).merge(file)} new runs")
     for name, study in studies.items():
         report(names[name], dataclasses.replace(study, variants=STUDIES[name].variants), Store(files[name]))
 

@@ -24,7 +24,7 @@ class Entry(NamedTuple):
 
 
 class Store:
-    """The runs of one study's file, and those of the other files in its folder. Every addition is written at once."""
+    """The runs of one study's file, and those of the other files in its folder. Additions are written at once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -45,6 +45,18 @@ class Store:
 
     def add(self, run: Run, result: dict[str, Any], session: dict[str, str]) -> None:
         self.own[run.key] = self.known[run.key] = Entry(json.loads(run.key), result, session)
+        self._write()
+
+    def merge(self, file: Path) -> int:
+        """Add the runs of another machine's file of this study; returns the number of those that are new."""
+        new = {key: entry for key, entry in read(file).items() if key not in self.known}
+        self.own |= new
+        self.known |= new
+        if new:
+            self._write()
+        return len(new)
+
+    def _write(self) -> None:
         sessions: list[dict[str, str]] = []
         lines = []
         for entry in self.own.values():

@@ -175,6 +175,9 @@ def test_a_study_runs_resumes_and_reports(study, tmp_path):
 
     beside = Store(path.with_name("other.json"))
     assert not beside.own and beside.known == then
+    elsewhere = Store(tmp_path / "elsewhere" / "study.json")
+    assert (elsewhere.merge(path), elsewhere.merge(path)) == (len(then), 0)
+    assert Store(elsewhere.path).own == then
     report("study", more, Store(path))
     page = path.with_name("study.md").read_text()
     assert "minus AdamW's best" in page and "(2)" in page and then.popitem()[1].session["command"] in page
