@@ -68,7 +68,7 @@ def run(words: list[str]) -> int:
     """Print the plan that the words after ``plan`` specify.
 
     Returns:
-        The exit status, which is 1 where a matrix has no role and AdaPM would refuse to train, and where a training
+        The exit status, which is 1 where a matrix has no role and training would be refused, and where a training
         step does not fit into the memory after ``--fits``.
     """
     parser, words = _parser(), with_files(words)

@@ -165,7 +165,7 @@ def check_optimizer(optimizer: str | Mapping[str, Any] | None) -> None:
     """Check that an optimizer exists and accepts its options.
 
     Raises:
-        ValueError: There is no such class or option, or AdaPM refuses a value.
+        ValueError: There is no such class or option, or it refuses a value.
     """
     if optimizer is None:
         return

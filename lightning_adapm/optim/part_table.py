@@ -127,11 +127,14 @@ class PartTable:
         return named and _are(held, self.held)
 
     def remember(self, asked: Asked, works: Sequence[Work], states: States) -> None:
-        """Remember what moves, if all that was ``asked`` for does, and no process hides what it has a gradient of."""
+        """Remember what moves, if all that was ``asked`` for does, and no process hides what it has a gradient of.
+
+        Elsewhere than on a GPU, no step waits for the host.
+        """
+        if not works or not graphs.can_capture(works[0].device):
+            return
         every = [len(work.held) for work in works] == [len(params) for _, params in asked]
-        shown = all(_shows_gradients(own[0].layout) for work in works for own in work.parts)
-        # elsewhere than on a GPU, no step waits for the host
-        if every and shown and all(graphs.can_capture(held.device) for work in works for held in work.held):
+        if every and all(_shows_gradients(own[0].layout) for work in works for own in work.parts):
             self._moved[_first(asked)] = Moved(asked, works, states)
         else:
             self._moved.pop(_first(asked), None)

@@ -46,7 +46,7 @@ class StateReport:
 
         Args:
             optimizers: Any torch optimizers.
-            module: Module that provides the roles of parameters outside AdaPM.
+            module: Module that provides the roles of parameters of other packages' optimizers.
         """
         held: dict[str, StateBytes] = {}
         adamw: dict[str, StateBytes] = {}

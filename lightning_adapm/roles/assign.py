@@ -40,6 +40,13 @@ class Assigned:
     blocks: dict[Tensor, str | None] = field(default_factory=dict)
     """Names of the transformer blocks around the parameters; None outside."""
 
+    def add(self, item: Named, role: str, why: str, pieces: tuple[Piece, ...]) -> None:
+        """Add a parameter."""
+        self.roots.update((id(root), root) for root in item.around[-1:])
+        self.names[item.param], self.reasons[item.param] = item.label, why
+        self.roles[item.param], self.blocks[item.param] = role, item.block_path
+        self.pieces[item.param] = pieces
+
 
 def assign_roles(
     groups: list[dict[str, Any]],
@@ -72,26 +79,14 @@ def assign_roles(
     for group, given, items in zip(groups, handed, _describe(handed, known, first, rules, policy), strict=True):
         stated = Heads(*(group.get(key) for key in HEADS))
         for item in items:
-            if item.param.is_complex() and item.param.requires_grad:
-                raise TypeError(f"{item.label} is complex; only real parameters are supported")
             role, why = _role(item, given, rules)
-            try:
-                cuts = cut(item, role or UNMATCHED, stated, taught=why == _SAID or is_taught(why))
-            except ValueError:
-                if item.param.requires_grad and (unmatched == "error" or stated != Heads()):
-                    raise
-                role, why = None, "query, key and value rows that cannot be told apart"
-                cuts = cut(item, UNMATCHED)
-            if role is None and item.param.requires_grad:
-                missing.append(item)
+            role, why, pieces = _pieces(item, role, why, stated, refuse=unmatched == "error")
             if item.param.requires_grad:
-                check_layout(item.label, cuts[0], item.param)
-            assigned.roots.update((id(root), root) for root in item.around[-1:])
-            assigned.names[item.param], assigned.reasons[item.param] = item.label, why
-            assigned.roles[item.param], assigned.blocks[item.param] = role or UNMATCHED, item.block_path
-            assigned.pieces[item.param] = tuple(replace(piece, block=item.block) for piece in cuts)
+                _check_trained(item, pieces)
+                missing += [item] if role is None else []
+            assigned.add(item, role or UNMATCHED, why, pieces)
             if not item.packed:
-                check(item, assigned.pieces[item.param], group)
+                check(item, pieces, group)
         lists = {
             "params": given.params,
             "param_names": [item.label for item in items],
@@ -162,6 +157,24 @@ def _role(item: Named, given: Handed, rules: Mapping[str, str]) -> tuple[str | N
     return "bias", "a vector in a group of matrices"
 
 
+def _pieces(
+    item: Named, role: str | None, why: str, stated: Heads, refuse: bool
+) -> tuple[str | None, str, tuple[Piece, ...]]:
+    """Cut a parameter into pieces; without a role, and for another reason, where its rows cannot be told apart.
+
+    Raises:
+        ValueError: They cannot, and the caller wants to ``refuse`` that or has ``stated`` head counts.
+    """
+    try:
+        cuts = cut(item, role or UNMATCHED, stated, taught=why == _SAID or is_taught(why))
+    except ValueError:
+        if item.param.requires_grad and (refuse or stated != Heads()):
+            raise
+        role, why = None, "query, key and value rows that cannot be told apart"
+        cuts = cut(item, UNMATCHED)
+    return role, why, tuple(replace(piece, block=item.block) for piece in cuts)
+
+
 def check_heads(item: Named, pieces: tuple[Piece, ...]) -> None:
     """Check that the heads of a query or key are known, for block second moments.
 
@@ -188,11 +201,12 @@ def unmatched_message(missing: Iterable[tuple[str, Sequence[int], str]]) -> str:
     guessed = suggested_roles((name, why) for name, _, why in missing)
     paste = ", ".join(f'r"{pattern}": "{role}"' for pattern, role in guessed.items())
     full = 4 * sum(math.prod(shape) for _, shape, _ in missing)
+    count = "1 matrix" if len(missing) == 1 else f"{len(missing)} matrices"
     return (
-        f"the role of {len(missing)} matrices is not known:\n{lines}\nState it, with the right role"
-        f" ({', '.join((*ROLES, *FUSED))}) or a policy (full, low_rank, none) for each. This is a guess that saves"
-        f' memory where it can, and "full" where it cannot tell:\n  roles={{{paste}}}\nor pass unmatched="full" to'
-        f" give all of them AdamW's full momentum, {full:,} bytes in float32."
+        f"the role of {count} is not known:\n{lines}\nState it, with the right role ({', '.join((*ROLES, *FUSED))}) or"
+        ' a policy (full, low_rank, none) for each. This is a guess that saves memory where it can, and "full" where'
+        f' it cannot tell:\n  roles={{{paste}}}\nor pass unmatched="full" to give all of them AdamW\'s full momentum,'
+        f" {full:,} bytes in float32."
     )
 
 
@@ -206,6 +220,17 @@ def suggested_roles(missing: Iterable[tuple[str, str]]) -> dict[str, str]:
         pattern, role = "^" + re.sub(r"\d+", r"\\d+", re.escape(plain(name))) + "$", guess(plain(name), why)
         roles[pattern] = role if roles.get(pattern, role) == role else "full"
     return roles
+
+
+def _check_trained(item: Named, pieces: tuple[Piece, ...]) -> None:
+    """Check that a parameter can be trained.
+
+    Raises:
+        TypeError: It is complex, or a stack of matrices that FSDP1 cuts inside them.
+    """
+    if item.param.is_complex():
+        raise TypeError(f"{item.label} is complex; only real parameters are supported")
+    check_layout(item.label, pieces[0], item.param)
 
 
 def check_layout(name: str, piece: Piece, param: Tensor) -> None:

@@ -85,7 +85,7 @@ def put_together(parts: Parts, entry: Mapping[str, Any] | None, layout: Layout) 
     """Put together again what FSDP1 has cut up.
 
     Whatever a saved tensor's shape, FSDP1 gives each process the elements at the process's places in the parameter, in
-    row-major order. Nothing is lost, because no state of AdaPM is larger than its parameter.
+    row-major order. Nothing is lost, because no entry is larger than its parameter.
 
     Raises:
         ValueError: An entry has another size than this optimizer's, and its shape is not saved.

@@ -40,8 +40,8 @@ class OptimizerStateMonitor(L.Callback):
 
     - ``ratio_to_adamw``, total bytes relative to AdamW's.
     - ``total_bytes_all_processes``, the sum over processes.
-    - ``exchanged_bytes_per_step`` with several processes: bytes that the first process gave to collectives, per step of
-      AdaPM since the last log.
+    - ``exchanged_bytes_per_step`` with several processes: bytes that the first process gave to collectives, per step
+      since the last log.
     - ``gradient_norm`` with ``update_in_backward``: the norm of the last step's gradients, which are no longer held.
 
     The figure is saved as ``optimizer_state.png`` in the run's folder and shown in TensorBoard, with a table of the
@@ -107,11 +107,11 @@ class ResidualNormMonitor(L.Callback):
     - ``update_max/<role>``: the largest ``|update| / lr`` before any clamp.
     - ``clamped/<role>``: the share of entries beyond ``clip_threshold``.
     - ``nonfinite_gradients``: the number of gradients, over parameters and all steps so far, with an infinity or a NaN.
-      AdaPM takes such gradients as zero. A warning names the parameters.
+      They count as zero. A warning names the parameters.
 
     The role ``all`` stands for all roles together. Figures are means over pieces and processes; ``max`` is the largest.
     Steps that do not log do no extra work. The figure is saved as ``residual_norm.png`` in the run's folder and shown
-    in TensorBoard. With several AdaPM optimizers, their number follows the prefix.
+    in TensorBoard. With several optimizers, their number follows the prefix.
 
     An optimizer without low-rank momentum has no residual, and nothing is logged. A warning is given if it is one of
     this package. Other optimizers, such as AdamW in a run to compare with, are passed over in silence.

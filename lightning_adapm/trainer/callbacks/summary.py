@@ -48,7 +48,7 @@ class OptimizerSummary(L.Callback):
         self.by, self.max_rows = by, max_rows
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print the table of every AdaPM optimizer, on the first process."""
+        """Print the table of every optimizer of the package, on the first process."""
         if trainer.is_global_zero:
             print_summary(trainer.optimizers, self.by, self.max_rows)
 
@@ -56,7 +56,7 @@ class OptimizerSummary(L.Callback):
 def print_summary(
     optimizers: Iterable[Optimizer], by: Literal["role", "parameter"] = "role", max_rows: int = 50
 ) -> None:
-    """Print the table of :class:`OptimizerSummary` for every AdaPM optimizer."""
+    """Print the table of :class:`OptimizerSummary` for every optimizer of the package."""
     from rich import get_console
 
     for optimizer in optimizers:
