@@ -5,7 +5,8 @@ import sys
 
 import numpy as np
 import pytest
-from texts import data_module, ready, write_corpus
+from data_modules import data_module, ready
+from texts import write_corpus
 
 from lightning_adapm.data import TextDataModule, TrainLoader, tokens
 from lightning_adapm.data.corpus import find_corpus

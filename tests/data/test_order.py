@@ -7,8 +7,8 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from data_modules import data_module, ready
 from lightning.pytorch.callbacks import ModelCheckpoint
-from texts import data_module, ready
 from trainers import quiet_trainer
 
 from lightning_adapm.data import TrainLoader, ValLoader

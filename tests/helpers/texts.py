@@ -2,8 +2,6 @@
 
 import random
 
-from lightning_adapm.data import TextDataModule
-
 WORDS = "the a of to in matrix vector rank step loss weight learns moves stays small large slowly again never".split()
 
 
@@ -15,17 +13,3 @@ def write_corpus(folder, files=12, words=400, seed=0):
         lines = [" ".join(generator.choices(WORDS, k=8)) for _ in range(words // 8)]
         (folder / f"document_{index}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
-
-
-def data_module(corpus, tmp_path, **options):
-    """A data module of small windows over a corpus."""
-    options = {"vocab_size": 300, "block_size": 8, "batch_size": 4, "val_fraction": 0.2} | options
-    return TextDataModule(str(corpus), "*.txt", cache_dir=str(tmp_path / "cache"), **options)
-
-
-def ready(corpus, tmp_path, **options):
-    """The same, set up to fit."""
-    data = data_module(corpus, tmp_path, **options)
-    data.prepare_data()
-    data.setup("fit")
-    return data
