@@ -151,13 +151,13 @@ def test_adam_mini_is_adapm_with_full_momentum_and_blocks():
     "make",
     [
         lambda params, now: AdaPM(params, lr=1e-2, rank=2, weight_decay=0.1, update_in_backward=now),
-        lambda params, now: AdaPM(params, lr=1e-2, rank=2, second_moment="block", update_in_backward=now),
+        lambda params, now: AdaPM(params, lr=1e-2, rank=2, second_moment="factored", update_in_backward=now),
         lambda params, now: AdaLomo(params, lr=1e-2, update_in_backward=now),
         lambda params, now: Lomo(params, lr=1e-1, update_in_backward=now),
         lambda params, now: LoRAPre(params, lr=1e-2, rank=2, update_in_backward=now),
         lambda params, now: PartialMuon(params, lr=1e-2, rank=2, state_dtype=None, update_in_backward=now),
     ],
-    ids=["adapm", "block", "adalomo", "lomo", "lora_pre", "partial_muon"],
+    ids=["adapm", "factored", "adalomo", "lomo", "lora_pre", "partial_muon"],
 )
 def test_updates_in_backward_are_those_after_it(make):
     model, other = twins()

@@ -168,7 +168,7 @@ def test_replays_are_the_steps_that_launches_would_take(recorded, options):
 
 def test_parameters_that_move_together_inside_backward_are_replayed(recorded):
     """Every group of them by itself; where they come in other groups, they are launched until that stays so."""
-    twins = Twins(second_moment="block", update_in_backward=True, update_proj_gap=3)
+    twins = Twins(second_moment="factored", update_in_backward=True, update_proj_gap=3)
     for step in range(9):
         for optimizer in twins.optimizers:
             optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step)
