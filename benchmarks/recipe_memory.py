@@ -19,7 +19,7 @@ from lightning_adapm.commands import plan as plan_command
 REPOSITORY = Path(__file__).parents[1]
 RECIPES = REPOSITORY / "recipes"
 PAGE = REPOSITORY / "docs" / "recipes.md"
-SHOWN = ("AdamW", "AdaPM", "AdaPM block", "PartialMuon")
+SHOWN = ("AdamW", "AdaPM", "AdaPM factored", "PartialMuon")
 _MEMORY = re.compile(r"^# Memory: .*$", re.MULTILINE)
 _STEP = re.compile(r"^# Step: .*$", re.MULTILINE)
 _TABLE = re.compile(r"(?<=<!-- memory -->\n).*(?=<!-- end of memory -->)", re.DOTALL)

@@ -40,8 +40,8 @@ from lightning_adapm.roles.assign import suggested_roles
 from lightning_adapm.trainer.recipes import recipes, with_files
 
 _DESCRIPTION = """\
-Compare the optimizer state of a model before training: AdamW, Adam-mini, AdaPM, AdaPM with block second moments, and
-PartialMuon. The model is built on the meta device, so no weight takes memory. With --fits, weights, gradients,
+Compare the optimizer state of a model before training: AdamW, Adam-mini, AdaPM, AdaPM with factored second moments,
+and PartialMuon. The model is built on the meta device, so no weight takes memory. With --fits, weights, gradients,
 activations and transients of a training step are planned, too.
 
   lightning-adapm plan --model_name Llama-3-8B --dtype bfloat16

@@ -19,7 +19,7 @@ from lightning_adapm.roles.piece import UNMATCHED
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "Adam-mini": {"momentum": momentum_table("full", "full"), "second_moment": "block"},  # arXiv 2406.16793
     "AdaPM": {},
-    "AdaPM block": {"second_moment": "block"},
+    "AdaPM factored": {"second_moment": "factored"},
 }
 """Variants of :func:`compare`, as changes to AdaPM's parameter groups."""
 
@@ -117,7 +117,7 @@ def compare(model: nn.Module, **adapm_options: Any) -> dict[str, Explanation]:
     """Explain each of :data:`VARIANTS` and PartialMuon, by name.
 
     ``"AdaPM"`` has exactly these options. PartialMuon has its own table of momenta. Arguments and errors are those of
-    :func:`explain`. Variants with block second moments are left out where the number of heads is unknown.
+    :func:`explain`. Adam-mini is left out where the number of heads is unknown.
     """
     options = _stated(model)
     shared = {key: value for key, value in {**options, **adapm_options}.items() if key in _SHARED}
@@ -127,7 +127,7 @@ def compare(model: nn.Module, **adapm_options: Any) -> dict[str, Explanation]:
     frozen, heads_known = _frozen(model.parameters()), _heads_are_known(optimizer)
     explanations = {}
     for name, changes in VARIANTS.items():
-        if heads_known or "second_moment" not in changes:
+        if heads_known or changes.get("second_moment") != "block":
             explanations[name] = Explanation(tuple(plan(optimizer, changes)), frozen, refuses)
     muon, _ = _optimizer(PartialMuon, model, shared)
     explanations[PartialMuon.__name__] = Explanation(tuple(plan(muon)), frozen, refuses)

@@ -35,7 +35,7 @@ def plan(capsys):
             main(["plan", *map(str, words)])
         printed = capsys.readouterr()
         (total,) = re.findall(r"^  total +(\d.*B) *$", printed.out, re.M)[:1] or [""]
-        totals = dict(zip(("AdamW", "Adam-mini", "AdaPM", "AdaPM block"), re.split(r" {2,}", total), strict=False))
+        totals = dict(zip(("AdamW", "Adam-mini", "AdaPM", "AdaPM factored"), re.split(r" {2,}", total), strict=False))
         return end.value.code, printed.out, printed.err, totals
 
     return call
@@ -55,7 +55,7 @@ def test_a_model_by_name(plan):
         "AdamW": show_bytes(ours.adamw_in_dtype.total),
         "Adam-mini": show_bytes(explain(model, momentum="full", second_moment="block").total.total),
         "AdaPM": show_bytes(ours.total.total),
-        "AdaPM block": show_bytes(explain(model, rank=3, second_moment="block").total.total),
+        "AdaPM factored": show_bytes(explain(model, rank=3, second_moment="factored").total.total),
     }
     assert "saved of AdamW in float32" in out and "saved of AdamW in bfloat16" in out
     assert "attn.qkv.weight" not in out
@@ -239,7 +239,7 @@ def test_no_weight_takes_memory(monkeypatch, plan):
 
 
 def test_as_a_user_starts_it(tmp_path):
-    assert "AdaPM block" in run(tmp_path, "plan", "--model_name", "pythia-14m").stdout
+    assert "AdaPM factored" in run(tmp_path, "plan", "--model_name", "pythia-14m").stdout
     failed = run(tmp_path, "plan", "--model_name", "pythia-14n", check=False)
     assert failed.returncode == 1 and len(failed.stderr.splitlines()) == 1
 

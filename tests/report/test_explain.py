@@ -197,8 +197,8 @@ def test_compare_leaves_out_what_needs_unknown_heads():
             super().__init__()
             self.q_proj, self.k_proj = nn.Linear(8, 8), nn.Linear(8, 8)
 
-    assert set(compare(Attention())) == {"AdaPM", "PartialMuon"}
-    assert set(compare(PlainLM())) == {"Adam-mini", "AdaPM", "AdaPM block", "PartialMuon"}
+    assert set(compare(Attention())) == {"AdaPM", "AdaPM factored", "PartialMuon"}
+    assert set(compare(PlainLM())) == {"Adam-mini", "AdaPM", "AdaPM factored", "PartialMuon"}
 
 
 def test_a_model_of_405_billion_parameters():

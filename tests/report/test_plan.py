@@ -121,7 +121,7 @@ def test_every_column_is_what_training_allocates(make, dtype, state_dtype):
     planned = compare(model, **options)
     optimizers = {
         "AdaPM": (AdaPM, {}),
-        "AdaPM block": (AdaPM, {"second_moment": "block"}),
+        "AdaPM factored": (AdaPM, {"second_moment": "factored"}),
         "Adam-mini": (AdaPM, {"second_moment": "block", "momentum": "full"}),
         "PartialMuon": (PartialMuon, {}),
     }
