@@ -131,18 +131,17 @@ def print_step(
     return left >= 0
 
 
-_CHANGES: tuple[tuple[str, Mapping[str, Any]], ...] = (
-    ("", {}),
-    ("state_dtype=bfloat16", {"state_dtype": "bfloat16"}),
-    ("update_in_backward", {"in_backward": True}),
-    ("update_in_backward, state_dtype=bfloat16", {"in_backward": True, "state_dtype": "bfloat16"}),
-    ("update_in_backward, state_dtype=int8", {"in_backward": True, "state_dtype": "int8"}),
-    (
-        "update_in_backward, state_dtype=int8, micro-batches of 1",
-        {"in_backward": True, "state_dtype": "int8", "rows": 1},
-    ),
+_FACTORED, _INT8 = {"second_moment": "factored"}, {"state_dtype": "int8"}
+_CHANGES: tuple[Mapping[str, Any], ...] = (
+    {},
+    _FACTORED,
+    _FACTORED | _INT8,
+    {"in_backward": True},
+    {"in_backward": True} | _FACTORED,
+    {"in_backward": True} | _FACTORED | _INT8,
+    {"in_backward": True} | _FACTORED | _INT8 | {"rows": 1},
 )
-"""Changes of options that save memory, the simplest first, by the words for them."""
+"""Changes that save memory, the simplest first: options of the optimizer, and fields of a :class:`Loop`."""
 
 
 def first_fitting(
@@ -151,11 +150,11 @@ def first_fitting(
     """The step, the simplest change of options with which it fits into ``limit`` bytes, and its bytes."""
     optimizer = make(module.named_parameters(), **options)
     steps: dict[Loop, StepBytes | None] = {}
-    for words, change in _CHANGES:
+    for change in _CHANGES:
         new = _changed(loop, change)
-        storage = {key: value for key, value in change.items() if key == "state_dtype"}
-        if new is None or not storage.keys() <= set(options_of(make)):
+        if new is None:
             continue
+        storage = {key: value for key, value in change.items() if key in options_of(make)}
         state = sum(row.bytes.total for row in plan(optimizer, storage))
         held = at_rest(module, state)
         if held.total - (held.gradients if new.in_backward else 0) > limit:
@@ -166,8 +165,15 @@ def first_fitting(
         if step is None:
             return None
         if step.total + state <= limit:
-            return str(new), words, show_bytes(step.total + state)
+            words = [f"{key}={value}" for key, value in storage.items() if options.get(key) != value]
+            return str(new), ", ".join(_words(loop, new) + words), show_bytes(step.total + state)
     return None
+
+
+def _words(loop: Loop, new: Loop) -> list[str]:
+    """What is another in a new loop."""
+    found = ["update_in_backward"] if new.in_backward and not loop.in_backward else []
+    return found + ([f"micro-batches of {new.rows}"] if new.rows != loop.rows else [])
 
 
 def _changed(loop: Loop, change: Mapping[str, Any]) -> Loop | None:
