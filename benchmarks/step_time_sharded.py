@@ -44,6 +44,7 @@ BASE = "AdamW, fused"
 PEERS: tuple[Peer, ...] = (
     Peer(BASE, "AdamW", {"fused": True}),
     Peer("AdaPM", "AdaPM", interval=INTERVAL),
+    Peer("AdaPM factored", "AdaPM", {"second_moment": "factored"}, interval=INTERVAL),
     Peer("AdaPM block, bases replicated", "AdaPM", _BLOCK | {"basis": "replicate"}, interval=INTERVAL),
     Peer("AdaPM block, bases sharded", "AdaPM", _BLOCK | {"basis": "shard"}, interval=INTERVAL),
     Peer("AdaPM block, paper", "AdaPM", _PAPER | _BLOCK, interval=INTERVAL),

@@ -138,11 +138,13 @@ def factor(
     sums: Tensor,
     averages: tuple[Matrices, Matrices],
     shape: torch.Size,
+    height: int,
     beta2: float,
     extra: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Take a reading of gradients of ``shape`` ``(m, n)`` and their ``sums`` over columns, which are overwritten, into
-    ``averages`` of means of squares, plus ``extra``, over rows ``(m, 1)`` and columns ``(1, n)``.
+    ``averages`` of means of squares, plus ``extra``, over rows ``(m, 1)`` and columns ``(1, n)``. The sums are of
+    columns of ``height`` rows, of which other processes may hold some.
 
     Returns:
         Factors of the roots of the second moments: of the averages of rows over their mean ``(b, m)``, and ``(b, n)``.
@@ -155,7 +157,7 @@ def factor(
         (len(squares), 1, 1),
         (squares, sums, flaws, rows.table, columns.table, shares),
         (m, n, len(squares) // len(flaws)),
-        (float(m), float(n), _LARGEST, _TINY, beta2, extra),
+        (float(height), float(n), _LARGEST, _TINY, beta2, extra),
         BLOCK=1024,
     )
     return shares, sums

@@ -33,6 +33,7 @@ from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.device_gradients import DeviceGradients
 from lightning_adapm.step.launch import Matrices
 from lightning_adapm.step.moves import Average, Divisors
+from lightning_adapm.step.parts import Part
 from lightning_adapm.step.refreshing import moved_lefts
 from lightning_adapm.step.rounding import rounding_of
 from lightning_adapm.step.watching import Observer
@@ -220,11 +221,12 @@ def _ones(directions: Matrices) -> Divisors:
 
 
 def _factored(
-    second_moment: FactoredSecondMoment, states: Sequence[State], number: int, grads: DeviceGradients
+    second_moment: FactoredSecondMoment, parts: Sequence[Part], number: int, grads: DeviceGradients
 ) -> Divisors:
     """Update the averages with the gradients."""
-    averages = _matrices(states, "exp_avg_sq_row"), _matrices(states, "exp_avg_sq_col")
-    shares, roots = factor(grads.reading, grads.columns, averages, grads.shape[1:], second_moment.beta2)
+    averages = _matrices(parts, "exp_avg_sq_row"), _matrices(parts, "exp_avg_sq_col")
+    height = parts[0].shape[-2]
+    shares, roots = factor(grads.reading, grads.columns, averages, grads.shape[1:], height, second_moment.beta2)
     return Divisors(shares, bias_correction(second_moment.beta2, number), second_moment.eps, columns=roots)
 
 

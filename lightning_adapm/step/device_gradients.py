@@ -69,10 +69,12 @@ class DeviceGradients(Stack):
         else:
             self.projected = self.read(Matrices.of([basis.to(kernels.FACTOR).contiguous()]))
 
-    def agree(self, flaws: Tensor) -> None:
-        """Count as zero the gradients with ``flaws`` ``(gradients,)``, which processes have agreed on."""
+    def agree(self, flaws: Tensor, columns: Tensor | None = None) -> None:
+        """Count as zero the gradients with ``flaws`` ``(gradients,)``, which processes have agreed on. Sums of squares
+        of ``columns`` are over all of them, too.
+        """
         self._agreed = flaws
-        self._reading = self.reading._replace(flaws=flaws)
+        self._reading = self.reading._replace(flaws=flaws, columns=columns)
 
     def read(self, bases: Matrices) -> Tensor:
         """Products of the gradients with the transposed ``bases``, ``(b, m, width)``, finite or not."""

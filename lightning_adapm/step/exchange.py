@@ -1,7 +1,8 @@
 """Exchange between processes whose kernels work on rows of the same matrices, once for many batches.
 
 Kernels take local rows as they take whole matrices, if they are given what other processes have: columns of bases,
-whether all rows of a gradient are finite, and sums of squares of blocks whose rows lie on several processes.
+whether all rows of a gradient are finite, and sums of squares of columns, and of blocks whose rows lie on several
+processes.
 """
 
 from collections import defaultdict
@@ -16,7 +17,7 @@ from torch.nn.functional import pad
 from lightning_adapm.moments import lowrank
 from lightning_adapm.moments.base import join
 from lightning_adapm.moments.first import LowRankMomentum
-from lightning_adapm.moments.second import BlockSecondMoment
+from lightning_adapm.moments.second import BlockSecondMoment, FactoredSecondMoment
 from lightning_adapm.sharding.collectives import total
 from lightning_adapm.step.averages import advance
 from lightning_adapm.step.batching import Batch, most_together
@@ -86,20 +87,27 @@ def _gather_bases(batches: Sequence[Batch]) -> None:
 
 
 def _agree(batches: Sequence[Batch]) -> None:
-    """Read gradients, and find out whether they are finite on all processes and the sums of their blocks."""
+    """Read gradients, and find out whether they are finite on all processes, and sums of their columns and blocks."""
     numbers: list[Tensor] = []
     for batch in batches:
         grads = _grads(batch)
         right = grads.right
         grads.read_first(lowrank.sketched(right.float()) if right is not None and refreshes(batch) else right)
         numbers.append((grads.reading.flaws != 0).float())
+        if _has_columns(batch):
+            numbers.append(grads.columns)
         if _has_blocks(batch):
             numbers.append(_sums_of_blocks(batch))
     found = iter(total(numbers, _group(batches[0])))
     for batch in batches:
-        _grads(batch).agree((next(found) != 0).to(torch.int32))
+        flaws = (next(found) != 0).to(torch.int32)
+        _grads(batch).agree(flaws, next(found) if _has_columns(batch) else None)
         if _has_blocks(batch):
             _grads(batch).roots = _roots_of_blocks(batch, next(found))
+
+
+def _has_columns(batch: Batch) -> bool:
+    return isinstance(batch.parts[0].second, FactoredSecondMoment)
 
 
 def _has_blocks(batch: Batch) -> bool:

@@ -103,7 +103,7 @@ def _needs_reductions(parts: Sequence[Part]) -> str:
         return "processes share rows"
     if len({shard.counts for shard in shards}) > 1:
         return "processes hold different numbers of rows of these parts"
-    if type(part.second) not in (NoSecondMoment, ElementwiseSecondMoment, BlockSecondMoment, Orthogonal):
+    if type(part.second) is RelativeSecondMoment:
         return f"processes share the sums of {type(part.second).__name__}"
     return ""
 

@@ -25,7 +25,7 @@ def step(batch: Batch, grads: DeviceGradients, group: Mapping[str, Any]) -> None
     assert isinstance(second, RelativeSecondMoment)
     rows, columns = (Matrices.of([part[key] for part in parts]) for key in ("exp_avg_sq_row", "exp_avg_sq_col"))
     decay = 1 - second.weight(batch.step)
-    shares, roots = factor(reading, grads.columns, (rows, columns), grads.shape[1:], decay, extra=ADDED)
+    shares, roots = factor(reading, grads.columns, (rows, columns), grads.shape[1:], m, decay, extra=ADDED)
     lengths = (relate(matrices, shares, roots, reading.flaws) / (m * n)).sqrt_()
     shares *= (lengths / float(group["clip_threshold"])).clamp_min_(1.0).unsqueeze(-1)
     stacks = matrices.like.dim() == 3

@@ -158,28 +158,16 @@ def factor(
     BLOCK: tl.constexpr,
 ):
     """Take sums of squares of rows, ``squares`` ``(b, m)``, and of columns, ``sums`` ``(b, n)``, into averages of their
-    means, each not above ``largest``, plus ``extra``; ``rows`` is ``m`` and ``columns`` ``n`` in floating point.
+    means, each not above ``largest``, plus ``extra``; ``rows``, those that columns have, and ``columns``, which is
+    ``n``, are in floating point.
 
-    ``shares`` ``(b, m)`` are the roots of the averages of rows over their mean, and the roots of those of columns
-    overwrite the sums.
+    ``shares`` ``(b, m)`` are the roots of the averages of rows over their mean, which is that of columns, whoever holds
+    the rows. The roots of the averages of columns overwrite the sums.
     """
     which = tl.program_id(0).to(tl.int64)
     counts = tl.load(flaws + which // each) == 0
-    averages = tl.load(row_averages + which).to(tl.pointer_type(tl.float32))
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, m, BLOCK):
-        row = start + tl.arange(0, BLOCK)
-        mean = tl.where(counts, tl.load(squares + which * m + row, row < m, 0.0), 0.0) / columns
-        mean = tl.minimum(mean, largest) + extra
-        value = beta2 * tl.load(averages + row, row < m, 0.0) + (1 - beta2) * mean
-        tl.store(averages + row, value, row < m)
-        total += tl.where(row < m, value, 0.0)
-    whole = tl.maximum(tl.sum(total, 0) / rows, tiny)
-    for start in range(0, m, BLOCK):
-        row = start + tl.arange(0, BLOCK)
-        value = tl.load(averages + row, row < m, 0.0)
-        tl.store(shares + which * m + row, tl.sqrt(value / whole), row < m)
     averages = tl.load(column_averages + which).to(tl.pointer_type(tl.float32))
+    total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n, BLOCK):
         column = start + tl.arange(0, BLOCK)
         at = sums + which * n + column
@@ -188,3 +176,13 @@ def factor(
         value = beta2 * tl.load(averages + column, column < n, 0.0) + (1 - beta2) * mean
         tl.store(averages + column, value, column < n)
         tl.store(at, tl.sqrt(value), column < n)
+        total += tl.where(column < n, value, 0.0)
+    whole = tl.maximum(tl.sum(total, 0) / columns, tiny)
+    averages = tl.load(row_averages + which).to(tl.pointer_type(tl.float32))
+    for start in range(0, m, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        mean = tl.where(counts, tl.load(squares + which * m + row, row < m, 0.0), 0.0) / columns
+        mean = tl.minimum(mean, largest) + extra
+        value = beta2 * tl.load(averages + row, row < m, 0.0) + (1 - beta2) * mean
+        tl.store(averages + row, value, row < m)
+        tl.store(shares + which * m + row, tl.sqrt(value / whole), row < m)

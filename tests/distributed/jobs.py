@@ -196,7 +196,7 @@ JOBS |= {
 }
 RECORDED_JOBS = {
     "block": Job("gpt", {"second_moment": "block"}, dtype=torch.float32),
-    "block shard": Job("gpt", {"second_moment": "block", "basis": "shard"}, dtype=torch.float32),
+    "factored shard": Job("gpt", {"second_moment": "factored", "basis": "shard"}, dtype=torch.float32),
     "replicate": Job("gqa", {"basis": "replicate"}, dtype=torch.float32),
     "muon": Job("gqa", make=PartialMuon, dtype=torch.float32),
 }

@@ -136,8 +136,7 @@ def test_rows_that_processes_share_stay_with_the_kernels(interpreted, monkeypatc
     hold_all_rows()
     probe = ResidualProbe()
     found, watched = stepped(shapes, **options), stepped(shapes, observer=probe, **options)
-    paths = {"kernels and reductions", "kernels"} if second_moment == "factored" else {"kernels"}
-    assert {row.path for row in found[2].step_paths()} == paths
+    assert {row.path for row in found[2].step_paths()} == {"kernels"}
     assert interpreted.count("move") == 2 * 5 * len(shapes)
     assert torch.equal(watched[0], found[0]) and torch.equal(watched[1], found[1])
     assert len(probe.read()) == 5 * len(shapes)
@@ -263,7 +262,7 @@ def test_the_same_numbers_are_rounded_as_without_kernels(interpreted, dtype, sha
         torch.testing.assert_close(param, other, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("second_moment", ["elementwise", "block"])
+@pytest.mark.parametrize("second_moment", ["elementwise", "factored"])
 def test_state_in_eight_bits(interpreted, monkeypatch, second_moment):
     """Low-rank factors, and full momentum in rows of one block, of several and of a rest; watched."""
     shapes = {

@@ -185,7 +185,12 @@ def test_parameters_that_move_together_inside_backward_are_replayed(recorded):
 
 @pytest.mark.parametrize(
     "options",
-    [{"second_moment": "elementwise"}, {"second_moment": "block"}, {"make": PartialMuon, "basis": "replicate"}],
+    [
+        {"second_moment": "elementwise"},
+        {"second_moment": "block"},
+        {"second_moment": "factored"},
+        {"make": PartialMuon, "basis": "replicate"},
+    ],
 )
 def test_collectives_run_between_graphs(recorded, hold_all_rows, options):
     """Where processes share rows: as many in a replay as in the step that it repeats, and with the numbers of today."""
