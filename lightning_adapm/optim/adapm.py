@@ -38,7 +38,7 @@ class AdaPM(RoleOptimizer):
         debias: Whether the residual correction is added to the low-rank momentum.
         second_moment: ``"elementwise"`` (AdamW), ``"factored"`` (Adafactor) or ``"block"`` (Adam-mini). Where memory is
             short, choose factored, at AdamW's learning rate: on 86 million parameters it ended 0.0188 below AdamW's
-            best with 8 % of its state (three seeds), and block, with as much, 0.034 above (one seed;
+            best with a thirteenth of its state (three seeds), and block, with as much, 0.034 above (one seed;
             ``benchmarks/results/at_size.md``).
         momentum: Policies by role that differ from the default, ``{"mlp": "full", "lm_head": "none"}``, or one policy
             for every role. The policies are ``"none"``, ``"low_rank"`` and ``"full"``. ``"paper"`` is the published
