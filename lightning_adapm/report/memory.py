@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -117,7 +116,7 @@ def _complete(ledger: Ledger, waiting: Waiting | None, transients: int, param: T
     ledger.claim(param.grad, "gradients")
     if waiting is not None and waiting.add(param):
         _allocate(transients)
-        for each in chain.from_iterable(params for _, params in waiting.take()):
+        for each in waiting.take().params:
             each.grad = None
 
 

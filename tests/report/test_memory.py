@@ -46,7 +46,7 @@ def measured(module, waiting=None):
 
     def complete(param):
         if waiting.add(param):
-            for each in (each for _, params in waiting.take() for each in params):
+            for each in waiting.take().params:
                 each.grad = None
 
     for param in module.parameters() if waiting else ():
