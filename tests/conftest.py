@@ -8,11 +8,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from texts import write_corpus
 
 # Before anything imports Triton: its kernels are then run by an interpreter where no device runs them.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from texts import write_corpus
 
 
 def pytest_collection_modifyitems(items):

@@ -60,15 +60,19 @@ class Done:
 def hold_all_rows(monkeypatch):
     """Call this to share parameters with another process, which holds no row, so that sums are complete here.
 
-    It is given no matrix either. Returns where the numbers of elements of what is exchanged are listed.
+    It is given no matrix either. With ``others`` it holds rows like those here, and sums count them. Returns where the
+    numbers of elements of what is exchanged are listed.
     """
     exchanged = []
 
-    def layout(param):
-        return Layout(param.shape, ((0, param.numel()), (param.numel(), param.numel())), 0, "both", "a mesh")
+    def layout(others, param):
+        shape, held = param.shape, param.numel()
+        whole = torch.Size(((1 + others) * shape[0], *shape[1:]))
+        return Layout(whole, ((0, held), (held, (1 + others) * held)), 0, "both", "a mesh")
 
-    def all_reduce(tensor, op, group, async_op=False):
+    def all_reduce(others, tensor, op, group, async_op=False):
         exchanged.append(tensor.numel())
+        tensor *= 1 + others
         return Done()
 
     def all_to_all(received, sent, taken, given, group, async_op):
@@ -80,9 +84,9 @@ def hold_all_rows(monkeypatch):
         number = len(owners._shards)
         return [Turn([range(number), range(number, number)], slice(0, number))]
 
-    def share():
-        monkeypatch.setattr("lightning_adapm.step.parts.layout_of", layout)
-        monkeypatch.setattr("torch.distributed.all_reduce", all_reduce)
+    def share(others=False):
+        monkeypatch.setattr("lightning_adapm.step.parts.layout_of", partial(layout, others))
+        monkeypatch.setattr("torch.distributed.all_reduce", partial(all_reduce, others))
         monkeypatch.setattr("torch.distributed.all_to_all_single", all_to_all)
         monkeypatch.setattr(Owners, "_turns", property(turns))
         return exchanged

@@ -144,6 +144,23 @@ def test_rows_that_processes_share_stay_with_the_kernels(interpreted, monkeypatc
         assert relative_difference(one, other) < 2e-5
 
 
+def test_means_of_columns_are_over_all_processes(interpreted, hold_all_rows):
+    """Of a matrix whose halves are alike, on a process that holds one."""
+    half = torch.randn(12, 18, generator=torch.Generator().manual_seed(0))
+
+    def trained(copies):
+        weight = nn.Parameter(half.repeat(copies, 1))
+        optimizer = AdaPM([("o_proj.weight", weight)], lr=1e-2, momentum="none", second_moment="factored")
+        for step in range(3):
+            weight.grad = torch.randn(12, 18, generator=torch.Generator().manual_seed(step)).repeat(copies, 1)
+            optimizer.step()
+        return weight.detach()[:12], optimizer.state[weight]["exp_avg_sq_col"]
+
+    expected = trained(2)
+    hold_all_rows(others=True)
+    torch.testing.assert_close(trained(1), expected)
+
+
 def test_first_steps_and_refreshes_copy_no_gradient(interpreted):
     """Where every step refreshes; what is allocated is of the size of factors."""
     weight = nn.Parameter(torch.randn(256, 512).to(torch.bfloat16))
