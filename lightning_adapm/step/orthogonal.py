@@ -133,7 +133,7 @@ def _orthogonalized(found: Tensor, squares: Tensor, steps: int) -> Tensor:
 
 def _rescale(found: Tensor, factors: Tensor) -> None:
     """Multiply each of ``b`` matrices by its own of ``factors`` ``(b,)``."""
-    numel = found[0].numel()
+    numel = found.shape[1:].numel()
     launch(
         "rescale",
         (-(-numel // _RESCALED), len(found), 1),

@@ -1,5 +1,7 @@
 """Orthogonal updates by kernels, interpreted on a CPU: the same as by torch's operations."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from models import relative_difference
@@ -9,6 +11,9 @@ from benchmarks.costs.memory import Ledger
 from lightning_adapm import PartialMuon
 from lightning_adapm.moments import orthogonal as reference
 from lightning_adapm.report.diagnostics import ResidualProbe
+from lightning_adapm.sharding.layout import Layout
+from lightning_adapm.sharding.reduction import ProcessReduction
+from lightning_adapm.sharding.rows import RowShard
 from lightning_adapm.step import kernels, orthogonal
 from lightning_adapm.step.launch import Matrices
 from lightning_adapm.step.moves import Average
@@ -109,6 +114,26 @@ def test_rows_that_processes_share_stay_with_the_kernels(interpreted, monkeypatc
     assert {row.path for row in found[2].step_paths()} == {"kernels"} and "direct" in interpreted
     for one, other in zip(found[:2], expected[:2], strict=True):
         assert relative_difference(one, other) < 1e-5
+
+
+def test_a_process_that_is_given_no_matrix(interpreted, monkeypatch):
+    """Of one matrix and two processes, the second: it sends its rows, and receives those of the result."""
+    exchanged, done = [], SimpleNamespace(wait=lambda: None)
+
+    def exchange(received, sent, taken, given, group, async_op):
+        exchanged.append((len(sent), len(received), taken, given))
+        return done
+
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor, op, group, async_op: done)
+    monkeypatch.setattr("torch.distributed.all_to_all_single", exchange)
+    shard = RowShard(Layout(torch.Size((6, 4)), ((0, 12), (12, 24)), 1, "both", "a mesh"))
+    rows, squares = torch.randn(1, 3, 4), torch.ones(1, dtype=torch.float64)
+    work = orthogonal.updates(rows, squares, 2, [], ProcessReduction([shard]))
+    assert [next(work), next(work)] == [None, None]
+    with pytest.raises(StopIteration) as found:
+        next(work)
+    assert exchanged == [(3, 0, [0, 0], [3, 0]), (0, 3, [3, 0], [0, 0])]
+    assert found.value.value.tensors[0].shape == (3, 4)
 
 
 @pytest.mark.parametrize(("m", "n"), [(50, 50), (37, 70), (70, 37)])
