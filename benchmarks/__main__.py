@@ -60,7 +60,7 @@ def parse() -> argparse.Namespace:
     if args.compile and args.stack > 1:
         parser.error("--compile goes with --stack 1")
     if len(args.studies) > 1 and (args.name or args.only or args.merge):
-        parser.error(f"--name, --only and --merge go with one study; {args.study} is {', '.join(args.studies)}")
+        parser.error(f"--name, --merge and --only go with one study; {args.study} is {', '.join(args.studies)}")
     if args.size and not all(is_gpt2(STUDIES[name]) for name in args.studies):
         parser.error(f"--size names a GPT-2-like model, and {args.study} trains another; leave it out")
     if args.pretrain_on and not all(STUDIES[name].pretrained for name in args.studies):

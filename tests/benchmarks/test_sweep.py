@@ -93,6 +93,7 @@ def test_a_group_is_studies_and_a_size_is_part_of_the_name(monkeypatch, capsys):
     for options, message in {
         ("ablation", "--only", "AdamW"): "--only go with one study",
         ("images", "--size", "1M"): "GPT-2-like",
+        ("images", "--merge", "absent.json"): "absent.json does not exist",
     }.items():
         monkeypatch.setattr("sys.argv", ["benchmarks", *options])
         with pytest.raises(SystemExit):
