@@ -43,6 +43,14 @@ def test_the_picture_of_losses_and_bytes_is_that_of_the_results(monkeypatch):
         assert points == [(row["label"], row["lr"], row["difference"], row["error"]) for row in rows]
 
 
+def test_a_row_of_a_package_that_is_not_here_stays_where_its_state_is_known(monkeypatch):
+    monkeypatch.setattr(loss_and_bytes, "missing", lambda kind: "absent")
+    known = loss_and_bytes.counted_before(RESULTS / "loss_and_bytes.json")
+    found = {point.label: point.state for point in loss_and_bytes.points(["convergence"], known)}
+    assert 0.4 < found.pop("GaLore (galore-torch)") < 0.5 and found
+    assert loss_and_bytes.points(["convergence"], {}) == []
+
+
 def point(label, height, state, **options):
     others = {"study": "s", "ours": True, "lr": 1.0, "edge": "", "seeds": 1, "error": None, "optimizer": {}}
     return loss_and_bytes.Point(label=label, difference=height, state=state, **{**others, **options})
