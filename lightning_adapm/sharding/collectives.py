@@ -105,7 +105,9 @@ def all_reduce(tensor: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOp
 
 def all_gather(whole: Tensor, part: Tensor, group: dist.ProcessGroup) -> None:
     """Gather the ``part`` of every process, in order of their ranks, in ``whole``."""
-    _communicate(lambda into, given: dist.all_gather_into_tensor(into, given, group=group), whole, part)
+    # torch 2.13 renamed it, and warns of the old name
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    _communicate(lambda into, given: gather(into, given, group=group), whole, part)
 
 
 def summing(tensor: Tensor, group: dist.ProcessGroup) -> Planned:
