@@ -180,6 +180,7 @@ class RoleOptimizer(Checkpointed):
         """Norm of the last step's gradients, where it updated in backward and left none to measure."""
         return torch.linalg.vector_norm(torch.stack(self._norms)) if self._norms else None
 
+    @torch._disable_dynamo  # as torch.optim does with all that cannot be compiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; ``closure`` reevaluates the model and returns the loss."""
@@ -203,7 +204,7 @@ class RoleOptimizer(Checkpointed):
         self._engine.nonfinite.finish_step()
         skipped = closure is not None and loss is None  # as Lightning skips a batch
         if not moved and not self._norms and not skipped and not self._has_moved():
-            warnings.warn(_NO_GRADIENT.format(type(self).__name__), stacklevel=4)
+            warnings.warn(_NO_GRADIENT.format(type(self).__name__), stacklevel=6)
         return loss
 
     def _has_moved(self) -> bool:

@@ -52,7 +52,7 @@ def _check_hooks(module: type) -> None:
             warnings.warn(
                 f"{module.__name__}.{hook}() finds no gradients: update_in_backward=True has used and freed them."
                 " Their norm is the optimizer's gradient_norm, after the step",
-                stacklevel=8,
+                stacklevel=10,
             )
 
 

@@ -135,7 +135,7 @@ class OneByOne(EarlyUpdates):
 
     def finish(self, turns: Turns) -> None:
         if self._held_before:
-            warnings.warn(_ACCUMULATED.format(self._held_before / 2**20), stacklevel=7)
+            warnings.warn(_ACCUMULATED.format(self._held_before / 2**20), stacklevel=9)
         elif len(self._moved) == len(self._params):
             turns.keep(self._params, self._turns)
 
@@ -236,7 +236,7 @@ def armed(
     """
     if closure is None or _in_process_group():
         reason = "step() got no closure" if closure is None else "gradients of several processes are added after it"
-        warnings.warn(f"update_in_backward=True frees no gradient early here: {reason}", stacklevel=6)
+        warnings.warn(f"update_in_backward=True frees no gradient early here: {reason}", stacklevel=8)
         yield None
         return
     params = [param for group in groups for param in group["params"] if param.requires_grad]

@@ -94,7 +94,7 @@ class Places:
                 f"{', '.join(name for _, name, _ in new)} of {type(new[0][0]).__name__} will not be trained: no"
                 f" optimizer has it. {type(optimizer).__name__} still has {gone}, which the model has lost. Add new"
                 " parameters with add_param_group, or build the optimizer anew",
-                stacklevel=5,
+                stacklevel=7,
             )
         return Places([root for _, root in roots], tracked)
 

@@ -125,7 +125,7 @@ class NonFiniteGradients:
             self._warned = self._warned or self._in_a_row == _WATCHED
         if self._warned:
             self._flaws.clear()
-            warnings.warn(_ALL_BROKEN.format(steps=_WATCHED), stacklevel=6)  # of whoever calls step()
+            warnings.warn(_ALL_BROKEN.format(steps=_WATCHED), stacklevel=8)  # of whoever calls step()
 
     def _see(self, flaws: Tensor) -> None:
         if not self._warned:

@@ -9,6 +9,8 @@ from contract import Net, equal, loss_of, set_gradients, train, trained
 from optimizers import CASES
 from torch.optim import optimizer as torch_optimizer
 
+from lightning_adapm import AdaPM
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore:update_in_backward=True frees no gradient early"),
     pytest.mark.filterwarnings("ignore:.* found no gradient on any of its parameters"),
@@ -87,6 +89,26 @@ def test_a_compiled_model(case, compiled):
     expected, _ = trained(case)
     assert equal(model, expected)
     model.zero_grad()
+
+
+def test_a_compiled_step():
+    """Also as part of a compiled training step: the optimizer's is launched as it is."""
+    weights = []
+    for compiled in (lambda function: function, torch.compile(backend="eager")):
+        model = Net()
+        optimizer = AdaPM(model.named_parameters(), lr=1e-2)
+
+        def train_once(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            optimizer.step()
+
+        once, step = compiled(train_once), compiled(optimizer.step)
+        for _ in range(3):
+            once()
+            step()
+        weights.append(model)
+    assert equal(*weights)
 
 
 def test_every_exported_optimizer_is_here():
