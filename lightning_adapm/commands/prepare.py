@@ -72,13 +72,16 @@ def prepare(
         Number of tokens or instructions by the file written.
 
     Raises:
-        ValueError: An option is out of range, or there is too little text.
+        ValueError: An option is out of range, there is too little text, or the folder cannot be made.
     """
     data = TextDataModule(path, pattern, exclude, val_fraction, max_bytes, vocab_size, cache_dir=cache_dir)
     data.prepare_data()
     data.setup("validate")
     folder = Path(out_dir).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"`out_dir`: cannot write to {out_dir!r} ({error}); give another folder") from error
     save_tokenizer(data.tokenizer, folder)
     written = {"tokenizer.json": data.vocab_size}
     for part in PARTS:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Literal
+from typing import BinaryIO, Literal
 
 # Folders of installed packages, tests, and tables or word lists, which are neither prose nor code.
 STDLIB_EXCLUDE = (
@@ -27,6 +28,16 @@ class Document:
     start: int
     size: int
     mtime_ns: int
+
+    def text(self) -> str | None:
+        """Read the text; None where it is not UTF-8."""
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            data = file.read(self.size)
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError:
+            return None
 
 
 @dataclass(frozen=True)
@@ -48,14 +59,12 @@ class Corpus:
 
     def texts(self, part: Literal["train", "val"]) -> Iterator[str]:
         """Read the texts of one part, skipping files that are not UTF-8."""
-        for doc in self.train if part == "train" else self.val:
-            with doc.path.open("rb") as file:
-                file.seek(doc.start)
-                data = file.read(doc.size)
-            try:
-                yield data.decode("utf-8")
-            except UnicodeDecodeError:
-                continue
+        texts = (doc.text() for doc in (self.train if part == "train" else self.val))
+        return (text for text in texts if text is not None)
+
+    def left_out(self) -> list[str]:
+        """Names of the files that are not UTF-8, whose texts are skipped."""
+        return [doc.name for doc in (*self.train, *self.val) if doc.text() is None]
 
 
 def find_corpus(
@@ -70,14 +79,14 @@ def find_corpus(
     Args:
         path: A folder, where each file is a document, or one file, whose last part is for validation. ``None`` for the
             sources of Python's standard library.
-        pattern: Pattern of the files below the folder, as in ``pathlib.PurePath.match``.
+        pattern: Pattern of the files at any depth below the folder, as in ``pathlib.PurePath.match``.
         exclude: Names of folders to skip at any depth. ``None`` skips none, or in the standard library its tests,
             installed packages and tables.
         val_fraction: Share of the files for validation.
         max_bytes: Maximum amount of text, in bytes, from a uniform choice of files. ``None`` for no limit.
 
     Raises:
-        ValueError: The path does not exist, or fewer than two non-empty files match.
+        ValueError: The path does not exist, the pattern is empty, or fewer than two non-empty files match.
     """
     root = Path(sysconfig.get_paths()["stdlib"] if path is None else path).expanduser()
     if root.is_file():
@@ -86,6 +95,8 @@ def find_corpus(
     if not root.is_dir():
         raise ValueError(f"`path`: there is no {str(root)!r}; give a text file, or a folder with at least two of them")
     skipped = set(STDLIB_EXCLUDE if path is None and exclude is None else exclude or ())
+    if not pattern:
+        raise ValueError("`pattern` is empty; write '*' for every file")
     documents = list(_documents(root, pattern, skipped))
     if len(documents) < 2:
         raise ValueError(
@@ -109,6 +120,7 @@ def find_corpus(
 
 def _documents(root: Path, pattern: str, skipped: set[str]) -> Iterator[Document]:
     """Yield the non-empty files that match, without entering skipped folders, of which site-packages are large."""
+    pattern = pattern.removeprefix("**/")  # for PurePath.match, which looks at any depth, one folder
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in skipped]
         for name in names:
@@ -121,26 +133,37 @@ def _documents(root: Path, pattern: str, skipped: set[str]) -> Iterator[Document
 
 
 def _split_file(path: Path, val_fraction: float, max_bytes: int | None) -> tuple[Document, Document]:
-    """Cut one file at the end of a line, into a training part and a validation part."""
+    """Cut one file at the end of a line, or of a word in a line of megabytes, into training and validation parts."""
     stat = path.stat()
     with path.open("rb") as file:
-
-        def line_end(position: int) -> int:
-            file.seek(position)
-            file.readline()
-            return min(file.tell(), stat.st_size)
-
-        end = line_end(min(stat.st_size, max_bytes or stat.st_size))
-        cut = line_end(int(end * (1 - val_fraction)))
+        end = _end_of_line(file, min(stat.st_size, max_bytes or stat.st_size))
+        cut = _end_of_line(file, int(end * (1 - val_fraction)))
+        if cut == end:  # in the last line
+            cut = _end_of_word(file, int(end * (1 - val_fraction)))
     if not 0 < cut < end:
         raise ValueError(
             f"`path`: the {end} bytes of {str(path)!r} cannot be cut into training and validation text at the end of"
-            f" a line (`val_fraction`: {val_fraction}); give a longer file, or a folder with several"
+            f" a line or a word (`val_fraction`: {val_fraction}); give a longer file, or a folder with several"
         )
     return (
         Document(path, path.name, 0, cut, stat.st_mtime_ns),
         Document(path, path.name, cut, end - cut, stat.st_mtime_ns),
     )
+
+
+def _end_of_line(file: BinaryIO, position: int) -> int:
+    """Position after the line that holds a position; after its next word where the line goes on for a megabyte."""
+    file.seek(position)
+    line = file.readline(2**20)
+    return position + len(line) if len(line) < 2**20 else _end_of_word(file, position)
+
+
+def _end_of_word(file: BinaryIO, position: int) -> int:
+    """Position after the word that holds a position, with one space."""
+    file.seek(position)
+    ahead = file.read(2**16)
+    space = re.search(rb"\s", ahead)
+    return position + (len(ahead) if space is None else space.end())
 
 
 def _unit_hash(salt: str, name: str) -> float:

@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 import uuid
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def build_cache(corpus: Corpus, vocab_size: int, cache_dir: Path) -> Path:
     try:
         tokenizer = train_tokenizer(corpus.texts("train"), vocab_size)
         tokenizer.save(str(partial / "tokenizer.json"))
+        _say_what_is_left_out(corpus)
         for part in PARTS:
             tokens = _encode(tokenizer, corpus.texts(part))
             if not len(tokens):
@@ -75,6 +77,17 @@ def build_cache(corpus: Corpus, vocab_size: int, cache_dir: Path) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return final
+
+
+def _say_what_is_left_out(corpus: Corpus) -> None:
+    names, count = corpus.left_out(), len(corpus.train) + len(corpus.val)
+    if names:
+        more = ", ..." if len(names) > 3 else ""
+        warnings.warn(
+            f"{len(names)} of {count} files are not UTF-8 and are left out: {', '.join(names[:3])}{more}. Convert"
+            " them, for instance by iconv -f latin1 -t utf-8",
+            stacklevel=4,
+        )
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:

@@ -22,7 +22,7 @@ def check_words(words: Sequence[str]) -> None:
     """Check a command line for ways to choose an optimizer that litgpt's parser ignores or fails on.
 
     Raises:
-        ValueError: The parser would ignore the optimizer or fail.
+        ValueError: The parser would ignore the optimizer or fail, or a file's does not exist.
     """
     names = [word.partition("=")[0] for word in words]
     for name in names:
@@ -33,43 +33,55 @@ def check_words(words: Sequence[str]) -> None:
             )
     given = [word.partition("=")[2] or following for word, following in zip(words, [*words[1:], ""], strict=True)]
     options = list(zip(names, given, strict=True))
-    in_file = any(name == "--config" and _has_an_optimizer(value) for name, value in options)
-    if in_file and any(name == "--optimizer" and value.lstrip().startswith("{") for name, value in options):
+    in_files = [found for name, value in options if name == "--config" and (found := _optimizer_in(value)) is not None]
+    for found in in_files:
+        if "class_path" in found:
+            _class_of(found["class_path"])  # the parser fails on it where an earlier file has another class
+    if in_files and any(name == "--optimizer" and value.lstrip().startswith("{") for name, value in options):
         raise ValueError(
             "--optimizer: litgpt's parser fails where a configuration file has an optimizer; write"
             f""" --config='{{"optimizer": {_EXAMPLE}}}' after the file"""
         )
 
 
-def _has_an_optimizer(config: str) -> bool:
-    """Whether the value of ``--config``, a file or YAML itself, has an optimizer; the parser reports all else."""
+def _optimizer_in(config: str) -> dict[str, Any] | None:
+    """The optimizer in the value of ``--config``, a file or YAML itself; the parser reports all else."""
     try:
         path = Path(config)
         read = yaml.safe_load(path.read_text(encoding="utf-8") if path.is_file() else config)
     except (OSError, ValueError, yaml.YAMLError):
-        return False
-    return isinstance(read, dict) and isinstance(read.get("optimizer"), dict)
+        return None
+    found = read.get("optimizer") if isinstance(read, dict) else None
+    return found if isinstance(found, dict) else None
 
 
 def check(arguments: Mapping[str, Any]) -> None:
     """Check the arguments of one of litgpt's commands.
 
     Raises:
-        ValueError: A model, an optimizer, one of its options, or data does not exist, or a checkpoint is of another
-            model.
-        FileNotFoundError: A folder lacks its checkpoint or its tokenizer.
+        ValueError: A model, an optimizer, one of its options, data or a GPU does not exist, or a checkpoint is of
+            another model.
+        FileNotFoundError: A folder lacks its checkpoint or its tokenizer, or there is nothing to resume from.
     """
     from litgpt.utils import parse_devices
 
+    devices = parse_devices(arguments.get("devices", 1))
     check_optimizer(arguments.get("optimizer"))
     check_data(arguments.get("data"))
+    _check_weights(arguments, devices)
+    _check_devices(devices)
+    _check_resume(arguments.get("resume", False), arguments.get("out_dir"))
+
+
+def _check_weights(arguments: Mapping[str, Any], devices: int) -> None:
+    """Check the model, and that the weights and the tokenizer that training starts from fit it."""
     if arguments.get("checkpoint_dir") is not None:
         folder = _found(arguments["checkpoint_dir"])
         if not folder.exists() and _can_be_downloaded(str(arguments["checkpoint_dir"])):
             return  # litgpt downloads it
         litgpt_model.check_weights(litgpt_model.litgpt_config(None, None, str(folder)), str(folder))
         litgpt_model.check_tokenizer(folder)
-        if parse_devices(arguments.get("devices", 1)) > 1 or "lora_r" in arguments:  # LoRA's are merged at the end
+        if devices > 1 or "lora_r" in arguments:  # LoRA's are merged at the end
             litgpt_model.check_raw(folder)
     if "model_name" not in arguments or arguments["model_name"] == "list":
         return
@@ -79,6 +91,30 @@ def check(arguments: Mapping[str, Any]) -> None:
         folder = _found(arguments["initial_checkpoint_dir"])
         litgpt_model.check_weights(config, str(folder))
         litgpt_model.check_raw(folder)
+
+
+def _check_devices(devices: int) -> None:
+    """Check that there are as many GPUs as litgpt shards over."""
+    count = torch.cuda.device_count()
+    if devices > max(1, count):
+        raise ValueError(
+            f"`devices`: litgpt shards over GPUs, and this machine has {count} instead of {devices}; write"
+            f" --devices={max(1, count)}"
+        )
+
+
+def _check_resume(resume: bool | str | Path, folder: Path | None) -> None:
+    """Check that there is a checkpoint to resume from; litgpt looks for it when it has built the model."""
+    if resume is True and folder is not None and not any(Path(folder).rglob("step-*/*.pth")):
+        raise FileNotFoundError(
+            f"`resume`: there is no checkpoint step-*/*.pth in {str(folder)!r}; give the `out_dir` of the run, or write"
+            " --resume=auto, which begins anew without one"
+        )
+    if isinstance(resume, Path) and not resume.exists():
+        raise FileNotFoundError(
+            f"`resume`: {str(resume)!r} does not exist; give a checkpoint such as OUT_DIR/step-00000100/lit_model.pth,"
+            " or true for the last one in `out_dir`, or auto"
+        )
 
 
 def _check_pretraining_tokens(arguments: Mapping[str, Any], config: Any) -> None:
@@ -171,22 +207,26 @@ def check_optimizer(optimizer: str | Mapping[str, Any] | None) -> None:
         return
     if isinstance(optimizer, str):
         optimizer = {"class_path": optimizer if "." in optimizer else f"torch.optim.{optimizer}", "init_args": {}}
-    example = f"optimizer: {_EXAMPLE}"
     if not {"class_path", "init_args"} <= optimizer.keys():
         raise ValueError(
-            f"optimizer: litgpt needs class_path and init_args, but got {dict(optimizer)}; write {example}"
+            f"optimizer: litgpt needs class_path and init_args, but got {dict(optimizer)}; write optimizer: {_EXAMPLE}"
         )
-    path, _, name = str(optimizer["class_path"]).rpartition(".")
-    try:
-        found = getattr(importlib.import_module(path), name)
-    except (AttributeError, ImportError, ValueError):
-        raise ValueError(f"optimizer: there is no class {optimizer['class_path']!r}; write {example}") from None
+    found = _class_of(optimizer["class_path"])
     ours = isinstance(found, type) and issubclass(found, RoleOptimizer)
     known = options_of(found)
     if len(known) < len(inspect.signature(found).parameters) and not ours:
         return  # any keyword may have a meaning
     for option in optimizer["init_args"]:
         if option not in known:
-            raise ValueError(f"optimizer: {name} has no option {option!r}; {instead_of(option, known)}")
+            raise ValueError(f"optimizer: {found.__name__} has no option {option!r}; {instead_of(option, known)}")
     if ours:  # building one checks the values
         found([{"params": [torch.zeros(1, requires_grad=True)], "role": "norm"}], **optimizer["init_args"])
+
+
+def _class_of(path: Any) -> Any:
+    """The class of an optimizer."""
+    module, _, name = str(path).rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (AttributeError, ImportError, ValueError):
+        raise ValueError(f"optimizer: there is no class {path!r}; write optimizer: {_EXAMPLE}") from None

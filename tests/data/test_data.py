@@ -50,6 +50,18 @@ def test_one_file_is_cut_at_the_end_of_a_line(tmp_path):
     assert len((train + val).encode()) == pytest.approx(8000, abs=30)
 
 
+@pytest.mark.parametrize(("words", "max_bytes"), [(300, None), (300_000, 1000)])
+def test_one_line_is_cut_at_the_end_of_a_word(tmp_path, words, max_bytes):
+    """As text8, a hundred megabytes of words."""
+    path = tmp_path / "one.txt"
+    path.write_text("word " * words)
+    found = find_corpus(path, "*", None, 0.1, max_bytes)
+    (train,), (val,) = (list(found.texts(part)) for part in ("train", "val"))
+    assert set(train.split() + val.split()) == {"word"}
+    assert len(train + val) == pytest.approx(max_bytes or 5 * words, abs=5)
+    assert len(val) == pytest.approx(0.1 * len(train + val), abs=5)
+
+
 def test_max_bytes_excluded_folders_and_bytes_that_are_no_text(tmp_path):
     folder = write_corpus(tmp_path / "text", files=8)
     write_corpus(folder / "skipped" / "deep", files=2)
@@ -59,6 +71,10 @@ def test_max_bytes_excluded_folders_and_bytes_that_are_no_text(tmp_path):
     documents = found.train + found.val
     assert {doc.name for doc in documents} == {path.name for path in folder.glob("*.txt")} - {"empty.txt"}
     assert sum(len(list(found.texts(part))) for part in ("train", "val")) == len(documents) - 1
+
+    with pytest.warns(UserWarning, match="1 of 9 files are not UTF-8 and are left out: image.txt. Convert"):
+        tokens.build_cache(found, 300, tmp_path / "cache")
+    assert find_corpus(folder, "**/*.txt", ["skipped"], 0.2, None) == found
 
     few = find_corpus(folder, "*.txt", ["skipped"], 0.2, 7000)
     total = sum(doc.size for doc in few.train + few.val)
@@ -180,6 +196,8 @@ def test_missing_text_is_named(tmp_path):
     folder = write_corpus(tmp_path / "text", files=2)
     with pytest.raises(ValueError, match=r"`pattern`: 0 non-empty files .* match '\*\.md'"):
         prepare(folder, "*.md")
+    with pytest.raises(ValueError, match="`pattern` is empty; write"):
+        prepare(folder, "")
     (folder / "document_1.txt").unlink()
     with pytest.raises(ValueError, match=r"`pattern`: 1 non-empty files"):
         prepare(folder)

@@ -88,6 +88,9 @@ def test_commands_that_do_not_train(words, message):
             "`tokenizer_dir`: there is neither tokenizer.json",
         ),
         ({"checkpoint_dir": Path("nowhere")}, FileNotFoundError, "`checkpoint_dir`: 'nowhere' does not exist"),
+        ({"devices": 99}, ValueError, "`devices`: litgpt shards over GPUs, and this machine has . instead of 99"),
+        ({"resume": True, "out_dir": Path("nowhere")}, FileNotFoundError, "no checkpoint .* in 'nowhere'; .*auto"),
+        ({"resume": Path("atuo")}, FileNotFoundError, "`resume`: 'atuo' does not exist"),
     ],
 )
 def test_bad_input_is_one_line_before_any_work(arguments, error, message):
@@ -104,6 +107,10 @@ def test_bad_input_is_one_line_before_any_work(arguments, error, message):
         ),
         (["--config", RECIPE, '--optimizer={"class_path": "x"}'], 'write --config=\'{"optimizer": '),
         ([f"--config={RECIPE}", "--optimizer", '{"class_path": "x"}'], 'write --config=\'{"optimizer": '),
+        (
+            [f"--config={RECIPE}", '--config={"optimizer": {"class_path": "lightning_adapm.Adapm"}}'],
+            "no class 'lightning_adapm.Adapm'; write optimizer: ",
+        ),
     ],
 )
 def test_ways_to_give_an_optimizer_that_litgpts_parser_drops(words, message):

@@ -10,6 +10,7 @@ from lightning import Fabric
 from litgpt.data import JSON
 from litgpt.tokenizer import Tokenizer
 from litgpt_commands import write_text
+from texts import write_corpus
 
 from lightning_adapm.__main__ import main
 from lightning_adapm.data.docstrings import instructions
@@ -123,3 +124,6 @@ def test_what_is_missing_is_named(text, tmp_path):
         data.connect(Tokenizer(text), 1)
     with pytest.raises(SystemExit, match="`path`: there is no 'nowhere'"):
         main(["prepare", "--path=nowhere"])
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="`out_dir`: cannot write to '.*file' .*; give another folder"):
+        main(["prepare", f"--path={write_corpus(tmp_path)}", "--pattern=*.txt", f"--out_dir={tmp_path}/file"])
