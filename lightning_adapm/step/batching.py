@@ -24,9 +24,11 @@ _BATCH_NUMEL = {"cpu": 1 << 16, "cuda": 1 << 26}
 _UNCOPIED_NUMEL = {"cpu": 1 << 24, "cuda": 1 << 29}
 _REFRESHED_NUMEL = {"cpu": 1 << 24, "cuda": 1 << 28}
 # Whole matrices are copied in the dtype of products, and fill a device only by several.
-_WHOLE_NUMEL = {"cpu": 1 << 16, "cuda": 1 << 27}
-EXCHANGED = 4
-"""Copies of rows that processes exchange for whole matrices: what is sent and received, there and back."""
+_WHOLE_NUMEL = {"cpu": 1 << 16, "cuda": 1 << 28}
+EXCHANGED = 8
+"""Factor of the elements of rows that processes exchange for whole matrices: what is sent and received, there and back,
+is copies, and graphs have little room for them.
+"""
 _IN_TILES = (NoSecondMoment, ElementwiseSecondMoment, BlockSecondMoment, FactoredSecondMoment)
 
 

@@ -22,10 +22,15 @@ from lightning_adapm.step.moves import Average
 
 DIRECT, DIRECT_ALONG = (16, 128, 4, 3), (64, 64, 4, 3)
 """Rows and columns of a tile, warps, stages: without a product of factors and with it."""
-SYMMETRIC, DEEP_SYMMETRIC, SMALL_SYMMETRIC = (128, 128, 64, 4, 3), (128, 256, 64, 8, 3), (128, 128, 32, 8, 4)
-"""Rows, columns and depth of a tile, warps, stages: of square matrices, of longer ones, and of both within the 99 KiB
-of shared memory that a block has on smaller GPUs. Columns are a multiple of rows. The fastest of some on an H100.
+SYMMETRIC, LARGE_SYMMETRIC, SMALL_SYMMETRIC = (128, 128, 64, 4, 3), (128, 256, 64, 8, 3), (128, 128, 32, 8, 4)
+"""Rows, columns and depth of a tile, warps, stages: of square matrices, of longer or large ones, and of both within the
+99 KiB of shared memory that a block has on smaller GPUs. Columns are a multiple of rows. The fastest of some on an
+H100.
 """
+_LARGE = 2048
+"""Rows of products whose tiles are so many that larger ones leave few multiprocessors without work."""
+_TILES = 1024
+"""Numbers of tiles that a program adds at once."""
 _RESCALED = 4096
 """Elements of a tile."""
 _ORDINARY = 1e-15, 1e15
@@ -88,8 +93,9 @@ def direct(
         num_warps=warps,
         num_stages=stages,
     )
-    largest, shares = sizes.double().unbind(dim=1)
-    return found, (largest.square() * shares).sum(dim=-1)
+    squares = grads.like.new_empty(b, dtype=torch.float64)
+    launch("norms", (b, 1, 1), (sizes, squares), (sizes.shape[-1],), (), BLOCK=_TILES)
+    return found, squares
 
 
 def updates(
@@ -124,11 +130,12 @@ def updates_of_whole(found: Tensor, squares: Tensor, steps: int, like: list[Tens
 
 def _orthogonalized(found: Tensor, squares: Tensor, steps: int) -> Tensor:
     """Orthogonal matrices by Newton-Schulz; zero where that is impossible. ``found`` is overwritten."""
-    norms = squares.sqrt()
-    possible = norms.isfinite() & (norms > torch.finfo(torch.float32).tiny)
-    ordinary = (norms > _ORDINARY[0]) & (norms < _ORDINARY[1])
-    _rescale(found, torch.where(possible, torch.where(ordinary, 1.0, 1 / norms), 0.0).float())
-    return iterated(found, steps, torch.where(ordinary, 1 / norms, 1.0).float())
+    b = len(squares)
+    rescaled, inverses = (squares.new_empty(b, dtype=torch.float32) for _ in range(2))
+    tiny = torch.finfo(torch.float32).tiny
+    launch("scales", (-(-b // _TILES), 1, 1), (squares, rescaled, inverses), (b,), (*_ORDINARY, tiny), BLOCK=_TILES)
+    _rescale(found, rescaled)
+    return iterated(found, steps, inverses)
 
 
 def _rescale(found: Tensor, factors: Tensor) -> None:
@@ -149,15 +156,16 @@ def iterated(found: Tensor, steps: int, inverse: Tensor | None = None) -> Tensor
     """Iterate on matrices ``(b, m, n)`` of norm 1 or 0, or on others times the ``inverse`` ``(b,)`` of their norms.
 
     The form with less work is that of torch's operations, because a symmetric product takes as long as all of it there.
+    ``found`` is overwritten: matrices are multiplied from one memory to another and back.
     """
     if not found.numel():
         return found
-    wide = found.shape[-2] <= found.shape[-1]
+    wide, other = found.shape[-2] <= found.shape[-1], None
     for number in parts_of(found.shape, found.dtype, steps):
         rows = found if wide else found.mT
         gram = symmetric(rows, rows, factors=None if inverse is None else inverse.square())
         product = _product(gram, number, inverse)
-        found = product @ found if wide else found @ product
+        found, other = torch.bmm(*(product, found) if wide else (found, product), out=other), found
         inverse = None
     return found
 
@@ -204,12 +212,11 @@ def symmetric(
     """
     b, m, k = left.shape
     found = left.new_empty(b, m, m)
-    tile = SMALL_SYMMETRIC
+    described, tile = _describable(left), SMALL_SYMMETRIC
     if kernels.has_large_blocks(left.device):
-        tile = DEEP_SYMMETRIC if k > m else SYMMETRIC
+        tile = LARGE_SYMMETRIC if k > m or (described and m >= _LARGE) else SYMMETRIC
     block_m, block_n, block_k, warps, stages = tile
     other, transposed = found if added is None else added, left.stride(-1) != 1
-    described = _describable(left)
     tiles: tuple[Any, ...] = (found,) * 5
     if described:
         sides = [(each, (rows, block_k)) for each, rows in ((left, block_m), (right, block_n))]

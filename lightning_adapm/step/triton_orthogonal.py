@@ -96,6 +96,35 @@ def rescale(found, factors, numel, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def norms(sizes, squares, tiles, BLOCK: tl.constexpr):
+    """``squares`` ``(b,)`` in float64: squared norms of matrices, by the ``sizes`` that :func:`direct` has written."""
+    which = tl.program_id(0).to(tl.int64)
+    square = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, tiles, BLOCK):
+        tile = start + tl.arange(0, BLOCK)
+        at = sizes + which * 2 * tiles + tile
+        largest = tl.load(at, tile < tiles, 0.0).to(tl.float64)
+        square += largest * largest * tl.load(at + tiles, tile < tiles, 0.0).to(tl.float64)
+    tl.store(squares + which, tl.sum(square, 0))
+
+
+@triton.jit
+def scales(squares, rescaled, inverses, b, low, high, tiny, BLOCK: tl.constexpr):
+    """Factors ``(b,)`` that give matrices a norm of 1: ``rescaled`` of the matrices themselves, and ``inverses`` of
+    what is computed from them, where the norm is between ``low`` and ``high``. ``squares`` ``(b,)`` are their squared
+    norms in float64. Matrices of a norm up to ``tiny``, or one that is not finite, become zero.
+    """
+    which = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    norm = tl.sqrt(tl.load(squares + which, which < b, 0.0))
+    possible = (norm > tiny) & (norm < float("inf"))
+    ordinary = (norm > low) & (norm < high)
+    inverse = 1.0 / tl.where(possible, norm, 1.0)
+    rescale = tl.where(possible, tl.where(ordinary, 1.0, inverse), 0.0)
+    tl.store(rescaled + which, rescale.to(tl.float32), which < b)
+    tl.store(inverses + which, tl.where(ordinary, inverse, 1.0).to(tl.float32), which < b)
+
+
+@triton.jit
 def symmetric(
     left,
     right,
@@ -141,7 +170,10 @@ def symmetric(
     inner = tl.arange(0, BLOCK_K)
     rows = left + which * m * k + row[:, None] * stride_m + inner[None, :] * stride_k
     columns = right + which * m * k + column[None, :] * stride_m + inner[:, None] * stride_k
-    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    product = tl.where(row[:, None] == column[None, :], diagonal / alpha, 0.0)
+    if ADDED and DESCRIBED:  # first, in registers that the product has anyway
+        other = added_tiles.load([number, high * BLOCK_M, wide * BLOCK_N]).reshape(BLOCK_M, BLOCK_N)
+        product += (beta / alpha) * other.to(tl.float32)
     for start in range(0, k, BLOCK_K):
         if DESCRIBED and TRANSPOSED:
             a = left_tiles.load([number, start, high * BLOCK_M]).reshape(BLOCK_K, BLOCK_M).T
@@ -158,13 +190,8 @@ def symmetric(
     product *= alpha
     place = which * m * m + row[:, None] * m + column[None, :]
     inside = (row[:, None] < m) & (column[None, :] < m)
-    if ADDED:
-        if DESCRIBED:
-            other = added_tiles.load([number, high * BLOCK_M, wide * BLOCK_N]).reshape(BLOCK_M, BLOCK_N)
-        else:
-            other = tl.load(added + place, inside, 0.0)
-        product += beta * other.to(tl.float32)
-    product += tl.where(row[:, None] == column[None, :], diagonal, 0.0)
+    if ADDED and not DESCRIBED:
+        product += beta * tl.load(added + place, inside, 0.0).to(tl.float32)
     if SCALED:
         product *= tl.load(factors + which)
     value = product.to(FACTOR)

@@ -144,9 +144,11 @@ def test_is_the_iteration_of_the_plain_form(interpreted, monkeypatch, m, n, part
     matrices /= matrices.norm(dim=(-2, -1), keepdim=True)
     monkeypatch.setattr(orthogonal, "parts_of", lambda *_: parts)
     monkeypatch.setattr(orthogonal, "SYMMETRIC", (32, 32, 64, 4, 3))
-    monkeypatch.setattr(orthogonal, "DEEP_SYMMETRIC", (32, 64, 64, 4, 3))
-    expected = reference._plain(matrices.double(), 5)
-    assert relative_difference(orthogonal.iterated(matrices.clone(), 5), expected) < 1e-4
+    monkeypatch.setattr(orthogonal, "LARGE_SYMMETRIC", (32, 64, 64, 4, 3))
+    expected, given = reference._plain(matrices.double(), 5), matrices.clone()
+    found = orthogonal.iterated(given, 5)
+    assert relative_difference(found, expected) < 1e-4
+    assert (found.data_ptr() == given.data_ptr()) == (len(parts) == 2)  # from one memory to another and back
     scales = torch.tensor([1e-14, 1e14])
     found = orthogonal.iterated(scales[:, None, None] * matrices, 5, 1 / scales)
     assert relative_difference(found, expected) < 1e-4
@@ -155,7 +157,7 @@ def test_is_the_iteration_of_the_plain_form(interpreted, monkeypatch, m, n, part
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("described", [False, True])
 def test_a_symmetric_product(interpreted, monkeypatch, transposed, described):
-    monkeypatch.setattr(orthogonal, "DEEP_SYMMETRIC", (16, 32, 16, 4, 3))
+    monkeypatch.setattr(orthogonal, "LARGE_SYMMETRIC", (16, 32, 16, 4, 3))
     monkeypatch.setattr(orthogonal, "_has_accelerator", lambda device: described)
     matrices, added = torch.randn(2, 52, 72), torch.randn(2, 52, 52)
     added = added + added.mT
@@ -180,6 +182,18 @@ def test_sizes_neither_overflow_nor_vanish(interpreted, scale):
     assert squares[0].item() == pytest.approx((0.75 * grads[0].double()).square().sum().item(), rel=1e-5)
     assert squares[1].isinf() and found.isfinite().all()
     torch.testing.assert_close(found[0], 0.75 * grads[0])
+
+
+def test_norms_that_are_impossible_give_no_update(interpreted):
+    """Those of other matrices are divided out, of any size; there may be no matrix."""
+    norms = torch.tensor([0.0, 3.0, float("inf"), float("nan"), 1e-39, 1e-20, 1e25], dtype=torch.float64)
+    found = norms.nan_to_num(1.0, 1.0)[:, None, None].float() * torch.eye(4)[:2] / 2**0.5
+    (moved,) = orthogonal.updates_of_whole(found, norms.square(), 5, [found]).tensors
+    values = torch.linalg.svdvals(moved)
+    assert values[[0, 2, 3, 4]].eq(0).all() and values[[1, 5, 6]].sub(values[1, 0]).abs().max() < 1e-5
+    assert 0.68 < values[1, 0] < 1.21
+    none = torch.empty(0, 2, 4)
+    assert orthogonal._orthogonalized(none, torch.empty(0, dtype=torch.float64), 5).shape == none.shape
 
 
 def test_allocates_no_more_than_is_planned(interpreted):
