@@ -15,25 +15,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_adapm.moments.base import Denominators, Direction, Momentum, State, join, split
+from lightning_adapm.moments.base import Direction, Momentum, State, join, split
 from lightning_adapm.moments.first import FullMomentum, LowRankMomentum, NoMomentum
 from lightning_adapm.moments.orthogonal import Orthogonal
 from lightning_adapm.moments.quantized import CODES, SCALE, EightBits
 from lightning_adapm.moments.second import (
     BlockSecondMoment,
-    ElementwiseSecondMoment,
-    FactoredSecondMoment,
-    NoSecondMoment,
     RelativeSecondMoment,
-    bias_correction,
 )
 from lightning_adapm.step import kernels, moves, orthogonal, relative, watching
-from lightning_adapm.step.averages import advance, factor
+from lightning_adapm.step.averages import Refreshed, advance
 from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.device_gradients import DeviceGradients
+from lightning_adapm.step.divisors import by_part, found_by_torch, matrices_of, read_by_kernels
 from lightning_adapm.step.launch import Matrices
 from lightning_adapm.step.moves import Average, Divisors
-from lightning_adapm.step.parts import Part
 from lightning_adapm.step.refreshing import moved_lefts
 from lightning_adapm.step.rounding import rounding_of
 from lightning_adapm.step.watching import Observer
@@ -45,71 +41,78 @@ def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> I
     Returns:
         The rest of it, which yields where the device would wait for other processes.
     """
-    part, states, number = batch.parts[0], batch.parts, batch.step
-    momentum, second_moment, grads = part.first, part.second, batch.grads
+    momentum, second_moment, grads = batch.parts[0].first, batch.parts[0].second, batch.grads
     assert isinstance(grads, DeviceGradients)
     if isinstance(second_moment, RelativeSecondMoment):
         relative.step(batch, grads, group)
         return ()
-    assert isinstance(momentum, NoMomentum | FullMomentum | LowRankMomentum)
-    assert isinstance(
-        second_moment, BlockSecondMoment | ElementwiseSecondMoment | FactoredSecondMoment | NoSecondMoment
-    )
-    held: list[Tensor] = []
-    lefts = right = refreshed = projected = averages = blocks = left = roots = clip = None
-    beta1 = 0.0
-    if isinstance(momentum, LowRankMomentum):
-        held = momentum.storage.read(states, "exp_avg_l")
-        lefts, beta1 = Matrices.of(held), momentum.beta1
-        # read by every block of rows: half the bytes are worth a copy
-        kept = join(momentum.bases(states)) if grads.right is None else grads.right
-        right = read = kept.to(kernels.FACTOR)
-        if grads.basis is not None:
-            refreshed = moved_lefts(held, kept.float(), grads.basis, momentum.payout)
-            read = grads.basis.to(kernels.FACTOR)
-            right = torch.cat([read, right], dim=-2)
-            bases = split(batch.reduction.kept_columns(grads.basis), momentum.bases(states))
-            momentum.storage.of_bases.write(states, "exp_avg_r", bases)
-        projected = grads.read(Matrices.of([read])) if grads.projected is None else grads.projected
-    if not isinstance(momentum, FullMomentum) and group.get("clip_threshold") is not None:
-        clip = group["clip_threshold"] * momentum.clamp
-    if isinstance(second_moment, BlockSecondMoment):
-        roots = grads.roots
-        if roots is None:
-            averages, blocks = _matrices(states, "exp_avg_sq"), second_moment.blocks
-    if lefts is not None or averages is not None:
-        betas = beta1, second_moment.beta2 if isinstance(second_moment, BlockSecondMoment) else 0.0
-        left, advanced = advance(
-            grads.reading,
-            projected,
-            lefts,
-            refreshed,
-            averages,
-            grads.shape[1:],
-            blocks,
-            betas,
-            1 - beta1**number,
-            grads.clock,
-        )
-        roots = advanced if averages is not None else roots
-    if isinstance(momentum, LowRankMomentum):
-        momentum.storage.write(states, "exp_avg_l", held)
-    direction = _along(momentum, grads, number)
-    if left is not None and right is not None:
-        direction = direction._replace(factors=(left, right))
+    factors, roots = _advanced(batch, grads)
+    direction = _along(momentum, grads, batch.step)._replace(factors=factors)
     if isinstance(second_moment, Orthogonal):
         return _step_orthogonally(batch, direction, momentum.share, group, observer)
-    if isinstance(second_moment, FactoredSecondMoment):
-        divisors = _factored(second_moment, states, number, grads)
-    elif isinstance(second_moment, NoSecondMoment):
-        divisors = _ones(grads.matrices)
-    elif roots is None:
-        assert isinstance(second_moment, ElementwiseSecondMoment)
-        divisors = _elementwise(second_moment, states, number)
-    else:
-        divisors = Divisors(roots, bias_correction(second_moment.beta2, number), second_moment.eps)
-    _move(batch, direction, direction, divisors, group, clip, observer)
+    clip = None
+    if isinstance(momentum, NoMomentum | LowRankMomentum) and group.get("clip_threshold") is not None:
+        clip = group["clip_threshold"] * momentum.clamp
+    _move(batch, direction, direction, read_by_kernels(batch, grads, roots), group, clip, observer)
     return ()
+
+
+def _advanced(batch: Batch, grads: DeviceGradients) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
+    """Take gradients into factors of momentum and into averages by block, in one pass.
+
+    Returns:
+        Factors of the direction, and roots ``(b, m)`` of the averages; None without these.
+    """
+    first, second, states = batch.parts[0].first, batch.parts[0].second, batch.parts
+    held: list[Tensor] = []
+    lefts = right = refreshed = projected = averages = blocks = None
+    beta1 = beta2 = 0.0
+    if isinstance(first, LowRankMomentum):
+        held, beta1 = first.storage.read(states, "exp_avg_l"), first.beta1
+        lefts = Matrices.of(held)
+        right, refreshed, projected = _projected(batch, grads, first, held)
+    if isinstance(second, BlockSecondMoment) and grads.roots is None:
+        averages, blocks, beta2 = matrices_of(states, "exp_avg_sq"), second.blocks, second.beta2
+    if lefts is None and averages is None:
+        return None, grads.roots
+    left, roots = advance(
+        grads.reading,
+        projected,
+        lefts,
+        refreshed,
+        averages,
+        grads.shape[1:],
+        blocks,
+        (beta1, beta2),
+        1 - beta1**batch.step,
+        grads.clock,
+    )
+    if isinstance(first, LowRankMomentum):
+        first.storage.write(states, "exp_avg_l", held)
+    factors = None if left is None or right is None else (left, right)
+    return factors, grads.roots if averages is None else roots
+
+
+def _projected(
+    batch: Batch, grads: DeviceGradients, momentum: LowRankMomentum, lefts: list[Tensor]
+) -> tuple[Tensor, Refreshed | None, Tensor]:
+    """Project gradients on this step's bases, which are stored if they are new.
+
+    Returns:
+        Right factors of the direction, left factors in new bases, if there are any, and the products.
+    """
+    # read by every block of rows: half the bytes are worth a copy
+    kept = join(momentum.bases(batch.parts)) if grads.right is None else grads.right
+    right = basis = kept.to(kernels.FACTOR)
+    refreshed = None
+    if grads.basis is not None:
+        refreshed = moved_lefts(lefts, kept.float(), grads.basis, momentum.payout)
+        basis = grads.basis.to(kernels.FACTOR)
+        right = torch.cat([basis, right], dim=-2)
+        bases = split(batch.reduction.kept_columns(grads.basis), momentum.bases(batch.parts))
+        momentum.storage.of_bases.write(batch.parts, "exp_avg_r", bases)
+    projected = grads.read(Matrices.of([basis])) if grads.projected is None else grads.projected
+    return right, refreshed, projected
 
 
 def step_with_reductions(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> Iterable[None]:
@@ -189,9 +192,9 @@ def _along(momentum: Momentum, grads: list[Tensor], number: int) -> Direction:
 def _average(momentum: FullMomentum, states: Sequence[State]) -> Average:
     """The averages as they are stored: the kernel takes the direction into them."""
     if isinstance(momentum.storage, EightBits):
-        scales = _matrices(states, "exp_avg" + SCALE)
-        return Average(_matrices(states, "exp_avg" + CODES), momentum.beta1, scales)
-    return Average(_matrices(states, "exp_avg"), momentum.beta1)
+        scales = matrices_of(states, "exp_avg" + SCALE)
+        return Average(matrices_of(states, "exp_avg" + CODES), momentum.beta1, scales)
+    return Average(matrices_of(states, "exp_avg"), momentum.beta1)
 
 
 def _taken(momentum: FullMomentum, states: Sequence[State], grads: DeviceGradients) -> list[Tensor]:
@@ -206,30 +209,6 @@ def _taken(momentum: FullMomentum, states: Sequence[State], grads: DeviceGradien
     return list(torch._foreach_lerp(averages, finite, 1 - momentum.beta1))
 
 
-def _matrices(states: Sequence[State], key: str) -> Matrices:
-    return Matrices.of([state[key] for state in states])
-
-
-def _elementwise(second_moment: ElementwiseSecondMoment, states: Sequence[State], number: int) -> Divisors:
-    """The averages themselves, which the kernel updates with the directions."""
-    correction = bias_correction(second_moment.beta2, number)
-    return Divisors(_matrices(states, "exp_avg_sq"), correction, second_moment.eps, second_moment.beta2)
-
-
-def _ones(directions: Matrices) -> Divisors:
-    return Divisors(torch.ones(len(directions.addresses), directions.shape[0], device=directions.like.device), 1.0, 0.0)
-
-
-def _factored(
-    second_moment: FactoredSecondMoment, parts: Sequence[Part], number: int, grads: DeviceGradients
-) -> Divisors:
-    """Update the averages with the gradients."""
-    averages = _matrices(parts, "exp_avg_sq_row"), _matrices(parts, "exp_avg_sq_col")
-    height = parts[0].shape[-2]
-    shares, roots = factor(grads.reading, grads.columns, averages, grads.shape[1:], height, second_moment.beta2)
-    return Divisors(shares, bias_correction(second_moment.beta2, number), second_moment.eps, columns=roots)
-
-
 def move(
     batch: Batch,
     momentum: Direction,
@@ -242,23 +221,8 @@ def move(
 
     ``momentum`` is the direction before the second moment has changed it.
     """
-    parts, number, used = batch.parts, batch.step, direction.tensors
-    second = parts[0].second
-    if isinstance(second, ElementwiseSecondMoment) and second.storage.plain and used is batch.grads:
-        divisors = _elementwise(second, parts, number)
-    elif isinstance(second, NoSecondMoment):
-        divisors = _ones(Matrices.of(used))
-    else:
-        roots, correction, eps, columns, _ = second.denominators(batch.grads, parts, number, batch.reduction)
-        if columns is None:
-            roots = [
-                (root if root.dim() else root.expand(*grad.shape[:-2], 1, 1)).contiguous()
-                for root, grad in zip(roots, used, strict=True)
-            ]
-            divisors = Divisors(Matrices.of(roots), correction, eps)
-        else:
-            shares, factors = (join(tensors).float().flatten(1).contiguous() for tensors in (roots, columns))
-            divisors = Divisors(shares, correction, eps, columns=factors)
+    used = direction.tensors
+    divisors = found_by_torch(batch, used)
     moved = direction
     if direction.factors is not None:
         moved = moved._replace(factors=_padded(*direction.factors))
@@ -309,12 +273,4 @@ def _move(
     if average is not None:  # which has taken the gradients in
         momentum = direction = direction._replace(tensors=taken)
         flaws = None
-    watching.see_updates(observer, parts, momentum, direction, _seen(divisors, len(parts)), clip, flaws=flaws)
-
-
-def _seen(divisors: Divisors, parts: int) -> Denominators:
-    """Denominators of kernels as tensors by part."""
-    roots, correction, eps, beta2, columns = divisors
-    by_part = roots.tensors if isinstance(roots, Matrices) else roots.view(parts, -1, roots.shape[-1], 1).unbind()
-    by_column = None if columns is None else list(columns.view(parts, -1, 1, columns.shape[-1]).unbind())
-    return Denominators(list(by_part), correction, eps, by_column, squared=beta2 is not None)
+    watching.see_updates(observer, parts, momentum, direction, by_part(divisors, len(parts)), clip, flaws=flaws)

@@ -151,7 +151,6 @@ def closing_table(result: RunResult, adamw: RunResult | None, others: Sequence[R
     runs = [result, *others]
     real = (_number(adamw.val_loss), _number(adamw.ppl), f"{adamw.seconds:.0f}") if adamw else ("not run",) * 3
     rows = [
-        ("", [run.optimizer for run in runs], ADAMW, "Saved"),
         ("validation loss", [_number(run.val_loss) for run in runs], real[0], ""),
         ("perplexity", [_number(run.ppl) for run in runs], real[1], ""),
         (
@@ -169,15 +168,12 @@ def closing_table(result: RunResult, adamw: RunResult | None, others: Sequence[R
     ]
     if others:
         rows.append(("seconds", [f"{run.seconds:.0f}" for run in runs], real[2], ""))
-    for number, (name, own, theirs, saved) in enumerate(rows):
-        cells = [name, *own]
-        if result.optimizer != ADAMW:  # nothing to compare with itself
-            cells += [theirs, saved]
-        if number:
-            table.add_row(*cells)
-            continue
-        for index, header in enumerate(cells):
-            table.add_column(header, justify="right" if index else "left")
+    compared = slice(2 if result.optimizer != ADAMW else 0)  # nothing to compare with itself
+    table.add_column("")
+    for header in (*(run.optimizer for run in runs), *(ADAMW, "Saved")[compared]):
+        table.add_column(header, justify="right")
+    for name, own, *theirs in rows:
+        table.add_row(name, *own, *theirs[compared])
     return table
 
 
