@@ -19,6 +19,9 @@ MOST_ROWS_OF_A_HEAD, ADVANCED_NUMEL = 256, 4096
 hold.
 """
 
+FACTORED = 4096
+"""Rows, or columns, that a program takes into factors at once: it takes all of a matrix."""
+
 WEIGH = (64, 64)
 """Rows and columns of a tile of weights."""
 
@@ -158,7 +161,8 @@ def factor(
         (squares, sums, flaws, rows.table, columns.table, shares),
         (m, n, len(squares) // len(flaws)),
         (float(height), float(n), _LARGEST, _TINY, beta2, extra),
-        BLOCK=1024,
+        BLOCK=FACTORED,
+        num_warps=8,
     )
     return shares, sums
 

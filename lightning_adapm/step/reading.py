@@ -8,11 +8,11 @@ from torch import Tensor
 from lightning_adapm.step import kernels
 from lightning_adapm.step.launch import Matrices, launch
 
-READ, READ_COLUMNS, COMBINE = (16, 512, 4, 3), (64, 128, 4, 3), (32, 128, 4, 4)
-PROJECT, PROJECT_FAR = (64, 64, 8, 3), (128, 32, 8, 4)
+READ, READ_COLUMNS, COMBINE = (16, 512, 4, 3), (64, 128, 4, 3), (32, 128, 4, 3)
+PROJECT, PROJECT_NEAR, PROJECT_FAR = (64, 64, 8, 3), (64, 64, 4, 3), (128, 32, 8, 4)
 """Rows and columns of a tile, warps, stages: of sums over rows, and over columns as well; of a combination; of sums
-with products, up to 128 ranks in a tile and above. The fastest of some on an H100, and within the 99 KiB of shared
-memory that a block has on smaller GPUs, where a tile has no more ranks.
+with products, on smaller GPUs, and on those with large blocks up to 128 ranks in a tile and above. The fastest of some
+on an H100, and within the 99 KiB of shared memory that a block has on smaller GPUs.
 """
 
 RANKS, MOST_RANKS = 128, 256
@@ -45,11 +45,13 @@ def read(
     m, n = grads.shape
     width, columns = kernels.padded(r), columns and known is None
     projected = None if bases is None else like.new_empty((b, m, width), dtype=torch.float32)
-    most = MOST_RANKS if kernels.has_large_blocks(like.device) else RANKS
-    block_r = 16 if bases is None else _ranks(r, most)
+    large = kernels.has_large_blocks(like.device)
+    block_r = 16 if bases is None else _ranks(r, MOST_RANKS if large else RANKS)
     tile = READ_COLUMNS if columns else READ
     if bases is not None:
-        tile = PROJECT if block_r <= RANKS else PROJECT_FAR
+        tile = PROJECT
+        if large:
+            tile = PROJECT_NEAR if block_r <= RANKS else PROJECT_FAR
     block_m, block_n, warps, stages = kernels.narrowed(tile, n)
     high = -(-m // block_m)
     sums = like.new_empty((b, high, n), dtype=torch.float32) if columns else None
