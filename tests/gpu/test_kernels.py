@@ -30,6 +30,18 @@ def test_newton_schulz_by_symmetric_products(shape):
     assert (product - expected).norm() < 5e-3 * expected.norm()
 
 
+def test_orthogonal_updates_of_any_size():
+    """All alike, but none of a gradient that is zero or not finite."""
+    gradient = torch.randn(512, 768, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    sizes = [1.0, 1e-18, 1e18, 1e30, 0.0, float("inf")]
+    flaws = torch.zeros(len(sizes), dtype=torch.int32, device="cuda")
+    found, squares = orthogonal.direct(Matrices.of([size * gradient for size in sizes]), flaws, None, None, 1.0)
+    moved = torch.stack(orthogonal.updates_of_whole(found, squares, 5, [gradient] * len(sizes)).tensors).double()
+    expected = reference._plain((gradient / gradient.norm())[None].double(), 5)
+    assert (moved[:4] - expected).flatten(1).norm(dim=1).max() < 0.05 * expected.norm()
+    assert moved[4:].eq(0).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("m", "n", "r"), [(2048, 1024, 102), (512, 2048, 204), (520, 1024, 300), (1000, 777, 10)])
 def test_products_of_gradients(dtype, m, n, r):
