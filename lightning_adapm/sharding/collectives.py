@@ -58,29 +58,49 @@ class Planned(NamedTuple):
     call: Callable[..., dist.Work]
 
 
-def begin(planned: Sequence[Planned]) -> Callable[[], None]:
-    """Begin collectives, and return what waits for all of them. The device goes on meanwhile.
+class Flight:
+    """Collectives that begin together and are waited for together. The device goes on meanwhile.
 
-    Until then, the memory of their tensors must not be used again.
+    Until they have been waited for, the memory of their tensors must not be used again.
     """
-    begun: list[dist.Work] = []
 
-    def bound(borrowed: Borrowing) -> Collective:
+    def __init__(self, planned: Sequence[Planned]) -> None:
+        self._planned = planned
+        self._begun: list[dist.Work] = []
+
+    def bind(self, borrowed: Borrowing) -> Collective:
+        """Give what begins them, with their tensors, which are not kept here any longer."""
+        planned, self._planned = self._planned, ()
         kept = [(each.call, [borrowed(tensor) for tensor in each.tensors]) for each in planned]
 
-        def start() -> None:
+        def begin() -> None:
             for call, tensors in kept:
                 TRAFFIC.add(tensors[0].nbytes)
-                begun.append(call(*tensors))
+                self._begun.append(call(*tensors))
 
-        return start
+        return begin
 
-    def wait() -> None:
-        while begun:
-            begun.pop().wait()
+    def wait(self) -> None:
+        """Let the device wait for them."""
+        while self._begun:
+            self._begun.pop().wait()
+
+
+def fly(begun: Flight | None, awaited: Flight | None) -> None:
+    """Begin some collectives, and wait for others or for the same, with nothing in between."""
+
+    def bound(borrowed: Borrowing) -> Collective:
+        begin = None if begun is None else begun.bind(borrowed)
+
+        def run() -> None:
+            if begin is not None:
+                begin()
+            if awaited is not None:
+                awaited.wait()
+
+        return run
 
     _run(bound)
-    return lambda: _run(lambda borrowed: wait)
 
 
 def _communicate(call: Callable[..., object], *tensors: Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_adapm.sharding.collectives import Planned, begin, exchanging
+from lightning_adapm.sharding.collectives import Flight, Planned, exchanging, fly
 from lightning_adapm.sharding.rows import RowShard
 
 LARGE = 1 << 24
@@ -68,52 +68,55 @@ class Owners:
             function: Function of a tensor ``(b, m, n)`` to one of the same shape, of any dtype.
             parts: This process's rows of each matrix, zero where others hold them.
         """
-        return self.give_back(function(self.collect(parts)()))()
+        planned, collected = self.collect(parts)
+        fly(flight := Flight(planned), flight)
+        planned, given_back = self.give_back(function(collected()))
+        fly(flight := Flight(planned), flight)
+        return given_back()
 
     def mine(self, values: Tensor) -> Tensor:
         """Those of a value for each matrix that are of this process's."""
         return torch.cat([values[own.start : own.stop] for own in (turn.dealt[self._rank] for turn in self._turns)])
 
-    def collect(self, parts: Tensor | Sequence[Tensor], also: Sequence[Planned] = ()) -> Callable[[], Tensor]:
-        """Begin to collect this process's matrices from all rows of theirs.
+    def collect(self, parts: Tensor | Sequence[Tensor]) -> tuple[list[Planned], Callable[[], Tensor]]:
+        """Plan to collect this process's matrices from all rows of theirs.
 
         Args:
             parts: This process's rows of each matrix, which must stay as they are until all is done.
-            also: Collectives that are to begin before that.
 
         Returns:
-            What waits for the matrices ``(b, m, n)``.
+            The exchanges, and what gives the matrices ``(b, m, n)`` after them.
         """
         made = parts[0].new_zeros if self._cut else parts[0].new_empty
         whole = made(self._turns[-1].place.stop, self._size, self._width)
-        planned, sent, received = list(also), list[Tensor](), list[Tensor]()
+        planned, sent, received = list[Planned](), list[Tensor](), list[Tensor]()
         for turn in self._turns:
             taken, given = self._received(turn), self._sent(turn)
             into = whole[turn.place].flatten(0, 1) if self._in_place(turn) else whole.new_empty(sum(taken), self._width)
             sent.append(self._joined(parts, turn))
             received.append(into)
             planned.append(exchanging(into, sent[-1], taken, given, self._group))
-        wait = begin(planned)
 
-        def waited() -> Tensor:
-            wait()
+        def collected() -> Tensor:
             sent.clear()  # their memory was not to be used again before
             for turn, rows in zip(self._turns, received, strict=True):
                 if not self._in_place(turn):
                     self._assemble(whole[turn.place], rows, turn)
             return whole
 
-        return waited
+        return planned, collected
 
-    def give_back(self, results: Tensor, parts: Tensor | None = None) -> Callable[[], list[Tensor]]:
-        """Begin to give the rows of results back to the processes that hold them.
+    def give_back(
+        self, results: Tensor, parts: Tensor | None = None
+    ) -> tuple[list[Planned], Callable[[], list[Tensor]]]:
+        """Plan to give the rows of results back to the processes that hold them.
 
         Args:
             results: A result for each of this process's matrices, ``(b, m, n)``.
             parts: Rows of each matrix ``(b, k, n)`` that the results may take the place of.
 
         Returns:
-            What waits for this process's rows of each result.
+            The exchanges, and what gives this process's rows of each result after them.
         """
         planned, sent, received = list[Planned](), list[Tensor](), list[Tensor]()
         for turn in self._turns:
@@ -123,15 +126,13 @@ class Owners:
             sent.append(rows.contiguous())
             received.append(into)
             planned.append(exchanging(into, sent[-1], taken, given, self._group))
-        wait = begin(planned)
 
-        def waited() -> list[Tensor]:
-            wait()
+        def given_back() -> list[Tensor]:
             sent.clear()  # their memory was not to be used again before
             counts = [[shard.count for shard in self._shards[turn.all]] for turn in self._turns]
             return [rows for turn, each in zip(received, counts, strict=True) for rows in turn.split(each)]
 
-        return waited
+        return planned, given_back
 
     def _in_place(self, turn: Turn) -> bool:
         """Whether the rows of this process's matrices lie as they are exchanged."""

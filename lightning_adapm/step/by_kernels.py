@@ -23,6 +23,7 @@ from lightning_adapm.moments.second import (
     BlockSecondMoment,
     RelativeSecondMoment,
 )
+from lightning_adapm.sharding.collectives import Planned
 from lightning_adapm.step import kernels, moves, orthogonal, relative, watching
 from lightning_adapm.step.averages import Refreshed, advance
 from lightning_adapm.step.batching import Batch
@@ -35,11 +36,11 @@ from lightning_adapm.step.rounding import rounding_of
 from lightning_adapm.step.watching import Observer
 
 
-def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> Iterable[None]:
+def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> Iterable[Sequence[Planned]]:
     """Move the parameters of a batch that :func:`refresh` has seen, all by kernels.
 
     Returns:
-        The rest of it, which yields where the device would wait for other processes.
+        The rest of it, which yields the collectives that it has to wait for.
     """
     momentum, second_moment, grads = batch.parts[0].first, batch.parts[0].second, batch.grads
     assert isinstance(grads, DeviceGradients)
@@ -115,7 +116,9 @@ def _projected(
     return right, refreshed, projected
 
 
-def step_with_reductions(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> Iterable[None]:
+def step_with_reductions(
+    batch: Batch, group: Mapping[str, Any], observer: Observer | None
+) -> Iterable[Sequence[Planned]]:
     """:func:`step` of a batch whose moments need more than kernels do: sums over processes, or first bases."""
     momentum, grads = batch.parts[0].first, batch.grads
     assert isinstance(grads, DeviceGradients)
@@ -136,7 +139,7 @@ def step_with_reductions(batch: Batch, group: Mapping[str, Any], observer: Obser
 
 def _step_orthogonally(
     batch: Batch, direction: Direction, share: float, group: Mapping[str, Any], observer: Observer | None
-) -> Iterable[None]:
+) -> Iterable[Sequence[Planned]]:
     """Write the direction, and return the rest of the step.
 
     ``share`` is that of the momentum in the direction: of the factors, or of a full average, which is taken further.
@@ -156,10 +159,10 @@ def _step_orthogonally(
 def _rest(
     batch: Batch,
     shown: Direction | None,
-    updates: Generator[None, None, Direction],
+    updates: Generator[Sequence[Planned], None, Direction],
     group: Mapping[str, Any],
     observer: Observer | None,
-) -> Iterable[None]:
+) -> Iterable[Sequence[Planned]]:
     """Move parameters by updates, once they are found. Only an observer needs the direction that is ``shown``."""
     direction = yield from updates
     move(batch, direction if shown is None else shown, direction, group, None, observer)

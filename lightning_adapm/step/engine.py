@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_adapm.moments.base import Momentum, SecondMoment
 from lightning_adapm.moments.cache import DeviceCache, using
 from lightning_adapm.roles.piece import Piece
+from lightning_adapm.sharding.collectives import Planned
 from lightning_adapm.step import by_kernels, exchange, graphs, refreshing
 from lightning_adapm.step.batching import Batch, batches, bucketed, put_back
 from lightning_adapm.step.counters import StepCounters
@@ -165,7 +166,7 @@ class Engine:
             found += chain.from_iterable(map(_flawed, together))
         return found
 
-    def _update(self, batch: Batch, group: Mapping[str, Any], rule: Rule) -> Iterator[None]:
+    def _update(self, batch: Batch, group: Mapping[str, Any], rule: Rule) -> Iterator[Sequence[Planned]]:
         grads = batch.grads
         if isinstance(grads, DeviceGradients):
             step = by_kernels.step if batch.path.whole else by_kernels.step_with_reductions

@@ -4,7 +4,7 @@ The direction is written once, in the dtype of products. All products of Newton-
 are symmetric, and half of each is computed.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from functools import cache
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_adapm.moments.base import Direction, split
 from lightning_adapm.moments.orthogonal import COEFFICIENTS, parts_of, sized
-from lightning_adapm.sharding.collectives import summing
+from lightning_adapm.sharding.collectives import Planned, summing
 from lightning_adapm.sharding.owners import Owners
 from lightning_adapm.sharding.reduction import ProcessReduction, Reduction
 from lightning_adapm.step import kernels
@@ -100,8 +100,8 @@ def direct(
 
 def updates(
     found: Tensor, squares: Tensor, steps: int, like: list[Tensor], reduction: Reduction
-) -> Generator[None, None, Direction]:
-    """Updates along directions, which are found when the generator returns; it yields where it waits for processes.
+) -> Generator[Sequence[Planned], None, Direction]:
+    """Updates along directions, which are found when the generator returns; it yields what it has to wait for.
 
     Args:
         found: Directions ``(b, m, n)`` in the dtype of products, which are overwritten. Of shards, the rows of this
@@ -114,12 +114,11 @@ def updates(
     if not isinstance(reduction, ProcessReduction):
         return updates_of_whole(found, squares, steps, like)
     owners = Owners(reduction.shards, found.dtype)
-    collected = owners.collect(found, also=[summing(squares, reduction.group)])
-    yield
-    whole = collected()
-    given_back = owners.give_back(_orthogonalized(whole, owners.mine(squares), steps), found)
-    del whole, collected
-    yield
+    planned, collected = owners.collect(found)
+    yield [summing(squares, reduction.group), *planned]
+    planned, given_back = owners.give_back(_orthogonalized(collected(), owners.mine(squares), steps), found)
+    del collected  # which holds the matrices
+    yield planned
     return sized(given_back(), reduction.shards[0].size)
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lightning_adapm.roles.piece import Piece
 from lightning_adapm.sharding import owners
+from lightning_adapm.sharding.collectives import Flight, fly
 from lightning_adapm.sharding.layout import Layout
 from lightning_adapm.sharding.owners import Owners
 from lightning_adapm.sharding.reduction import ProcessReduction
@@ -141,15 +142,26 @@ def test_each_matrix_is_worked_on_by_one_process(monkeypatch, case, number, larg
         rows = torch.stack([shard.take(param.flatten()[first:last]).flatten(1) for param in params])
         parts.append(rows if together else list(rows))
         dealt.append(Owners([shard] * number, torch.float32))
-    waits = [each.collect(rows) for each, rows in zip(dealt, parts, strict=True)]
-    wholes = [wait() for wait in waits]
+    wholes = exchanged([each.collect(rows) for each, rows in zip(dealt, parts, strict=True)])
     assert torch.equal(torch.cat([each.mine(matrices) for each in dealt]), torch.cat(wholes))
     assert max(map(len, wholes)) - min(map(len, wholes)) <= max(1, number // len(spans) if large else 1)
     results = [whole.mT.contiguous().mT + 1 for whole in wholes]
-    waits = [
-        each.give_back(result, rows if together else None)
-        for each, result, rows in zip(dealt, results, parts, strict=True)
-    ]
-    for wait, shard in zip(waits, shards_of(shape, piece, spans), strict=True):
-        for found, matrix in zip(wait(), matrices, strict=True):
-            assert torch.equal(found, matrix[shard.first : shard.first + shard.count] + 1)
+    found = exchanged(
+        [
+            each.give_back(result, rows if together else None)
+            for each, result, rows in zip(dealt, results, parts, strict=True)
+        ]
+    )
+    for rows, shard in zip(found, shards_of(shape, piece, spans), strict=True):
+        for held, matrix in zip(rows, matrices, strict=True):
+            assert torch.equal(held, matrix[shard.first : shard.first + shard.count] + 1)
+
+
+def exchanged(planned):
+    """What all processes have after their exchanges."""
+    flights = [Flight(each) for each, _ in planned]
+    for flight in flights:
+        fly(flight, None)
+    for flight in flights:
+        fly(None, flight)
+    return [finish() for _, finish in planned]

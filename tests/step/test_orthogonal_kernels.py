@@ -18,6 +18,7 @@ from lightning_adapm.step import kernels, orthogonal
 from lightning_adapm.step.launch import Matrices
 from lightning_adapm.step.moves import Average
 from lightning_adapm.step.transients import step_transients
+from lightning_adapm.step.turns import take_turns
 
 pytest.importorskip("triton", reason="the kernels are Triton's")
 
@@ -128,12 +129,14 @@ def test_a_process_that_is_given_no_matrix(interpreted, monkeypatch):
     monkeypatch.setattr("torch.distributed.all_to_all_single", exchange)
     shard = RowShard(Layout(torch.Size((6, 4)), ((0, 12), (12, 24)), 1, "both", "a mesh"))
     rows, squares = torch.randn(1, 3, 4), torch.ones(1, dtype=torch.float64)
-    work = orthogonal.updates(rows, squares, 2, [], ProcessReduction([shard]))
-    assert [next(work), next(work)] == [None, None]
-    with pytest.raises(StopIteration) as found:
-        next(work)
+    found = []
+
+    def work():
+        found.append((yield from orthogonal.updates(rows, squares, 2, [], ProcessReduction([shard]))))
+
+    take_turns([work()])
     assert exchanged == [(3, 0, [0, 0], [3, 0]), (0, 3, [3, 0], [0, 0])]
-    assert found.value.value.tensors[0].shape == (3, 4)
+    assert found[0].tensors[0].shape == (3, 4)
 
 
 @pytest.mark.parametrize(("m", "n"), [(50, 50), (37, 70), (70, 37)])
