@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lightning_adapm.litgpt import model as litgpt_model
 from lightning_adapm.optim import RoleOptimizer
 from lightning_adapm.optim.options import instead_of, options_of
 
+_SAMPLES = 'a list of {"instruction", "input", "output"}'
 _EXAMPLE = '{"class_path": "lightning_adapm.AdaPM", "init_args": {"lr": 1e-3}}'
 
 
@@ -163,12 +165,22 @@ def _check_text_files(data: Any) -> None:
 
 def _check_instructions(data: Any) -> None:
     """Check the samples of ``JSON``, split as litgpt splits them."""
-    for part, samples in zip(("train", "validate"), data.get_splits(), strict=True):
+    try:
+        splits = data.get_splits()
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`json_path`: {str(data.json_path)!r} is not JSON ({error}); give {_SAMPLES}") from error
+    for part, samples in zip(("train", "validate"), splits, strict=True):
         if not len(samples):
             raise ValueError(
-                f"`json_path`: no samples to {part} on in {str(data.json_path)!r}; give a list of"
-                ' {"instruction", "input", "output"}, and a `val_split_fraction` that leaves some for both parts'
+                f"`json_path`: no samples to {part} on in {str(data.json_path)!r}; give"
+                f" {_SAMPLES}, and a `val_split_fraction` that leaves some for both parts"
             )
+        for sample in samples:
+            if not (isinstance(sample, dict) and {"instruction", "output"} <= sample.keys()):
+                raise ValueError(
+                    f"`json_path`: a sample of {str(data.json_path)!r} has no instruction or no output:"
+                    f" {str(sample)[:80]}; give {_SAMPLES}"
+                )
 
 
 def _check_chunks(data: Any) -> None:

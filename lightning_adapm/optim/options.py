@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Number
@@ -109,6 +110,10 @@ def _is_count(value: Any) -> bool:
     return type(value) is not bool and isinstance(value, Integral) and int(value) >= 1
 
 
+def _is_amount(value: Any) -> bool:
+    return not isinstance(value, str | bool) and 0 <= float(value) < math.inf
+
+
 def _is_switch(value: Any) -> bool:
     return not isinstance(value, str) and value in (True, False)
 
@@ -119,13 +124,14 @@ def _is_rank(rank: Any) -> bool:
     return _is_count(rank)
 
 
+AMOUNT = ("a finite number >= 0", _is_amount)
 COUNT = ("an int >= 1", _is_count)
 SWITCH = ("True or False", _is_switch)
 _RANGES: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
-    "lr": ("a number >= 0", lambda lr: not isinstance(lr, str) and float(lr) >= 0),
+    "lr": AMOUNT,
     "betas": ("two numbers in [0, 1)", lambda betas: len(betas) == 2 and all(0 <= b < 1 for b in betas)),
-    "eps": ("a number >= 0", lambda eps: eps >= 0),
-    "weight_decay": ("a number >= 0", lambda decay: decay >= 0),
+    "eps": AMOUNT,
+    "weight_decay": AMOUNT,
     "rank": ("an int >= 1, or a float in (0, 1] for a share of the smaller dimension", _is_rank),
     "update_proj_gap": COUNT,
     "second_moment": (f"one of {', '.join(SECOND_MOMENTS)}", lambda kind: kind in SECOND_MOMENTS),

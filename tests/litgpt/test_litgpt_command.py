@@ -136,6 +136,12 @@ def test_data_that_is_not_there(tmp_path):
     samples.write_text("[]")
     with pytest.raises(ValueError, match="`json_path`: no samples to train on in .*instructions.json"):
         litgpt_checks.check_data(JSON(samples, val_split_fraction=0.5))
+    samples.write_text('[{"instruction": "a", "output": "b"}, {"instruction": "only"}]')
+    with pytest.raises(ValueError, match="has no instruction or no output: {'instruction': 'only'}; give a list of"):
+        litgpt_checks.check_data(JSON(samples, val_split_fraction=0.5))
+    samples.write_text("[")
+    with pytest.raises(ValueError, match="`json_path`: .*instructions.json' is not JSON .*; give a list of"):
+        litgpt_checks.check_data(JSON(samples, val_split_fraction=0.5))
     with pytest.raises(ValueError, match="`data_path`: there is no index.json in .*train"):
         litgpt_checks.check_data(Chunks(tmp_path))
     with pytest.raises(ValueError, match="`train_data_path`: 0 .txt files in"):

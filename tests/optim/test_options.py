@@ -76,7 +76,8 @@ def test_options_of_other_optimizers_stay_the_callers():
 @pytest.mark.parametrize("value", ["1e-3", "0.1"])
 def test_numbers_as_text(value):
     """As YAML reads 1e-3."""
-    with pytest.raises(ValueError, match=f"lr must be a number >= 0, but got '{value}', which is text: .* 1.0e-3 as"):
+    message = f"lr must be a finite number >= 0, but got '{value}', which is text: .* 1.0e-3 as"
+    with pytest.raises(ValueError, match=message):
         optimizer_of({}, lr=value)
 
 

@@ -283,7 +283,9 @@ def test_maximize_and_no_decay():
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
-        ("lr", -1.0, "lr must be a number >= 0, but got -1.0"),
+        ("lr", -1.0, "lr must be a finite number >= 0, but got -1.0"),
+        ("lr", float("inf"), "lr must be a finite number >= 0, but got inf"),
+        ("weight_decay", True, "weight_decay must be a finite number >= 0, but got True"),
         ("betas", (0.9, 1.0), r"betas must be two numbers in \[0, 1\)"),
         ("betas", (0.9,), "betas must be"),
         ("eps", -1e-8, "eps must be"),
