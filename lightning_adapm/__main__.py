@@ -106,7 +106,8 @@ def _reason(error: Exception) -> str:
     text = str(error)
     if "Union subtypes" not in text:
         return " ".join(text.split()) if text.startswith("Parser key") else text
-    refusals = [line for line in re.findall(r"^ +- (.*)$", text, re.MULTILINE) if not line.startswith("Expected a ")]
+    found = re.findall(r"^ +- (.*)$", text, re.MULTILINE)
+    refusals = [line for line in found if not line.startswith(("Expected a ", "Does not validate against any of"))]
     refused = re.findall(r"^( +)- Problem with given class_path '(.+)':\n((?:\1 +.*\n?)+)", text, re.MULTILINE)
     if len(refusals) != 1:
         return text

@@ -76,7 +76,8 @@ class AdaPMCLI(LightningCLI):
             super().parse_arguments(parser, with_files(args, "trainer") if isinstance(args, list) else args)
 
     def before_instantiate_classes(self) -> None:
-        """Choose a precision if the user has not."""
+        """Refuse a checkpoint that is not there before any work, and choose a precision if the user has not."""
+        _check_checkpoint(self.config[str(self.subcommand)].get("ckpt_path"))
         trainer = self.config[str(self.subcommand)].trainer
         if trainer.precision is None and trainer.accelerator in ("auto", "gpu", "cuda") and _cuda_has_bf16():
             trainer.precision = "bf16-mixed"
@@ -104,6 +105,14 @@ class AdaPMCLI(LightningCLI):
         if lr_scheduler is None and isinstance(lightning_module, AdaPMMixin):
             return lightning_module.schedule(optimizer)
         return LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)
+
+
+def _check_checkpoint(path: str | None) -> None:
+    """Refuse a file that is not there; "best", "last" and the like, and addresses, are looked up by the Trainer."""
+    if path is not None and Path(path).suffix == ".ckpt" and "://" not in path and not Path(path).exists():
+        raise FileNotFoundError(
+            f"`ckpt_path`: {path!r} does not exist; give a checkpoint such as runs/.../checkpoints/last.ckpt"
+        )
 
 
 def _cuda_has_bf16() -> bool:

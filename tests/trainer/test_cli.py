@@ -193,6 +193,11 @@ def test_help_names_the_commands_without_loading_lightning(in_process, capsys, m
         ("--data.init_args.blok_size=3", "'blok_size' is not expected"),
         ("--model.init_args.config.n_heads=3", "no field 'n_heads'; did you mean 'n_head'?"),
         ("--trainer.max_stepz=3", "max_stepz"),
+        ("--ckpt_path=nowhere.ckpt", "error: `ckpt_path`: 'nowhere.ckpt' does not exist; give"),
+        (
+            "--optimizer=lightning_adapm.Adapm",
+            "error: lightning_adapm.Adapm: module 'lightning_adapm' has no",
+        ),
     ],
 )
 def test_bad_input_is_named_without_a_traceback(corpus, tmp_path, in_process, capsys, monkeypatch, option, message):
