@@ -33,8 +33,9 @@ DEFAULT_STATE_DTYPE: Mapping[str, str] = {"low_rank": "bfloat16"}
 PRESETS = {"paper": PAPER_MOMENTUM}
 """Named tables, which do not change with the default."""
 _NO_MOMENTUM = f"momentum must be one of {', '.join(map(repr, (*POLICIES, *PRESETS)))}, or policies by role, but got "
-_LARGE = 1 << 22
-"""Elements from which on a matrix fills a GPU: its refresh costs as much with others as without them."""
+_PHASES = 2
+"""Phases of the refreshes, by the number of the transformer block. Several phases spread the cost over steps; few
+phases share kernels."""
 SECOND_MOMENTS = ("elementwise", "block", "factored")
 
 
@@ -93,24 +94,10 @@ def momentum_for(piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> M
                 beta1,
                 gap,
                 group.get("debias", True),
-                offset=_offset(piece, m * n, gap),
+                offset=piece.block % _PHASES * (gap // _PHASES),
                 storage=storage_for(LowRankMomentum.name, group["state_dtype"], torch.Size((*shape[:-1], rank))),
             )
     return FullMomentum(beta1, storage_for(FullMomentum.name, group["state_dtype"], shape))
-
-
-def _offset(piece: Piece, numel: int, gap: int) -> int:
-    """Offset of the refreshes of a piece whose matrices have ``numel`` elements, the same for all pieces of a block.
-
-    Small matrices share kernels with those of every other block. Of large ones, a quarter is refreshed at a time, and
-    what is as large as many blocks apart from them.
-    """
-    half = piece.block % 2 * gap // 2
-    if numel < _LARGE:
-        return half
-    if piece.role in ("embedding", "lm_head"):
-        return gap - 1
-    return half + piece.block // 2 % 2 * gap // 4
 
 
 def storage_for(name: str, chosen: Mapping[str, str] | str | None, shape: torch.Size) -> Storage:
