@@ -13,12 +13,7 @@ from lightning_adapm.step.rounding import StochasticRounding
 
 MOVE, MOVE_ALONG, MOVE_ALONG_ELEMENTWISE = (1, 2048, 4, 3), (64, 64, 4, 4), (16, 128, 4, 3)
 """Rows and columns of a tile, warps, stages: without products, and with them, by block and by elementwise second
-moments. The fastest of some on an H100, and within the 99 KiB of shared memory that a block has on smaller GPUs.
-"""
-
-MOVE_HELD, MOST_HELD, MOST_MOVED = (64, 64, 4, 3), 256, 2048
-"""The same for parameters and gradients of two bytes on GPUs with large blocks, where factors take longer to load than
-these: programs hold left factors of at most so many columns, and move so many columns of their rows.
+moments. The fastest of some on an H200, and within the 99 KiB of shared memory that a block has on smaller GPUs.
 """
 
 
@@ -81,14 +76,12 @@ def move(
         known.append(average.values)
     if factors is not None:
         known.append(factors[1])
-    width = 0 if factors is None else factors[0].shape[-1]
-    held = _held(param, used, factors)
-    block_m, block_n, warps, stages = kernels.narrowed(_tile(width, any(held), divisors.beta2 is not None), n)
-    moved_n = block_n * (-(-min(n, MOST_MOVED) // block_n) if any(held) else 1)
+    along = MOVE_ALONG if divisors.beta2 is None else MOVE_ALONG_ELEMENTWISE
+    block_m, block_n, warps, stages = kernels.narrowed(MOVE if factors is None else along, n)
     b = len(directions.addresses)
     launch(
         "move",
-        (-(-m // block_m) * -(-n // moved_n), b, 1),
+        (-(-m // block_m), -(-n // block_n), b),
         (
             moved.table,
             directions.table,
@@ -107,7 +100,7 @@ def move(
             m,
             n,
             0 if factors is None else factors[1].like.shape[-2],
-            width,
+            0 if factors is None else factors[0].shape[-1],
             param.shape[1] if grouped else m,
             param.stride(0) if grouped else 0,
             moved.stride,
@@ -143,11 +136,6 @@ def move(
         STOCHASTIC=rounding is not None,
         RATED=rates is not None,
         CLOCKED=clock is not None,
-        HELD_0=held[0],
-        HELD_1=held[1],
-        HELD_2=held[2],
-        MOVED_N=moved_n,
-        STAGES=stages,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=32,
@@ -155,26 +143,3 @@ def move(
         num_stages=stages,
     )
     torch.autograd.graph.increment_version(params)  # as every operation in place, for whoever goes backward again
-
-
-def _tile(width: int, held: bool, elementwise: bool) -> tuple[int, int, int, int]:
-    """Rows and columns of a tile, warps, stages, for left factors of ``width`` columns, which may be ``held``."""
-    if not width:
-        return MOVE
-    if held:
-        return MOVE_HELD
-    return MOVE_ALONG_ELEMENTWISE if elementwise else MOVE_ALONG
-
-
-def _held(param: Tensor, direction: Tensor, factors: tuple[Tensor, Matrices] | None) -> tuple[int, int, int]:
-    """Three powers of two, hardly wider than a left factor in all, into which its columns are parted so that a program
-    can hold them; zeros if it is not to.
-    """
-    if factors is None or not kernels.has_large_blocks(param.device):
-        return 0, 0, 0
-    width, small = factors[0].shape[-1], max(param.element_size(), direction.element_size()) == 2
-    if width > MOST_HELD or not small or factors[1].like.dtype != kernels.FACTOR:
-        return 0, 0, 0
-    first = max(16, kernels.power_of_two(width) // 2)
-    second = max(16, kernels.power_of_two(max(1, width - first)) // 2)
-    return first, second, max(16, kernels.power_of_two(max(1, width - first - second)))

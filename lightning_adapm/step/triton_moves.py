@@ -60,11 +60,6 @@ def move(
     STOCHASTIC: tl.constexpr,
     RATED: tl.constexpr,
     CLOCKED: tl.constexpr,
-    HELD_0: tl.constexpr,
-    HELD_1: tl.constexpr,
-    HELD_2: tl.constexpr,
-    MOVED_N: tl.constexpr,
-    STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -81,106 +76,80 @@ def move(
     are rounded by the bits of ``streams`` ``(b, 3)`` in this ``step``. Where ``RATED``, ``lr`` is multiplied by the
     matrix's own of ``rates`` ``(b,)``. Where ``CLOCKED``, what changes from step to step is read from the
     :class:`~lightning_adapm.step.clock.Clock` at ``clock``.
-
-    A program moves ``MOVED_N`` columns of its rows, ``BLOCK_N`` at a time. Where the parts ``HELD`` of ``left`` are not
-    0, it reads them once, and what the next columns need while it works on some.
     """
     if CLOCKED:
         lr = tl.load(clock)
         step = tl.load(clock + 1)
         scale = tl.load(clock + 3)
         correction = tl.load(clock + 4)
-    # programs that share rows follow each other: together they read whole rows
-    across = tl.cdiv(n, MOVED_N)
-    row = tl.program_id(0) // across * BLOCK_M + tl.arange(0, BLOCK_M)
-    which = tl.program_id(1).to(tl.int64)
-    mine = row[:, None] < m
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    which = tl.program_id(2).to(tl.int64)
+    inside = (row[:, None] < m) & (column[None, :] < n)
     wide = row.to(tl.int64)[:, None]
     direction = tl.load(directions + which).to(tl.pointer_type(DIRECTION))
-    parameter = tl.load(parameters + which).to(tl.pointer_type(PARAMETER))
     if ALIGNED:
         direction = tl.multiple_of(direction, 16)
+    d = tl.load(direction + wide * direction_stride + column[None, :], inside, 0.0).to(tl.float32)
+    if FACTORS:  # before the parameter is loaded: registers are short in the loop
+        product = triton_products.low_rank(
+            left, rights, which, row, column, m, n, k, width, RIGHT, FACTOR, ALIGNED, BLOCK_K
+        )
+    parameter = tl.load(parameters + which).to(tl.pointer_type(PARAMETER))
+    if ALIGNED:
         parameter = tl.multiple_of(parameter, 16)
-    direction += wide * direction_stride
-    parameter += wide // group_rows * group_stride + wide % group_rows * parameter_stride
+    parameter += wide // group_rows * group_stride + wide % group_rows * parameter_stride + column[None, :]
+    p = tl.load(parameter, inside, 0.0).to(tl.float32)
     if CHECKED:
-        counts = tl.load(flaws + which // each) == 0
+        d = tl.where(tl.load(flaws + which // each) == 0, d, 0.0)
     if DENSE:
-        of_row = tl.load(roots + which * m + row, row < m, 0.0)[:, None]
+        root = tl.load(roots + which * m + row, row < m, 0.0)[:, None]
+        if FACTORED:
+            root = root * tl.load(root_columns + which * n + column, column < n, 0.0)[None, :]
     else:
-        root_at = tl.load(roots + which).to(tl.pointer_type(tl.float32))
+        at = tl.load(roots + which).to(tl.pointer_type(tl.float32))
         if ALIGNED and ELEMENTWISE:
-            root_at = tl.multiple_of(root_at, 16)
-        root_at += wide * root_stride_m
+            at = tl.multiple_of(at, 16)
+        at += wide * root_stride_m + column[None, :] * root_stride_n
+        root = tl.load(at, inside, 0.0)
+        if ELEMENTWISE:
+            root = beta2 * root + (1 - beta2) * d * d
+            tl.store(at, root, inside)
+            root = tl.sqrt(root)
+    if AVERAGED:
+        average = tl.load(averages + which).to(tl.pointer_type(AVERAGE))
+        if ALIGNED:
+            average = tl.multiple_of(average, 16)
+        average += wide * n + column[None, :]
+        kept = tl.load(average, inside, 0).to(tl.float32)
+        if SPAN:
+            scale_of = tl.load(scales + which).to(tl.pointer_type(tl.float32)) + wide * tl.cdiv(n, SPAN)
+            kept = kept / 127
+            kept = kept * tl.abs(kept) * tl.load(scale_of + (column // SPAN)[None, :], inside, 0.0)
+        d = kept + (1 - beta1) * (d - kept)
+        # an infinity would stay forever
+        if SPAN:
+            d = tl.minimum(tl.maximum(d, -3.4028234e38), 3.4028234e38)
+            size = tl.where(inside, tl.abs(d), 0.0).reshape(BLOCK_M, BLOCK_N // SPAN, SPAN)
+            largest = tl.max(size, 2)
+            share = tl.sqrt(size / tl.maximum(largest, 1.1754944e-38)[:, :, None]).reshape(BLOCK_M, BLOCK_N)
+            code = tl.where(d < 0, -1.0, 1.0) * tl.floor(share * 127 + 0.5)
+            tl.store(average, code.to(tl.int8), inside)
+            block = tl.program_id(1) * (BLOCK_N // SPAN) + tl.arange(0, BLOCK_N // SPAN)[None, :]
+            largest = tl.where(largest < 1.1754944e-38, 0.0, largest)
+            tl.store(scale_of + block, largest, (row[:, None] < m) & (block < tl.cdiv(n, SPAN)))
+        else:
+            kept = tl.minimum(tl.maximum(d, -65504.0), 65504.0) if tl.float16 == AVERAGE else d
+            tl.store(average, kept.to(AVERAGE), inside)
+    if FACTORS:
+        d += product
     if RATED:
         lr *= tl.load(rates + which)
-    if FACTORS:
-        right = tl.load(rights + which).to(tl.pointer_type(RIGHT))
-        if ALIGNED:
-            right = tl.multiple_of(right, 16)
-        own = left + which * m * width + wide * width
-        if HELD_0:
-            held_0 = triton_products.part(own, mine, 0, width, HELD_0)
-            held_1 = triton_products.part(own, mine, HELD_0, width, HELD_1)
-            held_2 = triton_products.part(own, mine, HELD_0 + HELD_1, width, HELD_2)
-    for start in tl.range(0, MOVED_N, BLOCK_N, num_stages=STAGES):
-        first = tl.program_id(0) % across * MOVED_N + start
-        column = first + tl.arange(0, BLOCK_N)
-        inside = mine & (column[None, :] < n)
-        d = tl.load(direction + column[None, :], inside, 0.0).to(tl.float32)
-        if FACTORS:  # before the parameter is loaded: registers are short in the loop
-            product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            if HELD_0:
-                product = triton_products.add(product, held_0, right, 0, column, n, k, FACTOR, HELD_0)
-                product = triton_products.add(product, held_1, right, HELD_0, column, n, k, FACTOR, HELD_1)
-                product = triton_products.add(product, held_2, right, HELD_0 + HELD_1, column, n, k, FACTOR, HELD_2)
-            else:
-                product = triton_products.low_rank(product, own, right, mine, column, n, k, width, FACTOR, BLOCK_K)
-        p = tl.load(parameter + column[None, :], inside, 0.0).to(tl.float32)
-        if CHECKED:
-            d = tl.where(counts, d, 0.0)
-        if DENSE:
-            root = of_row
-            if FACTORED:
-                root = root * tl.load(root_columns + which * n + column, column < n, 0.0)[None, :]
-        else:
-            root = tl.load(root_at + column[None, :] * root_stride_n, inside, 0.0)
-            if ELEMENTWISE:
-                root = beta2 * root + (1 - beta2) * d * d
-                tl.store(root_at + column[None, :] * root_stride_n, root, inside)
-                root = tl.sqrt(root)
-        if AVERAGED:
-            average = tl.load(averages + which).to(tl.pointer_type(AVERAGE))
-            if ALIGNED:
-                average = tl.multiple_of(average, 16)
-            average += wide * n + column[None, :]
-            kept = tl.load(average, inside, 0).to(tl.float32)
-            if SPAN:
-                scale_of = tl.load(scales + which).to(tl.pointer_type(tl.float32)) + wide * tl.cdiv(n, SPAN)
-                kept = kept / 127
-                kept = kept * tl.abs(kept) * tl.load(scale_of + (column // SPAN)[None, :], inside, 0.0)
-            d = kept + (1 - beta1) * (d - kept)
-            # an infinity would stay forever
-            if SPAN:
-                d = tl.minimum(tl.maximum(d, -3.4028234e38), 3.4028234e38)
-                size = tl.where(inside, tl.abs(d), 0.0).reshape(BLOCK_M, BLOCK_N // SPAN, SPAN)
-                largest = tl.max(size, 2)
-                share = tl.sqrt(size / tl.maximum(largest, 1.1754944e-38)[:, :, None]).reshape(BLOCK_M, BLOCK_N)
-                code = tl.where(d < 0, -1.0, 1.0) * tl.floor(share * 127 + 0.5)
-                tl.store(average, code.to(tl.int8), inside)
-                block = first // SPAN + tl.arange(0, BLOCK_N // SPAN)[None, :]
-                largest = tl.where(largest < 1.1754944e-38, 0.0, largest)
-                tl.store(scale_of + block, largest, (row[:, None] < m) & (block < tl.cdiv(n, SPAN)))
-            else:
-                kept = tl.minimum(tl.maximum(d, -65504.0), 65504.0) if tl.float16 == AVERAGE else d
-                tl.store(average, kept.to(AVERAGE), inside)
-        if FACTORS:
-            d += product
-        update = scale * d / (root / correction + eps)
-        if CLAMP:
-            update = tl.minimum(tl.maximum(update, -clip), clip)
-        p = p * (1 - lr * decay) - lr * update
-        if STOCHASTIC:
-            random = triton_rounding.bits(streams + 3 * which, wide, column[None, :], n, step)
-            p = triton_rounding.rounded(p, random, PARAMETER)
-        tl.store(parameter + column[None, :], p.to(PARAMETER), inside)
+    update = scale * d / (root / correction + eps)
+    if CLAMP:
+        update = tl.minimum(tl.maximum(update, -clip), clip)
+    p = p * (1 - lr * decay) - lr * update
+    if STOCHASTIC:
+        random = triton_rounding.bits(streams + 3 * which, wide, column[None, :], n, step)
+        p = triton_rounding.rounded(p, random, PARAMETER)
+    tl.store(parameter, p.to(PARAMETER), inside)

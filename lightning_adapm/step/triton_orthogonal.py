@@ -66,12 +66,9 @@ def direct(
         kept = tl.minimum(tl.maximum(kept, -65504.0), 65504.0) if tl.float16 == AVERAGE else kept
         tl.store(average, kept.to(AVERAGE), inside)
     if FACTORS:
-        right = tl.load(rights + which).to(tl.pointer_type(RIGHT))
-        if ALIGNED:
-            right = tl.multiple_of(right, 16)
-        own = left + which * m * width + wide * width
-        product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        product = triton_products.low_rank(product, own, right, row[:, None] < m, column, n, k, width, FACTOR, BLOCK_K)
+        product = triton_products.low_rank(
+            left, rights, which, row, column, m, n, k, width, RIGHT, FACTOR, ALIGNED, BLOCK_K
+        )
         d += share * product
     finite = tl.abs(d) < float("inf")
     size = tl.where(inside & finite, tl.abs(d), 0.0)

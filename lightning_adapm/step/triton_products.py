@@ -1,30 +1,38 @@
-"""Products of low-rank factors in kernels: ``left`` ``(m, width)``, zero behind ``k``, and ``right`` ``(k, n)``.
-
-``left`` is given as pointers to its rows.
-"""
+"""Products of low-rank factors in kernels."""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def part(left, mine, first, width, SIZE: tl.constexpr):
-    """``SIZE`` columns of the left factor from the ``first`` on, for the rows that are ``mine``."""
-    inner = first + tl.arange(0, SIZE)[None, :]
-    return tl.load(left + inner, mine & (inner < width), 0.0)
+def low_rank(
+    left,
+    rights,
+    which,
+    row,
+    column,
+    m,
+    n,
+    k,
+    width,
+    RIGHT: tl.constexpr,
+    FACTOR: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A tile of ``left right`` for one matrix, in float32.
 
-
-@triton.jit
-def add(total, a, right, first, column, n, k, FACTOR: tl.constexpr, SIZE: tl.constexpr):
-    """``total`` plus the product of ``a``, a :func:`part` of the left factor, with its rows of the right one."""
-    inner = first + tl.arange(0, SIZE)[:, None]
-    b = tl.load(right + inner * n + column[None, :], (inner < k) & (column[None, :] < n), 0.0).to(FACTOR)
-    return tl.dot(a, b, total)
-
-
-@triton.jit
-def low_rank(total, left, right, mine, column, n, k, width, FACTOR: tl.constexpr, BLOCK_K: tl.constexpr):
-    """``total`` plus a tile of the product of both factors, in float32."""
+    ``left`` is ``(b, m, width)``, zero behind ``k``, and ``rights`` are addresses of ``(k, n)``.
+    """
+    right = tl.load(rights + which).to(tl.pointer_type(RIGHT))
+    if ALIGNED:
+        right = tl.multiple_of(right, 16)
+    product = tl.zeros((row.shape[0], column.shape[0]), tl.float32)
     for start in range(0, width, BLOCK_K):
-        total = add(total, part(left, mine, start, width, BLOCK_K), right, start, column, n, k, FACTOR, BLOCK_K)
-    return total
+        inner = start + tl.arange(0, BLOCK_K)
+        own = left + which * m * width + row.to(tl.int64)[:, None] * width + inner[None, :]
+        a = tl.load(own, (row[:, None] < m) & (inner[None, :] < width), 0.0)
+        other = right + inner[:, None] * n + column[None, :]
+        b = tl.load(other, (inner[:, None] < k) & (column[None, :] < n), 0.0).to(FACTOR)
+        product = tl.dot(a, b, product)
+    return product

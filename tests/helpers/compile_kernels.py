@@ -34,9 +34,6 @@ MOVED = dict.fromkeys(("PARAMETER", "DIRECTION", "AVERAGE"), tl.float32) | {
     "RATED": False,
     "CLOCKED": True,
     "BLOCK_K": 32,
-    "HELD_0": 0,
-    "HELD_1": 0,
-    "HELD_2": 0,
 }
 READ = {"grads": "*i64", "bases": "*i64", "projected": "*fp32", "squares": "*fp32", "flaws": "*i32"} | {"sums": "*fp32"}
 COMBINE = {"grads": "*i64", "weights": "*bf16", "flaws": "*i32", "combined": "*fp32"}
@@ -68,11 +65,10 @@ ROUNDED = {"PARAMETER": tl.float16, "DIRECTION": tl.float16, "STOCHASTIC": True}
 ADVANCED = {"LEFT": tl.float16, "REFRESHED": True, "BLOCKS": True, "SHARED": True}
 
 
-def needed(kernel, pointers, given, tile, capability):
+def needed(kernel, pointers, constants, tile, capability):
     """Bytes of shared memory and of spilled registers, where everything is aligned."""
     rows, columns, warps, stages = tile
-    constants = COMMON | MOVED | {"BLOCK_M": rows, "BLOCK_N": columns, "MOVED_N": columns, "STAGES": stages}
-    constants |= given
+    constants = COMMON | MOVED | {"BLOCK_M": rows, "BLOCK_N": columns} | constants
     types = SCALARS | pointers
     signature = {p.name: "constexpr" if p.is_constexpr else types.get(p.name, "i32") for p in kernel.params}
     fixed = {(p.num,): constants[p.name] for p in kernel.params if p.is_constexpr}
@@ -139,16 +135,6 @@ def main():
         ),
         "move, elementwise": needed(
             triton_kernels.move, MOVE | {"roots": "*i64"}, elementwise, moves.MOVE_ALONG_ELEMENTWISE, capability
-        ),
-        "move, held": needed(
-            triton_kernels.move,
-            MOVE | {"roots": "*i64"},
-            elementwise
-            | dict.fromkeys(("PARAMETER", "DIRECTION"), tl.bfloat16)
-            | {"HELD_0": moves.MOST_HELD // 2, "HELD_1": moves.MOST_HELD // 4, "HELD_2": moves.MOST_HELD // 4}
-            | {"MOVED_N": moves.MOST_MOVED},
-            moves.MOVE_HELD,
-            90,
         ),
     }
     print(json.dumps(found))
