@@ -1,6 +1,7 @@
 """Attention structure: head counts, and the rows of queries, keys and values in a fused weight."""
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral
@@ -194,24 +195,20 @@ def _kinds(item: Named) -> str:
 
 
 def _is_interleaved(item: Named, taught: str | None) -> bool:
-    """Whether the rows are those of one head after another.
-
-    Raises:
-        ValueError: The name is that of projections in either order, and the module is unknown.
-    """
+    """Whether the rows are those of one head after another; a warning says so where the name alone decides."""
     kinds = _kinds(item)
     if taught == INTERLEAVED or _matches(item, kinds, _INTERLEAVED):
         return True
     if taught or _matches(item, kinds, _IN_EITHER_WAY) or item.child not in dict(_IN_EITHER_WAY):
         return False
-    if not kinds:  # by its name alone it is that of checkpoints
-        return True
-    raise ValueError(
-        f"{item.name} of shape {tuple(item.shape)} holds query, key and value rows, in one order in GPT-NeoX, BLOOM and"
-        f" Falcon and in another in GLM, and {type(item.around[1]).__name__} is none of them. Write"
-        f" roles={{{item.child!r}: 'qkv'}} if all queries come first, then all keys, then all values, or"
-        f" {INTERLEAVED!r} if those of one head come after another"
-    )
+    if kinds:  # without a live module the name is that of checkpoints
+        warnings.warn(
+            f"{item.child} of {type(item.around[1]).__name__} is taken to hold query, key and value rows of one head"
+            f" after another, as GPT-NeoX's does. Write roles={{{item.child!r}: 'qkv'}} if all queries come first,"
+            f" then all keys, then all values, or {INTERLEAVED!r} to say that this is right",
+            stacklevel=2,
+        )
+    return True
 
 
 def _matches(item: Named, kinds: str, rules: Iterable[tuple[str, str]]) -> bool:

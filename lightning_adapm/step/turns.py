@@ -14,33 +14,18 @@ def take_turns(works: Iterable[Work]) -> None:
     Each begins before those before it go on, which have waited for longer. So the device does it while these wait, and
     no more than a few are in progress. On every process, all take the same turns.
     """
-    turns = _Turns()
-    for work in works:
-        turns.take(work)
-    while turns.waiting:
-        turns.take()
-
-
-class _Turns:
-    def __init__(self) -> None:
-        self.waiting: list[tuple[Work, Flight]] = []
-        """The newest first."""
-        self._next: Flight | None = None
-        """What has not begun yet. It begins together with a wait, so that there are fewer breaks between launches."""
-
-    def take(self, *new: Work) -> None:
-        """Begin new work, if any, and let all that wait go on to where they wait again."""
-        older, self.waiting = self.waiting, []
-        for work in new:
-            self._go_on(work, None)
-        for work, flight in older:
-            self._go_on(work, flight)
-
-    def _go_on(self, work: Work, awaited: Flight | None) -> None:
-        if self._next is not None or awaited is not None:
-            fly(self._next, awaited)
-            self._next = None
-        planned = next(work, None)
-        if planned is not None:
-            self._next = Flight(planned)
-            self.waiting.append((work, self._next))
+    coming = iter(works)
+    waiting: list[tuple[Work, Flight]] = []  # the newest first
+    begins: Flight | None = None  # together with a wait, so that there are fewer breaks between launches
+    while (new := next(coming, None)) is not None or waiting:
+        turn: list[tuple[Work, Flight | None]] = [] if new is None else [(new, None)]
+        turn += waiting
+        waiting = []
+        for work, awaited in turn:
+            if begins is not None or awaited is not None:
+                fly(begins, awaited)
+                begins = None
+            planned = next(work, None)
+            if planned is not None:
+                begins = Flight(planned)
+                waiting.append((work, begins))

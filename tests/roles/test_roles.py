@@ -301,7 +301,10 @@ def test_the_order_of_rows_that_a_name_does_not_show_is_the_classes_or_the_calle
     assert again.pieces[weight] == optimizer.pieces[weight]
 
 
-def test_rows_of_either_order_are_refused():
+def test_rows_of_either_order_are_taken_for_those_of_heads_with_a_warning():
     model = model_of(attention=attention_of_class("Attention"))
-    with pytest.raises(ValueError, match=r"Attention is none of them. Write roles=\{'query_key_value': 'qkv'\} if all"):
-        AdaPM(model.parameters())
+    with pytest.warns(
+        UserWarning, match=r"query_key_value of Attention is .* Write roles=\{'query_key_value': 'qkv'\} if all"
+    ):
+        optimizer = AdaPM(model.parameters())
+    assert {piece.groups for piece in optimizer.pieces[model.layers[1].attention.query_key_value.weight]} == {4}
