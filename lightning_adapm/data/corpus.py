@@ -57,14 +57,13 @@ class Corpus:
             digest.update(b"\1")
         return digest.hexdigest()
 
-    def texts(self, part: Literal["train", "val"]) -> Iterator[str]:
-        """Read the texts of one part, skipping files that are not UTF-8."""
-        texts = (doc.text() for doc in (self.train if part == "train" else self.val))
-        return (text for text in texts if text is not None)
-
-    def left_out(self) -> list[str]:
-        """Names of the files that are not UTF-8, whose texts are skipped."""
-        return [doc.name for doc in (*self.train, *self.val) if doc.text() is None]
+    def texts(self, part: Literal["train", "val"], left_out: list[str] | None = None) -> Iterator[str]:
+        """Read the texts of one part. Files that are not UTF-8 are skipped, and their names added to ``left_out``."""
+        for doc in self.train if part == "train" else self.val:
+            if (text := doc.text()) is not None:
+                yield text
+            elif left_out is not None:
+                left_out.append(doc.name)
 
 
 def find_corpus(

@@ -63,9 +63,10 @@ def build_cache(corpus: Corpus, vocab_size: int, cache_dir: Path) -> Path:
     try:
         tokenizer = train_tokenizer(corpus.texts("train"), vocab_size)
         tokenizer.save(str(partial / "tokenizer.json"))
-        _say_what_is_left_out(corpus)
-        for part in PARTS:
-            tokens = _encode(tokenizer, corpus.texts(part))
+        left_out: list[str] = []
+        encoded = {part: _encode(tokenizer, corpus.texts(part, left_out)) for part in PARTS}
+        _say_what_is_left_out(left_out, len(corpus.train) + len(corpus.val))
+        for part, tokens in encoded.items():
             if not len(tokens):
                 raise ValueError(f"`path`: no file of the {part} part of the text is UTF-8; give UTF-8 text")
             np.save(partial / f"{part}.npy", tokens)
@@ -79,8 +80,7 @@ def build_cache(corpus: Corpus, vocab_size: int, cache_dir: Path) -> Path:
     return final
 
 
-def _say_what_is_left_out(corpus: Corpus) -> None:
-    names, count = corpus.left_out(), len(corpus.train) + len(corpus.val)
+def _say_what_is_left_out(names: list[str], count: int) -> None:
     if names:
         more = ", ..." if len(names) > 3 else ""
         warnings.warn(
