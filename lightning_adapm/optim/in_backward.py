@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_adapm.optim.clipping import clip_value_for
-from lightning_adapm.optim.turns import Selection, Turn, Turns, Waiting
+from lightning_adapm.optim.turns import Selection, Turn, Turns, Waiting, params_of
 
 _ACCUMULATED = (
     "update_in_backward=True saves no gradient memory here: {:,.1f} MiB of gradients were held before the step's"
@@ -68,7 +68,7 @@ class EarlyUpdates:
 
     @torch.no_grad()
     def _move(self, selected: Selection) -> None:
-        params = [param for _, several in selected for param in several]
+        params = params_of(selected)
         grads = [_gradient(param) for param in params]
         if self._clip is not None:
             torch._foreach_clamp_min_(grads, -self._clip)

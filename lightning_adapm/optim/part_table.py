@@ -1,9 +1,8 @@
 """The parts of an optimizer's parameters, with the moments that the options of their groups mean."""
 
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
-from operator import is_
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_adapm.optim.groups import settings_of
 from lightning_adapm.optim.registry import Registry
-from lightning_adapm.optim.turns import Turns
+from lightning_adapm.optim.turns import Turns, are, params_of
 from lightning_adapm.roles.live import find_roots
 from lightning_adapm.sharding.find import local
 from lightning_adapm.sharding.layout import Layout
@@ -38,7 +37,7 @@ class Moved:
     """
 
     def __init__(self, asked: Asked, works: Sequence[Work], states: States) -> None:
-        self._params = [param for _, params in asked for param in params]
+        self._params = params_of(asked)
         self._memory = _memory(self._params)
         self._trained = list(states)
         place = {param: index for index, param in enumerate(states)}
@@ -47,12 +46,12 @@ class Moved:
 
     def again(self, asked: Asked, states: States) -> list[Work] | None:
         """Return what moves in this step, if it is what was remembered; else None."""
-        params = [param for _, params in asked for param in params]
+        params = params_of(asked)
         grads = [local(grad) for param in params if (grad := param.grad) is not None and grad.layout == torch.strided]
         same = (
             [len(params) for _, params in asked] == [len(parts) for parts, _ in self._found]
-            and _are(params, self._params)
-            and _are(states, self._trained)
+            and are(params, self._params)
+            and are(states, self._trained)
             and _memory(params) == self._memory
         )
         if not same or len(grads) < len(params):
@@ -79,10 +78,6 @@ def _memory(params: Sequence[Tensor]) -> list[Any]:
 def _shows_gradients(layout: Layout | None) -> bool:
     """Whether a process has a gradient wherever others have one: not under FSDP1."""
     return layout is None or layout.mesh is not None
-
-
-def _are(these: Collection[Any], those: Collection[Any]) -> bool:
-    return len(these) == len(those) and all(map(is_, these, those))
 
 
 def tune(part: Part, rule: Rule, group: Mapping[str, Any]) -> Part:
@@ -124,7 +119,7 @@ class PartTable:
         """Whether parameter groups still have these parameters, with their names."""
         held = [param for group in groups for param in group["params"]]
         named = [group.get("param_names") for group in groups] == self._names
-        return named and _are(held, self.held)
+        return named and are(held, self.held)
 
     def remember(self, asked: Asked, works: Sequence[Work], states: States) -> None:
         """Remember what moves, if all that was ``asked`` for does, and no process hides what it has a gradient of.

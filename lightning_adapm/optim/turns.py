@@ -1,7 +1,7 @@
 """Parameters that move together inside backward: found out as their gradients come, and kept for the next steps."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -9,6 +9,16 @@ from torch import Tensor
 
 Selection = Sequence[tuple[int, list[Tensor]]]
 """Indices of parameter groups, each with parameters of it."""
+
+
+def params_of(selected: Iterable[tuple[Any, list[Tensor]]]) -> list[Tensor]:
+    """List the parameters of a selection, group by group."""
+    return [param for _, params in selected for param in params]
+
+
+def are(these: Collection[Any], those: Collection[Any]) -> bool:
+    """Whether two collections hold the same objects in the same order."""
+    return len(these) == len(those) and all(map(is_, these, those))
 
 
 class Turn(NamedTuple):
@@ -23,7 +33,7 @@ class Turn(NamedTuple):
     @property
     def params(self) -> list[Tensor]:
         """The parameters, group by group."""
-        return [param for _, several in self.selected for param in several]
+        return params_of(self.selected)
 
 
 class Turns:
@@ -36,8 +46,7 @@ class Turns:
 
     def of(self, trained: Sequence[Tensor]) -> Sequence[Turn]:
         """Return the turns of parameters, none while these are not known."""
-        same = len(trained) == len(self._trained) and all(map(is_, trained, self._trained))
-        return self._found if same else []
+        return self._found if are(trained, self._trained) else []
 
     def keep(self, trained: Sequence[Tensor], turns: Sequence[Turn]) -> None:
         """Keep the turns of a step that has moved all parameters that are ``trained``."""
