@@ -171,7 +171,7 @@ def first_fitting(
 
 
 def _words(loop: Loop, new: Loop) -> list[str]:
-    """What is another in a new loop."""
+    """Name the fields of a new loop that differ."""
     found = ["update_in_backward"] if new.in_backward and not loop.in_backward else []
     return found + ([f"micro-batches of {new.rows}"] if new.rows != loop.rows else [])
 

@@ -19,10 +19,7 @@ from lightning_adapm.moments.base import Direction, Momentum, State, join, split
 from lightning_adapm.moments.first import FullMomentum, LowRankMomentum, NoMomentum
 from lightning_adapm.moments.orthogonal import Orthogonal
 from lightning_adapm.moments.quantized import CODES, SCALE, EightBits
-from lightning_adapm.moments.second import (
-    BlockSecondMoment,
-    RelativeSecondMoment,
-)
+from lightning_adapm.moments.second import BlockSecondMoment, RelativeSecondMoment
 from lightning_adapm.sharding.collectives import Planned
 from lightning_adapm.step import kernels, moves, orthogonal, relative, watching
 from lightning_adapm.step.averages import Refreshed, advance

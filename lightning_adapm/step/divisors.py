@@ -1,4 +1,4 @@
-"""What kernels divide directions by: roots of second moments, or averages that take the directions in."""
+"""Divisors of directions for kernels: roots of second moments, or averages that take the directions in."""
 
 from collections.abc import Sequence
 

@@ -193,7 +193,7 @@ class Engine:
 
 
 def _flawed(batch: Batch) -> list[Flawed]:
-    """What was not finite of the gradients that kernels have read."""
+    """Pair the parts of a batch with the flaws that kernels have found in their gradients; none by torch."""
     return [(batch.parts, batch.grads.reading.flaws)] if isinstance(batch.grads, DeviceGradients) else []
 
 

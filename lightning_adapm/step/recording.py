@@ -77,7 +77,7 @@ class Tape(DeviceCache):
         self._moving = torch.empty_like(self._fixed)
         self._clocks = torch.empty(_WIDTH * len(self._timed), device=self.device)
         self._held_fast: list[Any] = []
-        """What the graph reads, however long others keep it."""
+        """Tensors that the graph reads, however long others keep them."""
         self._tables: dict[Addresses, tuple[Tensor, bool]] = {}
         self._addresses: list[int] = []
         self._places: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""What moves in a step: parameters with their gradients and states."""
+"""Parameters that move in a step, with their gradients and states."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
