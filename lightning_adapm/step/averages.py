@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_adapm.moments.second import largest
 from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
 from lightning_adapm.step import kernels
+from lightning_adapm.step.kernels import Tile
 from lightning_adapm.step.launch import Matrices, launch
 from lightning_adapm.step.moves import MOVE
 from lightning_adapm.step.reading import Reading
@@ -57,7 +58,6 @@ def advance(
         What times the basis is to be added to the gradients, ``(b, m, width)``, or, where it was ``refreshed``, times
         the new basis and the one before it; and roots of the second moments by row, ``(b, m)``.
     """
-
     squares, flaws, _ = reading
     b, (m, n) = len(squares), shape
     r = 0 if lefts is None else lefts.like.shape[-1]
@@ -67,32 +67,16 @@ def advance(
         factors, _ = advance(reading, projected, lefts, refreshed, None, shape, None, betas, correction, clock)
         _, roots = advance(reading, None, None, None, averages, shape, blocks, betas, correction, clock)
         return factors, roots
+    held, moved, flush = refreshed or (None, None, 0.0)
     factors = None if projected is None else squares.new_empty((b, m, width), dtype=kernels.FACTOR)
     roots = None if averages is None else torch.empty_like(squares)
     launch(
         "advance",
         (-(-m // span), b, 1),
-        (
-            squares if projected is None else projected,
-            squares,
-            flaws,
-            flaws if lefts is None else lefts.table,
-            flaws if averages is None else averages.table,
-            squares if refreshed is None else refreshed.held,
-            squares if refreshed is None else refreshed.moved,
-            squares if factors is None else factors,
-            squares if roots is None else roots,
-            squares if clock is None else clock,
-        ),
+        (projected, squares, flaws, lefts, averages, held, moved, factors, roots, clock),
         (m, r, 0 if projected is None else projected.shape[-1], width, span, b // len(flaws)),
-        (
-            float(n if blocks is None else n * span),
-            _LARGEST,
-            *betas,
-            correction,
-            0.0 if refreshed is None else refreshed.flush,
-        ),
-        LEFT=(squares if lefts is None else lefts.like).dtype,
+        (n if blocks is None else n * span, _LARGEST, *betas, correction, flush),
+        LEFT=(squares if lefts is None else lefts).dtype,
         FACTOR=kernels.FACTOR,
         LOW_RANK=lefts is not None,
         REFRESHED=refreshed is not None,
@@ -121,10 +105,10 @@ def weigh(
         launch(
             "weigh",
             grid,
-            (projected, lefts.table, flaws, projected if scales is None else scales, squares, weights),
+            (projected, lefts, flaws, scales, squares, weights),
             (m, r, width, b // len(flaws)),
             (beta1,),
-            LEFT=lefts.like.dtype,
+            LEFT=lefts.dtype,
             FACTOR=kernels.FACTOR,
             SCALED=scales is not None,
             BLOCK_M=WEIGH[0],
@@ -158,9 +142,9 @@ def factor(
     launch(
         "factor",
         (len(squares), 1, 1),
-        (squares, sums, flaws, rows.table, columns.table, shares),
+        (squares, sums, flaws, rows, columns, shares),
         (m, n, len(squares) // len(flaws)),
-        (float(height), float(n), _LARGEST, _TINY, beta2, extra),
+        (height, n, _LARGEST, _TINY, beta2, extra),
         BLOCK=FACTORED,
         num_warps=8,
     )
@@ -170,20 +154,17 @@ def factor(
 def relate(grads: Matrices, shares: Tensor, roots: Tensor, flaws: Tensor) -> Tensor:
     """Sums of squares ``(b,)`` of gradients over the products of ``shares`` ``(b, m)`` and ``roots`` ``(b, n)``."""
     b, (m, n) = len(grads.addresses), grads.shape
-    block_m, block_n, warps, stages = kernels.narrowed(MOVE, n)
-    grid = -(-m // block_m), -(-n // block_n), b
+    tile = Tile(*MOVE).narrowed(n)
+    grid = tile.grid(m, n, b)
     sums = shares.new_empty(b, grid[0] * grid[1])
     launch(
         "relate",
         grid,
-        (grads.table, shares, roots, flaws, sums),
+        (grads, shares, roots, flaws, sums),
         (m, n, grads.stride, b // len(flaws)),
         (),
-        GRAD=grads.like.dtype,
+        GRAD=grads.dtype,
         ALIGNED=grads.aligned,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        num_warps=warps,
-        num_stages=stages,
+        **tile.constants,
     )
     return sums.sum(dim=1)

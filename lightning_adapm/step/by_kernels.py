@@ -256,15 +256,15 @@ def _move(
     moves.move(
         batch.params,
         used.matrices if isinstance(used, DeviceGradients) else Matrices.of(used),
-        flaws,
-        average,
-        factors,
         divisors,
-        direction.scale,
-        float(group["lr"]),
-        parts[0].decay,
-        clip,
-        rounding_of(parts, batch.step, group),
+        lr=float(group["lr"]),
+        decay=parts[0].decay,
+        scale=direction.scale,
+        clip=clip,
+        flaws=flaws,
+        average=average,
+        factors=factors,
+        rounding=rounding_of(parts, batch.step, group),
         clock=batch.grads.clock if isinstance(batch.grads, DeviceGradients) else None,
     )
     if observer is None:

@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,11 +64,28 @@ def _alike(tensors: Sequence[Tensor]) -> bool:
     return all(other.shape == shape and other.stride() == stride for other in tensors)
 
 
-def narrowed(tile: tuple[int, int, int, int], n: int) -> tuple[int, int, int, int]:
-    """Trade columns of a tile for rows where the matrix has fewer columns, ``n``."""
-    rows, columns, warps, stages = tile
-    width = min(columns, max(16, power_of_two(n)))
-    return rows * columns // width, width, warps, stages
+class Tile(NamedTuple):
+    """The part of a matrix that a program works on at a time, and how it is compiled."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+    def narrowed(self, n: int) -> "Tile":
+        """Trade columns for rows where the matrix has fewer columns, ``n``."""
+        columns = min(self.columns, max(16, power_of_two(n)))
+        return self._replace(rows=self.rows * self.columns // columns, columns=columns)
+
+    def grid(self, m: int, n: int, b: int) -> tuple[int, int, int]:
+        """Programs for ``b`` matrices ``(m, n)``, one for each tile."""
+        return -(-m // self.rows), -(-n // self.columns), b
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The tile as constants of a kernel."""
+        sizes = {"BLOCK_M": self.rows, "BLOCK_N": self.columns}
+        return sizes | {"num_warps": self.warps, "num_stages": self.stages}
 
 
 def padded(r: int) -> int:

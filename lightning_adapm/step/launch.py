@@ -51,6 +51,11 @@ class Matrices(NamedTuple):
         return self.like.stride(-2) if self.like.dim() > 1 else self.like.shape[-1]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of every matrix."""
+        return self.like.dtype
+
+    @property
     def table(self) -> Tensor:
         """Addresses of the matrices, on the device."""
         return self._placed[0]
@@ -66,6 +71,11 @@ class Matrices(NamedTuple):
     def _placed(self) -> tuple[Tensor, bool]:
         key = Addresses(self.addresses, self.like.device)
         return kept(key, partial(_placed, *key))  # memory is mostly where it was a step ago
+
+
+def aligned(*operands: Matrices | None) -> bool:
+    """Whether all operands that there are are :attr:`~Matrices.aligned`."""
+    return all(matrices.aligned for matrices in operands if matrices is not None)
 
 
 class Addresses(NamedTuple):
@@ -96,12 +106,36 @@ _compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
 def launch(
     name: str,
     grid: tuple[int, int, int],
-    tensors: tuple[Any, ...],
+    operands: Sequence[Any],
     numbers: tuple[int, ...],
     scalars: tuple[float, ...],
     **constants: Any,
 ) -> None:
     """Launch a kernel of :mod:`lightning_adapm.step.triton_kernels` with its arguments in this order.
+
+    Args:
+        name: Name of the kernel.
+        grid: Number of programs along each axis.
+        operands: Tensors, descriptors, and :class:`Matrices`, of which the kernel is given the table. None is an
+            operand that the kernel does not touch under these constants.
+        numbers: Sizes and strides.
+        scalars: Numbers in floating point.
+        constants: Constants that the kernel is compiled for, by name.
+    """
+    tensors = [each.table if isinstance(each, Matrices) else each for each in operands]
+    some = next(each for each in tensors if each is not None)
+    start(name, grid, tuple(some if each is None else each for each in tensors), numbers, scalars, constants)
+
+
+def start(
+    name: str,
+    grid: tuple[int, int, int],
+    tensors: tuple[Any, ...],
+    numbers: tuple[int, ...],
+    scalars: tuple[float, ...],
+    constants: dict[str, Any],
+) -> None:
+    """Start a kernel on tensors and descriptors.
 
     Compiled kernels are kept by everything that they depend on, and launched as in Triton's own tutorials, because
     asking Triton again takes the host longer than the launch.

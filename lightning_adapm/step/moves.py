@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lightning_adapm.moments.quantized import BLOCK
 from lightning_adapm.step import kernels
-from lightning_adapm.step.launch import Matrices, launch
+from lightning_adapm.step.kernels import Tile
+from lightning_adapm.step.launch import Matrices, aligned, launch
 from lightning_adapm.step.rounding import StochasticRounding
 
 MOVE, MOVE_ALONG, MOVE_ALONG_ELEMENTWISE = (1, 2048, 4, 3), (64, 64, 4, 4), (16, 128, 4, 3)
@@ -30,6 +31,19 @@ class Divisors(NamedTuple):
     beta2: float | None = None
     columns: Tensor | None = None
 
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Elements from one row and one column of roots to the next, 0 where they broadcast; of matrices only."""
+        if isinstance(self.roots, Tensor):
+            return 0, 0
+        (m, n), like = self.roots.shape, self.roots.like
+        return 0 if m == 1 else self.roots.stride, 0 if n == 1 else like.stride(-1)
+
+    @property
+    def are_aligned(self) -> bool:
+        """Whether every row of roots that are matrices begins at a multiple of 16 bytes."""
+        return isinstance(self.roots, Matrices) and self.roots.aligned
+
 
 class Average(NamedTuple):
     """Averages of full momentum, which take the direction before anything else."""
@@ -43,15 +57,16 @@ class Average(NamedTuple):
 def move(
     params: Sequence[Tensor],
     directions: Matrices,
-    flaws: Tensor | None,
-    average: Average | None,
-    factors: tuple[Tensor, Matrices] | None,
     divisors: Divisors,
-    scale: float,
+    *,
     lr: float,
     decay: float,
-    clip: float | None,
-    rounding: StochasticRounding | None,
+    scale: float = 1.0,
+    clip: float | None = None,
+    flaws: Tensor | None = None,
+    average: Average | None = None,
+    factors: tuple[Tensor, Matrices] | None = None,
+    rounding: StochasticRounding | None = None,
     rates: Tensor | None = None,
     clock: Tensor | None = None,
 ) -> None:
@@ -61,55 +76,46 @@ def move(
     counts that takes it first. Without ``rounding``, parameters are rounded to nearest. ``rates`` ``(b,)`` multiply
     ``lr``. A ``clock`` on the device replaces ``scale``, ``lr``, the divisors' correction and the number of the step.
     """
-
-    param, used = params[0], directions.like
-    m, n = directions.shape
-    grouped = param.dim() > used.dim()  # heads of a fused weight, which are one matrix of the gradient
-    moved = Matrices.of(params, stacks=used.dim() == 3)
-    known, strides = [moved, directions], [0, 0]
-    if isinstance(divisors.roots, Matrices):
-        like = divisors.roots.like
-        apart = (divisors.roots.stride, like.stride(-1))
-        strides = [0 if size == 1 else step for size, step in zip(divisors.roots.shape, apart, strict=True)]
-        known += [] if divisors.beta2 is None else [divisors.roots]
-    if average is not None:
-        known.append(average.values)
-    if factors is not None:
-        known.append(factors[1])
-    along = MOVE_ALONG if divisors.beta2 is None else MOVE_ALONG_ELEMENTWISE
-    block_m, block_n, warps, stages = kernels.narrowed(MOVE if factors is None else along, n)
-    b = len(directions.addresses)
+    param, (m, n), b = params[0], directions.shape, len(directions.addresses)
+    moved = Matrices.of(params, stacks=directions.like.dim() == 3)
+    values, beta1, scales = average or (None, 0.0, None)
+    left, right = factors or (None, None)
+    elementwise = divisors.beta2 is not None
+    along = MOVE_ALONG_ELEMENTWISE if elementwise else MOVE_ALONG
+    tile = Tile(*(MOVE if factors is None else along)).narrowed(n)
+    # heads of a fused weight are one matrix of the gradient
+    rows, stride = (param.shape[1], param.stride(0)) if param.dim() > directions.like.dim() else (m, 0)
     launch(
         "move",
-        (-(-m // block_m), -(-n // block_n), b),
+        tile.grid(m, n, b),
         (
-            moved.table,
-            directions.table,
-            divisors.roots.table if isinstance(divisors.roots, Matrices) else divisors.roots,
-            moved.table if flaws is None else flaws,
-            moved.table if average is None else average.values.table,
-            moved.table if factors is None else factors[0],
-            moved.table if factors is None else factors[1].table,
-            moved.table if divisors.columns is None else divisors.columns,
-            moved.table if rounding is None else rounding.table(m * n, b, param.device),
-            moved.table if average is None or average.scales is None else average.scales.table,
-            moved.table if rates is None else rates,
-            moved.table if clock is None else clock,
+            moved,
+            directions,
+            divisors.roots,
+            flaws,
+            values,
+            left,
+            right,
+            divisors.columns,
+            None if rounding is None else rounding.table(m * n, b, param.device),
+            scales,
+            rates,
+            clock,
         ),
         (
             m,
             n,
-            0 if factors is None else factors[1].like.shape[-2],
-            0 if factors is None else factors[0].shape[-1],
-            param.shape[1] if grouped else m,
-            param.stride(0) if grouped else 0,
+            0 if right is None else right.shape[0],
+            0 if left is None else left.shape[-1],
+            rows,
+            stride,
             moved.stride,
             directions.stride,
-            *strides,
+            *divisors.strides,
             1 if flaws is None else b // len(flaws),
         ),
         (
-            0.0 if average is None else average.beta1,
+            beta1,
             scale,
             divisors.correction,
             divisors.eps,
@@ -117,29 +123,26 @@ def move(
             lr,
             decay,
             clip or 0.0,
-            0.0 if rounding is None else float(rounding.step),  # exact: steps are counted in float32
+            0.0 if rounding is None else rounding.step,  # exact: steps are counted in float32
         ),
-        PARAMETER=param.dtype,
-        DIRECTION=used.dtype,
-        AVERAGE=(param if average is None else average.values.like).dtype,
-        RIGHT=(param if factors is None else factors[1].like).dtype,
+        PARAMETER=moved.dtype,
+        DIRECTION=directions.dtype,
+        AVERAGE=(values or moved).dtype,
+        RIGHT=(right or moved).dtype,
         FACTOR=kernels.FACTOR,
-        ALIGNED=all(matrices.aligned for matrices in known),
+        ALIGNED=aligned(moved, directions, values, right) and (not elementwise or divisors.are_aligned),
         CHECKED=flaws is not None,
         DENSE=isinstance(divisors.roots, Tensor),
         FACTORED=divisors.columns is not None,
-        ELEMENTWISE=divisors.beta2 is not None,
+        ELEMENTWISE=elementwise,
         AVERAGED=average is not None,
-        SPAN=0 if average is None or average.scales is None else min(BLOCK, block_n),
+        SPAN=0 if scales is None else min(BLOCK, tile.columns),
         CLAMP=clip is not None,
         FACTORS=factors is not None,
         STOCHASTIC=rounding is not None,
         RATED=rates is not None,
         CLOCKED=clock is not None,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
         BLOCK_K=32,
-        num_warps=warps,
-        num_stages=stages,
+        **tile.constants,
     )
     torch.autograd.graph.increment_version(params)  # as every operation in place, for whoever goes backward again

@@ -17,7 +17,8 @@ from lightning_adapm.sharding.collectives import Planned, summing
 from lightning_adapm.sharding.owners import Owners
 from lightning_adapm.sharding.reduction import ProcessReduction, Reduction
 from lightning_adapm.step import kernels
-from lightning_adapm.step.launch import Matrices, described_by, launch
+from lightning_adapm.step.kernels import Tile
+from lightning_adapm.step.launch import Matrices, aligned, described_by, launch
 from lightning_adapm.step.moves import Average
 
 DIRECT, DIRECT_ALONG = (16, 128, 4, 3), (64, 64, 4, 3)
@@ -54,44 +55,34 @@ def direct(
         share: Share of the momentum in the direction; the rest is the gradient.
     """
     (m, n), b = grads.shape, len(grads.addresses)
+    left, right = factors or (None, None)
+    values, beta1, _ = average or (None, 0.0, None)
+    tile = Tile(*(DIRECT if factors is None else DIRECT_ALONG))
+    grid = tile.grid(m, n, b)
     found = grads.like.new_empty((b, m, n), dtype=kernels.FACTOR)
-    block_m, block_n, warps, stages = DIRECT if factors is None else DIRECT_ALONG
-    grid = -(-m // block_m), -(-n // block_n), b
     sizes = grads.like.new_empty((b, 2, grid[0] * grid[1]), dtype=torch.float32)
-    known = [grads, *([] if average is None else [average.values]), *([] if factors is None else [factors[1]])]
     launch(
         "direct",
         grid,
-        (
-            grads.table,
-            grads.table if average is None else average.values.table,
-            found if factors is None else factors[0],
-            grads.table if factors is None else factors[1].table,
-            flaws,
-            found,
-            sizes,
-        ),
+        (grads, values, left, right, flaws, found, sizes),
         (
             m,
             n,
-            0 if factors is None else factors[1].like.shape[-2],
-            0 if factors is None else factors[0].shape[-1],
+            0 if right is None else right.shape[0],
+            0 if left is None else left.shape[-1],
             grads.stride,
             b // len(flaws),
         ),
-        (0.0 if average is None else average.beta1, share),
-        GRAD=grads.like.dtype,
-        AVERAGE=(grads if average is None else average.values).like.dtype,
-        RIGHT=(grads if factors is None else factors[1]).like.dtype,
+        (beta1, share),
+        GRAD=grads.dtype,
+        AVERAGE=(values or grads).dtype,
+        RIGHT=(right or grads).dtype,
         FACTOR=kernels.FACTOR,
-        ALIGNED=all(matrices.aligned for matrices in known),
+        ALIGNED=aligned(grads, values, right),
         AVERAGED=average is not None,
         FACTORS=factors is not None,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
         BLOCK_K=64,
-        num_warps=warps,
-        num_stages=stages,
+        **tile.constants,
     )
     squares = grads.like.new_empty(b, dtype=torch.float64)
     launch("norms", (b, 1, 1), (sizes, squares), (sizes.shape[-1],), (), BLOCK=_TILES)
@@ -215,9 +206,10 @@ def symmetric(
     if kernels.has_large_blocks(left.device):
         tile = LARGE_SYMMETRIC if k > m or (described and m >= _LARGE) else SYMMETRIC
     block_m, block_n, block_k, warps, stages = tile
-    other, transposed = found if added is None else added, left.stride(-1) != 1
-    tiles: tuple[Any, ...] = (found,) * 5
+    transposed = left.stride(-1) != 1
+    tiles: tuple[Any, ...] = (None,) * 5
     if described:
+        other = found if added is None else added
         sides = [(each, (rows, block_k)) for each, rows in ((left, block_m), (right, block_n))]
         if transposed:
             sides = [(each.mT, (block_k, rows)) for each, (rows, _) in sides]
@@ -226,7 +218,7 @@ def symmetric(
     launch(
         "symmetric",
         (-(-m // block_m) * -(-m // block_n), b, 1),
-        (left, right, other, found if factors is None else factors, found, *tiles),
+        (left, right, added, factors, found, *tiles),
         (m, k, left.stride(1), left.stride(2)),
         (alpha, beta, diagonal),
         FACTOR=left.dtype,

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lightning_adapm.step import kernels
-from lightning_adapm.step.launch import Matrices, launch
+from lightning_adapm.step.kernels import Tile
+from lightning_adapm.step.launch import Matrices, aligned, launch
 
 READ, READ_COLUMNS, COMBINE = (16, 512, 4, 3), (64, 128, 4, 3), (32, 128, 4, 3)
 PROJECT, PROJECT_NEAR, PROJECT_FAR = (64, 64, 8, 3), (64, 64, 4, 3), (128, 32, 8, 4)
@@ -42,18 +43,11 @@ def read(
     ``gradients`` show, of their ``columns`` as well, unless that is ``known``.
     """
     like, b = grads.like, len(grads.addresses)
-    m, n = grads.shape
-    width, columns = kernels.padded(r), columns and known is None
+    (m, n), width = grads.shape, kernels.padded(r)
+    columns = columns and known is None
+    tile, block_r = _tile_of_sums(columns, n) if bases is None else _tile_of_products(r, n, like.device)
+    high, _, _ = tile.grid(m, n, b)
     projected = None if bases is None else like.new_empty((b, m, width), dtype=torch.float32)
-    large = kernels.has_large_blocks(like.device)
-    block_r = 16 if bases is None else _ranks(r, MOST_RANKS if large else RANKS)
-    tile = READ_COLUMNS if columns else READ
-    if bases is not None:
-        tile = PROJECT
-        if large:
-            tile = PROJECT_NEAR if block_r <= RANKS else PROJECT_FAR
-    block_m, block_n, warps, stages = kernels.narrowed(tile, n)
-    high = -(-m // block_m)
     sums = like.new_empty((b, high, n), dtype=torch.float32) if columns else None
     found = known or Reading(
         like.new_empty((b, m), dtype=torch.float32), like.new_zeros(gradients, dtype=torch.int32), None
@@ -61,56 +55,54 @@ def read(
     launch(
         "read",
         (high * max(1, -(-width // block_r)), b, 1),
-        (
-            grads.table,
-            grads.table if bases is None else bases.table,
-            found.squares if projected is None else projected,
-            found.squares,
-            found.flaws,
-            found.squares if sums is None else sums,
-        ),
+        (grads, bases, projected, found.squares, found.flaws, sums),
         (m, n, r, width, grads.stride, b // gradients),
         (1.0,),
-        GRAD=like.dtype,
-        BASIS=(like if bases is None else bases.like).dtype,
+        GRAD=grads.dtype,
+        BASIS=(bases or grads).dtype,
         FACTOR=kernels.FACTOR,
-        ALIGNED=grads.aligned and (bases is None or bases.aligned),
+        ALIGNED=aligned(grads, bases),
         FIRST=known is None,
         COLUMNS=columns,
         PROJECT=bases is not None,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
         BLOCK_R=block_r,
-        num_warps=warps,
-        num_stages=stages,
+        **tile.constants,
     )
     return projected, found if sums is None else found._replace(columns=sums.sum(dim=1))
 
 
+def _tile_of_sums(columns: bool, n: int) -> tuple[Tile, int]:
+    """Tile of a reading without products, and the fewest ranks."""
+    return Tile(*(READ_COLUMNS if columns else READ)).narrowed(n), 16
+
+
+def _tile_of_products(r: int, n: int, device: torch.device) -> tuple[Tile, int]:
+    """Tile of a reading with products with ``r`` rows, and the number of ranks in it."""
+    if not kernels.has_large_blocks(device):
+        return Tile(*PROJECT).narrowed(n), _ranks(r, RANKS)
+    ranks = _ranks(r, MOST_RANKS)
+    return Tile(*(PROJECT_NEAR if ranks <= RANKS else PROJECT_FAR)).narrowed(n), ranks
+
+
 def combine(grads: Matrices, weights: Tensor, flaws: Tensor) -> Tensor:
     """Multiply transposed ``weights`` ``(b, m, r)`` by ``grads`` ``(m, n)``; gradients with a flaw count as zero."""
-
     b, m, r = weights.shape
     n = grads.shape[1]
     parts = -(-m // _ROWS_OF_A_PRODUCT)
     product = weights.new_empty((b, parts, r, n), dtype=torch.float32)
-    block_m, block_n, warps, stages = kernels.narrowed(COMBINE, n)
-    block_r = _ranks(r, RANKS)
+    tile, block_r = Tile(*COMBINE).narrowed(n), _ranks(r, RANKS)
     launch(
         "combine",
-        (-(-n // block_n) * -(-r // block_r), b, parts),
+        (-(-n // tile.columns) * -(-r // block_r), b, parts),
         # weights: read by every block of columns
-        (grads.table, weights.to(kernels.FACTOR).contiguous(), flaws, product),
+        (grads, weights.to(kernels.FACTOR).contiguous(), flaws, product),
         (m, n, r, grads.stride, b // len(flaws), _ROWS_OF_A_PRODUCT),
         (),
-        GRAD=grads.like.dtype,
+        GRAD=grads.dtype,
         FACTOR=kernels.FACTOR,
         ALIGNED=grads.aligned,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
         BLOCK_R=block_r,
-        num_warps=warps,
-        num_stages=stages,
+        **tile.constants,
     )
     return product.squeeze(1) if parts == 1 else product.sum(dim=1)
 

@@ -34,14 +34,10 @@ def step(batch: Batch, grads: DeviceGradients, group: Mapping[str, Any]) -> None
     move(
         batch.params,
         matrices,
-        reading.flaws,
-        None,
-        None,
         Divisors(shares, 1.0, 0.0, columns=roots),
-        1.0,
-        float(group["lr"]),
-        parts[0].decay,
-        None,
-        rounding_of(parts, batch.step, group),
+        lr=float(group["lr"]),
+        decay=parts[0].decay,
+        flaws=reading.flaws,
+        rounding=rounding_of(parts, batch.step, group),
         rates=sizes.clamp_min_(SMALLEST),
     )

@@ -81,7 +81,7 @@ def test_parameters_are_rounded_as_on_a_cpu(dtype, shape):
     negative = [-value.cuda() for value in values]  # kernels hold addresses only
     directions = Matrices.of(negative)
     divisors = Divisors(torch.ones(len(directions.addresses), directions.shape[0], device="cuda"), 1.0, 0.0)
-    move(params, directions, None, None, None, divisors, 1.0, 1.0, 0.0, None, rounding)
+    move(params, directions, divisors, lr=1.0, decay=0.0, rounding=rounding)
     rounding.write(expected, [value.clone() for value in values])
     for param, other in zip(params, expected, strict=True):
         torch.testing.assert_close(param.cpu(), other, rtol=0, atol=0, equal_nan=True)

@@ -272,7 +272,7 @@ def test_the_same_numbers_are_rounded_as_without_kernels(interpreted, dtype, sha
     negative = [-value for value in values]  # kernels hold addresses only
     directions = Matrices.of(negative)
     divisors = Divisors(torch.ones(len(directions.addresses), directions.shape[0]), 1.0, 0.0)
-    move(params, directions, None, None, None, divisors, 1.0, 1.0, 0.0, None, rounding)
+    move(params, directions, divisors, lr=1.0, decay=0.0, rounding=rounding)
     assert interpreted == ["move"]
     rounding.write(expected, [value.clone() for value in values])
     for param, other in zip(params, expected, strict=True):

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_adapm import AdaPM, PartialMuon
 from lightning_adapm.report.diagnostics import ResidualProbe
-from lightning_adapm.step import averages, graphs, kernels, moves, orthogonal, reading
+from lightning_adapm.step import graphs, kernels, launch
 
 pytest.importorskip("triton", reason="the kernels are Triton's")
 
@@ -22,15 +22,12 @@ pytest.importorskip("triton", reason="the kernels are Triton's")
 class Tape(TorchDispatchMode):
     """A graph of operations: none changes memory that was there before until they are replayed."""
 
-    def __init__(self, launch: Callable[..., None]) -> None:
+    def __init__(self, start: Callable[..., None]) -> None:
         super().__init__()
         self.calls = []
         self.replays = 0
         self.patch = pytest.MonkeyPatch()
-        for module in (averages, moves, orthogonal, reading):
-            self.patch.setattr(
-                module, "launch", lambda *args, **kwargs: self.calls.append((launch, args, kwargs, None))
-            )
+        self.patch.setattr(launch, "start", lambda *args: self.calls.append((start, args, {}, None)))
         self.__enter__()
 
     def end(self):
@@ -62,7 +59,7 @@ def recorded(monkeypatch):
     """The graphs that steps are recorded as."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("on a CUDA device tests/gpu/test_recording.py records CUDA graphs")
-    made, launch = [], moves.launch
+    made, start = [], launch.start
     monkeypatch.setattr(kernels, "runs_on", lambda device: True)
     monkeypatch.setattr(kernels, "FACTOR", torch.float32)  # the interpreter cannot multiply bfloat16
     monkeypatch.setattr(graphs, "can_capture", lambda device: True)
@@ -71,7 +68,7 @@ def recorded(monkeypatch):
     monkeypatch.setattr(graphs, "memory", lambda device: 0)
 
     def begun():
-        made.append(Tape(launch))
+        made.append(Tape(start))
         return made[-1]
 
     def captured(work, device, pool):
