@@ -28,8 +28,6 @@ OPTIMIZERS: dict[str, Callable[[Any], RoleOptimizer]] = {
 }
 LINES = (
     "torch.optim.AdamW(model.parameters(), lr=1e-3)",
-    "AdaPM(model.named_parameters(), lr=1e-3)",
-    "PartialMuon(model.named_parameters(), lr=3e-3)",
     'AdaPM(model.named_parameters(), lr=1e-3, second_moment="factored")',
     'AdaPM(model.named_parameters(), lr=1e-3, second_moment="factored", update_in_backward=True)',
     "AdaLomo(model.named_parameters(), lr=2e-2)",
@@ -57,9 +55,7 @@ def budget() -> str:
 def trained_bytes(line: str, model: GPT) -> int:
     """Bytes of what a line trains: parameters, state, and gradients if all of them exist together."""
     parameters = sum(param.numel() * param.element_size() for param in model.parameters())
-    optimizer = eval(  # so that the lines are tried as they are shown
-        line, {"torch": torch, "model": model, "AdaPM": AdaPM, "AdaLomo": AdaLomo, "PartialMuon": PartialMuon}
-    )
+    optimizer = eval(line, {"torch": torch, "model": model, "AdaPM": AdaPM, "AdaLomo": AdaLomo})  # tried as shown
     if not isinstance(optimizer, RoleOptimizer):
         return 2 * parameters + explain(model).adamw_in_dtype.total
     return parameters * (1 if optimizer.update_in_backward else 2) + explain(optimizer).total.total

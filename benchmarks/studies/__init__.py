@@ -37,6 +37,7 @@ STUDIES: dict[str, Study] = {
         ablation.grid,
         ablation.factoriser,
         ablation.lr_change,
+        ablation.each_option,
         precision.state_dtype,
     )
 }

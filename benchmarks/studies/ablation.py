@@ -3,7 +3,9 @@
 import dataclasses
 from typing import Any
 
-from benchmarks.studies.base import ADAMW, BESIDE_ADAMW, BETAS95, GPT2_SMALL, Study, adamw, paper, trial
+from benchmarks.studies.base import ADAMW, BESIDE_ADAMW, BETAS95, GPT2_SMALL, Study, adamw, adapm, paper, trial
+from benchmarks.studies.decoder import Shape
+from benchmarks.studies.setting import Setting
 
 FAST = "AdamW, betas .9 .95"
 BESIDE_FAST = {"AdamW": (FAST,)}
@@ -116,4 +118,40 @@ def lr_change() -> Study:
             "the gradient on. Refreshed every 100 steps it is 0.017 below without a change, 0.015 below after x 0.1, "
             "and 0.016 +- 0.009 above after x 3: a staler subspace gains less from a jump."
         ),
+    )
+
+
+def each_option() -> Study:
+    changed: dict[str, dict[str, Any]] = {
+        "": {},
+        ", no decay of tables": {"no_decay": ("embedding", "lm_head")},
+        ", eps 1e-6": {"eps": 1e-6},
+        ", betas .9 .999": {"betas": [0.9, 0.999]},
+        ", betas .9 .99": {"betas": [0.9, 0.99]},
+        ", no clamp": {"clip_threshold": None},
+        ", clamp 2": {"clip_threshold": 2.0},
+        ", rank 5%": {"rank": 0.05},
+        ", rank 25%": {"rank": 0.25},
+        ", every step": {"update_proj_gap": 1},
+        ", every 100": {"update_proj_gap": 100},
+        ", values low-rank": {"momentum": {"value": "low_rank"}},
+        ", attention outputs without": {"momentum": {"attn_out": "none"}},
+        ", embeddings without": {"momentum": {"embedding": "none"}},
+        ", no decay of vectors": {"no_decay": ("norm", "bias")},
+    }
+    rows = {
+        f"AdaPM factored{label}": adapm(**{"betas": BETAS95, "second_moment": "factored", **options})
+        for label, options in changed.items()
+    }
+    return Study(
+        "Which option of AdaPM with factored second moments changes the loss, away from its default?",
+        {FAST: adamw(0.9, 0.95), **rows},
+        lrs=(1e-3,),
+        edge=(),
+        seeds=2,
+        setting=Setting(
+            Shape(layers=2, width=192, n_head=6, context=128), steps=400, batch=8, val_windows=256, points=4
+        ),
+        baselines={"AdaPM factored": ("AdaPM factored",)},
+        finding="Not yet run.",
     )
