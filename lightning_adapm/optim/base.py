@@ -26,6 +26,7 @@ from lightning_adapm.step.engine import Engine
 from lightning_adapm.step.parts import Part, new_state
 from lightning_adapm.step.paths import Path, StepPath, path_of
 from lightning_adapm.step.recorder import MOST_BYTES
+from lightning_adapm.step.recording import Found
 from lightning_adapm.step.watching import Observer
 from lightning_adapm.step.work import Work
 
@@ -200,7 +201,7 @@ class RoleOptimizer(Checkpointed):
         if places is None or not all(each.are_as_before for each in places):
             self._registry.check_not_replaced(self)
         self._norms = [] if early is None else early.norms()
-        moved = self._take(self._left(early is not None))
+        moved, _ = self._take(self._left(early is not None))
         self._engine.nonfinite.finish_step()
         skipped = closure is not None and loss is None  # as Lightning skips a batch
         if not moved and not self._norms and not skipped and not self._has_moved():
@@ -222,16 +223,14 @@ class RoleOptimizer(Checkpointed):
     def _is_left(self, param: Tensor) -> bool:
         return param.grad is not None or (param.requires_grad and "step" not in self.state.get(param, ()))
 
-    def _take(self, selected: Selection) -> bool:
-        """Move parameters, given group by group, along their gradients, and return whether there were any."""
+    def _take(self, selected: Selection) -> tuple[list[Work], Sequence[Found]]:
+        """Move parameters, given group by group; return what has moved, and what kernels found of its gradients."""
         for index, _ in selected:
             self._table.retune(index, self)
         joined = groups.joined(selected, self.param_groups, self.defaults)
         asked = [(self._with_number(index), params) for index, params in joined if params]
         works = self._table.again(asked, self.state) or self._found(asked)
-        if works:
-            self._engine.move(works, self)
-        return bool(works)
+        return works, self._engine.move(works, self) if works else ()
 
     def _found(self, asked: Asked) -> list[Work]:
         """Find what moves of parameters."""

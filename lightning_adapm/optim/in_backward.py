@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from lightning_adapm.optim.clipping import clip_value_for
 from lightning_adapm.optim.turns import Selection, Turn, Turns, Waiting, params_of
+from lightning_adapm.step.norms import norms_of, norms_of_step
+from lightning_adapm.step.recording import Found
+from lightning_adapm.step.work import Work
 
 _ACCUMULATED = (
     "update_in_backward=True saves no gradient memory here: {:,.1f} MiB of gradients were held before the step's"
@@ -36,6 +39,7 @@ _TWICE = (
 )
 
 Hook = Callable[[Tensor], None]
+Take = Callable[[Selection], tuple[Sequence[Work], Sequence[Found]]]
 
 
 class EarlyUpdates:
@@ -44,10 +48,10 @@ class EarlyUpdates:
     Args:
         params: All parameters that require a gradient.
         clip: Bound on the entries of gradients, None for no bound.
-        take: Function that moves parameters by their gradients.
+        take: Function that moves parameters by their gradients, and returns what has moved and what was found out.
     """
 
-    def __init__(self, params: Sequence[Tensor], clip: float | None, take: Callable[[Selection], Any]) -> None:
+    def __init__(self, params: Sequence[Tensor], clip: float | None, take: Take) -> None:
         self._params, self._clip, self._take = params, clip, take
         self._began = False
         self._moved: list[Tensor] = []
@@ -73,8 +77,7 @@ class EarlyUpdates:
         if self._clip is not None:
             torch._foreach_clamp_min_(grads, -self._clip)
             torch._foreach_clamp_max_(grads, self._clip)
-        self._norms += _norms(grads)
-        self._take(selected)
+        self._norms += norms_of_step(*self._take(selected))
         self._moved += params
         self._kept = min(params, key=torch.numel)
         self._see(self._kept)
@@ -107,10 +110,10 @@ class EarlyUpdates:
             raise RuntimeError(_TWICE)
 
     def norms(self) -> list[Tensor]:
-        """Norm of each gradient of this step, with those that are still to be taken; none without early gradients."""
+        """Norms of all gradients of this step, with those that are still to be taken; none without early gradients."""
         if not self._began or len(self._moved) == len(self._params):
             return self._norms
-        return self._norms + _norms([param.grad for param in self._params if param.grad is not None])
+        return self._norms + norms_of([param.grad for param in self._params if param.grad is not None])
 
 
 class OneByOne(EarlyUpdates):
@@ -120,9 +123,7 @@ class OneByOne(EarlyUpdates):
         waiting: Collection of those that wait for others.
     """
 
-    def __init__(
-        self, params: Sequence[Tensor], clip: float | None, take: Callable[[Selection], Any], waiting: Waiting
-    ) -> None:
+    def __init__(self, params: Sequence[Tensor], clip: float | None, take: Take, waiting: Waiting) -> None:
         super().__init__(params, clip, take)
         self._waiting = waiting
         self._arrived: set[Tensor] = set()
@@ -164,9 +165,7 @@ class InTurns(EarlyUpdates):
         turns: The turns.
     """
 
-    def __init__(
-        self, params: Sequence[Tensor], clip: float | None, take: Callable[[Selection], Any], turns: Sequence[Turn]
-    ) -> None:
+    def __init__(self, params: Sequence[Tensor], clip: float | None, take: Take, turns: Sequence[Turn]) -> None:
         super().__init__(params, clip, take)
         self._turns = turns
         self._next = 0
@@ -209,12 +208,6 @@ def _gradient(param: Tensor) -> Tensor:
     return param.grad
 
 
-def _norms(grads: list[Tensor]) -> list[Tensor]:
-    """Norm of each gradient."""
-    exact = torch.float64 if any(grad.dtype == torch.float64 for grad in grads) else torch.float32
-    return list(torch._foreach_norm(grads, 2, dtype=exact)) if grads else []
-
-
 @contextmanager
 def armed(
     groups: Sequence[Mapping[str, Any]],
@@ -222,7 +215,7 @@ def armed(
     modules: Iterable[nn.Module],
     closure: Callable[[], Any] | None,
     turns: Turns,
-    take: Callable[[Selection], Any],
+    take: Take,
 ) -> Iterator[EarlyUpdates | None]:
     """Within the context, ``take`` parameters soon after their gradients are complete, and free these.
 

@@ -23,7 +23,7 @@ from lightning_adapm.step.nonfinite import NonFiniteGradients
 from lightning_adapm.step.parts import Alike, Part
 from lightning_adapm.step.paths import Path, StepPath
 from lightning_adapm.step.recorder import REPLAYED, UNLIKE, Recorder
-from lightning_adapm.step.recording import Clocks, Flawed
+from lightning_adapm.step.recording import Clocks, Found
 from lightning_adapm.step.turns import take_turns
 from lightning_adapm.step.watching import Observer
 from lightning_adapm.step.work import Work
@@ -88,19 +88,25 @@ class Engine:
         found = [each.launches for each in self._latest] or [UNLIKE]
         return next((each for each in found if each != REPLAYED), REPLAYED)
 
-    def move(self, works: Sequence[Work], rule: Rule) -> None:
+    def move(self, works: Sequence[Work], rule: Rule) -> Sequence[Found]:
         """Count one more step of parameters, and move them.
 
         Args:
             works: The parameters, at least one by the options of each group.
             rule: The optimizer's decisions.
+
+        Returns:
+            What kernels have found out about the gradients, of parts that they move.
         """
         device, works = works[0].device, [work._replace(counts=self._count(work)) for work in works]
         with _without_autocast(device.type), using(self._cache):
             recorder = self._recorder(works[0].first) if records(rule, device) else None
-            flawed = None if recorder is None else recorder.replayed(works)
-            for parts, flaws in self._launched(works, rule, recorder) if flawed is None else flawed:
-                self.nonfinite.count(parts, flaws)
+            found: Sequence[Found] | None = None if recorder is None else recorder.replayed(works)
+            if found is None:
+                found = self._launched(works, rule, recorder)
+            for each in found:
+                self.nonfinite.count(each.parts, each.flaws)
+        return found
 
     def _recorder(self, first: Tensor) -> Recorder:
         """The recorder of the parameters that move together with the ``first`` of them."""
@@ -117,8 +123,8 @@ class Engine:
             work.settle()
         return counters.count(work.states)
 
-    def _launched(self, works: Sequence[Work], rule: Rule, recorder: Recorder | None) -> Sequence[Flawed]:
-        """Take a step launch by launch, and return what was not finite of the gradients that kernels have read."""
+    def _launched(self, works: Sequence[Work], rule: Rule, recorder: Recorder | None) -> Sequence[Found]:
+        """Take a step launch by launch, and return what kernels have found out about the gradients that they read."""
         planned: list[tuple[Mapping[str, Any], list[Batch]]] = []
         bound = [part for work in works for part in work.bound()]
         try:
@@ -131,7 +137,7 @@ class Engine:
             apart = (bucket for bucket in every if bucket.parts[0].shard is None or not bucket.path.whole)
             self.nonfinite.agree(pair for bucket in apart for pair in zip(bucket.parts, bucket.grads, strict=True))
 
-            def launch(clocks: Clocks | None) -> list[Flawed]:
+            def launch(clocks: Clocks | None) -> list[Found]:
                 return [found for group, buckets in planned for found in self._moved(buckets, group, rule, clocks)]
 
             if recorder is None:
@@ -144,9 +150,9 @@ class Engine:
 
     def _moved(
         self, buckets: Iterable[Batch], group: Mapping[str, Any], rule: Rule, clocks: Clocks | None
-    ) -> list[Flawed]:
+    ) -> list[Found]:
         ready: list[Batch] = []
-        found: list[Flawed] = []
+        found: list[Found] = []
         for bucket in buckets:
             for batch in batches(bucket):
                 if batch.path.kernels:
@@ -158,12 +164,12 @@ class Engine:
                     ready.append(batch)
                 else:
                     take_turns([self._update(batch, group, rule)])
-                    found += _flawed(batch)
+                    found += _found(batch)
         for together in exchange.rounds(ready):
             exchange.begin(together)
             refreshing.refresh(together)
             take_turns(self._update(batch, group, rule) for batch in together)
-            found += chain.from_iterable(map(_flawed, together))
+            found += chain.from_iterable(map(_found, together))
         return found
 
     def _update(self, batch: Batch, group: Mapping[str, Any], rule: Rule) -> Iterator[Sequence[Planned]]:
@@ -192,9 +198,12 @@ class Engine:
         return rows
 
 
-def _flawed(batch: Batch) -> list[Flawed]:
-    """Pair the parts of a batch with the flaws that kernels have found in their gradients; none by torch."""
-    return [(batch.parts, batch.grads.reading.flaws)] if isinstance(batch.grads, DeviceGradients) else []
+def _found(batch: Batch) -> list[Found]:
+    """What kernels have found out about the gradients of a batch; nothing by torch."""
+    if not isinstance(batch.grads, DeviceGradients):
+        return []
+    reading = batch.grads.reading
+    return [Found(batch.parts, reading.flaws, [reading.squares])]
 
 
 def records(rule: Rule, device: torch.device) -> bool:

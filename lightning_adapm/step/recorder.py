@@ -18,7 +18,7 @@ from lightning_adapm.step.clock import Clock, is_clocked
 from lightning_adapm.step.graphs import Pool
 from lightning_adapm.step.parts import Part
 from lightning_adapm.step.paths import Path
-from lightning_adapm.step.recording import Clocks, Flawed, Recording
+from lightning_adapm.step.recording import Clocks, Found, Recording
 from lightning_adapm.step.transients import held_by_a_step
 from lightning_adapm.step.work import Work
 
@@ -41,7 +41,7 @@ they are captured.
 _PARTS, _HELD, _GRADS, _STATES, _COUNTS = map(attrgetter, ("parts", "held", "grads", "states", "counts"))
 _DTYPE = attrgetter("dtype")
 _VARYING = frozenset({"params", "param_names", "roles", "lr"})
-Launch = Callable[[Clocks | None], Sequence[Flawed]]
+Launch = Callable[[Clocks | None], Sequence[Found]]
 """Launches a step by kernels that are given numbers, or clocks."""
 
 
@@ -178,7 +178,7 @@ class Recorder:
         """Bytes that are kept on the device, besides temporaries."""
         return sum(recording.nbytes for recording in self._recordings.values())
 
-    def replayed(self, works: Sequence[Work]) -> list[Flawed] | None:
+    def replayed(self, works: Sequence[Work]) -> list[Found] | None:
         """Replay a step, if one like it was recorded."""
         if self._form is None:
             return None
@@ -194,7 +194,7 @@ class Recorder:
 
     def run(
         self, works: Sequence[Work], paths: Sequence[Path], launch: Launch, cache: DeviceCache, limit: int
-    ) -> Sequence[Flawed]:
+    ) -> Sequence[Found]:
         """Take a step that was not replayed, and record it where others like it are to come.
 
         Args:

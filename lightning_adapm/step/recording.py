@@ -24,12 +24,18 @@ _WIDTH = 8
 """Elements from one clock to the next, so that each is aligned as an allocation is."""
 _TABLES_OF_A_PART = 64
 
-Flawed = tuple[Sequence[Part], Tensor]
-"""Parts, and for each of them a number that is not 0 where its gradient was not finite."""
-
-
 Clocks = Callable[[Batch, float], Tensor]
 """Gives a batch, at a learning rate, its clock on the device."""
+
+
+class Found(NamedTuple):
+    """What kernels have found out about the gradients of some parts."""
+
+    parts: Sequence[Part]
+    flaws: Tensor
+    """For each part a number that is not 0 where its gradient was not finite."""
+    squares: Sequence[Tensor]
+    """Sums of squares of the rows of all gradients, in no order."""
 
 
 class NotRecordableError(RuntimeError):
@@ -162,7 +168,7 @@ class Recording:
 
     Args:
         works: The step.
-        launch: Launches it, given a function that gives a clock for parts, and returns what was not finite.
+        launch: Launches it, given a function that gives a clock for parts, and returns what was found.
         cache: What is kept on the device.
         pool: Memory for its temporaries.
     """
@@ -170,19 +176,22 @@ class Recording:
     def __init__(
         self,
         works: Sequence[Work],
-        launch: Callable[[Clocks], Sequence[Flawed]],
+        launch: Callable[[Clocks], Sequence[Found]],
         cache: DeviceCache,
         pool: Pool,
     ) -> None:
         self._tape = Tape(cache, works)
         self._parts = [part for work in works for parts in work.parts for part in parts]
         self._flaws = torch.zeros(len(self._parts), dtype=torch.int32, device=self._tape.device)
+        self._squares: list[Tensor] = []
+        """In the memory of the graph, which writes them anew."""
         order: list[Any] = []
 
         def run() -> None:
             found = launch(self._tape.clock)
-            order.extend(part.key for parts, _ in found for part in parts)
-            torch.cat([flaws for _, flaws in found], out=self._flaws)
+            order.extend(part.key for each in found for part in each.parts)
+            self._squares.extend(squares for each in found for squares in each.squares)
+            torch.cat([each.flaws for each in found], out=self._flaws)
 
         with using(self._tape):
             self._graph: Graph = pool.captured(run, self._tape.device)
@@ -196,9 +205,9 @@ class Recording:
         """Bytes that it holds on the device, besides its temporaries."""
         return self._tape.nbytes + self._flaws.nbytes + self._order.nbytes
 
-    def play(self, works: Sequence[Work]) -> list[Flawed]:
+    def play(self, works: Sequence[Work]) -> list[Found]:
         """Take a step."""
         self._tape.show(works)
         self._graph.replay()
         torch.autograd.graph.increment_version([held for work in works for held in work.held])
-        return [(self._parts, self._flaws[self._order])]
+        return [Found(self._parts, self._flaws[self._order], self._squares)]

@@ -60,7 +60,7 @@ def test_recorded_steps_are_those_that_are_launched(second_moment, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_parameters_that_move_together_inside_backward_are_recorded(dtype):
-    """Bit by bit as those that are launched, and within the plan of what is kept."""
+    """Bit by bit as those that are launched, and within the plan of what is kept. So is the norm of the gradients."""
     nets, options = [model(dtype).cuda() for _ in range(2)], {"rank": 3, "update_proj_gap": 4}
     optimizers = [AdaPM(net.named_parameters(), update_in_backward=True, **options) for net in nets]
     optimizers[1].most_recorded_bytes = 0
@@ -68,9 +68,11 @@ def test_parameters_that_move_together_inside_backward_are_recorded(dtype):
         for net, optimizer in zip(nets, optimizers, strict=True):
             gradients(net, step)
             products = [(param * param.grad).sum() for param in net.parameters()]
+            true = torch.nn.utils.get_total_norm([param.grad.float() for param in net.parameters()])
             optimizer.zero_grad()
             optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step)
             optimizer.step(torch.stack(products).sum().backward)
+            torch.testing.assert_close(optimizer.gradient_norm, true)
         for (name, p), q in zip(nets[0].named_parameters(), nets[1].parameters(), strict=True):
             assert torch.equal(p, q), (step, name)
     first = optimizers[0]

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_adapm import AdaPM, PartialMuon
 from lightning_adapm.report.diagnostics import ResidualProbe
-from lightning_adapm.step import graphs, kernels, launch
+from lightning_adapm.step import graphs, kernels, launch, norms
 
 pytest.importorskip("triton", reason="the kernels are Triton's")
 
@@ -128,6 +128,11 @@ class Twins:
             optimizer.step()
         self._compare()
 
+    def gradients(self):
+        """The gradients of this step, if all of them are finite."""
+        generator = torch.Generator().manual_seed(self.steps)
+        return [gradient(param, generator, False) for param in self.nets[0].parameters()]
+
     def _backward(self, net, optimizer, missing, spoiled):
         """Gradients as in a step, one after another."""
         optimizer.zero_grad()
@@ -163,13 +168,22 @@ def test_replays_are_the_steps_that_launches_would_take(recorded, options):
     assert [optimizer.nonfinite_gradients() for optimizer in twins.optimizers] == [{"embed.weight": 1}] * 2
 
 
-def test_parameters_that_move_together_inside_backward_are_replayed(recorded):
-    """Every group of them by itself; where they come in other groups, they are launched until that stays so."""
+def test_parameters_that_move_together_inside_backward_are_replayed(recorded, monkeypatch):
+    """Every group of them by itself; where they come in other groups, they are launched until that stays so.
+
+    The norm is of what kernels have read, whether they are launched or replayed: nothing is read once more for it.
+    """
     twins = Twins(second_moment="factored", update_in_backward=True, update_proj_gap=3)
+    read_again = []
+    monkeypatch.setattr(norms, "norms_of", lambda grads: read_again.extend(grads) or [])
     for step in range(9):
         for optimizer in twins.optimizers:
             optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step)
         twins.step(spoiled={"embed.weight"} if step == 6 else ())
+        true = nn.utils.get_total_norm(twins.gradients())
+        for optimizer in twins.optimizers:
+            assert step == 6 or torch.allclose(optimizer.gradient_norm, true), step
+    assert not read_again
     groups = len(twins.optimizers[0]._engine._recorders)
     assert groups > 1 and sum(graph.replays for graph in recorded) == 6 * groups
     assert {row.launches for row in twins.optimizers[0].step_paths()} == {"replayed"}
