@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,7 @@ BASE = "AdamW, fused"
 """Row that the others are relative to."""
 OURS = ("AdaPM", "AdaPM block", "AdaPM factored")
 STEP = (BASE, *OURS, "AdaPM, paper", "AdaPM block, paper")
-"""Rows of step times with today's defaults."""
-PUBLISHED = (BASE, "AdamW", *OURS)
-"""Rows of step times when the paper's settings were the defaults."""
+"""Rows of step times."""
 BACKWARD = "AdaPM block, in backward"
 SHARDED = tuple(peer.name for peer in step_time_sharded.PEERS)
 
@@ -27,9 +24,9 @@ Cells = Iterator[tuple[str, list[str]]]
 """Description of a measurement, and the cells of its row."""
 
 
-def step_times(result: Result, names: tuple[str, ...] = STEP) -> Cells:
+def step_times(result: Result) -> Cells:
     """Mean of the fused AdamW in ms, and the means of others relative to it."""
-    yield "", _relative(result["rows"], names)
+    yield "", _relative(result["rows"], STEP)
 
 
 def training_times(result: Result) -> Cells:
@@ -73,7 +70,6 @@ def _relative(rows: Mapping[str, Mapping[str, Any]], names: tuple[str, ...]) -> 
 
 SECTIONS: dict[str, tuple[tuple[str, ...], Callable[[Result], Cells]]] = {
     "defaults-step_time": (STEP, step_times),
-    "step_time": (PUBLISHED, partial(step_times, names=PUBLISHED)),
     "training_time": ((BASE, *OURS, BACKWARD), training_times),
     "peak_memory": ((BASE, *OURS, BACKWARD), peaks),
     "step_time_sharded": (SHARDED, sharded_steps),
@@ -81,7 +77,7 @@ SECTIONS: dict[str, tuple[tuple[str, ...], Callable[[Result], Cells]]] = {
 }
 """Benchmarks, with the columns of their tables and the cells of a result."""
 PAGES = {
-    PAGE: ("defaults-step_time", "step_time", "training_time", "peak_memory", "recipe_training"),
+    PAGE: ("defaults-step_time", "training_time", "peak_memory", "recipe_training"),
     PAGE_OF_PROCESSES: ("step_time_sharded",),
 }
 """Pages, with the names of their sections."""

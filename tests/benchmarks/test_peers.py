@@ -274,21 +274,21 @@ def test_the_documentation_shows_the_results():
     for page, sections in docs.PAGES.items():
         text = page.read_text()
         assert docs.filled(text, sections) == text  # or run: python -m benchmarks.docs
-    with pytest.raises(ValueError, match="lacks the marks <!-- step_time -->"):
-        docs.filled("# Benchmarks", ["step_time"])
+    with pytest.raises(ValueError, match="lacks the marks <!-- peak_memory -->"):
+        docs.filled("# Benchmarks", ["peak_memory"])
 
 
 def test_a_section_has_a_row_for_each_result(tmp_path):
     """Cells of rows that were not measured are empty."""
     made = {"device": "cuda", "hardware": "GPU, 2 cores", "model": "m", "dtype": "float32"}
     rows = {"AdamW, fused": {"mean_ms": 2.0}, "AdaPM": {"mean_ms": 3.0}, "AdaPM block": {"skipped": "no time left"}}
-    (tmp_path / "step_time-a.json").write_text(json.dumps(made | {"rows": rows}))
-    (tmp_path / "step_time-b.json").write_text(json.dumps(made | {"rows": {}}))
-    (tmp_path / "step_time_on_paper.json").write_text("{}")
-    link = "[m, float32, GPU](../benchmarks/results/step_time"
-    assert docs.section("step_time", tmp_path).splitlines()[2:] == [
-        f"| {link}-a.md) | 2.00 ms |  | 1.50 |  |  |",
-        f"| {link}-b.md) |  |  |  |  |  |",
+    (tmp_path / "defaults-step_time-a.json").write_text(json.dumps(made | {"rows": rows}))
+    (tmp_path / "defaults-step_time-b.json").write_text(json.dumps(made | {"rows": {}}))
+    (tmp_path / "step_time-c.json").write_text("{}")
+    link = "[m, float32, GPU](../benchmarks/results/defaults-step_time"
+    assert docs.section("defaults-step_time", tmp_path).splitlines()[2:] == [
+        f"| {link}-a.md) | 2.00 ms | 1.50 |  |  |  |  |",
+        f"| {link}-b.md) |  |  |  |  |  |  |",
     ]
     peaks = {"AdamW, fused": {"plain": {"peak": 2**30}, "checkpointing": {"skipped": "out of memory"}}}
     (tmp_path / "peak_memory-a.json").write_text(json.dumps(made | {"device": "cpu", "rows": peaks}))
