@@ -58,7 +58,7 @@ class Planned(NamedTuple):
     call: Callable[..., dist.Work]
 
 
-class Flight:
+class Pending:
     """Collectives that begin together and are waited for together. The device goes on meanwhile.
 
     Until they have been waited for, the memory of their tensors must not be used again.
@@ -86,8 +86,8 @@ class Flight:
             self._begun.pop().wait()
 
 
-def fly(begun: Flight | None, awaited: Flight | None) -> None:
-    """Begin some collectives, and wait for others or for the same, with nothing in between."""
+def begin_and_wait(begun: Pending | None, awaited: Pending | None) -> None:
+    """Begin some collectives and wait for others, or for the same, with nothing in between."""
 
     def bound(borrowed: Borrowing) -> Collective:
         begin = None if begun is None else begun.bind(borrowed)

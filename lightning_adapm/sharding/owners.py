@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_adapm.sharding.collectives import Flight, Planned, exchanging, fly
+from lightning_adapm.sharding.collectives import Pending, Planned, begin_and_wait, exchanging
 from lightning_adapm.sharding.rows import RowShard
 
 LARGE = 1 << 24
@@ -17,7 +17,7 @@ share an exchange, because the host takes as long for it as a device for copies 
 """
 
 
-class Turn(NamedTuple):
+class Exchange(NamedTuple):
     """Matrices that are exchanged together: those of each process, and the place of this one's among all of its own."""
 
     dealt: list[range]
@@ -50,14 +50,14 @@ class Owners:
         self._together = len(self._processes) if alike and large else len(shards)
 
     @cached_property
-    def _turns(self) -> list[Turn]:
-        found, mine = list[Turn](), 0
+    def _exchanges(self) -> list[Exchange]:
+        found, mine = list[Exchange](), 0
         for start in range(0, len(self._shards), self._together):
             number = min(self._together, len(self._shards) - start)
             each, more = divmod(number, len(self._processes))
             edges = accumulate((each + (process < more) for process in self._processes), initial=start)
             dealt = [range(*pair) for pair in pairwise(edges)]
-            found.append(Turn(dealt, slice(mine, mine + len(dealt[self._rank]))))
+            found.append(Exchange(dealt, slice(mine, mine + len(dealt[self._rank]))))
             mine += len(dealt[self._rank])
         return found
 
@@ -69,14 +69,15 @@ class Owners:
             parts: This process's rows of each matrix, zero where others hold them.
         """
         planned, collected = self.collect(parts)
-        fly(flight := Flight(planned), flight)
+        begin_and_wait(pending := Pending(planned), pending)
         planned, given_back = self.give_back(function(collected()))
-        fly(flight := Flight(planned), flight)
+        begin_and_wait(pending := Pending(planned), pending)
         return given_back()
 
     def mine(self, values: Tensor) -> Tensor:
-        """Those of a value for each matrix that are of this process's."""
-        return torch.cat([values[own.start : own.stop] for own in (turn.dealt[self._rank] for turn in self._turns)])
+        """Select the values of this process's matrices from one for each matrix."""
+        own = [exchange.dealt[self._rank] for exchange in self._exchanges]
+        return torch.cat([values[dealt.start : dealt.stop] for dealt in own])
 
     def collect(self, parts: Tensor | Sequence[Tensor]) -> tuple[list[Planned], Callable[[], Tensor]]:
         """Plan to collect this process's matrices from all rows of theirs.
@@ -88,20 +89,24 @@ class Owners:
             The exchanges, and what gives the matrices ``(b, m, n)`` after them.
         """
         made = parts[0].new_zeros if self._cut else parts[0].new_empty
-        whole = made(self._turns[-1].place.stop, self._size, self._width)
+        whole = made(self._exchanges[-1].place.stop, self._size, self._width)
         planned, sent, received = list[Planned](), list[Tensor](), list[Tensor]()
-        for turn in self._turns:
-            taken, given = self._received(turn), self._sent(turn)
-            into = whole[turn.place].flatten(0, 1) if self._in_place(turn) else whole.new_empty(sum(taken), self._width)
-            sent.append(self._joined(parts, turn))
+        for exchange in self._exchanges:
+            taken, given = self._received(exchange), self._sent(exchange)
+            into = (
+                whole[exchange.place].flatten(0, 1)
+                if self._in_place(exchange)
+                else whole.new_empty(sum(taken), self._width)
+            )
+            sent.append(self._joined(parts, exchange))
             received.append(into)
             planned.append(exchanging(into, sent[-1], taken, given, self._group))
 
         def collected() -> Tensor:
             sent.clear()  # their memory was not to be used again before
-            for turn, rows in zip(self._turns, received, strict=True):
-                if not self._in_place(turn):
-                    self._assemble(whole[turn.place], rows, turn)
+            for exchange, rows in zip(self._exchanges, received, strict=True):
+                if not self._in_place(exchange):
+                    self._assemble(whole[exchange.place], rows, exchange)
             return whole
 
         return planned, collected
@@ -119,44 +124,46 @@ class Owners:
             The exchanges, and what gives this process's rows of each result after them.
         """
         planned, sent, received = list[Planned](), list[Tensor](), list[Tensor]()
-        for turn in self._turns:
-            taken, given = self._sent(turn), self._received(turn)
-            rows = results[turn.place].flatten(0, 1) if self._in_place(turn) else self._cut_up(results, turn)
-            into = results.new_empty(sum(taken), self._width) if parts is None else parts[turn.all].flatten(0, 1)
+        for exchange in self._exchanges:
+            taken, given = self._sent(exchange), self._received(exchange)
+            rows = (
+                results[exchange.place].flatten(0, 1) if self._in_place(exchange) else self._cut_up(results, exchange)
+            )
+            into = results.new_empty(sum(taken), self._width) if parts is None else parts[exchange.all].flatten(0, 1)
             sent.append(rows.contiguous())
             received.append(into)
             planned.append(exchanging(into, sent[-1], taken, given, self._group))
 
         def given_back() -> list[Tensor]:
             sent.clear()  # their memory was not to be used again before
-            counts = [[shard.count for shard in self._shards[turn.all]] for turn in self._turns]
-            return [rows for turn, each in zip(received, counts, strict=True) for rows in turn.split(each)]
+            counts = [[shard.count for shard in self._shards[exchange.all]] for exchange in self._exchanges]
+            return [rows for into, each in zip(received, counts, strict=True) for rows in into.split(each)]
 
         return planned, given_back
 
-    def _in_place(self, turn: Turn) -> bool:
+    def _in_place(self, exchange: Exchange) -> bool:
         """Whether the rows of this process's matrices lie as they are exchanged."""
-        return len(turn.dealt[self._rank]) < 2 and not self._cut
+        return len(exchange.dealt[self._rank]) < 2 and not self._cut
 
-    def _sent(self, turn: Turn) -> list[int]:
+    def _sent(self, exchange: Exchange) -> list[int]:
         """Number of this process's rows of each process's matrices."""
-        return [sum(self._shards[i].count for i in dealt) for dealt in turn.dealt]
+        return [sum(self._shards[i].count for i in dealt) for dealt in exchange.dealt]
 
-    def _received(self, turn: Turn) -> list[int]:
+    def _received(self, exchange: Exchange) -> list[int]:
         """Number of each process's rows of this process's matrices."""
-        return [sum(count for _, count in self._spans(turn, process)) for process in self._processes]
+        return [sum(count for _, count in self._spans(exchange, process)) for process in self._processes]
 
-    def _spans(self, turn: Turn, process: int) -> list[tuple[int, int]]:
+    def _spans(self, exchange: Exchange, process: int) -> list[tuple[int, int]]:
         """First row that a process has of each of this process's matrices, and how many."""
-        return [self._shards[i].rows_of(process) for i in turn.dealt[self._rank]]
+        return [self._shards[i].rows_of(process) for i in exchange.dealt[self._rank]]
 
-    def _joined(self, parts: Tensor | Sequence[Tensor], turn: Turn) -> Tensor:
-        """This process's rows of the matrices of a turn; no copy of what lies together."""
-        return parts[turn.all].flatten(0, 1) if isinstance(parts, Tensor) else torch.cat(list(parts[turn.all]))
+    def _joined(self, parts: Tensor | Sequence[Tensor], exchange: Exchange) -> Tensor:
+        """This process's rows of the matrices of an exchange; no copy of what lies together."""
+        return parts[exchange.all].flatten(0, 1) if isinstance(parts, Tensor) else torch.cat(list(parts[exchange.all]))
 
-    def _assemble(self, matrices: Tensor, received: Tensor, turn: Turn) -> None:
+    def _assemble(self, matrices: Tensor, received: Tensor, exchange: Exchange) -> None:
         """Assemble this process's matrices from the rows of all processes."""
-        spans = [self._spans(turn, process) for process in self._processes]
+        spans = [self._spans(exchange, process) for process in self._processes]
         pieces = received.split([count for each in spans for _, count in each])
         for index, matrix in enumerate(matrices):
             rows = pieces[index :: len(matrices)]
@@ -166,11 +173,11 @@ class Owners:
             for piece, (first, count) in zip(rows, (each[index] for each in spans), strict=True):
                 matrix[first : first + count] += piece  # a row may be cut in two
 
-    def _cut_up(self, results: Tensor, turn: Turn) -> Tensor:
+    def _cut_up(self, results: Tensor, exchange: Exchange) -> Tensor:
         """Rows of this process's results in the order of the processes that hold them."""
         rows = [
             result[first : first + count]
             for process in self._processes
-            for result, (first, count) in zip(results[turn.place], self._spans(turn, process), strict=True)
+            for result, (first, count) in zip(results[exchange.place], self._spans(exchange, process), strict=True)
         ]
-        return torch.cat(rows) if rows else results[turn.place].flatten(0, 1)
+        return torch.cat(rows) if rows else results[exchange.place].flatten(0, 1)

@@ -19,12 +19,12 @@ from lightning_adapm.step.batching import Batch, batches, bucketed, put_back
 from lightning_adapm.step.counters import StepCounters
 from lightning_adapm.step.device_gradients import DeviceGradients
 from lightning_adapm.step.graphs import Pool
+from lightning_adapm.step.interleaving import interleave
 from lightning_adapm.step.nonfinite import NonFiniteGradients
 from lightning_adapm.step.parts import Alike, Part
 from lightning_adapm.step.paths import Path, StepPath
 from lightning_adapm.step.recorder import REPLAYED, UNLIKE, Recorder
 from lightning_adapm.step.recording import Clocks, Found
-from lightning_adapm.step.turns import take_turns
 from lightning_adapm.step.watching import Observer
 from lightning_adapm.step.work import Work
 
@@ -163,12 +163,12 @@ class Engine:
                 if bucket.parts[0].shard is None or bucket.path.whole:
                     ready.append(batch)
                 else:
-                    take_turns([self._update(batch, group, rule)])
+                    interleave([self._update(batch, group, rule)])
                     found += _found(batch)
         for together in exchange.rounds(ready):
             exchange.begin(together)
             refreshing.refresh(together)
-            take_turns(self._update(batch, group, rule) for batch in together)
+            interleave(self._update(batch, group, rule) for batch in together)
             found += chain.from_iterable(map(_found, together))
         return found
 

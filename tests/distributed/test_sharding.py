@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lightning_adapm.roles.piece import Piece
 from lightning_adapm.sharding import owners
-from lightning_adapm.sharding.collectives import Flight, fly
+from lightning_adapm.sharding.collectives import Pending, begin_and_wait
 from lightning_adapm.sharding.layout import Layout
 from lightning_adapm.sharding.owners import Owners
 from lightning_adapm.sharding.reduction import ProcessReduction
@@ -159,9 +159,9 @@ def test_each_matrix_is_worked_on_by_one_process(monkeypatch, case, number, larg
 
 def exchanged(planned):
     """What all processes have after their exchanges."""
-    flights = [Flight(each) for each, _ in planned]
-    for flight in flights:
-        fly(flight, None)
-    for flight in flights:
-        fly(None, flight)
+    pending = [Pending(each) for each, _ in planned]
+    for each in pending:
+        begin_and_wait(each, None)
+    for each in pending:
+        begin_and_wait(None, each)
     return [finish() for _, finish in planned]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_adapm.sharding.layout import Layout
-from lightning_adapm.sharding.owners import Owners, Turn
+from lightning_adapm.sharding.owners import Exchange, Owners
 from lightning_adapm.step import kernels
 
 KERNELS = "read combine advance weigh factor move relate direct norms scales rescale symmetric".split()
@@ -80,15 +80,15 @@ def hold_all_rows(monkeypatch):
         received.copy_(sent)
         return Done()
 
-    def turns(owners):
+    def exchanges(owners):
         number = len(owners._shards)
-        return [Turn([range(number), range(number, number)], slice(0, number))]
+        return [Exchange([range(number), range(number, number)], slice(0, number))]
 
     def share(others=False):
         monkeypatch.setattr("lightning_adapm.step.parts.layout_of", partial(layout, others))
         monkeypatch.setattr("torch.distributed.all_reduce", partial(all_reduce, others))
         monkeypatch.setattr("torch.distributed.all_to_all_single", all_to_all)
-        monkeypatch.setattr(Owners, "_turns", property(turns))
+        monkeypatch.setattr(Owners, "_exchanges", property(exchanges))
         return exchanged
 
     return share

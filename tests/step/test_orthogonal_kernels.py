@@ -15,10 +15,10 @@ from lightning_adapm.sharding.layout import Layout
 from lightning_adapm.sharding.reduction import ProcessReduction
 from lightning_adapm.sharding.rows import RowShard
 from lightning_adapm.step import kernels, orthogonal
+from lightning_adapm.step.interleaving import interleave
 from lightning_adapm.step.launch import Matrices
 from lightning_adapm.step.moves import Average
 from lightning_adapm.step.transients import step_transients
-from lightning_adapm.step.turns import take_turns
 
 pytest.importorskip("triton", reason="the kernels are Triton's")
 
@@ -134,7 +134,7 @@ def test_a_process_that_is_given_no_matrix(interpreted, monkeypatch):
     def work():
         found.append((yield from orthogonal.updates(rows, squares, 2, [], ProcessReduction([shard]))))
 
-    take_turns([work()])
+    interleave([work()])
     assert exchanged == [(3, 0, [0, 0], [3, 0]), (0, 3, [3, 0], [0, 0])]
     assert found[0].tensors[0].shape == (3, 4)
 

@@ -1,13 +1,13 @@
-"""The order of work that waits for other processes in between."""
+"""The order of tasks that wait for other processes in between."""
 
 from itertools import pairwise
 
 import pytest
 
-from lightning_adapm.step import turns
+from lightning_adapm.step import interleaving
 
 
-def work(number, parts, log):
+def task(number, parts, log):
     for part in range(parts):
         log.append(f"{number}{'abc'[part]}")
         if part < parts - 1:
@@ -17,9 +17,11 @@ def work(number, parts, log):
 def order(parts, monkeypatch):
     """What is launched, and in between what begins and what is waited for."""
     log = []
-    monkeypatch.setattr(turns, "Flight", lambda planned: planned)
-    monkeypatch.setattr(turns, "fly", lambda begun, awaited: log.append(f"({begun or ''}>{awaited or ''})"))
-    turns.take_turns(work(number, each, log) for number, each in enumerate(parts))
+    monkeypatch.setattr(interleaving, "Pending", lambda planned: planned)
+    monkeypatch.setattr(
+        interleaving, "begin_and_wait", lambda begun, awaited: log.append(f"({begun or ''}>{awaited or ''})")
+    )
+    interleaving.interleave(task(number, each, log) for number, each in enumerate(parts))
     return log
 
 
