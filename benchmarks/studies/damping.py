@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_adapm.moments import lowrank
-from lightning_adapm.moments.base import Momentum, State, join, split
+from lightning_adapm.moments.base import Momentum, State
+from lightning_adapm.moments.batches import join, split
 from lightning_adapm.step.batching import Batch
 
 

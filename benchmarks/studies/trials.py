@@ -11,7 +11,8 @@ from torch import Tensor
 from benchmarks.studies import damping
 from lightning_adapm import AdaPM, PartialMuon
 from lightning_adapm.moments import lowrank
-from lightning_adapm.moments.base import Direction, Momentum, SecondMoment, Stack, State, join, split
+from lightning_adapm.moments.base import Direction, Momentum, SecondMoment, State
+from lightning_adapm.moments.batches import Stack, join, split
 from lightning_adapm.moments.first import LowRankMomentum
 from lightning_adapm.moments.orthogonal import Orthogonal
 from lightning_adapm.moments.storage import Entry

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_adapm import LoRAPre
-from lightning_adapm.moments.base import Momentum, SecondMoment, State, join
+from lightning_adapm.moments.base import Momentum, SecondMoment, State
+from lightning_adapm.moments.batches import join
 from lightning_adapm.moments.regression import LowRankRegression, LowRankSecondMoment, Regressor
 from lightning_adapm.roles.piece import Piece
 from lightning_adapm.sharding.reduction import Reduction

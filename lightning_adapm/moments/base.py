@@ -1,57 +1,16 @@
-"""Interfaces of first and second moments, and the batches of matrices that they work on."""
+"""Interfaces of first and second moments, and what they return."""
 
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from lightning_adapm.moments.batches import join, split
 from lightning_adapm.moments.storage import Entry, State
 from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
 
 _Kind = TypeVar("_Kind", bound="Moment")
-
-
-class Stack(list[Tensor]):
-    """Gradients of one shape that a step can multiply without copying them into one tensor."""
-
-    @property
-    @abstractmethod
-    def shape(self) -> torch.Size:
-        """Shape ``(b, m, n)`` of all matrices together."""
-
-    @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """Dtype of products."""
-
-    @abstractmethod
-    def __matmul__(self, columns: Tensor) -> Tensor:
-        """Multiply the gradients ``(b, m, n)`` by ``(b, n, r)`` from the right."""
-
-    @abstractmethod
-    def __rmatmul__(self, weights: Tensor) -> Tensor:
-        """Multiply the gradients ``(b, m, n)`` by ``(b, r, m)`` from the left."""
-
-    @abstractmethod
-    def squares(self, dim: int | None) -> list[Tensor]:
-        """Sums of squares of the rows of every gradient, ``(..., m, 1)``; with ``dim`` -2 of its columns, with None of
-        all of it.
-        """
-
-    @abstractmethod
-    def any(self) -> Tensor:
-        """Whether each matrix has an entry that is not zero, ``(b, 1, 1)``."""
-
-
-class Stacked(list[Tensor]):
-    """Parts of one tensor along its first dimension, which :func:`join` need not copy."""
-
-    def __init__(self, whole: Tensor) -> None:
-        super().__init__(whole.unbind())
-        self.whole = whole
 
 
 class Direction(NamedTuple):
@@ -294,29 +253,3 @@ class SecondMoment(Moment):
     def applied(self, direction: Direction, reduction: Reduction = ONE_PROCESS) -> Direction:
         """Replace a direction by what its matrices become, where the moment works on :attr:`whole_matrices`."""
         raise NotImplementedError
-
-
-def join(tensors: list[Tensor]) -> Tensor:
-    """Join matrices and stacks of matrices of one shape to a batch ``(b, m, n)``; a single one and what is
-    :class:`Stacked` are not copied.
-
-    Where a process holds parts of them, rows of zero make the number of rows equal.
-    """
-    if isinstance(tensors, Stacked) and tensors.whole.dim() > 2:
-        return tensors.whole.flatten(0, -3)
-    if len(tensors) > 1 and tensors[0].dim() == 2 and all(t.shape == tensors[0].shape for t in tensors):
-        return torch.stack(tensors)
-    batches = [tensor if tensor.dim() == 3 else tensor.unsqueeze(0) for tensor in tensors]
-    if len(batches) == 1:
-        return batches[0]
-    most = max(batch.shape[-2] for batch in batches)
-    return torch.cat([pad(batch, (0, 0, 0, most - batch.shape[-2])) for batch in batches])
-
-
-def split(batch: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """Split a batch into views shaped as ``like``; the inverse of :func:`join`."""
-    if all(tensor.shape == batch.shape[1:] for tensor in like):
-        return list(batch.unbind())
-    sizes = [tensor.shape[0] if tensor.dim() == 3 else 1 for tensor in like]
-    parts = zip(batch.split(sizes), like, strict=True)
-    return [part[:, : tensor.shape[-2]].view(tensor.shape) for part, tensor in parts]

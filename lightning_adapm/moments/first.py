@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lightning_adapm.moments import lowrank
-from lightning_adapm.moments.base import Direction, Momentum, Stack, State, join, split
+from lightning_adapm.moments.base import Direction, Momentum, State
+from lightning_adapm.moments.batches import Stack, join, split
 from lightning_adapm.moments.storage import EXACT, Entry, Storage
 from lightning_adapm.sharding.find import has_values
 from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction

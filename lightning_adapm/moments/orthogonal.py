@@ -18,7 +18,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_adapm.moments.base import Direction, join, split
+from lightning_adapm.moments.base import Direction
+from lightning_adapm.moments.batches import join, split
 from lightning_adapm.moments.second import NoSecondMoment
 from lightning_adapm.sharding.owners import Owners
 from lightning_adapm.sharding.reduction import ONE_PROCESS, ProcessReduction, Reduction

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_adapm.moments import lowrank
-from lightning_adapm.moments.base import Denominators, Direction, Momentum, SecondMoment, State, join, split
+from lightning_adapm.moments.base import Denominators, Direction, Momentum, SecondMoment, State
+from lightning_adapm.moments.batches import join, split
 from lightning_adapm.moments.storage import EXACT, Entry, Storage
 from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
 

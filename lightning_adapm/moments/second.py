@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_adapm.moments.base import Denominators, SecondMoment, Stack, State
+from lightning_adapm.moments.base import Denominators, SecondMoment, State
+from lightning_adapm.moments.batches import Stack
 from lightning_adapm.moments.storage import EXACT, Entry, Storage
 from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_adapm.moments.base import Direction, Momentum, State, join, split
+from lightning_adapm.moments.base import Direction, Momentum, State
+from lightning_adapm.moments.batches import join, split
 from lightning_adapm.moments.first import FullMomentum, LowRankMomentum, NoMomentum
 from lightning_adapm.moments.orthogonal import Orthogonal
 from lightning_adapm.moments.quantized import CODES, SCALE, EightBits

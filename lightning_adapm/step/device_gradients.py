@@ -5,7 +5,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_adapm.moments.base import Stack
+from lightning_adapm.moments.batches import Stack
 from lightning_adapm.moments.second import FactoredSecondMoment, RelativeSecondMoment
 from lightning_adapm.step import kernels, reading
 from lightning_adapm.step.batching import Batch

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_adapm.moments.base import Denominators, State, join
+from lightning_adapm.moments.base import Denominators, State
+from lightning_adapm.moments.batches import join
 from lightning_adapm.moments.second import (
     BlockSecondMoment,
     ElementwiseSecondMoment,

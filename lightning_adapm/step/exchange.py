@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_adapm.moments import lowrank
-from lightning_adapm.moments.base import join
+from lightning_adapm.moments.batches import join
 from lightning_adapm.moments.first import LowRankMomentum
 from lightning_adapm.moments.second import BlockSecondMoment, FactoredSecondMoment
 from lightning_adapm.sharding.collectives import total

@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_adapm.moments.base import Stack
+from lightning_adapm.moments.batches import Stack
 
 _SQUARED_ROWS, _SQUARED_NUMEL = 64, 1 << 20
 """Maximum numbers of rows and of elements that are squared at a time for sums over columns."""

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_adapm.moments.base import Stacked
+from lightning_adapm.moments.batches import Stacked
 from lightning_adapm.sharding.collectives import all_reduce
 from lightning_adapm.sharding.find import has_values
 from lightning_adapm.step.gradients import Gradients

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_adapm.moments.base import Direction, split
+from lightning_adapm.moments.base import Direction
+from lightning_adapm.moments.batches import split
 from lightning_adapm.moments.orthogonal import COEFFICIENTS, parts_of, sized
 from lightning_adapm.sharding.collectives import Planned, summing
 from lightning_adapm.sharding.owners import Owners

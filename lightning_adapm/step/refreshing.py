@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_adapm.moments import lowrank
-from lightning_adapm.moments.base import join
+from lightning_adapm.moments.batches import join
 from lightning_adapm.moments.first import LowRankMomentum
 from lightning_adapm.step.averages import Refreshed, weigh
 from lightning_adapm.step.batching import Batch

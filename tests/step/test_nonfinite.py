@@ -9,7 +9,7 @@ from models import PlainLM, tiny_gpt, token_batches, train
 from torch import nn
 
 from lightning_adapm import AdaPM
-from lightning_adapm.moments.base import join
+from lightning_adapm.moments.batches import join
 from lightning_adapm.roles.piece import Piece
 from lightning_adapm.sharding.layout import Layout
 from lightning_adapm.step import nonfinite

@@ -8,7 +8,7 @@ from torch import nn
 from benchmarks.costs.memory import Ledger
 from lightning_adapm import AdaPM
 from lightning_adapm.moments import tiles
-from lightning_adapm.moments.base import join
+from lightning_adapm.moments.batches import join
 from lightning_adapm.step import by_torch as update
 from lightning_adapm.step import gradients
 from lightning_adapm.step.gradients import Gradients
