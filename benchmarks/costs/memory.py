@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_adapm.report.ledger import Ledger, tensors_in
+from lightning_adapm.report.allocations import AllocationTracker, tensors_in
 
-__all__ = ["Ledger", "held_bytes", "state_bytes", "storages", "tensors_in"]
+__all__ = ["AllocationTracker", "held_bytes", "state_bytes", "storages", "tensors_in"]
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:

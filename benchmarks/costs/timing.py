@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 
-from benchmarks.costs.memory import Ledger
+from benchmarks.costs.memory import AllocationTracker
 
 Step = Callable[[], object]
 
@@ -38,11 +38,11 @@ def time_steps(step: Step, steps: int, device: str) -> list[float]:
 def launched(step: Step, steps: int, device: str, held: Sequence[Tensor]) -> float:
     """Kernels per step on a GPU, by the profiler; on a CPU operations of torch."""
     if device != "cuda":
-        ledger = Ledger({"held": held})
-        with ledger.following():
+        tracker = AllocationTracker({"held": held})
+        with tracker.following():
             for _ in range(steps):
                 step()
-        return ledger.operations / steps
+        return tracker.operations / steps
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         for _ in range(steps):
@@ -57,14 +57,14 @@ def launched(step: Step, steps: int, device: str, held: Sequence[Tensor]) -> flo
 def transient_bytes(step: Step, steps: int, device: str, held: Sequence[Tensor]) -> int:
     """The most that is allocated at once during a step beyond what is there before it.
 
-    On a GPU by the allocator, on a CPU of the tensors that operations return (:class:`Ledger`).
+    On a GPU by the allocator, on a CPU of the tensors that operations return (:class:`AllocationTracker`).
     """
     if device != "cuda":
-        ledger = Ledger({"held": held})
-        with ledger.following():
+        tracker = AllocationTracker({"held": held})
+        with tracker.following():
             for _ in range(steps):
                 step()
-        return ledger.peak.total() - ledger.peak["held"]
+        return tracker.peak.total() - tracker.peak["held"]
     most = 0
     for _ in range(steps):
         torch.cuda.synchronize()

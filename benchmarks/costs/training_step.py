@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.costs.memory import Ledger, state_bytes, tensors_in
+from benchmarks.costs.memory import AllocationTracker, state_bytes, tensors_in
 from benchmarks.costs.models import materialize
 from benchmarks.costs.peers import Peer, build
 from benchmarks.studies.decoder import Shape
@@ -39,10 +39,10 @@ class Setting:
     accumulate: int = 1
 
 
-def _claim(ledger: Ledger, param: Tensor) -> None:
+def _claim(tracker: AllocationTracker, param: Tensor) -> None:
     """A hook, which must not hold the model: no garbage collector sees a circle through a hook."""
     assert param.grad is not None
-    ledger.claim(param.grad, "gradients")
+    tracker.claim(param.grad, "gradients")
 
 
 class Training:
@@ -81,26 +81,26 @@ class Training:
 
 
 class Followed(Training):
-    """Whose steps a ledger can follow."""
+    """A training loop whose steps a tracker can follow."""
 
     def __init__(self, shape: Shape, peer: Peer, setting: Setting, checkpointing: bool) -> None:
         super().__init__(shape, peer, setting)
-        self.ledger = Ledger()
+        self.tracker = AllocationTracker()
         if checkpointing:
             for block in self.model.blocks:
                 block.forward = self._checkpointed(block.forward)
         for param in self.model.parameters():
-            param.register_post_accumulate_grad_hook(partial(_claim, self.ledger))
+            param.register_post_accumulate_grad_hook(partial(_claim, self.tracker))
 
     def _checkpointed(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def counted(*inputs: Any) -> Tensor:
-            with self.ledger.counting("activations"):  # also when backward computes it again
+            with self.tracker.counting("activations"):  # also when backward computes it again
                 return forward(*inputs)
 
         return partial(checkpoint, counted, use_reentrant=False, preserve_rng_state=False)
 
     def forward(self) -> Tensor:
-        with self.ledger.counting("activations"):
+        with self.tracker.counting("activations"):
             return super().forward()
 
     def _allocated(self) -> int:
@@ -116,13 +116,13 @@ class Followed(Training):
         allocated = self._allocated() if device == "cuda" else 0
         self.optimizer.zero_grad()
         state = list(tensors_in(list(self.optimizer.state.values())))
-        self.ledger.begin({"parameters": self.model.parameters(), "state": state})
-        with self.ledger.following():
+        self.tracker.begin({"parameters": self.model.parameters(), "state": state})
+        with self.tracker.following():
             self.step()
-        parts = {part: self.ledger.peak[part] for part in PARTS}
-        total = allocated or self.ledger.peak.total()
+        parts = {part: self.tracker.peak[part] for part in PARTS}
+        total = allocated or self.tracker.peak.total()
         # what the allocator knows beyond the parts is inside of operations, such as workspaces of products
-        parts["transient"] += total - self.ledger.peak.total()
+        parts["transient"] += total - self.tracker.peak.total()
         return parts | {"peak": total, "all_state": state_bytes(self.optimizer)}
 
 

@@ -12,6 +12,7 @@ from lightning_adapm.moments.base import Momentum, SecondMoment
 from lightning_adapm.optim import groups, in_backward, options
 from lightning_adapm.optim.part_table import Asked, PartTable
 from lightning_adapm.optim.registry import Registry
+from lightning_adapm.optim.replaced import check_not_replaced
 from lightning_adapm.optim.turns import Selection
 from lightning_adapm.roles.assign import assign_roles
 from lightning_adapm.roles.context import Named
@@ -197,9 +198,8 @@ class RoleOptimizer(Checkpointed):
         elif closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        places = self._registry.places
-        if places is None or not all(each.are_as_before for each in places):
-            self._registry.check_not_replaced(self)
+        known = self._registry
+        known.places = check_not_replaced(known.places, self, known.names)
         self._norms = [] if early is None else early.norms()
         moved, _ = self._take(self._left(early is not None))
         self._engine.nonfinite.finish_step()

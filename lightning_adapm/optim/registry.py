@@ -5,11 +5,9 @@ from copy import copy
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_adapm.optim.replaced import Built, Places
 from lightning_adapm.roles.assign import Assigned
-from lightning_adapm.roles.live import find_roots
 from lightning_adapm.roles.piece import Piece
 from lightning_adapm.sharding.find import shape_of
 
@@ -30,7 +28,7 @@ class Registry:
         """Numbers of the parameters in the order of their coming: the same on every process."""
         self.built: dict[Tensor, Built] = {}
         """Names, shapes and options that the pieces and the state of every parameter were made for."""
-        self.places: list[Places] | None = []
+        self.places: Sequence[Places] | None = []
         """Places of the parameters in live modules; None where they are still to be found."""
 
     def __getstate__(self) -> dict[str, Any]:
@@ -49,7 +47,7 @@ class Registry:
             options = {option: copy(group[option]) for option in structure}
             self.built.update((param, Built(self.names[param], shape_of(param), options)) for param in group["params"])
         if self.places is not None:
-            self.places.append(Places(assigned.roots.values(), assigned.names))
+            self.places = [*self.places, Places(assigned.roots.values(), assigned.names)]
 
     def let_go(self, held: Collection[Tensor]) -> None:
         """Forget all parameters except ``held``, so that their memory is given back."""
@@ -65,14 +63,3 @@ class Registry:
         if [self.names[param] for param in params] != group["param_names"]:
             group["param_names"] = [self.names[param] for param in params]
             group["roles"] = [self.roles[param] for param in params]
-
-    def check_not_replaced(self, optimizer: Optimizer) -> None:
-        """Refuse a model whose parameters are no longer those of its optimizer.
-
-        Raises:
-            RuntimeError: Naming the first of them, and where to build the optimizer instead.
-        """
-        held = {param: self.names[param] for group in optimizer.param_groups for param in group["params"]}
-        if self.places is None:
-            self.places = [Places(find_roots(held), held, complete=False)]
-        self.places = [places.check(held, optimizer) for places in self.places]

@@ -3,7 +3,7 @@
 import gc
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_adapm.roles.context import plain
-from lightning_adapm.roles.live import children_of, parameters_of, walk
+from lightning_adapm.roles.live import children_of, find_roots, parameters_of, walk
 from lightning_adapm.sharding.find import is_dtensor, local, shape_of
 
 _Module = weakref.ref[nn.Module]
@@ -116,6 +116,30 @@ class Places:
                 full = f"{path}.{name}" if path else name
                 if (index, plain(full)) not in self._others:
                     yield full, param
+
+
+def check_not_replaced(
+    known: Sequence[Places] | None, optimizer: Optimizer, names: Mapping[Tensor, str]
+) -> Sequence[Places]:
+    """Refuse a model whose parameters are no longer those of its optimizer.
+
+    Args:
+        known: Places where its parameters were; None where they are still to be found.
+        optimizer: The optimizer.
+        names: Names of its parameters.
+
+    Returns:
+        The places where its parameters are now.
+
+    Raises:
+        RuntimeError: Naming the first parameter that was replaced, and where to build the optimizer instead.
+    """
+    if known is not None and all(places.are_as_before for places in known):
+        return known
+    held = {param: names[param] for group in optimizer.param_groups for param in group["params"]}
+    if known is None:
+        known = [Places(find_roots(held), held, complete=False)]
+    return [places.check(held, optimizer) for places in known]
 
 
 def _is_gathered(held: Tensor | None, param: Tensor) -> bool:

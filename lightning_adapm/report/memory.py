@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from lightning_adapm.optim.in_backward import Waiting
-from lightning_adapm.report.ledger import Ledger
+from lightning_adapm.report.allocations import AllocationTracker
 from lightning_adapm.report.shortened import Shortened
 
 _IN_LOW_PRECISION = (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.conv1d)
@@ -74,11 +74,11 @@ def step_bytes(
     trained = [param for param in model.parameters() if param.requires_grad]
     for param in trained:
         param.grad = torch.empty_like(param) if accumulating or freed_late else None
-    ledger = Ledger()
+    tracker = AllocationTracker()
     handles = [
-        param.register_post_accumulate_grad_hook(partial(_complete, ledger, waiting, transients)) for param in trained
+        param.register_post_accumulate_grad_hook(partial(_complete, tracker, waiting, transients)) for param in trained
     ]
-    ledger.begin(
+    tracker.begin(
         {
             "weights": [*model.parameters(), *model.buffers()],
             "gradients": [param.grad for param in trained if param.grad is not None],
@@ -86,12 +86,12 @@ def step_bytes(
     )
     try:
         with (
-            Shortened(blocks, ledger, waiting) as shortened,
-            ledger.following(),
+            Shortened(blocks, tracker, waiting) as shortened,
+            tracker.following(),
             _FusedAttention(),
             nullcontext() if autocast is None else _Autocast(autocast),
         ):
-            with ledger.counting("activations"):
+            with tracker.counting("activations"):
                 value = loss()
             for param in trained if not accumulating else ():
                 param.grad = None
@@ -110,10 +110,10 @@ def step_bytes(
     return StepBytes(peak["weights"], peak["gradients"], state, peak["activations"], peak["transient"])
 
 
-def _complete(ledger: Ledger, waiting: Waiting | None, transients: int, param: Tensor) -> None:
+def _complete(tracker: AllocationTracker, waiting: Waiting | None, transients: int, param: Tensor) -> None:
     """Hook that counts a gradient, and lets parameters move where that happens inside backward."""
     assert param.grad is not None
-    ledger.claim(param.grad, "gradients")
+    tracker.claim(param.grad, "gradients")
     if waiting is not None and waiting.add(param):
         _allocate(transients)
         for each in waiting.take().params:

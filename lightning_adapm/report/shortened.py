@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_adapm.optim.in_backward import Waiting
-from lightning_adapm.report.ledger import Ledger
+from lightning_adapm.report.allocations import AllocationTracker
 
 _FEW = 3
 """Blocks that run where gradients stay: the first, the last, and one that stands for all between them."""
@@ -25,13 +25,13 @@ class Shortened:
 
     Args:
         blocks: Blocks that pass one tensor on; None for a model that stays as it is.
-        ledger: Ledger of the step.
+        tracker: AllocationTracker of the step.
         waiting: Gradients that wait for each other where parameters move in backward; None elsewhere.
     """
 
-    def __init__(self, blocks: nn.ModuleList | None, ledger: Ledger, waiting: Waiting | None) -> None:
+    def __init__(self, blocks: nn.ModuleList | None, tracker: AllocationTracker, waiting: Waiting | None) -> None:
         self._blocks = nn.ModuleList() if blocks is None else blocks
-        self._ledger, self._waiting = ledger, waiting
+        self._tracker, self._waiting = tracker, waiting
         self._missing: list[nn.Module] = []
         self._handles: list[RemovableHandle] = []
         self._forward: list[Counter[str]] = []
@@ -50,20 +50,20 @@ class Shortened:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._sections.append(self._ledger.end_section())
+        self._sections.append(self._tracker.end_section())
         for handle in self._handles:
             handle.remove()
         self._blocks.extend(self._missing)
 
     def _passed(self, block: nn.Module, inputs: Any, out: Tensor) -> None:
         """Hook of a block's forward pass."""
-        self._forward.append(self._ledger.alive())
+        self._forward.append(self._tracker.alive())
         out.register_hook(self._reached)
 
     def _reached(self, grad: Tensor) -> None:
         """Hook at the start of a block's backward pass."""
-        self._sections.append(self._ledger.end_section())
-        self._backward.append(self._ledger.alive())
+        self._sections.append(self._tracker.end_section())
+        self._backward.append(self._tracker.alive())
 
     def peak(self) -> Counter[str]:
         """Bytes by category at the moment when the whole model holds most."""

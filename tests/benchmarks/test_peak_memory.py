@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks import peak_memory, scaling
-from benchmarks.costs.memory import Ledger, held_bytes
+from benchmarks.costs.memory import AllocationTracker, held_bytes
 from benchmarks.costs.models import numel
 from benchmarks.costs.peers import chosen
 from benchmarks.costs.training_step import PARTS, Setting, free, measure
@@ -22,27 +22,27 @@ SETTING = Setting("cpu", torch.float32, batch=2, length=16)
 ADAMW, FUSED, IN_BACKWARD = chosen("AdamW")[0], chosen("fused")[0], chosen("in backward")[0]
 
 
-def test_the_ledger_knows_what_is_alive_and_what_it_is():
+def test_the_tracker_knows_what_is_alive_and_what_it_is():
     held = torch.zeros(100)
-    ledger = Ledger({"held": [held, held[:10]]})
-    with ledger.following():
+    tracker = AllocationTracker({"held": [held, held[:10]]})
+    with tracker.following():
         a = torch.zeros(1000)
-        with ledger.counting("activations"):
+        with tracker.counting("activations"):
             b = a + 1
         del a
         held.add_(1)
         c = b.view(10, 100) * 2
-        ledger.claim(c, "gradients")
+        tracker.claim(c, "gradients")
         d = c[0]  # a view
         del b, c
         torch.zeros(500)
-    assert ledger.peak == Counter(held=400, activations=4000, gradients=4000)
-    assert ledger.operations == 7
+    assert tracker.peak == Counter(held=400, activations=4000, gradients=4000)
+    assert tracker.operations == 7
     assert held_bytes([d, d]) == 4000
-    ledger.begin({"gradients": [d]})
-    with ledger.following():
+    tracker.begin({"gradients": [d]})
+    with tracker.following():
         torch.zeros(10)
-    assert ledger.peak == Counter(gradients=4000, transient=40)
+    assert tracker.peak == Counter(gradients=4000, transient=40)
 
 
 def test_the_parts_of_a_step_are_those_of_adamw():

@@ -6,7 +6,7 @@ import torch
 from lightning_adapm import AdaPM
 from lightning_adapm.litgpt.module import LitGPTModule
 from lightning_adapm.optim.in_backward import Waiting
-from lightning_adapm.report.ledger import Ledger
+from lightning_adapm.report.allocations import AllocationTracker
 from lightning_adapm.report.memory import step_bytes
 
 SIZES = {"n_layer": 3, "n_embd": 64, "n_head": 4, "vocab_size": 300, "padded_vocab_size": 320, "block_size": 64}
@@ -34,7 +34,7 @@ def planned(module, **options):
 
 def measured(module, waiting=None):
     """The most bytes of tensors at once in forward and backward on the CPU, and the bytes that the former keeps."""
-    tokens, ledger, kept = torch.randint(300, TOKENS), Ledger(), {}
+    tokens, tracker, kept = torch.randint(300, TOKENS), AllocationTracker(), {}
     own = [*module.parameters(), *module.buffers()]
     known = {tensor.untyped_storage()._cdata for tensor in own}
 
@@ -51,13 +51,13 @@ def measured(module, waiting=None):
 
     for param in module.parameters() if waiting else ():
         param.register_post_accumulate_grad_hook(complete)
-    ledger.begin({"weights": own})
-    with ledger.following():
+    tracker.begin({"weights": own})
+    with tracker.following():
         module._loss(tokens)[0].backward()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = module._loss(tokens)[0]
     del loss
-    return ledger.peak.total(), sum(kept.values())
+    return tracker.peak.total(), sum(kept.values())
 
 
 @pytest.mark.parametrize("options", MEMORY.values(), ids=MEMORY)

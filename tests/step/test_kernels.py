@@ -15,7 +15,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from benchmarks.costs.memory import Ledger
+from benchmarks.costs.memory import AllocationTracker
 from lightning_adapm import AdaPM
 from lightning_adapm.moments import tiles
 from lightning_adapm.report.diagnostics import ResidualProbe
@@ -169,10 +169,10 @@ def test_first_steps_and_refreshes_copy_no_gradient(interpreted):
     for number in range(3):
         weight.grad = torch.randn(256, 512, generator=torch.Generator().manual_seed(number)).to(torch.bfloat16)
         state = [value for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor)]
-        ledger = Ledger({"held": [weight, weight.grad, *state]})
-        with ledger.following():
+        tracker = AllocationTracker({"held": [weight, weight.grad, *state]})
+        with tracker.following():
             optimizer.step()
-        assert ledger.peak["transient"] < 4 * weight.numel() // 2
+        assert tracker.peak["transient"] < 4 * weight.numel() // 2
     assert {"combine", "move"} <= set(interpreted)
 
 
@@ -212,10 +212,12 @@ def test_a_step_by_kernels_allocates_no_more_than_is_planned(interpreted, second
         for weight in weights.values():
             weight.grad = torch.randn(384, 256).bfloat16()
         state = [v for each in optimizer.state.values() for v in each.values() if isinstance(v, torch.Tensor)]
-        ledger = Ledger({"held": [*weights.values(), *(weight.grad for weight in weights.values()), *state]})
-        with ledger.following():
+        tracker = AllocationTracker(
+            {"held": [*weights.values(), *(weight.grad for weight in weights.values()), *state]}
+        )
+        with tracker.following():
             optimizer.step()
-        assert 0 < ledger.peak["transient"] <= bound
+        assert 0 < tracker.peak["transient"] <= bound
 
 
 def by_name(probe):

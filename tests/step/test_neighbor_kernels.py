@@ -5,7 +5,7 @@ import torch
 from models import relative_difference
 from torch import nn
 
-from benchmarks.costs.memory import Ledger
+from benchmarks.costs.memory import AllocationTracker
 from lightning_adapm import AdaLomo, Lomo
 from lightning_adapm.moments import tiles
 from lightning_adapm.step import kernels
@@ -79,7 +79,7 @@ def test_adalomo_moves_in_tiles_without_kernels(monkeypatch, dtype):
     optimizer.step()
     monkeypatch.setattr(tiles, "TILE_NUMEL", 4096)
     held = [value for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor)]
-    ledger = Ledger({"held": [weight, weight.grad, *held]})
-    with ledger.following():
+    tracker = AllocationTracker({"held": [weight, weight.grad, *held]})
+    with tracker.following():
         optimizer.step()
-    assert ledger.peak["transient"] < 4 * weight.numel() / 2
+    assert tracker.peak["transient"] < 4 * weight.numel() / 2

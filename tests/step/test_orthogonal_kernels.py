@@ -7,7 +7,7 @@ import torch
 from models import relative_difference
 from torch import nn
 
-from benchmarks.costs.memory import Ledger
+from benchmarks.costs.memory import AllocationTracker
 from lightning_adapm import PartialMuon
 from lightning_adapm.moments import orthogonal as reference
 from lightning_adapm.report.diagnostics import ResidualProbe
@@ -212,7 +212,9 @@ def test_allocates_no_more_than_is_planned(interpreted):
             weight.grad = torch.randn(96, 64)
         optimizer.observer = probe
         state = [v for each in optimizer.state.values() for v in each.values() if isinstance(v, torch.Tensor)]
-        ledger = Ledger({"held": [*weights.values(), *(weight.grad for weight in weights.values()), *state]})
-        with ledger.following():
+        tracker = AllocationTracker(
+            {"held": [*weights.values(), *(weight.grad for weight in weights.values()), *state]}
+        )
+        with tracker.following():
             optimizer.step()
-        assert 0 < ledger.peak["transient"] <= bound
+        assert 0 < tracker.peak["transient"] <= bound

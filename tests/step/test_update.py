@@ -5,7 +5,7 @@ import torch
 from models import PlainLM, tiny_gpt
 from torch import nn
 
-from benchmarks.costs.memory import Ledger
+from benchmarks.costs.memory import AllocationTracker
 from lightning_adapm import AdaPM
 from lightning_adapm.moments import tiles
 from lightning_adapm.moments.batches import join
@@ -79,7 +79,7 @@ def moved(monkeypatch, together, second_moment):
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(264, 256, generator=generator, dtype=torch.float64) for _ in range(6)]
     named = [(f"blocks.{2 * index}.mlp.up_proj.weight", nn.Parameter(weight)) for index, weight in enumerate(weights)]
-    optimizer, ledger = AdaPM(named, lr=1e-2, rank=4, second_moment=second_moment), Ledger()
+    optimizer, tracker = AdaPM(named, lr=1e-2, rank=4, second_moment=second_moment), AllocationTracker()
     for step in range(12):
         for _, param in named:
             param.grad = torch.randn(param.shape, generator=generator, dtype=torch.float64)
@@ -87,11 +87,11 @@ def moved(monkeypatch, together, second_moment):
             value for held in optimizer.state.values() for value in held.values() if isinstance(value, torch.Tensor)
         ]
         if step:
-            ledger.begin({"held": [*weights, *(param.grad for _, param in named), *state]})
-        with ledger.following():
+            tracker.begin({"held": [*weights, *(param.grad for _, param in named), *state]})
+        with tracker.following():
             optimizer.step()
-        operations, ledger.operations = ledger.operations, 0
-    return torch.stack(weights), ledger.peak["transient"], operations
+        operations, tracker.operations = tracker.operations, 0
+    return torch.stack(weights), tracker.peak["transient"], operations
 
 
 @pytest.mark.parametrize("second_moment", ["elementwise", "block", "factored"])

@@ -6,7 +6,7 @@ from models import gpt_loss, tiny_gpt, token_batches
 from optimizers import CASES
 from torch import nn
 
-from benchmarks.costs.memory import Ledger
+from benchmarks.costs.memory import AllocationTracker
 from lightning_adapm import AdaPM
 from lightning_adapm.moments import tiles
 from lightning_adapm.report.diagnostics import ResidualProbe
@@ -70,16 +70,16 @@ def peak(watched, first=False, **options):
     """Bytes that the ``first`` or the second step of a large matrix allocates at most, and frees again."""
     weight = nn.Parameter(torch.randn(2048, 128, generator=torch.Generator().manual_seed(0)))
     optimizer = AdaPM([("lm_head.weight", weight)], **{"rank": 4, "update_proj_gap": 10} | options)
-    probe, ledger = ResidualProbe(), Ledger()
+    probe, tracker = ResidualProbe(), AllocationTracker()
     optimizer._make_state(weight)
     for number in range(1 if first else 2):
         weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(number))
         optimizer.observer = probe if watched else None
         held = [weight, weight.grad, *(v for v in optimizer.state[weight].values() if isinstance(v, torch.Tensor))]
-        ledger.begin({"held": held})
-        with ledger.following():
+        tracker.begin({"held": held})
+        with tracker.following():
             optimizer.step()
-    return ledger.peak["transient"]
+    return tracker.peak["transient"]
 
 
 @pytest.mark.parametrize("second_moment", ["block", "elementwise", "factored"])

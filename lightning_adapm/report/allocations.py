@@ -1,4 +1,4 @@
-"""Bytes that a piece of work allocates on the way: every tensor is followed as long as it is alive."""
+"""Tracking of allocations: bytes of every tensor that operations make, as long as it is alive."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,8 +30,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         yield from tensors_in(vars(value))
 
 
-class Ledger(TorchDispatchMode):
-    """Follows every storage that operations make meanwhile, by category, and counts the operations.
+class AllocationTracker(TorchDispatchMode):
+    """Tracks every storage that operations make in its context, by category, and counts the operations.
 
     What an operation allocates and frees inside itself is not seen. ``peak`` is by category at the moment when most
     was alive.
