@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_adapm.moments.base import Moment, Momentum, SecondMoment
-from lightning_adapm.moments.storage import Storage, decoded
+from lightning_adapm.moments.storage import Entry, Storage, decoded
 from lightning_adapm.roles.context import normalize
 from lightning_adapm.sharding.find import local, shape_of
 from lightning_adapm.state.sharded import fits, full_entry, import_entry, localize
@@ -93,6 +93,17 @@ def _misfit(part: Part, key: str, value: Tensor) -> ValueError:
     )
 
 
+def _unlike(part: Part, entries: Mapping[str, Entry], values: Mapping[str, Any]) -> ValueError:
+    """Error about the first of a moment's entries that is missing, or saved in another shape."""
+    key = next(key for key, entry in entries.items() if getattr(values.get(key), "shape", None) != entry.shape)
+    if key in values:
+        return _misfit(part, part.piece.prefix + key, values[key])
+    return ValueError(
+        f"the saved state of {part.name} has no {part.piece.prefix}{key}; load a state that an optimizer with the same"
+        " settings has saved, or begin without a state"
+    )
+
+
 def _fill(part: Part, moment: Moment, family: type[Moment], saved: Mapping[str, Any], new: dict[str, Any]) -> None:
     """Fill the new state of a moment of a part from what a moment of the same family has saved."""
     values = decoded(saved)
@@ -102,10 +113,10 @@ def _fill(part: Part, moment: Moment, family: type[Moment], saved: Mapping[str, 
     if known and not sources:
         key = min(known[0].keys)
         raise _misfit(part, part.piece.prefix + key, values[key])
-    entries = moment.entries(part.shape).keys()
-    own = not sources or sources[0].keys <= entries
-    coded = {key + suffix for kind in Storage.kinds() for key in entries for suffix in kind.suffixes} & saved.keys()
-    if own and _copied(saved if coded <= new.keys() else values, new):
+    entries = moment.entries(part.shape)
+    own = not sources or sources[0].keys <= entries.keys()
+    coded = (_in_any_storage(entries) - entries.keys()) & saved.keys()
+    if own and (_copied(saved if coded <= new.keys() else values, new) or _written(values, entries, new)):
         return
     if own and sources and moment.keys == sources[0].keys and moment.resized(values, new):
         return
@@ -113,10 +124,14 @@ def _fill(part: Part, moment: Moment, family: type[Moment], saved: Mapping[str, 
         try:
             moment.from_dense(sources[0].dense(values, part.shape), new)
         except ValueError as error:
+            if sources[0] is type(moment):
+                raise _unlike(part, entries, values) from error
             raise ValueError(
                 f"the saved state of {part.name} does not fit: {error}; load it into the optimizer that saved it, or"
                 " begin without a state"
             ) from error
+    elif entries.keys() & values.keys():
+        raise _unlike(part, entries, values)
     elif family is SecondMoment:
         held = sorted(values.keys() & {key for kind in family.kinds() for key in kind.keys})
         if not held:
@@ -130,8 +145,20 @@ def _fill(part: Part, moment: Moment, family: type[Moment], saved: Mapping[str, 
         )
 
 
+def _written(values: Mapping[str, Any], entries: Mapping[str, Entry], new: dict[str, Any]) -> bool:
+    """Write the values of entries through their storages, if all of them are there in the right shapes; whether so."""
+    if any(key not in values or getattr(values[key], "shape", None) != entry.shape for key, entry in entries.items()):
+        return False
+    for key, entry in entries.items():
+        if entry.shape is None:
+            new[key] = int(values[key])
+        else:
+            entry.storage.write([new], key, [values[key]])
+    return True
+
+
 def _copied(saved: Mapping[str, Any], new: dict[str, Any]) -> bool:
-    """Copy entries that are the same ones in the same shapes; whether they are."""
+    """Copy entries that are the same ones, stored in the same shapes; whether they are."""
     shapes = {key: value.shape if isinstance(value, Tensor) else None for key, value in new.items()}
     if not new.keys() <= saved.keys() or shapes != {key: getattr(saved[key], "shape", None) for key in new}:
         return False
@@ -159,12 +186,10 @@ def _others(parts: Parts, entry: Mapping[str, Any], ours: bool) -> dict[str, Any
     Raises:
         ValueError: A state of another optimizer, or of other roles.
     """
-    moments = {key for family in (Momentum, SecondMoment) for kind in family.kinds() for key in kind.keys}
-    moments |= {key + suffix for kind in Storage.kinds() for key in moments for suffix in kind.suffixes}
+    moments = _in_any_storage(key for family in (Momentum, SecondMoment) for kind in family.kinds() for key in kind.keys)
     known = {"step"} | moments
     for part in parts:
-        own = part.make(torch.device("meta"), whole=True)
-        known |= own.keys() | {part.piece.prefix + key for key in moments}
+        known |= {part.piece.prefix + key for key in moments | _in_any_storage(part.entries)}
     others = {key: value for key, value in entry.items() if key not in known}
     if unknown := sorted(key for key in others if not ours or key.rpartition(".")[2] in moments):
         raise ValueError(
@@ -172,3 +197,9 @@ def _others(parts: Parts, entry: Mapping[str, Any], ours: bool) -> dict[str, Any
             " state of this optimizer with the same roles, or of torch.optim.AdamW"
         )
     return others
+
+
+def _in_any_storage(keys: Iterable[str]) -> set[str]:
+    """Keys of entries, and of the tensors that any storage keeps in their place."""
+    found = set(keys)
+    return found | {key + suffix for kind in Storage.kinds() for key in found for suffix in kind.suffixes}

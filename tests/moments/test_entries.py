@@ -83,6 +83,30 @@ def test_a_moment_that_cannot_be_converted_says_so():
     model, optimizer = trained(AdaPM)
     with pytest.raises(ValueError, match="SignMomentum cannot be made from the state of another moment"):
         SignAdaPM(model.named_parameters()).load_state_dict(optimizer.state_dict())
+    model, optimizer = trained(SignAdaPM)
+    with pytest.raises(ValueError, match="the state of a SignMomentum cannot become that of another moment"):
+        AdaPM(model.named_parameters()).load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("keys", [SignMomentum.keys, frozenset()], ids=["with keys", "without keys"])
+def test_a_moment_of_ones_own_moves_between_storages(monkeypatch, keys):
+    """From the values alone, as sharded state dicts hold them, and from what another storage keeps."""
+    monkeypatch.setattr(SignMomentum, "keys", keys)
+    model, plain = trained(SignAdam)
+    float8 = SignAdam(model.named_parameters(), float8=True)
+    float8.load_state_dict(plain.state_dict())
+    back = SignAdam(model.named_parameters())
+    back.load_state_dict(float8.state_dict())
+    averages = [(state["sign_avg"], back.state[param]) for param, state in plain.state.items() if "sign_avg" in state]
+    assert averages
+    for average, state in averages:
+        assert ((state["sign_avg"] - average).abs() <= average.abs().amax(-1, keepdim=True) / 16).all()
+        assert state["seen"] == 5 and state["sign_avg"].any()
+    broken = plain.state_dict()
+    shortened = next(state for state in broken["state"].values() if "sign_avg" in state)
+    shortened["sign_avg"] = shortened["sign_avg"][1:]
+    with pytest.raises(ValueError, match="does not fit its shape .*sign_avg"):
+        float8.load_state_dict(broken)
 
 
 @pytest.mark.parametrize("momentum", [None, "full"])
