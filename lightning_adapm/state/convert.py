@@ -186,7 +186,8 @@ def _others(parts: Parts, entry: Mapping[str, Any], ours: bool) -> dict[str, Any
     Raises:
         ValueError: A state of another optimizer, or of other roles.
     """
-    moments = _in_any_storage(key for family in (Momentum, SecondMoment) for kind in family.kinds() for key in kind.keys)
+    kinds = (*Momentum.kinds(), *SecondMoment.kinds())
+    moments = _in_any_storage(key for kind in kinds for key in kind.keys)
     known = {"step"} | moments
     for part in parts:
         known |= {part.piece.prefix + key for key in moments | _in_any_storage(part.entries)}
