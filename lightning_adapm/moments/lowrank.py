@@ -65,12 +65,11 @@ def orthonormalize(stacks: Sequence[Tensor], reduction: Reduction = ONE_PROCESS)
     length = gram.diagonal(dim1=-2, dim2=-1).sqrt()
     longest = length.amax(dim=-1, keepdim=True)
     seen = length > _DEPENDENT * longest
-    rows = _multiplied(_whitening(gram, torch.where(seen, length.reciprocal(), 0.0), _DEPENDENT**2), rows)
+    _multiply(_whitening(gram, torch.where(seen, length.reciprocal(), 0.0), _DEPENDENT**2), rows)
     gram = reduction.over_columns(_gram(rows))
     alive = (gram.diagonal(dim1=-2, dim2=-1) > 0.25).to(gram.dtype)
-    rows = _multiplied(_whitening(gram, alive, 1 - alive), rows)
-    found = [row.to(stack.dtype) for row, stack in zip(rows, stacks, strict=True)]
-    return reduction.columns_of(found, [stack.shape[-1] for stack in stacks]), longest.isfinite()[..., None]
+    _multiply(_whitening(gram, alive, 1 - alive), rows, stacks[0].dtype)
+    return reduction.columns_of(rows, [stack.shape[-1] for stack in stacks]), longest.isfinite()[..., None]
 
 
 def _gram(stacks: Sequence[Tensor]) -> Tensor:
@@ -80,10 +79,13 @@ def _gram(stacks: Sequence[Tensor]) -> Tensor:
     return torch.cat([pad(gram, (0, most - gram.shape[-1]) * 2) for gram in grams]) if len(grams) > 1 else grams[0]
 
 
-def _multiplied(weights: Tensor, stacks: Sequence[Tensor]) -> list[Tensor]:
-    """Each of the stacks with its part of ``weights`` from the left."""
-    parts = zip(weights.split([len(stack) for stack in stacks]), stacks, strict=True)
-    return [part[:, : stack.shape[-2], : stack.shape[-2]] @ stack for part, stack in parts]
+def _multiply(weights: Tensor, stacks: list[Tensor], dtype: torch.dtype = torch.float64) -> None:
+    """Multiply each of the stacks by its part of ``weights`` from the left, one after another, so that only one of them
+    is there twice; the products have a ``dtype``.
+    """
+    for place, part in enumerate(weights.split([len(stack) for stack in stacks])):
+        r = stacks[place].shape[-2]
+        stacks[place] = (part[:, :r, :r] @ stacks[place]).to(dtype)
 
 
 def _whitening(gram: Tensor, scale: Tensor, shift: Tensor | float) -> Tensor:
