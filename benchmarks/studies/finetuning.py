@@ -19,10 +19,16 @@ SETTING = Setting(
 )
 """About three epochs of gsm8k. Steps are as large as in pretraining, so that everything is compiled once."""
 LORA = "LoRA, rank 16"
+SMALL_CARD = "AdaPM factored, small card"
+"""As the recipes for 12 and 24 GB have it, with weights in bfloat16 that are rounded stochastically."""
 ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "AdamW": adamw(0.9, 0.95),
     "AdaPM": adapm(betas=BETAS95),
     "AdaPM factored": adapm(betas=BETAS95, second_moment="factored"),
+    SMALL_CARD: adapm(betas=BETAS95, second_moment="factored", rank=0.05, state_dtype="bfloat16"),
+    f"{SMALL_CARD}, refreshed every 20": adapm(
+        betas=BETAS95, second_moment="factored", rank=0.05, state_dtype="bfloat16", update_proj_gap=20
+    ),
     "PartialMuon": ("PartialMuon", {}),
     "AdaPM block": adapm(betas=BETAS95, second_moment="block"),
     LORA: adamw(0.9, 0.95),
@@ -48,7 +54,7 @@ def finetune_at_size() -> Study:
         curves=True,
         baselines={"AdamW": ("AdamW",)},
         rates=RATES,
-        changes={LORA: {"adapters": 16}},
+        changes={LORA: {"adapters": 16}} | {label: {"weights": "bfloat16"} for label in ROWS if SMALL_CARD in label},
         first=(
             *((label, RATES.get(label, (LR,))[0], 0) for label in ROWS),
             *((label, BESIDE, 0) for _ in range(3) for label in ROWS),
