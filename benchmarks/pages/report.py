@@ -131,7 +131,7 @@ def plot(table: Table, path: Path) -> None:
 def opening(name: str, study: Study) -> list[str]:
     """Question, finding and setting."""
     setting, unit = study.setting, study.setting.shape.unit
-    windows = "" if study.images else f"x {setting.shape.context} "
+    windows = "" if unit == "image" else f"x {setting.shape.context} "
     what = f"{setting.shape}; {setting.steps} steps of {setting.batch} {windows}{unit}s"
     return [
         f"# {name}",

@@ -49,11 +49,11 @@ class Study:
     ``variants``: label to optimizer and options; ``baselines``: labels that every other variant is compared with,
     those of one name together (the best of them counts); ``edge``: learning rates added to a variant whose best is
     the highest or the lowest tried so far; ``rates``: label to learning rates of its own; ``changes``: label to
-    what differs in its setting, where ``length`` multiplies the steps. ``images``: on images made here, not on
-    text; ``curves``: also plot the loss against steps, bytes, seconds and state, and count the steps to a
-    baseline's loss. ``crossed``: two options of whose values the variants are all combinations, which a table and a
-    plot then show against each other. ``first``: label, learning rate and seed of the runs to make before all
-    others, where time may not suffice for all; a rate may be :data:`BEST` or :data:`BESIDE`.
+    what differs in its setting, where ``length`` multiplies the steps. ``curves``: also plot the loss against steps,
+    bytes, seconds and state, and count the steps to a baseline's loss. ``crossed``: two options of whose values the
+    variants are all combinations, which a table and a plot then show against each other. ``first``: label, learning
+    rate and seed of the runs to make before all others, where time may not suffice for all; a rate may be
+    :data:`BEST` or :data:`BESIDE`.
     """
 
     question: str
@@ -65,7 +65,6 @@ class Study:
     needs_data: bool = False
     pretrained: bool = False
     pretraining: Pretraining = Pretraining()
-    images: bool = False
     curves: bool = False
     crossed: tuple[str, str] | None = None
     baselines: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -139,7 +139,6 @@ def images() -> Study:
         lrs=(3e-4, 1e-3, 3e-3),
         edge=(1e-2,),
         setting=Setting(Images(blocks=2, width=32), steps=600, batch=64, val_windows=2000),
-        images=True,
         baselines=BESIDE_ADAMW,
         finding=(
             "With 4 seeds, each at its best rate: convolutions with low-rank momentum end 0.28 +- 0.03 below AdamW, "

@@ -18,7 +18,6 @@ class Recurrent:
     layers: int
     width: int
     context: int
-    lstm: bool = True
     vocab: int = 256
     words: ClassVar[str] = "An LSTM language model"
     unit: ClassVar[str] = "byte"

@@ -25,6 +25,11 @@ from lightning_adapm.step.paths import Path
 KEYS = "exp_avg_l", "exp_avg_r"
 
 
+def fields_of(instance: Any) -> dict[str, Any]:
+    """Fields of a dataclass by name, from which one of a subclass is made."""
+    return {field.name: getattr(instance, field.name) for field in dataclasses.fields(instance)}
+
+
 class Trial(AdaPM):
     """AdaPM with another low-rank momentum.
 
@@ -79,11 +84,10 @@ class Trial(AdaPM):
             super().move(batch, group)
 
     def _tried(self, momentum: LowRankMomentum) -> Momentum:
-        fields = {field.name: getattr(momentum, field.name) for field in dataclasses.fields(momentum)}
         if self.divide_all:
-            return DivideAll(**fields)
+            return DivideAll(**fields_of(momentum))
         if self.method is not None:
-            return LOW_RANK[self.method](**fields)
+            return LOW_RANK[self.method](**fields_of(momentum))
         if self.slow_beta1 is not None:
             return TwoTimeScales(momentum, dataclasses.replace(momentum, beta1=self.slow_beta1))
         return momentum

@@ -1,12 +1,12 @@
 """LoRA-Pre as a transcription of its paper has it: a step uses the factors that this step's gradient has updated."""
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.studies.trials import fields_of
 from lightning_adapm import LoRAPre
 from lightning_adapm.moments.base import Momentum, SecondMoment, State
 from lightning_adapm.moments.batches import join
@@ -24,11 +24,6 @@ class UpdatedRegressor(Regressor):
         super().fit(targets, states, reduction)
         left, right = (join(self.storage.read(states, f"{self.prefix}_{side}")) for side in "lr")
         return (left.to(targets.dtype) @ right.to(targets.dtype)).nan_to_num_(0.0, 0.0, 0.0)
-
-
-def fields_of(instance: Any) -> dict[str, Any]:
-    """Fields of a dataclass by name, from which one of a subclass is made."""
-    return {field.name: getattr(instance, field.name) for field in dataclasses.fields(instance)}
 
 
 class UpdatedMomentum(LowRankRegression):
