@@ -145,7 +145,7 @@ _RANGES: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
 }
 """Options with their condition, in words and as a test."""
 
-FOREIGN = frozenset({*_RANGES, "momentum", "state_dtype", "mu", "ns_steps"})
+FOREIGN = frozenset({*_RANGES, "momentum", "state_dtype", "mu", "ns_steps", "newton_schulz"})
 """Options of some optimizers of the package."""
 
 
