@@ -2,22 +2,25 @@
 
 import weakref
 from collections.abc import Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
+from operator import attrgetter
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_adapm.optim.groups import settings_of
 from lightning_adapm.optim.registry import Registry
 from lightning_adapm.optim.turns import Turns, are, params_of
 from lightning_adapm.roles.live import find_roots
-from lightning_adapm.sharding.find import local
+from lightning_adapm.sharding.find import locals_of
 from lightning_adapm.sharding.layout import Layout
 from lightning_adapm.step import graphs
 from lightning_adapm.step.engine import Rule
 from lightning_adapm.step.parts import Alike, Part, parts_of
+from lightning_adapm.step.whereabouts import Whereabouts
 from lightning_adapm.step.work import Work
+
+_GRAD, _DTYPE = attrgetter("grad"), attrgetter("dtype")
 
 States = Mapping[Tensor, dict[str, Any]]
 """States of parameters."""
@@ -38,41 +41,61 @@ class Moved:
 
     def __init__(self, asked: Asked, works: Sequence[Work], states: States) -> None:
         self._params = params_of(asked)
-        self._memory = _memory(self._params)
+        self._held, self._properties = Whereabouts(locals_of(self._params)), _properties(self._params)
         self._trained = list(states)
         place = {param: index for index, param in enumerate(states)}
         self._places = [place[param] for param in self._params]
+        self._states = Whereabouts(())
         self._found = [(work.parts, work.held) for work in works]
+        self._unmoved = object()
 
     def again(self, asked: Asked, states: States) -> list[Work] | None:
         """Return what moves in this step, if it is what was remembered; else None."""
         params = params_of(asked)
-        grads = [local(grad) for param in params if (grad := param.grad) is not None and grad.layout == torch.strided]
         same = (
-            [len(params) for _, params in asked] == [len(parts) for parts, _ in self._found]
+            [len(each) for _, each in asked] == [len(parts) for parts, _ in self._found]
             and are(params, self._params)
             and are(states, self._trained)
-            and _memory(params) == self._memory
+            and self._held.have(locals_of(params))
         )
-        if not same or len(grads) < len(params):
+        if not same or _properties(params) != self._properties:
             return None
-        kept = list(states.values())
-        if not all("step" in state for state in kept):
+        kept = list(map(list(states.values()).__getitem__, self._places))
+        if not self._follow(kept):
             return None
-        grads_left, states_left = iter(grads), map(kept.__getitem__, self._places)
+        grads_left, states_left = iter(locals_of(list(map(_GRAD, params)))), iter(kept)
         return [
-            Work(group, parts, held, list(islice(grads_left, len(parts))), list(islice(states_left, len(parts))))
+            Work(
+                group,
+                parts,
+                held,
+                list(islice(grads_left, len(parts))),
+                list(islice(states_left, len(parts))),
+                unmoved=self._unmoved,
+            )
             for (group, _), (parts, held) in zip(asked, self._found, strict=True)
         ]
+
+    def _follow(self, states: Sequence[dict[str, Any]]) -> bool:
+        """Give steps another token if states have been replaced or moved; return whether they are states at all."""
+        objects = list(chain.from_iterable(map(dict.values, states)))
+        if self._states.have(objects):
+            return True
+        self._states, self._unmoved = Whereabouts(objects), object()
+        return all("step" in state for state in states)
 
 
 def _first(asked: Asked) -> Tensor | None:
     return next((param for _, params in asked for param in params), None)
 
 
-def _memory(params: Sequence[Tensor]) -> list[Any]:
-    held = list(map(local, params))
-    return [*map(Tensor.data_ptr, held), *map(Tensor.stride, held)]
+def _properties(params: Sequence[Tensor]) -> list[Any] | None:
+    """Dtypes and strides of the gradients of parameters; None if one is missing or sparse."""
+    grads = list(map(_GRAD, params))
+    try:
+        return [*map(Tensor.stride, grads), *map(_DTYPE, grads)]
+    except (TypeError, RuntimeError):
+        return None
 
 
 def _shows_gradients(layout: Layout | None) -> bool:

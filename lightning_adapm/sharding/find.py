@@ -1,6 +1,7 @@
 """Find which elements of a parameter each process holds: for DTensors, and for views of FSDP1."""
 
 import sys
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -68,3 +69,11 @@ def has_values(tensor: Tensor) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, in the same memory."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def locals_of(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """This process's parts of tensors, which takes no time for each of them where none is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None or not any(issubclass(kind, module.DTensor) for kind in set(map(type, tensors))):
+        return tensors
+    return list(map(local, tensors))

@@ -1,13 +1,15 @@
 """Counters of the steps that parameters have taken, one tensor for each."""
 
-from collections.abc import Mapping, MutableMapping, Sequence
-from operator import is_
+from collections.abc import MutableMapping, Sequence
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_adapm.sharding.find import has_values
+
+_STEP = itemgetter("step")
 
 
 class StepCounters:
@@ -21,21 +23,22 @@ class StepCounters:
         self._all = torch.empty(0)
         self._views: tuple[Tensor, ...] = ()
 
-    def have_counted(self, states: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether these very states were counted together last time: none of them has been replaced since."""
-        return len(states) == len(self._views) and all(map(is_, [state["step"] for state in states], self._views))
+    def count(self, states: Sequence[MutableMapping[str, Any]]) -> tuple[list[int], bool]:
+        """Count one more step for each of ``states``.
 
-    def count(self, states: Sequence[MutableMapping[str, Any]]) -> list[int]:
-        """Count one more step for each of ``states``, and return the numbers."""
-        held = [state["step"] for state in states]
+        Returns:
+            The numbers, and whether these very states were counted together last time: none has been replaced since.
+        """
+        held = list(map(_STEP, states))
         if len(held) == 1 or not has_values(held[0]):  # inside backward; under FakeTensorMode only scalars are known
             for number in held:
                 number += 1
-            return [int(number) for number in held]
-        if not self.have_counted(states):
+            return [int(number) for number in held], False
+        as_before = len(held) == len(self._views) and all(map(is_, held, self._views))
+        if not as_before:
             self._all = torch.stack(held)
             self._views = self._all.unbind()
             for state, view in zip(states, self._views, strict=True):
                 state["step"] = view
         self._all += 1
-        return [int(number) for number in self._all.tolist()]
+        return self._all.int().tolist(), as_before

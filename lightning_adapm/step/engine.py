@@ -118,20 +118,19 @@ class Engine:
 
     def _count(self, work: Work) -> list[int]:
         """Count one more step of parameters."""
-        counters = self._counters[work.first]
-        if not counters.have_counted(work.states):
+        counts, as_before = self._counters[work.first].count(work.states)
+        if not as_before:
             work.settle()
-        return counters.count(work.states)
+        return counts
 
     def _launched(self, works: Sequence[Work], rule: Rule, recorder: Recorder | None) -> Sequence[Found]:
         """Take a step launch by launch, and return what kernels have found out about the gradients that they read."""
         planned: list[tuple[Mapping[str, Any], list[Batch]]] = []
         bound = [part for work in works for part in work.bound()]
         try:
-            for group, parts, _, grads, _, counts in works:
-                planned.append(
-                    (group, bucketed(zip(grads, parts, counts, strict=True), partial(rule.path_for, group=group)))
-                )
+            for work in works:
+                moving = zip(work.grads, work.parts, work.counts, strict=True)
+                planned.append((work.group, bucketed(moving, partial(rule.path_for, group=work.group))))
             every = [bucket for _, buckets in planned for bucket in buckets]
             # whole rows of matrices are read first: kernels find out on their way
             apart = (bucket for bucket in every if bucket.parts[0].shard is None or not bucket.path.whole)
@@ -213,6 +212,6 @@ def records(rule: Rule, device: torch.device) -> bool:
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Keep a caller's autocast, which would take products to half precision, out of a step."""
-    if torch.amp.is_autocast_available(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
-    return nullcontext()  # the meta device has none
+    return nullcontext()  # mostly; the meta device has none

@@ -51,9 +51,11 @@ class NonFiniteGradients:
         self._in_a_row = 0
         """Number of the latest steps with only broken gradients, as far as their flaws have arrived."""
         self._warned = False
-        self._forget_flaws()
+        self._forget_steps()
 
-    def _forget_flaws(self) -> None:
+    def _forget_steps(self) -> None:
+        self._latest: tuple[Sequence[Part], Tensor] | None = None
+        """The parts that were counted last, with their counts: those of a recorded step are always the same list."""
         self._flaws: list[Tensor] = []
         """Flaws of the batches since the last copy, in order."""
         self._sizes: list[int] = [0]
@@ -61,12 +63,12 @@ class NonFiniteGradients:
         self._copied: tuple[Tensor, list[int], torch.cuda.Event | None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_flaws", "_sizes", "_copied")
+        left_out = ("_latest", "_flaws", "_sizes", "_copied")
         return {key: value for key, value in vars(self).items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
-        self._forget_flaws()
+        self._forget_steps()
 
     def steps(self) -> dict[str, int]:
         """Number of steps by name, for names with any; waits for the device."""
@@ -98,7 +100,7 @@ class NonFiniteGradients:
 
     def let_go(self, held: set[int]) -> None:
         """Forget all parameters except those with the numbers ``held``."""
-        self._agreed = {}
+        self._agreed, self._latest = {}, None
         for known in (self._counts, self._names):
             for key in [key for key in known if key[0] not in held]:
                 del known[key]
@@ -179,10 +181,10 @@ class NonFiniteGradients:
 
     def count(self, parts: Sequence[Part], flaws: Tensor) -> None:
         """Add a step to those whose number in ``flaws`` ``(parts,)`` is 1, not 0."""
-        counts = self._together([part.key for part in parts])
-        if counts is None:
-            counts = self._gathered(parts, flaws)
-        counts += flaws
+        if self._latest is None or self._latest[0] is not parts:
+            counts = self._together([part.key for part in parts])
+            self._latest = parts, self._gathered(parts, flaws) if counts is None else counts
+        self._latest[1].add_(flaws)
         self._see(flaws)
 
     def _together(self, keys: list[Key]) -> Tensor | None:

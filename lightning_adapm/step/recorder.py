@@ -3,8 +3,8 @@ takes for a model of a hundred million parameters.
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from itertools import chain, compress
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -20,6 +20,7 @@ from lightning_adapm.step.parts import Part
 from lightning_adapm.step.paths import Path
 from lightning_adapm.step.recording import Clocks, Found, Recording
 from lightning_adapm.step.transients import held_by_a_step
+from lightning_adapm.step.whereabouts import Whereabouts, addresses
 from lightning_adapm.step.work import Work
 
 MOST_BYTES = 1 << 29
@@ -48,14 +49,13 @@ Launch = Callable[[Clocks | None], Sequence[Found]]
 class Form:
     """The common part of a recording's steps: the parameters, where all but gradients lie, options.
 
-    It keeps no state alive. What has the identity and the address of a tensor that is gone lies where that lay.
+    It keeps no state alive.
     """
 
-    def __init__(self, works: Sequence[Work]) -> None:
-        objects = _objects(works)
-        self._identities, self._equal = list(map(id, objects)), _equal(works)
-        self._are_tensors = [isinstance(each, Tensor) for each in objects]
-        self._addresses = _addresses(compress(objects, self._are_tensors))
+    def __init__(self, works: Sequence[Work], places: Sequence[int]) -> None:
+        self._unmoved = works[0].unmoved
+        self._objects, self._grads = Whereabouts(_objects(works)), _properties(works)
+        self._numbers = _relative(works), _alignments(places)
         self._options = [_options(work.group) for work in works]
         counts = _all(works, _COUNTS)
         # one of those that are due at the same steps
@@ -65,25 +65,28 @@ class Form:
                 later = count - counts[0]
                 self._dues.setdefault((type(part.first), *vars(part.first).items(), later), (part.first, later))
 
-    def holds(self, works: Sequence[Work]) -> bool:
-        """Whether a step is one of them."""
-        if len(works) != len(self._options):
-            return False
-        objects = _objects(works)
+    def holds(self, works: Sequence[Work], places: Sequence[int]) -> bool:
+        """Whether a step is one of them, whose gradients are at these ``places``."""
         return (
-            list(map(id, objects)) == self._identities
-            and _addresses(compress(objects, self._are_tensors)) == self._addresses
-            and _equal(works) == self._equal
+            len(works) == len(self._options)
+            and self._has(works)
+            and (_relative(works), _alignments(places)) == self._numbers
             and all(_have(work.group, options) for work, options in zip(works, self._options, strict=True))
         )
+
+    def _has(self, works: Sequence[Work]) -> bool:
+        """Whether these objects, and gradients of these kinds, move."""
+        unmoved = works[0].unmoved
+        if unmoved is None or unmoved is not self._unmoved:
+            if not self._objects.have(_objects(works)) or _properties(works) != self._grads:
+                return False
+            self._unmoved = unmoved
+        return True
 
     def kind(self, works: Sequence[Work]) -> Hashable:
         """Compute what tells steps of this form apart: which parts do what only some steps do."""
         first = works[0].counts[0]
         return tuple(momentum.due(first + later) for momentum, later in self._dues.values())
-
-
-# what follows is done for hundreds of parameters in every step, so that nothing but C runs for each of them
 
 
 def _all(works: Sequence[Work], column: Callable[[Work], Sequence[Any]]) -> list[Any]:
@@ -95,28 +98,31 @@ def _parts(works: Sequence[Work]) -> list[Part]:
     return list(chain.from_iterable(_all(works, _PARTS)))
 
 
+def _places(works: Sequence[Work]) -> list[int]:
+    """Addresses of the gradients."""
+    return addresses(_all(works, _GRADS))
+
+
 def _objects(works: Sequence[Work]) -> list[Any]:
     """List the objects that must stay the same."""
-    states = _all(works, _STATES)
-    values = chain.from_iterable(map(dict.values, states))
-    return [*_all(works, _PARTS), *_all(works, _HELD), *states, *values]
+    values = chain.from_iterable(map(dict.values, _all(works, _STATES)))
+    return [*_all(works, _PARTS), *_all(works, _HELD), *values]
 
 
-def _addresses(tensors: Iterable[Tensor]) -> list[int]:
-    return list(map(Tensor.data_ptr, tensors))
-
-
-def _equal(works: Sequence[Work]) -> list[Any]:
-    """List the properties that must be equal."""
-    first = works[0].counts[0]
+def _properties(works: Sequence[Work]) -> list[Any]:
+    """List what must be equal of the gradients."""
     grads = _all(works, _GRADS)
-    return [
-        *(len(work.grads) for work in works),
-        [count - first for count in _all(works, _COUNTS)],
-        list(map(_DTYPE, grads)),
-        list(map(Tensor.stride, grads)),
-        [address % 16 for address in _addresses(grads)],
-    ]
+    return [*(len(work.grads) for work in works), *map(_DTYPE, grads), *map(Tensor.stride, grads)]
+
+
+def _relative(works: Sequence[Work]) -> list[int]:
+    """Numbers of the parameters' steps, after the first one's."""
+    first = works[0].counts[0]
+    return [count - first for count in _all(works, _COUNTS)]
+
+
+def _alignments(places: Sequence[int]) -> list[int]:
+    return [place % 16 for place in places]
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,7 +188,8 @@ class Recorder:
         """Replay a step, if one like it was recorded."""
         if self._form is None:
             return None
-        if not self._form.holds(works):
+        places = _places(works)
+        if not self._form.holds(works, places):
             self._misses += 1
             return None
         self._misses = 0
@@ -190,7 +197,7 @@ class Recorder:
         if recording is None:
             return None
         self._plays += 1
-        return recording.play(works)
+        return recording.play(works, places)
 
     def run(
         self, works: Sequence[Work], paths: Sequence[Path], launch: Launch, cache: DeviceCache, limit: int
@@ -207,7 +214,7 @@ class Recorder:
         if self._refused(works, paths, limit) or 0 < self._misses < _MISSES:
             return launch(None)
         if self._form is None or self._misses:
-            self._begin(Form(works))
+            self._begin(Form(works, _places(works)))
         assert self._form is not None
         kind = self._form.kind(works)
         if self._rehearsals[kind] < 1 << self._wasted:
@@ -221,7 +228,7 @@ class Recorder:
             return launch(None)
         self.launches = REPLAYED
         self._recordings[kind] = recording
-        return recording.play(works)
+        return recording.play(works, _places(works))
 
     def _refused(self, works: Sequence[Work], paths: Sequence[Path], limit: int) -> bool:
         """Whether steps like this one are not recorded, and why."""

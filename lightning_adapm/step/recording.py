@@ -5,8 +5,10 @@ Kernels find gradients through tables of addresses on the device, and what the h
 Everything else lies where it lay, which :class:`lightning_adapm.step.recorder.Form` makes sure of.
 """
 
+from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +22,8 @@ from lightning_adapm.step.launch import Addresses, pinned
 from lightning_adapm.step.parts import Part
 from lightning_adapm.step.work import Work
 
-_WIDTH = 8
-"""Elements from one clock to the next, so that each is aligned as an allocation is."""
+_WIDTH = 4
+"""Room for a clock, in elements of eight bytes, so that each is aligned as an allocation is."""
 _TABLES_OF_A_PART = 64
 
 Clocks = Callable[[Batch, float], Tensor]
@@ -78,10 +80,11 @@ class Tape(DeviceCache):
             for part in parts
         }
         self.device = grads[0].device
-        room = _TABLES_OF_A_PART * len(self._timed)
+        room, clocks = _TABLES_OF_A_PART * len(self._timed), _WIDTH * len(self._timed)
         self._fixed = torch.empty(room, dtype=torch.int64, device=self.device)
-        self._moving = torch.empty_like(self._fixed)
-        self._clocks = torch.empty(_WIDTH * len(self._timed), device=self.device)
+        self._changing = torch.empty(clocks + room, dtype=torch.int64, device=self.device)
+        """Clocks, and behind them tables of gradients, which one copy fills."""
+        self._clocks, self._moving = self._changing.split((clocks, room))
         self._held_fast: list[Any] = []
         """Tensors that the graph reads, however long others keep them."""
         self._tables: dict[Addresses, tuple[Tensor, bool]] = {}
@@ -92,7 +95,7 @@ class Tape(DeviceCache):
 
     @property
     def nbytes(self) -> int:
-        return self._fixed.nbytes + self._moving.nbytes + self._clocks.nbytes
+        return self._fixed.nbytes + self._changing.nbytes
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
         if isinstance(key, Addresses):
@@ -111,7 +114,7 @@ class Tape(DeviceCache):
             raise NotRecordableError("a gradient is copied before kernels read it")
         self._shown.append(self._timed[batch.parts[0].key])
         start = _WIDTH * (len(self._shown) - 1)
-        return self._clocks[start : start + len(Clock._fields)]
+        return self._clocks[start : start + _WIDTH].view(torch.float32)[: len(Clock._fields)]
 
     def _table(self, addresses: Sequence[int]) -> Tensor:
         found = [self._in_gradients(address) for address in addresses]
@@ -135,12 +138,15 @@ class Tape(DeviceCache):
         _write(self._fixed, self._addresses)
         self._tables.clear()
 
-    def show(self, works: Sequence[Work]) -> None:
-        """Write what is other in every step."""
-        grads = [grad.data_ptr() for work in works for grad in work.grads]
-        _write(self._moving, [grads[index] + distance for index, distance in self._places])
-        rest = [0.0] * (_WIDTH - len(Clock._fields))
-        _write(self._clocks, [number for timed in self._shown for number in (*timed.clock(works), *rest)])
+    def show(self, works: Sequence[Work], places: Sequence[int]) -> None:
+        """Write what is other in every step: clocks, and the ``places`` of gradients."""
+        rest = [0.0] * (2 * _WIDTH - len(Clock._fields))
+        clocks = array("f", chain.from_iterable((*timed.clock(works), *rest) for timed in self._shown)).tobytes()
+        moving = array("q", [places[index] + distance for index, distance in self._places])
+        written = torch.frombuffer(bytearray(clocks.ljust(self._clocks.nbytes, b"\0")) + moving, dtype=torch.int64)
+        if self.device.type == "cuda":
+            written = written.pin_memory()
+        self._changing[: len(written)].copy_(written, non_blocking=True)
 
 
 def _extent(tensor: Tensor) -> int:
@@ -205,9 +211,9 @@ class Recording:
         """Bytes that it holds on the device, besides its temporaries."""
         return self._tape.nbytes + self._flaws.nbytes + self._order.nbytes
 
-    def play(self, works: Sequence[Work]) -> list[Found]:
-        """Take a step."""
-        self._tape.show(works)
+    def play(self, works: Sequence[Work], places: Sequence[int]) -> list[Found]:
+        """Take a step, whose gradients are at these ``places``."""
+        self._tape.show(works, places)
         self._graph.replay()
         torch.autograd.graph.increment_version([held for work in works for held in work.held])
         return [Found(self._parts, self._flaws[self._order], self._squares)]

@@ -20,6 +20,10 @@ class Work(NamedTuple):
     states: Sequence[dict[str, Any]]
     counts: Sequence[int] = ()
     """Numbers of their steps, once they are counted."""
+    unmoved: object = None
+    """Token of the steps whose parameters and states lie in the same places, with gradients of the same kinds; None
+    where that was not found out.
+    """
 
     @classmethod
     def of(cls, group: Mapping[str, Any], moving: Iterable[tuple[tuple[Part, ...], Tensor, Tensor, Any]]) -> "Work":
