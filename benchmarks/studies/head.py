@@ -42,7 +42,7 @@ def mean_loss(hidden: Tensor, head: Tensor, targets: Tensor, dtype: torch.dtype,
     """
     if torch.is_grad_enabled():
         return _MeanLoss.apply(hidden, head, targets, dtype, slope)
-    total = hidden.new_zeros(())
+    total = hidden.new_zeros((), dtype=torch.float32)
     for rows, wanted in _parts(hidden, targets):
         logits = (rows.to(dtype) @ head.to(dtype).T).float()
         total += torch.nn.functional.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum")
@@ -64,7 +64,7 @@ class _MeanLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, dtype: torch.dtype, slope: Slope) -> Tensor:
         weight, of_head, of_hidden = head.to(dtype), torch.zeros_like(head), []
-        total = hidden.new_zeros(())
+        total = hidden.new_zeros((), dtype=torch.float32)
         for part, wanted in _parts(hidden, targets):
             rows = part.to(dtype)
             losses, slopes = slope(rows @ weight.T, wanted)

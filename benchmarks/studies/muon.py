@@ -12,6 +12,12 @@ RANK_19 = "PartialMuon, rank 19%, factors in bfloat16, full in int8"
 FULL_TABLE = "PartialMuon, embedding full, rank 15%, factors in bfloat16, full in int8"
 """As large as the default, with momentum elsewhere. Of fp32 AdamW's state, they keep 5.9 and 5.3 % on Llama-3-8B, and
 6.2 and 7.8 % on GPT-2 124M, the default 5.3 and 7.2 %."""
+FEWER_STEPS: dict[str, dict[str, Any]] = {
+    "3 fitted steps": {"newton_schulz": "fitted", "ns_steps": 3},
+    "4 fitted steps": {"newton_schulz": "fitted", "ns_steps": 4},
+    "4 steps": {"ns_steps": 4},
+}
+FEWER = {f"PartialMuon, {label}": ("PartialMuon", options) for label, options in FEWER_STEPS.items()}
 MUON_ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "Muon": muon(momentum="full"),
     "PartialMuon": ("PartialMuon", {}),
@@ -31,6 +37,7 @@ MUON_ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "PartialMuon, value low-rank": muon(momentum={"value": "low_rank"}),
     "PartialMuon, elementwise": muon(second_moment="elementwise"),
     "PartialMuon, factored": ("PartialMuon", {"second_moment": "factored"}),
+    **FEWER,
     "PartialMuon, momentum .9": muon(mu=0.9),
     "PartialMuon, every step": muon(update_proj_gap=1),
     "PartialMuon, every 5": muon(update_proj_gap=5),
@@ -91,6 +98,7 @@ SMALL_ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "Muon": muon(momentum="full"),
     "PartialMuon": default(),
     "AdamW": adamw(0.9, 0.95),
+    **FEWER,
     "PartialMuon, rank 5%": default(rank=0.05),
     "PartialMuon, rank 25%": default(rank=0.25),
     "PartialMuon, factors in float32": default(state_dtype=None),

@@ -312,4 +312,4 @@ class Bookkeeping(PartialMuon):
 
     def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
         found = super().second_moment_for(piece, shape, group)
-        return Orthogonal(steps=0) if isinstance(found, Orthogonal) else found
+        return Orthogonal(()) if isinstance(found, Orthogonal) else found

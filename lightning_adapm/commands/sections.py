@@ -70,12 +70,10 @@ def model_section(recipe: Mapping[str, Any], files: list[str] | None) -> dict[st
         return {"class_path": _LITGPT, "init_args": described}
     if files and not isinstance(section, dict):
         raise ValueError(
-            f"--config: {', '.join(files)} does not say `model`; write model: {{class_path: ..., init_args: ...}}"
+            f"--config: {', '.join(files)} has no `model`; write model: {{class_path: ..., init_args: ...}}"
         )
     if isinstance(section, dict) and "class_path" not in section:
-        raise ValueError(
-            "--config: `model` does not say its class_path; write model: {class_path: ..., init_args: ...}"
-        )
+        raise ValueError("--config: `model` has no class_path; write model: {class_path: ..., init_args: ...}")
     return section
 
 

@@ -101,7 +101,7 @@ class Moment:
         """The numbers that go with the values of a state: processes that hold some matrices have numbers of their own.
 
         Raises:
-            NotImplementedError: There are numbers, and this moment does not say.
+            NotImplementedError: There are numbers, and the moment does not define this method.
         """
         raise NotImplementedError(f"{type(self).__name__} keeps numbers; sharding it needs a method numbers(state)")
 

@@ -118,11 +118,11 @@ class RoleOptimizer(Checkpointed):
 
     def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:
         """Choose the momentum of a piece whose matrix has ``shape`` over all processes."""
-        raise NotImplementedError(f"{type(self).__name__} has no momentum_for(piece, shape, group)")
+        raise NotImplementedError(f"{type(self).__name__} needs a method momentum_for(piece, shape, group)")
 
     def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
         """Choose the second moment of a piece whose matrix has ``shape`` over all processes."""
-        raise NotImplementedError(f"{type(self).__name__} has no second_moment_for(piece, shape, group)")
+        raise NotImplementedError(f"{type(self).__name__} needs a method second_moment_for(piece, shape, group)")
 
     def check_options(self, group: Mapping[str, Any]) -> None:
         """Refuse options of a parameter group that are out of range, by raising a ValueError."""

@@ -158,7 +158,7 @@ class AdaLomo(RoleOptimizer):
         **left_over: Any,
     ) -> None:
         if clip_threshold is None:
-            raise ValueError("clip_threshold must be a number > 0, but got None; a large one is no bound")
+            raise ValueError("clip_threshold must be a number > 0, but got None; write 1e9 for no bound")
         super().__init__(
             params,
             {

@@ -44,7 +44,7 @@ def check(group: Mapping[str, Any]) -> None:
         if role not in ROLES:
             raise ValueError(f"no_decay: {role!r} is not a role; the roles are {', '.join(ROLES)}")
     if group.get("role") is not None and group["role"] not in (*ROLES, *FUSED, *POLICIES):
-        raise ValueError(f"role: {group['role']!r} is neither a role ({', '.join((*ROLES, *FUSED))}) nor a policy")
+        raise ValueError(_no_role("role", group["role"]))
 
 
 def plain(group: Mapping[str, Any], defaults: Mapping[str, Any], unmatched: str) -> dict[str, Any]:
@@ -145,7 +145,7 @@ _RANGES: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
 }
 """Options with their condition, in words and as a test."""
 
-FOREIGN = frozenset({*_RANGES, "momentum", "state_dtype", "mu", "ns_steps"})
+FOREIGN = frozenset({*_RANGES, "momentum", "state_dtype", "mu", "ns_steps", "newton_schulz"})
 """Options of some optimizers of the package."""
 
 
@@ -184,12 +184,14 @@ def check_roles(roles: Mapping[str, str] | None, unmatched: str) -> None:
         except (re.error, TypeError) as error:
             raise ValueError(f"roles: {pattern!r} is not a regular expression ({error})") from None
         if role not in (*ROLES, *FUSED, *POLICIES):
-            raise ValueError(
-                f"roles[{pattern!r}]: {role!r} is neither a role ({', '.join((*ROLES, *FUSED))}) nor a policy"
-                f" ({', '.join(POLICIES)})"
-            )
+            raise ValueError(_no_role(f"roles[{pattern!r}]", role))
     if unmatched not in ("error", *POLICIES):
         raise ValueError(f"unmatched must be 'error' or one of {', '.join(POLICIES)}, but got {unmatched!r}")
+
+
+def _no_role(option: str, found: Any) -> str:
+    roles = ", ".join((*ROLES, *FUSED))
+    return f"{option}: {found!r} is neither a role ({roles}) nor a policy ({', '.join(POLICIES)}); write one of them"
 
 
 def dtype_names(dtype: StateDtype) -> str | dict[str, str] | None:
@@ -257,7 +259,8 @@ def check_trainable(optimizer: str, name: str, piece: Piece, param: Tensor, unma
         raise TypeError(f"{name} is complex and now requires a gradient; {optimizer} supports real parameters only")
     if piece.dim >= 2 and len(shape_of(param)) < 2:
         raise TypeError(
-            f"{name} has become one-dimensional after {optimizer} was built, but not by FSDP, whose views it knows"
+            f"{name} has become one-dimensional after {optimizer} was built, but not by FSDP, whose views it knows;"
+            f" build {optimizer} after whatever flattens parameters, or shard them by FSDP or fully_shard"
         )
     check_layout(name, piece, param)
 

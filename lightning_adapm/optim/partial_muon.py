@@ -11,7 +11,7 @@ from lightning_adapm.moments import policy
 from lightning_adapm.moments.base import Momentum, SecondMoment
 from lightning_adapm.moments.first import FullMomentum, LowRankMomentum, NoMomentum
 from lightning_adapm.moments.nesterov import NesterovLowRankMomentum, NesterovMomentum
-from lightning_adapm.moments.orthogonal import STEPS, Orthogonal
+from lightning_adapm.moments.orthogonal import FITTED, ITERATIONS, STEPS, Orthogonal, coefficients_of
 from lightning_adapm.optim import options
 from lightning_adapm.optim.base import RoleOptimizer
 from lightning_adapm.roles.piece import Piece
@@ -56,6 +56,8 @@ class PartialMuon(RoleOptimizer):
         basis: Placement of bases, as for AdaPM.
         convolutions: Whether weights of convolutions have orthogonal updates, too, as matrices of outputs by the rest.
         ns_steps: Steps of the Newton-Schulz iteration that finds the orthogonal matrix.
+        newton_schulz: Coefficients of these steps: ``"muon"``, those of Muon, or ``"fitted"``, other ones in each of
+            3 or 4 steps.
         maximize: Whether the objective is maximized.
         rounding: How bfloat16 and float16 parameters are rounded, ``"stochastic"`` or ``"nearest"``, as for AdaPM.
         update_in_backward: Whether parameters move inside backward, as for AdaPM.
@@ -114,6 +116,7 @@ class PartialMuon(RoleOptimizer):
         basis: str = "auto",
         convolutions: bool = False,
         ns_steps: int = STEPS,
+        newton_schulz: str = "muon",
         maximize: bool = False,
         rounding: str = "stochastic",
         update_in_backward: bool = False,
@@ -141,6 +144,7 @@ class PartialMuon(RoleOptimizer):
                 "basis": basis,
                 "convolutions": convolutions,
                 "ns_steps": ns_steps,
+                "newton_schulz": newton_schulz,
                 "clip_threshold": 1.0,  # of what takes Adam's update without full momentum, as in AdaPM
                 "maximize": maximize,
                 "rounding": rounding,
@@ -157,6 +161,10 @@ class PartialMuon(RoleOptimizer):
         super().check_options(group)
         options.check_option(group, "mu", "a number in [0, 1)", lambda mu: 0 <= mu < 1)
         options.check_option(group, "ns_steps", *options.COUNT)
+        options.check_option(group, "newton_schulz", f"one of {', '.join(ITERATIONS)}", ITERATIONS.__contains__)
+        if group["newton_schulz"] == "fitted":
+            few = ", ".join(map(str, FITTED))
+            options.check_option(group, "ns_steps", f"one of {few} with newton_schulz='fitted'", FITTED.__contains__)
 
     def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:
         """Choose the momentum of a piece by its role. With ``nesterov``, that of hidden matrices looks ahead."""
@@ -180,7 +188,7 @@ class PartialMuon(RoleOptimizer):
     def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
         """Choose orthogonal updates for hidden matrices, the option ``second_moment`` for everything else."""
         if is_orthogonal(piece, shape, group):
-            return Orthogonal(group["ns_steps"])
+            return Orthogonal(coefficients_of(group["newton_schulz"], group["ns_steps"]))
         return policy.second_moment_for(piece, shape, group)
 
 

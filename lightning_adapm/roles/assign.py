@@ -189,7 +189,7 @@ def check_heads(item: Named, pieces: tuple[Piece, ...]) -> None:
             raise ValueError(
                 f"second_moment='block' keeps one value per head of {item.label} {tuple(item.shape)}, but its"
                 f" {rows} {piece.role} rows have {piece.heads or 'an unknown number of'} heads. Pass"
-                " model.named_parameters() itself, of a model whose attention modules or config say their number of"
+                " model.named_parameters() itself, of a model whose attention modules or config have their number of"
                 " heads, or give the parameter group n_head= and n_query_groups=; second_moment='factored' needs none"
             )
 

@@ -84,15 +84,18 @@ def direct(
 
 
 @triton.jit
-def rescale(found, factors, numel, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
-    """Multiply matrices ``(b, numel)`` by ``factors`` ``(b,)``; those with a factor of 1 are not touched."""
+def rescale(found, result, factors, numel, FACTOR: tl.constexpr, RESULT: tl.constexpr, BLOCK: tl.constexpr):
+    """Multiply matrices ``(b, numel)`` by ``factors`` ``(b,)``; those with a factor of 1 are not touched.
+
+    The ``result`` lies in the same memory, perhaps in another dtype.
+    """
     which = tl.program_id(1).to(tl.int64)
     factor = tl.load(factors + which)
-    if factor == 1.0:
+    if (factor == 1.0) & (FACTOR == RESULT):
         return
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(found + which * numel + at, at < numel, 0.0).to(tl.float32) * factor
-    tl.store(found + which * numel + at, value.to(FACTOR), at < numel)
+    tl.store(result + which * numel + at, value.to(RESULT), at < numel)
 
 
 @triton.jit

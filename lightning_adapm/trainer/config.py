@@ -128,6 +128,7 @@ class PartialMuonConfig(OptimizerConfig):
     basis: str = "auto"
     convolutions: bool = False
     ns_steps: int = STEPS
+    newton_schulz: str = "muon"
     maximize: bool = False
     rounding: str = "stochastic"
     update_in_backward: bool = False

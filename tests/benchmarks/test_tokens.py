@@ -71,6 +71,18 @@ def test_a_loss_by_parts_of_the_logits_has_the_gradients_of_the_whole(llama, mon
         torch.testing.assert_close(parts, whole, atol=1e-7, rtol=1e-5)
 
 
+def test_a_loss_by_parts_of_the_logits_is_added_up_in_float32(monkeypatch):
+    """Sums in the dtype of bfloat16 weights would have three digits."""
+    monkeypatch.setattr(head, "POSITIONS", 5)
+    hidden, weight = torch.randn(20, 4).bfloat16(), torch.randn(30, 4).bfloat16()
+    targets = torch.arange(20)
+    whole = torch.nn.functional.cross_entropy((hidden @ weight.T).float(), targets)
+    for mode in (torch.no_grad(), torch.enable_grad()):
+        with mode:
+            loss = head.mean_loss(hidden, weight, targets, torch.bfloat16, head.losses_and_slopes)
+        torch.testing.assert_close(loss, whole, atol=1e-6, rtol=1e-5)
+
+
 def test_a_study_on_tokens_trains_and_its_page_says_so(prose, tmp_path):
     study = Study("Which?", {"AdamW": adamw()}, (1e-3,), (), 1, TINY, curves=True)
     store = Store(tmp_path / "results" / "study.json")

@@ -206,8 +206,8 @@ def test_bad_input_is_named_without_a_traceback(plan, words, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("trainer: {max_steps: 3}", "does not say `model`"),
-        ("model: {n_layer: 3}", "`model` does not say its class_path"),
+        ("trainer: {max_steps: 3}", "has no `model`"),
+        ("model: {n_layer: 3}", "`model` has no class_path"),
         ("- model", "is not a recipe"),
         ("model: [1", "recipe.yaml is not YAML: while parsing a flow sequence"),
     ],

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lightning_adapm.moments.quantized import BLOCK
-from lightning_adapm.step import averages, moves, orthogonal, reading, triton_kernels
+from lightning_adapm.step import averages, moves, newton_schulz, orthogonal, reading, triton_kernels
 
 SCALARS = dict.fromkeys(
     "one beta1 scale correction eps beta2 lr decay clip step count largest flush share alpha beta diagonal".split(),
@@ -129,8 +129,8 @@ def main():
             triton_kernels.symmetric,
             SYMMETRIC,
             {"ADDED": True, "SCALED": True, "DESCRIBED": False, "TRANSPOSED": False}
-            | {"BLOCK_K": orthogonal.SMALL_SYMMETRIC[2]},
-            (*orthogonal.SMALL_SYMMETRIC[:2], *orthogonal.SMALL_SYMMETRIC[3:]),
+            | {"BLOCK_K": newton_schulz.SMALL_SYMMETRIC[2]},
+            (*newton_schulz.SMALL_SYMMETRIC[:2], *newton_schulz.SMALL_SYMMETRIC[3:]),
             capability,
         ),
         "move, elementwise": needed(

@@ -34,24 +34,28 @@ SPECTRA = {
 }
 
 
-def scalar(values, steps=5):
+ITERATIONS = {"muon": (orthogonal.MUON,) * 5, "fitted": orthogonal.FITTED[4]}
+
+
+def scalar(values, coefficients=ITERATIONS["muon"]):
     """What the iteration does to singular values."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    for _ in range(steps):
+    for a, b, c in coefficients:
         values = values * (a + b * values**2 + c * values**4)
     return values
 
 
+@pytest.mark.parametrize("iteration", ITERATIONS)
 @pytest.mark.parametrize("form", ["plain", "gram"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("m", "n"), SIZES)
 @pytest.mark.parametrize("kind", SPECTRA)
-def test_is_the_iteration_on_singular_values(kind, m, n, dtype, form, monkeypatch):
+def test_is_the_iteration_on_singular_values(kind, m, n, dtype, form, iteration, monkeypatch):
     """Singular vectors stay, however many of them there are; singular values go through the polynomial."""
     torch.manual_seed(0)
     monkeypatch.setattr(orthogonal, f"_work_of_{form}", lambda *_: -1)
-    matrix = SPECTRA[kind](m, n)
-    found = newton_schulz(matrix.to(torch.float64 if dtype == torch.float64 else torch.float32)[None], dtype=dtype)[0]
+    matrix, coefficients = SPECTRA[kind](m, n), ITERATIONS[iteration]
+    given = matrix.to(torch.float64 if dtype == torch.float64 else torch.float32)[None]
+    found = newton_schulz(given, coefficients, dtype)[0]
     assert found.dtype == dtype and found.shape == matrix.shape
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     values = values / values.norm()
@@ -60,7 +64,9 @@ def test_is_the_iteration_on_singular_values(kind, m, n, dtype, form, monkeypatc
     seen = values > {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     seen &= values > (0.1 if kind == "1e-42" else 0)
     moved = (left.mT @ found.double() @ right.mT).diagonal()
-    assert (moved - scalar(values))[seen].abs().max() <= error
+    if kind == "1e-42" and iteration == "fitted":  # steep at 1, where rounding to subnormal numbers shows
+        error = max(error, 0.01)
+    assert (moved - scalar(values, coefficients))[seen].abs().max() <= error
     assert torch.linalg.matrix_norm(found.double(), 2) <= 1.21 + error
 
 
@@ -97,9 +103,18 @@ def test_a_batch_of_nothing():
 
 def test_the_form_with_less_work_is_taken():
     def gram(m, n, dtype):
-        parts = orthogonal.gram_parts(5, dtype)
-        return orthogonal._work_of_gram((m, n), parts) < orthogonal._work_of_plain((m, n), 5)
+        return orthogonal.parts_of((m, n), dtype, ITERATIONS["muon"]) == orthogonal.gram_parts(
+            ITERATIONS["muon"], dtype
+        )
 
     assert gram(2048, 8192, torch.bfloat16) and gram(8192, 2048, torch.bfloat16)
     assert not gram(2048, 2048, torch.bfloat16) and not gram(2048, 2048, torch.float32)
     assert gram(1024, 2048, torch.float32)
+    assert len(orthogonal.parts_of((2048, 8192), torch.bfloat16, ITERATIONS["fitted"])) == 4
+
+
+@pytest.mark.parametrize(("steps", "begin"), [(3, 0.0101), (4, 0.0025)])
+def test_fitted_steps_end_in_the_range_of_muons(steps, begin):
+    values = scalar(torch.logspace(math.log10(begin), 0, 10_000, dtype=torch.float64), orthogonal.FITTED[steps])
+    assert values.min() > 0.64 and values.max() < 1.2101
+    assert scalar(torch.tensor(1.02), orthogonal.FITTED[steps]) < 1.21  # of a matrix that rounding has made larger

@@ -311,8 +311,15 @@ def test_the_table_says_who_gets_what():
     assert rows["embed_tokens.weight"].bytes.second_moment == 61 * 4
 
 
-@pytest.mark.parametrize("option", [{"mu": 1.0}, {"mu": -0.1}, {"ns_steps": 0}, {"ns_steps": 2.5}])
+@pytest.mark.parametrize(
+    "option", [{"mu": 1.0}, {"mu": -0.1}, {"ns_steps": 0}, {"ns_steps": 2.5}, {"newton_schulz": "four"}]
+)
 def test_options_out_of_range(option):
     (name,) = option
     with pytest.raises(ValueError, match=f"{name} must be"):
         PartialMuon(PlainLM().parameters(), **option)
+
+
+def test_so_many_fitted_steps_do_not_exist():
+    with pytest.raises(ValueError, match="ns_steps must be one of 3, 4 with newton_schulz='fitted', but got 5"):
+        PartialMuon(PlainLM().parameters(), newton_schulz="fitted")

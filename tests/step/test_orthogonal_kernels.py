@@ -14,7 +14,7 @@ from lightning_adapm.report.diagnostics import ResidualProbe
 from lightning_adapm.sharding.layout import Layout
 from lightning_adapm.sharding.reduction import ProcessReduction
 from lightning_adapm.sharding.rows import RowShard
-from lightning_adapm.step import kernels, orthogonal
+from lightning_adapm.step import kernels, newton_schulz, orthogonal
 from lightning_adapm.step.interleaving import interleave
 from lightning_adapm.step.launch import Matrices
 from lightning_adapm.step.moves import Average
@@ -29,6 +29,17 @@ SHAPES = {
     "mlp.experts": (2, 20, 14),
     "norm.weight": (18,),
 }
+
+
+FIVE = (reference.MUON,) * 5
+
+
+def plain(matrices, coefficients=FIVE):
+    """The iteration in float64."""
+    found = matrices.double()
+    for step in coefficients:
+        found = reference._plain(found, step)
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +143,7 @@ def test_a_process_that_is_given_no_matrix(interpreted, monkeypatch):
     found = []
 
     def work():
-        found.append((yield from orthogonal.updates(rows, squares, 2, [], ProcessReduction([shard]))))
+        found.append((yield from orthogonal.updates(rows, squares, FIVE, [], ProcessReduction([shard]))))
 
     interleave([work()])
     assert exchanged == [(3, 0, [0, 0], [3, 0]), (0, 3, [3, 0], [0, 0])]
@@ -145,31 +156,71 @@ def test_is_the_iteration_of_the_plain_form(interpreted, monkeypatch, m, n, part
     torch.manual_seed(0)
     matrices = torch.randn(2, m, n)
     matrices /= matrices.norm(dim=(-2, -1), keepdim=True)
-    monkeypatch.setattr(orthogonal, "parts_of", lambda *_: parts)
-    monkeypatch.setattr(orthogonal, "SYMMETRIC", (32, 32, 64, 4, 3))
-    monkeypatch.setattr(orthogonal, "LARGE_SYMMETRIC", (32, 64, 64, 4, 3))
-    expected, given = reference._plain(matrices.double(), 5), matrices.clone()
-    found = orthogonal.iterated(given, 5)
+    monkeypatch.setattr(newton_schulz, "parts_of", lambda *_: [[reference.MUON] * part for part in parts])
+    monkeypatch.setattr(newton_schulz, "SYMMETRIC", (32, 32, 64, 4, 3))
+    monkeypatch.setattr(newton_schulz, "LARGE_SYMMETRIC", (32, 64, 64, 4, 3))
+    expected, given = plain(matrices), matrices.clone()
+    found = newton_schulz.iterated(given, FIVE)
     assert relative_difference(found, expected) < 1e-4
     assert (found.data_ptr() == given.data_ptr()) == (len(parts) == 2)  # from one memory to another and back
     scales = torch.tensor([1e-14, 1e14])
-    found = orthogonal.iterated(scales[:, None, None] * matrices, 5, 1 / scales)
+    found = newton_schulz.iterated(scales[:, None, None] * matrices, FIVE, 1 / scales)
     assert relative_difference(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize(("m", "n"), [(48, 48), (32, 72), (72, 32)])
+@pytest.mark.parametrize("kind", ["gaussian", "one dominant direction", "powers", "zero"])
+@pytest.mark.parametrize("coefficients", [reference.FITTED[3], FIVE[1:]], ids=["3 fitted", "4 of Muon's"])
+def test_few_steps_in_float16(interpreted, coefficients, m, n, kind):
+    """One Gram matrix, and still as near as bfloat16 with a restart."""
+    torch.manual_seed(0)
+    k = min(m, n)
+    left, right = (torch.linalg.qr(torch.randn(size, k, dtype=torch.float64))[0] for size in (m, n))
+    spectra = {
+        "gaussian": torch.linalg.svdvals(torch.randn(m, n, dtype=torch.float64)),
+        "one dominant direction": torch.tensor([1e3] + [1.0] * (k - 1), dtype=torch.float64),
+        "powers": 1 / torch.arange(1, k + 1, dtype=torch.float64),
+        "zero": torch.zeros(k, dtype=torch.float64),
+    }
+    values = spectra[kind] / max(1e-30, spectra[kind].norm())
+    matrices = ((left * values) @ right.mT)[None]
+    expected = plain(matrices, coefficients)
+    given = (newton_schulz.NORM * matrices).half()
+    found = newton_schulz.iterated_in_half(given, coefficients)
+    assert torch.linalg.matrix_norm(found.double() - expected, 2) < 0.2
+    assert torch.linalg.matrix_norm(found.double(), 2) < 1.25
+
+
+def test_fitted_steps_are_taken(interpreted, monkeypatch):
+    weights, _, _ = trained(newton_schulz="fitted", ns_steps=3)
+    monkeypatch.setattr(kernels, "runs_on", lambda device: False)
+    expected, _, _ = trained(newton_schulz="fitted", ns_steps=3)
+    assert relative_difference(weights, expected) < 1e-5
+    assert relative_difference(trained(ns_steps=3)[0], expected) > 1e-4
+
+
+def test_which_matrices_are_multiplied_in_float16():
+    def half(m, n, coefficients, dtype=torch.bfloat16):
+        return newton_schulz.is_half(torch.empty(0, m, n, dtype=dtype), coefficients)
+
+    assert half(32, 128, reference.FITTED[3]) and half(128, 32, FIVE[1:])
+    assert not half(32, 32, reference.FITTED[3]) and not half(32, 128, reference.FITTED[3], torch.float32)
+    assert not half(32, 128, FIVE) and not half(32, 128, reference.FITTED[4])
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("described", [False, True])
 def test_a_symmetric_product(interpreted, monkeypatch, transposed, described):
-    monkeypatch.setattr(orthogonal, "LARGE_SYMMETRIC", (16, 32, 16, 4, 3))
-    monkeypatch.setattr(orthogonal, "_has_accelerator", lambda device: described)
+    monkeypatch.setattr(newton_schulz, "LARGE_SYMMETRIC", (16, 32, 16, 4, 3))
+    monkeypatch.setattr(newton_schulz, "_has_accelerator", lambda device: described)
     matrices, added = torch.randn(2, 52, 72), torch.randn(2, 52, 52)
     added = added + added.mT
     given = matrices.mT.contiguous().mT if transposed else matrices
-    found = orthogonal.symmetric(given, given, added, alpha=0.5, beta=2.0)
+    found = newton_schulz.symmetric(given, given, added, alpha=0.5, beta=2.0)
     torch.testing.assert_close(found, 0.5 * matrices @ matrices.mT + 2 * added, rtol=1e-5, atol=1e-4)
     assert torch.equal(found, found.mT)
     factors, one = torch.tensor([2.0, -1.0]), torch.eye(52).repeat(2, 1, 1)
-    found = orthogonal.symmetric(added, one, added, beta=3.0, diagonal=0.5, factors=factors)
+    found = newton_schulz.symmetric(added, one, added, beta=3.0, diagonal=0.5, factors=factors)
     torch.testing.assert_close(found, factors[:, None, None] * (4 * added + 0.5 * one))
 
 
@@ -191,12 +242,12 @@ def test_norms_that_are_impossible_give_no_update(interpreted):
     """Those of other matrices are divided out, of any size; there may be no matrix."""
     norms = torch.tensor([0.0, 3.0, float("inf"), float("nan"), 1e-39, 1e-20, 1e25], dtype=torch.float64)
     found = norms.nan_to_num(1.0, 1.0)[:, None, None].float() * torch.eye(4)[:2] / 2**0.5
-    (moved,) = orthogonal.updates_of_whole(found, norms.square(), 5, [found]).tensors
+    (moved,) = orthogonal.updates_of_whole(found, norms.square(), FIVE, [found]).tensors
     values = torch.linalg.svdvals(moved)
     assert values[[0, 2, 3, 4]].eq(0).all() and values[[1, 5, 6]].sub(values[1, 0]).abs().max() < 1e-5
     assert 0.68 < values[1, 0] < 1.21
     none = torch.empty(0, 2, 4)
-    assert orthogonal._orthogonalized(none, torch.empty(0, dtype=torch.float64), 5).shape == none.shape
+    assert orthogonal._orthogonalized(none, torch.empty(0, dtype=torch.float64), FIVE).shape == none.shape
 
 
 def test_allocates_no_more_than_is_planned(interpreted):
