@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_adapm.moments import lowrank
 from lightning_adapm.moments.base import Momentum, State
 from lightning_adapm.moments.batches import join, split
 from lightning_adapm.step.batching import Batch
@@ -40,4 +39,5 @@ def outside(grads: list[Tensor], states: Sequence[State], momentum: Momentum) ->
     if momentum.name == "none":
         return grads
     grad = join(grads)
-    return split(lowrank.residual(grad, join([state["exp_avg_r"] for state in states]).to(grad.dtype)), grads)
+    right = join([state["exp_avg_r"] for state in states]).to(grad.dtype)
+    return split(torch.baddbmm(grad, grad @ right.mT, right, alpha=-1), grads)

@@ -124,8 +124,10 @@ class Scaled(Momentum):
         if self.residual != 1:
             left, right = (join([state[key] for state in states]).to(grads[0].dtype) for key in KEYS)
             grad = join(grads)
-            outside = lowrank.residual(grad, right, reduction)
-            less = (1 - self._factor(grad @ right.mT, left, step)) * outside
+            projected = grad @ right.mT
+            reduction.rows(projected)
+            outside = torch.baddbmm(grad, projected, right, alpha=-1)
+            less = (1 - self._factor(projected, left, step)) * outside
             tensors = torch._foreach_sub(used.multiplied().tensors, split(less, grads))
             used = used._replace(tensors=list(tensors), scratch=True, factors=None)
         return used._replace(scale=used.scale * self.scale)
@@ -234,9 +236,8 @@ class Reprojected(LowRankMomentum):
         if new_right is right:
             return super().direction(grads, states, step, reduction)
         correction, projected = 1 - self.beta1**step, grad @ right.mT
-        corrected = lowrank.debiased_direction(
-            grad, projected, torch.lerp(left, projected, 1 - self.beta1), right, correction
-        )
+        average = torch.lerp(left, projected, 1 - self.beta1)
+        corrected = torch.baddbmm(grad, average / correction - projected, right)
         for key, batch in zip(KEYS, (correction * corrected @ new_right.mT, new_right), strict=True):
             self.storage.write(states, key, split(batch, [state[key] for state in states]))
         return Direction(split(corrected, grads), 1.0, scratch=True, clamp=1.0)

@@ -82,6 +82,9 @@ class FullMomentum(Momentum):
 class LowRankMomentum(Momentum):
     """AdaPM's low-rank first moment: factors ``exp_avg_l`` ``(m, r)`` and ``exp_avg_r`` ``(r, n)``.
 
+    The direction is ``G + (L / (1 - beta1**t) - G Rᵀ) R``, the bias-corrected average inside the subspace and the
+    gradient itself outside. While the basis stays, that is the paper's ``M~ + beta1 / (1 - beta1) E``.
+
     Args:
         rank: ``r``. With ``r >= n`` the basis is the identity, is never refreshed, and the result is AdamW's.
         beta1: Decay of the moving average.

@@ -1,4 +1,4 @@
-"""Pure mathematics of a low-rank momentum: a basis, its refresh, and the debiased direction.
+"""Pure mathematics of a low-rank momentum: a basis, its refresh, and factors in other bases and of other ranks.
 
 Shapes throughout: ``b`` matrices at a time, each ``m x n`` (``n`` is the stored last dimension), rank ``r``.
 ``grad`` is ``(b, m, n)``, ``left`` is ``(b, m, r)``, ``right`` is ``(b, r, n)`` with orthonormal rows. A row is zero
@@ -193,20 +193,3 @@ def resized(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         return pad(left, (0, missing)), pad(right, (0, 0, 0, missing))
     strongest = torch.linalg.eigh(left.mT @ left).eigenvectors.flip(-1)[..., :rank]
     return left @ strongest, strongest.mT @ right
-
-
-def debiased_direction(grad: Tensor, projected: Tensor, left: Tensor, right: Tensor, correction: float) -> Tensor:
-    """``grad + (left / correction - projected) right``: the published correction in closed form.
-
-    It is the bias-corrected moving average inside the subspace and the gradient itself outside. While the basis stays,
-    that is AdaPM's ``M~ + beta1 / (1 - beta1) E``, with Adam's ``correction = 1 - beta1**t`` applied to the average.
-    ``projected`` is ``grad rightᵀ``.
-    """
-    return torch.baddbmm(grad, left / correction - projected, right)
-
-
-def residual(grad: Tensor, right: Tensor, reduction: Reduction = ONE_PROCESS) -> Tensor:
-    """Part of the gradient outside the subspace: ``grad - grad rightᵀ right``."""
-    projected = grad @ right.mT
-    reduction.rows(projected)
-    return torch.baddbmm(grad, projected, right, alpha=-1)

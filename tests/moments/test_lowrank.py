@@ -60,7 +60,7 @@ def test_refreshes_find_the_strongest_subspace(shape):
     for _ in range(40):
         right = lowrank.refresh_basis(grad[None], left, right, beta1=0.9)
         left = 0.1 * grad @ right.mT
-        errors.append(lowrank.residual(grad[None], right).norm().item())
+        errors.append((grad - grad @ right[0].T @ right[0]).norm().item())
     best = torch.linalg.svdvals(grad)[5:].norm().item()
     assert errors[-1] <= errors[0]
     assert errors[-1] == pytest.approx(best, rel=1e-3)
@@ -121,12 +121,10 @@ def test_a_basis_regrows_after_gradients_of_low_rank():
     assert (state["exp_avg_r"].norm(dim=-1) > 0.5).sum() == 3
 
 
-@pytest.mark.parametrize("function", ["refresh_basis", "debiased_direction"])
-def test_compiles_without_a_graph_break(function):
+def test_a_refresh_compiles_without_a_graph_break():
     grad, left, right = torch.randn(2, 6, 5), torch.randn(2, 6, 2), lowrank.orthonormal_rows(torch.randn(2, 2, 5))
-    arguments = (grad, left, right, 0.9) if function == "refresh_basis" else (grad, grad @ right.mT, left, right, 0.5)
-    eager = getattr(lowrank, function)
-    torch.testing.assert_close(torch.compile(eager, fullgraph=True, backend="eager")(*arguments), eager(*arguments))
+    compiled = torch.compile(lowrank.refresh_basis, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(grad, left, right, 0.9), lowrank.refresh_basis(grad, left, right, 0.9))
 
 
 def test_every_stack_of_experts_is_seeded_by_itself():
