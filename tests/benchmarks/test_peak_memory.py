@@ -1,6 +1,7 @@
 """Bytes that the benchmarks count, against sizes that are known."""
 
 import gc
+import json
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -110,21 +111,18 @@ def test_the_command(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_counted_on_processes_is_what_is_computed(world_size):
-    for basis in scaling.bases(world_size):
-        counted, paper = (
-            scaling.count(world_size, basis),
-            scaling.paper(scaling.SMALL, world_size, basis, update_proj_gap=3),
-        )
-        assert sum(counted.kept) == world_size * paper.momentum
-        exchanged = (paper.step, paper.refresh) if world_size > 1 else (0, 0)
-        assert (counted.step, counted.refresh) == exchanged
-
-
-@pytest.mark.slow
-def test_the_scaling_command(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(sys, "argv", ["scaling", "--processes", "1", "2", "--output", str(tmp_path)])
+def test_counted_on_processes_is_what_is_computed(monkeypatch, tmp_path, capsys):
+    """By the command, which trains on one, two and four processes."""
+    monkeypatch.setattr(sys, "argv", ["scaling", "--output", str(tmp_path)])
     scaling.main()
     page = (tmp_path / "scaling.md").read_text()
     assert page in capsys.readouterr().out and page.count("| 2 | shard |") == 2
+    rows = json.loads((tmp_path / "scaling.json").read_text())["counted"]
+    assert [(row["processes"], row["basis"]) for row in rows] == [
+        (size, basis) for size in (1, 2, 4) for basis in scaling.bases(size)
+    ]
+    for row in rows:
+        counted, paper = row["counted"], row["paper"]
+        assert sum(counted["kept"]) == row["processes"] * paper["momentum"]
+        exchanged = (paper["step"], paper["refresh"]) if row["processes"] > 1 else (0, 0)
+        assert (counted["step"], counted["refresh"]) == exchanged

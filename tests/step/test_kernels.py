@@ -61,9 +61,10 @@ def trained(dtype, steps=8, spoiled=(), **options):
 
 
 def test_bases_are_refreshed_in_groups_of_a_bounded_size(interpreted, monkeypatch):
-    together = trained(torch.float32, rank=2)[0]
+    options = {"rank": 2, "steps": 5}  # with one refresh after the first bases
+    together = trained(torch.float32, **options)[0]
     monkeypatch.setattr("lightning_adapm.step.refreshing.TOGETHER_NUMEL", 1)
-    torch.testing.assert_close(trained(torch.float32, rank=2)[0], together)
+    torch.testing.assert_close(trained(torch.float32, **options)[0], together)
 
 
 @pytest.mark.parametrize("second_moment", ["elementwise", "block", "factored"])
