@@ -134,14 +134,19 @@ def print_step(
 _FACTORED, _INT8 = {"second_moment": "factored"}, {"state_dtype": "int8"}
 _CHANGES: tuple[Mapping[str, Any], ...] = (
     {},
+    {"rows": 1},
     _FACTORED,
+    _FACTORED | {"rows": 1},
     _FACTORED | _INT8,
+    _FACTORED | _INT8 | {"rows": 1},
     {"in_backward": True},
     {"in_backward": True} | _FACTORED,
     {"in_backward": True} | _FACTORED | _INT8,
     {"in_backward": True} | _FACTORED | _INT8 | {"rows": 1},
 )
-"""Changes that save memory, the simplest first: options of the optimizer, and fields of a :class:`Loop`."""
+"""Changes that save memory, the simplest first: options of the optimizer, and fields of a :class:`Loop`. More smaller
+micro-batches make up the same step, but where parameters move in backward.
+"""
 
 
 def first_fitting(
@@ -180,5 +185,6 @@ def _changed(loop: Loop, change: Mapping[str, Any]) -> Loop | None:
     """The loop with one of the changes; None where it does not apply."""
     if change.get("in_backward") and loop.litgpt:
         return None
-    new = replace(loop, rows=change.get("rows", loop.rows), in_backward=change.get("in_backward", loop.in_backward))
-    return replace(new, accumulation=1) if new.in_backward else new
+    rows, in_backward = change.get("rows", loop.rows), change.get("in_backward", loop.in_backward)
+    together = 1 if in_backward else loop.accumulation * loop.rows // rows
+    return replace(loop, rows=rows, accumulation=together, in_backward=in_backward)
