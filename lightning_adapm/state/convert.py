@@ -34,8 +34,8 @@ def restored_state(
     def all_parts() -> Iterable[Parts]:
         return (parts_of(param) for group in groups for param in group["params"])
 
+    _check_order(saved["param_groups"], groups)
     for old, group in zip(saved["param_groups"], groups, strict=True):
-        _check_order(old.get("param_names"), group["param_names"])
         for key, param in zip(old["params"], group["params"], strict=True):
             parts = parts_of(param)
             entry = import_entry(parts, saved["state"].get(key), all_parts)
@@ -170,8 +170,13 @@ def _copied(saved: Mapping[str, Any], new: dict[str, Any]) -> bool:
     return True
 
 
-def _check_order(saved: list[str] | None, current: list[str]) -> None:
-    before, now = [normalize(name) for name in saved or current], [normalize(name) for name in current]
+def _check_order(saved: Iterable[Mapping[str, Any]], groups: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse parameters in another order, in a group or over all of them: states are found by place."""
+    before: list[str] = []
+    now: list[str] = []
+    for old, group in zip(saved, groups, strict=True):
+        before += map(normalize, old.get("param_names") or group["param_names"])
+        now += map(normalize, group["param_names"])
     if before != now and sorted(before) == sorted(now):
         moved = next((a, b) for a, b in zip(before, now, strict=True) if a != b)
         raise ValueError(

@@ -365,6 +365,16 @@ class TestRefusals:
         with pytest.raises(ValueError, match="another order: embed_tokens.weight"):
             swapped.load_state_dict(optimizer.state_dict())
 
+    def test_groups_in_another_order(self):  # of blocks, whose shapes do not tell
+        def by_block(*order):
+            return AdaPM([{"params": model.transformer.h[index].parameters()} for index in order])
+
+        model = tiny_gpt()
+        optimizer = by_block(0, 1)
+        train(model, optimizer, token_batches(1))
+        with pytest.raises(ValueError, match=r"another order: transformer.h.0.\S+ where this one has transformer.h.1."):
+            by_block(1, 0).load_state_dict(optimizer.state_dict())
+
     def test_other_groups(self):
         _, optimizer = trained()
         state = optimizer.state_dict()
