@@ -62,7 +62,7 @@ class Row:
 
     ``shape`` is that of the piece's matrix. ``rows`` describes its part of a fused weight, and is empty for a whole
     parameter. ``why`` names the rule that found the role. ``dtype`` is the parameter's. ``bytes`` are those of the
-    state, ``adamw`` those of AdamW's in float32.
+    state, ``adamw`` those of AdamW's in float32. ``orthogonal`` says whether its updates are.
     """
 
     name: str
@@ -75,6 +75,7 @@ class Row:
     dtype: torch.dtype
     bytes: StateBytes
     adamw: StateBytes
+    orthogonal: bool = False
 
     @property
     def numel(self) -> int:
@@ -183,6 +184,7 @@ def _plan_one(optimizer: RoleOptimizer, group: Mapping[str, Any], parts: Iterabl
                 part.param.dtype,
                 own + counters,
                 StateBytes(adamw.momentum, adamw.second_moment, counters.other),
+                part.second.whole_matrices,
             )
         )
         counters = StateBytes()

@@ -162,20 +162,25 @@ def markdown_table(report: StateReport, optimizer: str) -> str:
 
 
 def pieces_table(rows: Iterable[Row]) -> Table:
-    """Draw one row for each piece of a parameter: its role, the reason for that role, and its bytes."""
+    """Draw one row for each piece of a parameter: its role, the reason for that role, and its bytes.
+
+    Where some updates are orthogonal, a column says which.
+    """
     from rich.text import Text
 
     rows = list(rows)
+    differs = any(row.orthogonal for row in rows)
     table = new_table(show_footer=True)
     total = sum((row.bytes.total for row in rows), 0)
     feet = {"Parameter": "total", "Shape": show_count(sum(row.numel for row in rows)), "State": show_bytes(total)}
-    for header in ("Parameter", "Shape", "Rows", "Role", "Why", "Momentum", "Rank", "State"):
+    for header in ("Parameter", "Shape", "Rows", "Role", "Why", *["Update"] * differs, "Momentum", "Rank", "State"):
         table.add_column(header, feet.get(header, ""), justify="right" if header in ("Rank", "State") else "left")
     for row in rows:
         shape, rank = " x ".join(map(str, row.shape)), "" if row.rank is None else str(row.rank)
         role = row.role if row.role == UNMATCHED else role_label(row.role)
+        update = ["orthogonal" if row.orthogonal else "Adam's"] * differs
         table.add_row(
-            Text(row.name), shape, row.rows, role, Text(row.why), row.policy, rank, show_bytes(row.bytes.total)
+            Text(row.name), shape, row.rows, role, Text(row.why), *update, row.policy, rank, show_bytes(row.bytes.total)
         )
     return table
 

@@ -114,6 +114,24 @@ def test_goes_on_from_torch_muon(adjusted):
         assert param.isfinite().all()
 
 
+def test_goes_on_from_adapm():
+    """Momentum stays where both keep it; hidden matrices lose their second moments, tables get their means."""
+    torch.manual_seed(0)
+    model, same = PlainLM(), {"rank": 2, "state_dtype": None}
+    adapm, ours = AdaPM(model.parameters(), **same), PartialMuon(model.parameters(), **same)
+    train(model, adapm, token_batches(4))
+    with pytest.warns(UserWarning, match="PartialMuon goes on with betas"):
+        ours.load_state_dict(adapm.state_dict())
+    params = dict(model.named_parameters())
+    weight, table, out = (params[name] for name in (WEIGHT, "embed_tokens.weight", "layers.0.self_attn.o_proj.weight"))
+    for key in ("exp_avg_l", "exp_avg_r"):
+        assert torch.equal(ours.state[weight][key], adapm.state[weight][key])
+    assert "exp_avg_sq" not in ours.state[weight] and set(ours.state[out]) == {"step"}
+    torch.testing.assert_close(ours.state[table]["exp_avg_sq"], adapm.state[table]["exp_avg_sq"].mean(1, keepdim=True))
+    train(model, ours, token_batches(1))
+    assert ours.state[weight]["step"] == 5
+
+
 def test_adapm_cannot_go_on_from_a_state_without_second_moments():
     weight, optimizer = one_weight(rank=2)
     for _ in steps(weight, optimizer, 1):
@@ -306,7 +324,14 @@ def test_heads_need_not_be_known():
 
 
 def test_the_table_says_who_gets_what():
-    rows = {row.name: row for row in explain(PartialMuon(PlainLM().parameters(), rank=2))}
+    explanation = explain(PartialMuon(PlainLM().parameters(), rank=2))
+    rows = {row.name: row for row in explanation}
+    assert {name for name, row in rows.items() if row.orthogonal} == {
+        name for name, param in PlainLM().named_parameters() if hidden(name, param)
+    }
+    lines = {line.split()[0]: line.split() for line in str(explanation).splitlines() if line.strip()}
+    assert "Update" in lines["Parameter"] and "orthogonal" in lines["layers.0.mlp.0.weight"]
+    assert "Adam's" in lines["embed_tokens.weight"] and "Update" not in str(explain(PlainLM()))
     assert rows["layers.0.mlp.0.weight"].bytes.second_moment == 0
     assert rows["embed_tokens.weight"].bytes.second_moment == 61 * 4
 

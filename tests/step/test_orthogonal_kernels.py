@@ -128,26 +128,32 @@ def test_rows_that_processes_share_stay_with_the_kernels(interpreted, monkeypatc
         assert relative_difference(one, other) < 1e-5
 
 
-def test_a_process_that_is_given_no_matrix(interpreted, monkeypatch):
+@pytest.mark.parametrize(
+    ("coefficients", "dtype", "result"),
+    [(FIVE, torch.float32, torch.float32), (reference.FITTED[3], torch.bfloat16, torch.float16)],
+    ids=["five", "three in float16"],
+)
+def test_a_process_that_is_given_no_matrix(interpreted, monkeypatch, coefficients, dtype, result):
     """Of one matrix and two processes, the second: it sends its rows, and receives those of the result."""
     exchanged, done = [], SimpleNamespace(wait=lambda: None)
 
     def exchange(received, sent, taken, given, group, async_op):
         exchanged.append((len(sent), len(received), taken, given))
+        assert sent.dtype == received.dtype
         return done
 
     monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor, op, group, async_op: done)
     monkeypatch.setattr("torch.distributed.all_to_all_single", exchange)
     shard = RowShard(Layout(torch.Size((6, 4)), ((0, 12), (12, 24)), 1, "both", "a mesh"))
-    rows, squares = torch.randn(1, 3, 4), torch.ones(1, dtype=torch.float64)
+    rows, squares = torch.randn(1, 3, 4, dtype=dtype), torch.ones(1, dtype=torch.float64)
     found = []
 
     def work():
-        found.append((yield from orthogonal.updates(rows, squares, FIVE, [], ProcessReduction([shard]))))
+        found.append((yield from orthogonal.updates(rows, squares, coefficients, [], ProcessReduction([shard]))))
 
     interleave([work()])
     assert exchanged == [(3, 0, [0, 0], [3, 0]), (0, 3, [3, 0], [0, 0])]
-    assert found[0].tensors[0].shape == (3, 4)
+    assert found[0].tensors[0].shape == (3, 4) and found[0].tensors[0].dtype == result
 
 
 @pytest.mark.parametrize(("m", "n"), [(50, 50), (37, 70), (70, 37)])
