@@ -16,8 +16,8 @@ from lightning_adapm.sharding.find import locals_of
 from lightning_adapm.sharding.layout import Layout
 from lightning_adapm.step import graphs
 from lightning_adapm.step.engine import Rule
+from lightning_adapm.step.fingerprint import Fingerprint
 from lightning_adapm.step.parts import Alike, Part, parts_of
-from lightning_adapm.step.whereabouts import Whereabouts
 from lightning_adapm.step.work import Work
 
 _GRAD, _DTYPE = attrgetter("grad"), attrgetter("dtype")
@@ -41,11 +41,11 @@ class Moved:
 
     def __init__(self, asked: Asked, works: Sequence[Work], states: States) -> None:
         self._params = params_of(asked)
-        self._held, self._properties = Whereabouts(locals_of(self._params)), _properties(self._params)
+        self._held, self._properties = Fingerprint(locals_of(self._params)), _properties(self._params)
         self._trained = list(states)
         place = {param: index for index, param in enumerate(states)}
         self._places = [place[param] for param in self._params]
-        self._states = Whereabouts(())
+        self._states = Fingerprint(())
         self._found = [(work.parts, work.held) for work in works]
         self._unmoved = object()
 
@@ -56,7 +56,7 @@ class Moved:
             [len(each) for _, each in asked] == [len(parts) for parts, _ in self._found]
             and are(params, self._params)
             and are(states, self._trained)
-            and self._held.have(locals_of(params))
+            and self._held.matches(locals_of(params))
         )
         if not same or _properties(params) != self._properties:
             return None
@@ -79,9 +79,9 @@ class Moved:
     def _follow(self, states: Sequence[dict[str, Any]]) -> bool:
         """Give steps another token if states have been replaced or moved; return whether they are states at all."""
         objects = list(chain.from_iterable(map(dict.values, states)))
-        if self._states.have(objects):
+        if self._states.matches(objects):
             return True
-        self._states, self._unmoved = Whereabouts(objects), object()
+        self._states, self._unmoved = Fingerprint(objects), object()
         return all("step" in state for state in states)
 
 

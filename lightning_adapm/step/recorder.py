@@ -15,12 +15,12 @@ from lightning_adapm.moments.cache import DeviceCache
 from lightning_adapm.step import graphs
 from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.clock import Clock, is_clocked
+from lightning_adapm.step.fingerprint import Fingerprint, addresses
 from lightning_adapm.step.graphs import Pool
 from lightning_adapm.step.parts import Part
 from lightning_adapm.step.paths import Path
 from lightning_adapm.step.recording import Clocks, Found, Recording
 from lightning_adapm.step.transients import held_by_a_step
-from lightning_adapm.step.whereabouts import Whereabouts, addresses
 from lightning_adapm.step.work import Work
 
 MOST_BYTES = 1 << 29
@@ -46,7 +46,7 @@ Launch = Callable[[Clocks | None], Sequence[Found]]
 """Launches a step by kernels that are given numbers, or clocks."""
 
 
-class Form:
+class Signature:
     """The common part of a recording's steps: the parameters, where all but gradients lie, options.
 
     It keeps no state alive.
@@ -54,7 +54,7 @@ class Form:
 
     def __init__(self, works: Sequence[Work], places: Sequence[int]) -> None:
         self._unmoved = works[0].unmoved
-        self._objects, self._grads = Whereabouts(_objects(works)), _properties(works)
+        self._objects, self._grads = Fingerprint(_objects(works)), _properties(works)
         self._numbers = _relative(works), _alignments(places)
         self._options = [_options(work.group) for work in works]
         counts = _all(works, _COUNTS)
@@ -65,7 +65,7 @@ class Form:
                 later = count - counts[0]
                 self._dues.setdefault((type(part.first), *vars(part.first).items(), later), (part.first, later))
 
-    def holds(self, works: Sequence[Work], places: Sequence[int]) -> bool:
+    def matches(self, works: Sequence[Work], places: Sequence[int]) -> bool:
         """Whether a step is one of them, whose gradients are at these ``places``."""
         return (
             len(works) == len(self._options)
@@ -78,13 +78,13 @@ class Form:
         """Whether these objects, and gradients of these kinds, move."""
         unmoved = works[0].unmoved
         if unmoved is None or unmoved is not self._unmoved:
-            if not self._objects.have(_objects(works)) or _properties(works) != self._grads:
+            if not self._objects.matches(_objects(works)) or _properties(works) != self._grads:
                 return False
             self._unmoved = unmoved
         return True
 
     def kind(self, works: Sequence[Work]) -> Hashable:
-        """Compute what tells steps of this form apart: which parts do what only some steps do."""
+        """Compute what distinguishes steps of this signature: which parts do what only some steps do."""
         first = works[0].counts[0]
         return tuple(momentum.due(first + later) for momentum, later in self._dues.values())
 
@@ -167,13 +167,13 @@ class Recorder:
         self._recordings: dict[Hashable, Recording] = {}
         self._begin(None)
 
-    def _begin(self, form: Form | None) -> None:
-        """Forget what was recorded, for steps of another form."""
+    def _begin(self, signature: Signature | None) -> None:
+        """Forget what was recorded, for steps of another signature."""
         self.launches = UNLIKE
         """:data:`REPLAYED`, or why steps are not."""
         if self._recordings:
             self._wasted = self._wasted + 1 if self._plays < _WORTH else 0
-        self._form = form
+        self._signature = signature
         self._plays = 0
         self._recordings = {}
         self._rehearsals: Counter[Hashable] = Counter()
@@ -186,14 +186,14 @@ class Recorder:
 
     def replayed(self, works: Sequence[Work]) -> list[Found] | None:
         """Replay a step, if one like it was recorded."""
-        if self._form is None:
+        if self._signature is None:
             return None
         places = _places(works)
-        if not self._form.holds(works, places):
+        if not self._signature.matches(works, places):
             self._misses += 1
             return None
         self._misses = 0
-        recording = self._recordings.get(self._form.kind(works))
+        recording = self._recordings.get(self._signature.kind(works))
         if recording is None:
             return None
         self._plays += 1
@@ -213,10 +213,10 @@ class Recorder:
         """
         if self._refused(works, paths, limit) or 0 < self._misses < _MISSES:
             return launch(None)
-        if self._form is None or self._misses:
-            self._begin(Form(works, _places(works)))
-        assert self._form is not None
-        kind = self._form.kind(works)
+        if self._signature is None or self._misses:
+            self._begin(Signature(works, _places(works)))
+        assert self._signature is not None
+        kind = self._signature.kind(works)
         if self._rehearsals[kind] < 1 << self._wasted:
             self._rehearsals[kind] += 1
             return launch(rehearsed)

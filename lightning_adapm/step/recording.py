@@ -2,7 +2,7 @@
 
 Kernels find gradients through tables of addresses on the device, and what the host knows of a step in
 :class:`~lightning_adapm.step.clock.Clock`. Before a replay, both are written by copies that nobody waits for.
-Everything else lies where it lay, which :class:`lightning_adapm.step.recorder.Form` makes sure of.
+Everything else lies where it lay, which :class:`lightning_adapm.step.recorder.Signature` checks.
 """
 
 from array import array
@@ -59,7 +59,7 @@ class Timed(NamedTuple):
         return Clock.of(self.part, work.counts[self.place], work.group["lr"])
 
 
-class Tape(DeviceCache):
+class StaticTensors(DeviceCache):
     """The tensors that stay on the device between a capture and its replays: tables of addresses, clocks, and what is
     kept from step to step anyway.
 
@@ -91,7 +91,7 @@ class Tape(DeviceCache):
         self._addresses: list[int] = []
         self._places: list[tuple[int, int]] = []
         """Gradients in the tables, as index and distance in bytes."""
-        self._shown: list[Timed] = []
+        self._clocked: list[Timed] = []
 
     @property
     def nbytes(self) -> int:
@@ -109,11 +109,11 @@ class Tape(DeviceCache):
         return found
 
     def clock(self, batch: Batch, lr: float) -> Tensor:
-        """A clock for a batch, whose learning rate :meth:`show` will find."""
+        """A clock for a batch, whose learning rate :meth:`update` will find."""
         if any(self._in_gradients(grad.data_ptr()) is None for grad in batch.grads if grad.numel()):
             raise NotRecordableError("a gradient is copied before kernels read it")
-        self._shown.append(self._timed[batch.parts[0].key])
-        start = _WIDTH * (len(self._shown) - 1)
+        self._clocked.append(self._timed[batch.parts[0].key])
+        start = _WIDTH * (len(self._clocked) - 1)
         return self._clocks[start : start + _WIDTH].view(torch.float32)[: len(Clock._fields)]
 
     def _table(self, addresses: Sequence[int]) -> Tensor:
@@ -138,10 +138,10 @@ class Tape(DeviceCache):
         _write(self._fixed, self._addresses)
         self._tables.clear()
 
-    def show(self, works: Sequence[Work], places: Sequence[int]) -> None:
+    def update(self, works: Sequence[Work], places: Sequence[int]) -> None:
         """Write what is other in every step: clocks, and the ``places`` of gradients."""
         rest = [0.0] * (2 * _WIDTH - len(Clock._fields))
-        clocks = array("f", chain.from_iterable((*timed.clock(works), *rest) for timed in self._shown)).tobytes()
+        clocks = array("f", chain.from_iterable((*timed.clock(works), *rest) for timed in self._clocked)).tobytes()
         moving = array("q", [places[index] + distance for index, distance in self._places])
         written = torch.frombuffer(bytearray(clocks.ljust(self._clocks.nbytes, b"\0")) + moving, dtype=torch.int64)
         if self.device.type == "cuda":
@@ -186,34 +186,34 @@ class Recording:
         cache: DeviceCache,
         pool: Pool,
     ) -> None:
-        self._tape = Tape(cache, works)
+        self._static = StaticTensors(cache, works)
         self._parts = [part for work in works for parts in work.parts for part in parts]
-        self._flaws = torch.zeros(len(self._parts), dtype=torch.int32, device=self._tape.device)
+        self._flaws = torch.zeros(len(self._parts), dtype=torch.int32, device=self._static.device)
         self._squares: list[Tensor] = []
         """In the memory of the graph, which writes them anew."""
         order: list[Any] = []
 
         def run() -> None:
-            found = launch(self._tape.clock)
+            found = launch(self._static.clock)
             order.extend(part.key for each in found for part in each.parts)
             self._squares.extend(squares for each in found for squares in each.squares)
             torch.cat([each.flaws for each in found], out=self._flaws)
 
-        with using(self._tape):
-            self._graph: Graph = pool.captured(run, self._tape.device)
-        self._tape.settle()
+        with using(self._static):
+            self._graph: Graph = pool.captured(run, self._static.device)
+        self._static.settle()
         place = {key: index for index, key in enumerate(order)}
-        self._order = torch.empty(len(self._parts), dtype=torch.int64, device=self._tape.device)
+        self._order = torch.empty(len(self._parts), dtype=torch.int64, device=self._static.device)
         _write(self._order, [place[part.key] for part in self._parts])
 
     @property
     def nbytes(self) -> int:
         """Bytes that it holds on the device, besides its temporaries."""
-        return self._tape.nbytes + self._flaws.nbytes + self._order.nbytes
+        return self._static.nbytes + self._flaws.nbytes + self._order.nbytes
 
     def play(self, works: Sequence[Work], places: Sequence[int]) -> list[Found]:
         """Take a step, whose gradients are at these ``places``."""
-        self._tape.show(works, places)
+        self._static.update(works, places)
         self._graph.replay()
         torch.autograd.graph.increment_version([held for work in works for held in work.held])
         return [Found(self._parts, self._flaws[self._order], self._squares)]

@@ -20,7 +20,7 @@ from lightning_adapm.step import graphs, kernels, launch, norms
 pytest.importorskip("triton", reason="the kernels are Triton's")
 
 
-class Tape(TorchDispatchMode):
+class Calls(TorchDispatchMode):
     """A graph of operations: none changes memory that was there before until they are replayed."""
 
     def __init__(self, start: Callable[..., None]) -> None:
@@ -69,7 +69,7 @@ def recorded(monkeypatch):
     monkeypatch.setattr(graphs, "memory", lambda device: 0)
 
     def begun():
-        made.append(Tape(start))
+        made.append(Calls(start))
         return made[-1]
 
     def captured(work, device, pool):

@@ -1,6 +1,6 @@
-"""Where the objects of a step are, which a few calls compare with where those of another step are.
+"""Fingerprints of the objects of a step, which a few calls compare with those of another step.
 
-This is asked for hundreds of parameters in every step, so that nothing but C runs for each of them.
+This is done for hundreds of parameters in every step, so that nothing but C runs for each of them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,10 +16,10 @@ def addresses(tensors: Iterable[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 
 
-class Whereabouts:
+class Fingerprint:
     """Addresses of the tensors among some objects, and identities of the others.
 
-    Nothing is kept alive. What has the address of a tensor that is gone lies where that lay.
+    Nothing is kept alive. A tensor at the address of one that is gone lies where that lay, and may take its place.
     """
 
     def __init__(self, objects: Sequence[Any]) -> None:
@@ -27,8 +27,8 @@ class Whereabouts:
         self._are_others = list(map(not_, self._are_tensors))
         self._found = self._find(objects)
 
-    def have(self, objects: Sequence[Any]) -> bool:
-        """Whether objects are where these were."""
+    def matches(self, objects: Sequence[Any]) -> bool:
+        """Whether objects are the same, and tensors lie where those lay."""
         try:
             return len(objects) == len(self._are_tensors) and self._find(objects) == self._found
         except TypeError:  # another object in the place of a tensor
