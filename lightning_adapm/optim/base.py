@@ -201,7 +201,8 @@ class RoleOptimizer(Checkpointed):
         known = self._registry
         known.places = check_not_replaced(known.places, self, known.names)
         self._norms = [] if early is None else early.norms()
-        moved, _ = self._take(self._left(early is not None))
+        selected: Selection = [(index, group["params"]) for index, group in enumerate(self.param_groups)]
+        moved, _ = self._take(selected if early is None else in_backward.left_over(selected, self.state))
         self._engine.nonfinite.finish_step()
         skipped = closure is not None and loss is None  # as Lightning skips a batch
         if not moved and not self._norms and not skipped and not self._has_moved():
@@ -211,17 +212,6 @@ class RoleOptimizer(Checkpointed):
     def _has_moved(self) -> bool:
         """Whether any parameter ever took a step: gradients that are left out later are so on purpose."""
         return any(self.state[param].get("step") for param in self.pieces if param in self.state)
-
-    def _left(self, early: bool) -> Selection:
-        """Select parameters to move after backward; if some moved ``early``, those left over or without state yet."""
-        every = [(index, group["params"]) for index, group in enumerate(self.param_groups)]
-        if not early:
-            return every
-        left = [(index, [param for param in params if self._is_left(param)]) for index, params in every]
-        return [(index, params) for index, params in left if params]
-
-    def _is_left(self, param: Tensor) -> bool:
-        return param.grad is not None or (param.requires_grad and "step" not in self.state.get(param, ()))
 
     def _take(self, selected: Selection) -> tuple[list[Work], Sequence[Found]]:
         """Move parameters, given group by group; return what has moved, and what kernels found of its gradients."""

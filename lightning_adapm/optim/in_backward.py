@@ -250,6 +250,16 @@ def armed(
             handle.remove()
 
 
+def left_over(selected: Selection, states: Mapping[Tensor, Any]) -> Selection:
+    """Select those that are to move after backward: parameters that still have a gradient, or no state yet."""
+
+    def is_left(param: Tensor) -> bool:
+        return param.grad is not None or (param.requires_grad and "step" not in states.get(param, ()))
+
+    left = ((index, list(filter(is_left, params))) for index, params in selected)
+    return [(index, params) for index, params in left if params]
+
+
 def _in_process_group() -> bool:
     # also of one process: DDP puts gradients back at the end of backward, and they would be taken twice
     return dist.is_available() and dist.is_initialized()
