@@ -9,6 +9,7 @@ import re
 import sys
 import traceback
 
+from lightning_adapm import __version__
 from lightning_adapm.commands import COMMANDS, LITGPT_COMMANDS, check_command
 
 TRACEBACK = "LIGHTNING_ADAPM_TRACEBACK"
@@ -27,7 +28,8 @@ usage: lightning-adapm {{{",".join(COMMANDS)}}} [--config FILE ...] [--OPTION VA
   litgpt     litgpt's pretrain and finetune_*, with AdaPM's figures in its logs:  lightning-adapm litgpt pretrain -h
 
 FILE is a path or recipe:NAME. Several --config files apply in order, and options after them override.
-LIGHTNING_ADAPM_TRACEBACK=1 shows the traceback of every error. All options of one command:
+--version prints the version. LIGHTNING_ADAPM_TRACEBACK=1 shows the traceback of every error.
+All options of one command:
   lightning-adapm fit -h
   lightning-adapm fit --model.help lightning_adapm.litgpt.LitGPTModule
 """
@@ -45,6 +47,9 @@ def main(args: list[str] | None = None) -> None:
     words = sys.argv[1:] if args is None else args
     if not words or words[0] in ("-h", "--help"):
         print(USAGE, end="")
+        return
+    if words == ["--version"]:
+        print(f"lightning-adapm {__version__}")
         return
     try:
         # after the help, which need not wait for Lightning

@@ -7,6 +7,7 @@ import torch
 from commands import QUICKSTART, QUICKSTART_ADAMW, logged, run, shrunk
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+import lightning_adapm
 from lightning_adapm.__main__ import main
 from lightning_adapm.trainer import cli
 
@@ -183,6 +184,8 @@ def test_help_names_the_commands_without_loading_lightning(in_process, capsys, m
     monkeypatch.setitem(sys.modules, "lightning_adapm.trainer.cli", None)  # an import would fail
     in_process(*words)
     assert "lightning-adapm fit --config" in capsys.readouterr().out
+    in_process("--version")
+    assert capsys.readouterr().out == f"lightning-adapm {lightning_adapm.__version__}\n"
 
 
 @pytest.mark.parametrize(
