@@ -84,10 +84,12 @@ def move(
     along = MOVE_ALONG_ELEMENTWISE if elementwise else MOVE_ALONG
     tile = Tile(*(MOVE if factors is None else along)).narrowed(n)
     # heads of a fused weight are one matrix of the gradient
-    rows, stride = (param.shape[1], param.stride(0)) if param.dim() > directions.like.dim() else (m, 0)
+    grouped = param.dim() > directions.like.dim()
+    rows, stride = (param.shape[1], param.stride(0)) if grouped else (m, 0)
+    high, across, _ = tile.grid(m, n, b)
     launch(
         "move",
-        tile.grid(m, n, b),
+        (high * across, b, 1),
         (
             moved,
             directions,
@@ -131,6 +133,7 @@ def move(
         RIGHT=(right or moved).dtype,
         FACTOR=kernels.FACTOR,
         ALIGNED=aligned(moved, directions, values, right) and (not elementwise or divisors.are_aligned),
+        GROUPED=grouped,
         CHECKED=flaws is not None,
         DENSE=isinstance(divisors.roots, Tensor),
         FACTORED=divisors.columns is not None,
@@ -140,6 +143,7 @@ def move(
         CLAMP=clip is not None,
         FACTORS=factors is not None,
         STOCHASTIC=rounding is not None,
+        EVEN=rounding is not None and rounding.is_even(n),
         RATED=rates is not None,
         CLOCKED=clock is not None,
         BLOCK_K=32,

@@ -46,7 +46,9 @@ def scattered(counter: _Word, first: int, second: int) -> _Word:
 
 
 class Stream(NamedTuple):
-    """The random bits of one part: one word per element of its matrix and step."""
+    """The random bits of one part: in each step one word for every two elements of its matrix, to the second of which
+    it shows the other half first.
+    """
 
     first: int
     second: int
@@ -58,10 +60,14 @@ class Stream(NamedTuple):
     def of(cls, part: Part) -> "Stream":
         return cls(*_words(part.name, part.prefix), part.first_element)
 
-    def bits(self, places: Tensor, step: int) -> Tensor:
-        """Bits for the elements at ``places`` (int64) after the first one, in a step."""
+    def bits(self, place: int, count: int, step: int, device: torch.device | None = None) -> Tensor:
+        """Bits, in int64, for so many elements from ``place`` on, counted from the first one here, in a step."""
         first, second = scattered(step, self.first, self.second), scattered(step, self.second, self.first)
-        return scattered((places + self.start) & _WORD, first, second)
+        place += self.start
+        pairs = torch.arange(place >> 1, (place + count + 1) >> 1, device=device) & (_WORD >> 1)
+        words = scattered(pairs, first, second)
+        both = torch.stack((words, (words >> 16 | words << 16) & _WORD), dim=1)
+        return both.view(-1)[place & 1 :][:count]
 
 
 @lru_cache(maxsize=1 << 16)
@@ -84,6 +90,10 @@ class StochasticRounding(NamedTuple):
         rows = ((*stream[:2], stream.start + numel * index) for stream in self.streams for index in range(each))
         return numbers_on(tuple(chain.from_iterable(rows)), device)
 
+    def is_even(self, columns: int) -> bool:
+        """Whether all rows of so many ``columns`` begin with the first element of a pair."""
+        return not (columns % 2 or any(stream.start % 2 for stream in self.streams))
+
     def write(self, params: Sequence[Tensor], values: Sequence[Tensor], first: int = 0) -> None:
         """Write float32 values, which are overwritten, as :func:`widened` makes them.
 
@@ -94,8 +104,8 @@ class StochasticRounding(NamedTuple):
             size = _CHUNK_NUMEL.get(flat.device.type, _LARGEST_CHUNK_NUMEL)
             for start in range(0, flat.numel(), size):
                 chunk = flat[start : start + size]
-                places = torch.arange(len(chunk), device=flat.device).add_(before + start)
-                chunk.copy_(rounded(chunk, stream.bits(places, self.step), param.dtype))
+                bits = stream.bits(before + start, len(chunk), self.step, flat.device)
+                chunk.copy_(rounded(chunk, bits, param.dtype))
         torch._foreach_copy_(list(params), list(values))
 
 

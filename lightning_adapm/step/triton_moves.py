@@ -49,6 +49,7 @@ def move(
     RIGHT: tl.constexpr,
     FACTOR: tl.constexpr,
     ALIGNED: tl.constexpr,
+    GROUPED: tl.constexpr,
     CHECKED: tl.constexpr,
     DENSE: tl.constexpr,
     FACTORED: tl.constexpr,
@@ -58,6 +59,7 @@ def move(
     CLAMP: tl.constexpr,
     FACTORS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    EVEN: tl.constexpr,
     RATED: tl.constexpr,
     CLOCKED: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -82,9 +84,12 @@ def move(
         step = tl.load(clock + 1)
         scale = tl.load(clock + 3)
         correction = tl.load(clock + 4)
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    which = tl.program_id(2).to(tl.int64)
+    # programs that follow each other work on the same rows, as memory is read and written fastest
+    across = tl.cdiv(n, BLOCK_N)
+    high, aside = tl.program_id(0) // across, tl.program_id(0) % across
+    row = high * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = aside * BLOCK_N + tl.arange(0, BLOCK_N)
+    which = tl.program_id(1).to(tl.int64)
     inside = (row[:, None] < m) & (column[None, :] < n)
     wide = row.to(tl.int64)[:, None]
     direction = tl.load(directions + which).to(tl.pointer_type(DIRECTION))
@@ -98,7 +103,11 @@ def move(
     parameter = tl.load(parameters + which).to(tl.pointer_type(PARAMETER))
     if ALIGNED:
         parameter = tl.multiple_of(parameter, 16)
-    parameter += wide // group_rows * group_stride + wide % group_rows * parameter_stride + column[None, :]
+    if GROUPED:
+        parameter += (row // group_rows).to(tl.int64)[:, None] * group_stride
+        parameter += (row % group_rows).to(tl.int64)[:, None] * parameter_stride + column[None, :]
+    else:
+        parameter += wide * parameter_stride + column[None, :]
     p = tl.load(parameter, inside, 0.0).to(tl.float32)
     if CHECKED:
         d = tl.where(tl.load(flaws + which // each) == 0, d, 0.0)
@@ -135,7 +144,7 @@ def move(
             share = tl.sqrt(size / tl.maximum(largest, 1.1754944e-38)[:, :, None]).reshape(BLOCK_M, BLOCK_N)
             code = tl.where(d < 0, -1.0, 1.0) * tl.floor(share * 127 + 0.5)
             tl.store(average, code.to(tl.int8), inside)
-            block = tl.program_id(1) * (BLOCK_N // SPAN) + tl.arange(0, BLOCK_N // SPAN)[None, :]
+            block = aside * (BLOCK_N // SPAN) + tl.arange(0, BLOCK_N // SPAN)[None, :]
             largest = tl.where(largest < 1.1754944e-38, 0.0, largest)
             tl.store(scale_of + block, largest, (row[:, None] < m) & (block < tl.cdiv(n, SPAN)))
         else:
@@ -145,11 +154,16 @@ def move(
         d += product
     if RATED:
         lr *= tl.load(rates + which)
-    update = scale * d / (root / correction + eps)
+    if DENSE and not FACTORED:  # one division for a row
+        update = d * (lr * scale / (root / correction + eps))
+    else:
+        update = lr * scale * d / (root * (1 / correction) + eps)
     if CLAMP:
-        update = tl.minimum(tl.maximum(update, -clip), clip)
-    p = p * (1 - lr * decay) - lr * update
+        update = tl.minimum(tl.maximum(update, -lr * clip), lr * clip)
+    p = p * (1 - lr * decay) - update
     if STOCHASTIC:
-        random = triton_rounding.bits(streams + 3 * which, wide, column[None, :], n, step)
-        p = triton_rounding.rounded(p, random, PARAMETER)
-    tl.store(parameter, p.to(PARAMETER), inside)
+        random = triton_rounding.bits(streams + 3 * which, wide, aside * BLOCK_N, n, step, EVEN, BLOCK_N)
+        moved = triton_rounding.rounded(p, random, PARAMETER)
+    else:
+        moved = p.to(PARAMETER)
+    tl.store(parameter, moved, inside)

@@ -85,7 +85,7 @@ def test_products_of_gradients(dtype, m, n, r):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(1000,), (300, 1000), (3, 100, 200)])
+@pytest.mark.parametrize("shape", [(1000,), (300, 999), (3, 100, 200)])
 def test_parameters_are_rounded_as_on_a_cpu(dtype, shape):
     """Bit by bit: kernels draw the same numbers, and round subnormal and large values, infinities and NaN alike."""
     generator = torch.Generator().manual_seed(0)
@@ -93,7 +93,8 @@ def test_parameters_are_rounded_as_on_a_cpu(dtype, shape):
     values = torch.randn(number, generator=generator) * torch.logspace(-10, 5, number)
     values[::50] = torch.tensor([float("inf"), float("nan"), 7e4, 3.4e38]).repeat(number)[: len(values[::50])]
     values = list(values.view(2, *shape).unbind())
-    rounding = StochasticRounding((Stream(0x9E3779B9, 7, 0), Stream(3, 0x85A308D3, 2**32 - 11)), 12345)
+    start = 2**32 - 12 + shape[-1] % 2  # of an even place where rows are even
+    rounding = StochasticRounding((Stream(0x9E3779B9, 7, 0), Stream(3, 0x85A308D3, start)), 12345)
     expected = [torch.zeros(shape, dtype=dtype) for _ in values]
     params = [param.cuda() for param in expected]
     negative = [-value.cuda() for value in values]  # kernels hold addresses only

@@ -25,6 +25,8 @@ SCALARS = dict.fromkeys(
 COMMON = {"GRAD": tl.float32, "FACTOR": tl.bfloat16, "ALIGNED": True, "COLUMNS": True}
 MOVED = dict.fromkeys(("PARAMETER", "DIRECTION", "AVERAGE"), tl.float32) | {
     "RIGHT": tl.bfloat16,
+    "GROUPED": False,
+    "EVEN": True,
     "CHECKED": True,
     "AVERAGED": False,
     "SPAN": 0,
