@@ -19,9 +19,9 @@ on an H100, and within the 99 KiB of shared memory that a block has on smaller G
 RANKS, MOST_RANKS = 128, 256
 """Most ranks in a tile, which a program has in its registers; of sums with products, on GPUs with large blocks."""
 
-_ROWS_OF_A_PRODUCT = 2048
-"""Products from the left are taken of so many rows each: enough programs for a device, also where a table of tokens is
-the only matrix of its shape. Tiles of rows divide them.
+_ROWS_OF_A_PRODUCT = 256, 2048
+"""Products from the left are taken of so many rows each, fewer where there are few columns: enough programs for a
+device, also where a table of tokens is the only matrix of its shape. Tiles of rows divide them.
 """
 
 
@@ -88,7 +88,9 @@ def combine(grads: Matrices, weights: Tensor, flaws: Tensor) -> Tensor:
     """Multiply transposed ``weights`` ``(b, m, r)`` by ``grads`` ``(m, n)``; gradients with a flaw count as zero."""
     b, m, r = weights.shape
     n = grads.shape[1]
-    parts = -(-m // _ROWS_OF_A_PRODUCT)
+    least, most = _ROWS_OF_A_PRODUCT
+    rows = min(most, max(least, kernels.power_of_two(n)))
+    parts = -(-m // rows)
     product = weights.new_empty((b, parts, r, n), dtype=torch.float32)
     tile, block_r = Tile(*COMBINE).narrowed(n), _ranks(r, RANKS)
     launch(
@@ -96,7 +98,7 @@ def combine(grads: Matrices, weights: Tensor, flaws: Tensor) -> Tensor:
         (-(-n // tile.columns) * -(-r // block_r), b, parts),
         # weights: read by every block of columns
         (grads, weights.to(kernels.FACTOR).contiguous(), flaws, product),
-        (m, n, r, grads.stride, b // len(flaws), _ROWS_OF_A_PRODUCT),
+        (m, n, r, grads.stride, b // len(flaws), rows),
         (),
         GRAD=grads.dtype,
         FACTOR=kernels.FACTOR,

@@ -364,7 +364,6 @@ def test_a_step_by_kernels_is_seen_by_autograd(interpreted):
 
 def test_products_of_more_rows_and_ranks_than_a_program_has(interpreted, monkeypatch):
     """From the left they are sums over parts that do not divide a tall matrix: a table of tokens occupies a device."""
-    monkeypatch.setattr(reading, "_ROWS_OF_A_PRODUCT", 256)
     monkeypatch.setattr(reading, "RANKS", 16)
     monkeypatch.setattr(reading, "MOST_RANKS", 16)
     grads, weights, bases = torch.randn(3, 600, 20), torch.randn(3, 600, 18), torch.randn(3, 18, 20)
