@@ -37,7 +37,7 @@ from lightning_adapm.report.tables import read_bytes, show_bytes
 WATCHED = 11
 """Steps with monitors in the first and the last of them, which seed and refresh bases, too."""
 TIMED = 20
-"""Steps after these, whose time counts: two intervals of refreshes."""
+"""Steps after these, whose time counts: one interval of refreshes every 20 steps, or two of every 10."""
 _STAGE = re.compile(r"^started: (.+) after ([\d.]+) s$", re.MULTILINE)
 _STAGES = ("classes are built", "weights are there", "first step begins", "first step ended")
 

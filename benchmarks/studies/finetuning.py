@@ -20,7 +20,7 @@ SETTING = Setting(
 """About three epochs of gsm8k. Steps are as large as in pretraining, so that everything is compiled once."""
 LORA = "LoRA, rank 16"
 SMALL_CARD = "AdaPM factored, small card"
-"""As the recipes for 12 and 24 GB have it, with weights in bfloat16 that are rounded stochastically."""
+"""Of the recipes for 12 and 24 GB, which refresh every 20 steps: with weights in bfloat16, rounded stochastically."""
 ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "AdamW": adamw(0.9, 0.95),
     "AdaPM": adapm(betas=BETAS95),
