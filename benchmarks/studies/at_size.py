@@ -49,6 +49,8 @@ ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
     EVERYWHERE: low_rank(),
     "AdaPM block": adapm(betas=BETAS95, second_moment="block"),
     "AdaPM factored": adapm(betas=BETAS95, second_moment="factored"),
+    "AdaPM factored, refreshed every 20": adapm(betas=BETAS95, second_moment="factored", update_proj_gap=20),
+    "AdaPM factored, refreshed every 50": adapm(betas=BETAS95, second_moment="factored", update_proj_gap=50),
     f"{EVERYWHERE}, block": low_rank(second_moment="block"),
     "AdaPM, more momentum, damped": damped(),
     "AdaPM, more momentum, damped, embedding low-rank": damped({"embedding": "low_rank"}),

@@ -40,6 +40,7 @@ class Trial(AdaPM):
         method: Method of the low-rank momentum, a name in :data:`LOW_RANK`.
         residual: Factor of the gradient outside the subspace, or ``"matched"``: see :class:`Scaled`.
         scale: Factor of the whole direction by policy; ``residual`` and these make updates smaller.
+        bounds: Factor of ``clip_threshold`` by role, where momentum is low-rank.
         damping: Factor of the square of what no momentum averages, which joins the second moment in the denominator:
             see :func:`benchmarks.studies.damping.move`.
     """
@@ -54,12 +55,13 @@ class Trial(AdaPM):
         method: str | None = None,
         residual: float | str = 1.0,
         scale: Mapping[str, float] | None = None,
+        bounds: Mapping[str, float] | None = None,
         damping: float = 0.0,
         **options: Any,
     ) -> None:
         self.low_rank, self.divide_all, self.slow_beta1 = dict(low_rank or {}), divide_all, slow_beta1
         self.method, self.residual, self.scale = method, residual, dict(scale or {})
-        self.damping = damping
+        self.bounds, self.damping = dict(bounds or {}), damping
         super().__init__(params, **options)
 
     def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:
@@ -67,6 +69,8 @@ class Trial(AdaPM):
         scale = self.scale.get(momentum.name, 1.0)
         if isinstance(momentum, LowRankMomentum):
             momentum = self._tried(dataclasses.replace(momentum, **self.low_rank))
+            if piece.role in self.bounds:
+                return Bounded(**fields_of(momentum), clamp=self.bounds[piece.role])
             if self.residual != 1:
                 return scaled(momentum, scale, self.residual)
         return momentum if scale == 1 else scaled(momentum, scale)
@@ -91,6 +95,13 @@ class Trial(AdaPM):
         if self.slow_beta1 is not None:
             return TwoTimeScales(momentum, dataclasses.replace(momentum, beta1=self.slow_beta1))
         return momentum
+
+
+@dataclass(frozen=True)
+class Bounded(LowRankMomentum):
+    """Low-rank momentum with a bound of its own."""
+
+    clamp: float = 1.0  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
