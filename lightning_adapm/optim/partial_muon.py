@@ -55,6 +55,7 @@ class PartialMuon(RoleOptimizer):
         state_dtype: Dtype of the momentum, as for AdaPM: by default, ``{"low_rank": "bfloat16"}``.
         basis: Placement of bases, as for AdaPM.
         convolutions: Whether weights of convolutions have orthogonal updates, too, as matrices of outputs by the rest.
+            Their names tell no role: give them one, such as ``roles={"conv": "mlp"}``.
         ns_steps: Steps of the Newton-Schulz iteration that finds the orthogonal matrix.
         newton_schulz: Coefficients of these steps: ``"muon"``, those of Muon, or ``"fitted"``, other ones in each of
             3 or 4 steps.
