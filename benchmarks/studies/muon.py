@@ -13,8 +13,8 @@ FULL_TABLE = "PartialMuon, embedding full, rank 15%, factors in bfloat16, full i
 """As large as the default, with momentum elsewhere. Of fp32 AdamW's state, they keep 5.9 and 5.3 % on Llama-3-8B, and
 6.2 and 7.8 % on GPT-2 124M, the default 5.3 and 7.2 %."""
 FEWER_STEPS: dict[str, dict[str, Any]] = {
-    "3 fitted steps": {"newton_schulz": "fitted", "ns_steps": 3},
-    "4 fitted steps": {"newton_schulz": "fitted", "ns_steps": 4},
+    "3 fast steps": {"newton_schulz": "fast", "ns_steps": 3},
+    "4 fast steps": {"newton_schulz": "fast", "ns_steps": 4},
     "4 steps": {"ns_steps": 4},
 }
 FEWER = {f"PartialMuon, {label}": ("PartialMuon", options) for label, options in FEWER_STEPS.items()}

@@ -14,7 +14,7 @@ from lightning_adapm.moments import lowrank
 from lightning_adapm.moments.base import Direction, Momentum, SecondMoment, State
 from lightning_adapm.moments.batches import Stack, join, split
 from lightning_adapm.moments.first import LowRankMomentum
-from lightning_adapm.moments.orthogonal import Orthogonal
+from lightning_adapm.moments.orthogonal import Iteration, Orthogonal
 from lightning_adapm.moments.storage import Entry
 from lightning_adapm.roles.piece import Piece
 from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
@@ -324,4 +324,4 @@ class Bookkeeping(PartialMuon):
 
     def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
         found = super().second_moment_for(piece, shape, group)
-        return Orthogonal(()) if isinstance(found, Orthogonal) else found
+        return Orthogonal(Iteration(())) if isinstance(found, Orthogonal) else found

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,20 +30,31 @@ Coefficients = tuple[float, float, float]
 STEPS = 5
 MUON: Coefficients = (3.4445, -4.7750, 2.0315)
 """Those of every step, by Keller Jordan."""
-FITTED: Mapping[int, tuple[Coefficients, ...]] = {
-    3: ((7.9483, -22.3097, 15.841), (3.5825, -2.5769, 0.4873), (2.5394, -1.8884, 0.4299)),
-    4: (
-        (8.25, -23.454, 16.7157),
-        (4.0125, -2.8703, 0.5194),
-        (3.5825, -2.5769, 0.4873),
-        (2.5394, -1.8884, 0.4299),
-    ),
-}
-"""Those of each step, by number of steps: the widest range of singular values that ends between 0.65 and 1.21, by the
-algorithm of Polar Express (arXiv 2505.16932). It begins at 0.01 and 0.0024 of the matrix's norm, and that of Muon's
-five at 0.0015. All but the last allow for norms 2 % larger, because products are rounded.
+_FITTED: tuple[Coefficients, ...] = (
+    (7.9483, -22.3097, 15.841),
+    (3.5825, -2.5769, 0.4873),
+    (2.5394, -1.8884, 0.4299),
+)
+"""Those of three steps, by the algorithm of Polar Express (arXiv 2505.16932): the widest range of singular values that
+ends between 0.66 and 1.21. All but the last allow for matrices 2 % larger, because products are rounded.
 """
-ITERATIONS = ("muon", "fitted")
+
+
+class Iteration(NamedTuple):
+    """Steps of Newton-Schulz, and what matrices are divided by before."""
+
+    steps: tuple[Coefficients, ...] = (MUON,) * STEPS
+    by_gram: bool = False
+    """Divide by the root of the norm of the Gram matrix, a bound of the largest singular value that is closer than the
+    matrix's own norm. Small singular values grow more.
+    """
+
+
+FIVE = Iteration()
+"""Muon's."""
+FAST: Mapping[int, Iteration] = {3: Iteration(_FITTED, by_gram=True), 4: Iteration((MUON,) * 4, by_gram=True)}
+"""Iterations of fewer steps, by their number."""
+ITERATIONS = ("muon", "fast")
 _STEEP = 5.0
 
 
@@ -55,8 +66,8 @@ class Orthogonal(NoSecondMoment):
     calls it ``adjust_lr_fn="match_rms_adamw"``, arXiv 2502.16982). The size of ``D`` has no influence.
     """
 
-    coefficients: tuple[Coefficients, ...] = (MUON,) * STEPS
-    """Coefficients of each step of Newton-Schulz; without any, matrices are scaled to a norm of 1."""
+    iteration: Iteration = FIVE
+    """Newton-Schulz; without any step, matrices are scaled to a norm of 1."""
     whole_matrices: ClassVar[bool] = True
 
     def applied(self, direction: Direction, reduction: Reduction = ONE_PROCESS) -> Direction:
@@ -67,7 +78,7 @@ class Orthogonal(NoSecondMoment):
         else:
             whole = join(used)
             dtype = product_dtype(whole.device, whole.dtype)
-            found = split(_iterated(_normalized(whole, _squares(whole), dtype), self.coefficients), used)
+            found = split(_iterated(_normalized(whole, _squares(whole), dtype), self.iteration), used)
             rows = used[0].shape[-2]
         return sized(found, rows)
 
@@ -77,7 +88,7 @@ class Orthogonal(NoSecondMoment):
         squares = reduction.total([_squares(part.unsqueeze(0)) for part in held])
         dtype = product_dtype(parts[0].device, parts[0].dtype)
         held = [_normalized(part, total[0], dtype) for part, total in zip(held, squares, strict=True)]
-        return Owners(reduction.shards, dtype).apply(partial(_iterated, coefficients=self.coefficients), held)
+        return Owners(reduction.shards, dtype).apply(partial(_iterated, iteration=self.iteration), held)
 
 
 def sized(found: list[Tensor], rows: int) -> Direction:
@@ -91,25 +102,23 @@ def scale_of(shape: torch.Size) -> float:
     return 0.2 * float(max(shape[-2:])) ** 0.5
 
 
-def coefficients_of(iteration: str, steps: int) -> tuple[Coefficients, ...]:
-    """Coefficients of so many steps of one of :data:`ITERATIONS`."""
-    return (MUON,) * steps if iteration == "muon" else FITTED[steps]
+def iteration_of(kind: str, steps: int) -> Iteration:
+    """So many steps of one of :data:`ITERATIONS`."""
+    return Iteration((MUON,) * steps) if kind == "muon" else FAST[steps]
 
 
-def newton_schulz(
-    matrices: Tensor, coefficients: Sequence[Coefficients] = (MUON,) * STEPS, dtype: torch.dtype | None = None
-) -> Tensor:
+def newton_schulz(matrices: Tensor, iteration: Iteration = FIVE, dtype: torch.dtype | None = None) -> Tensor:
     """About the nearest orthogonal matrix to each of ``(b, m, n)``: singular values between 0.68 and 1.21.
 
     Zero singular values stay zero, and those below 2e-3 of the matrix's norm grow by a factor of up to 485 only.
 
     Args:
         matrices: Matrices of any scale. One that is zero or not finite gives zero.
-        coefficients: Coefficients of each step of the iteration.
+        iteration: Steps of the iteration.
         dtype: Dtype of products and result; by default bfloat16 where that is fast, and float64 for float64.
     """
     dtype = dtype or product_dtype(matrices.device, matrices.dtype)
-    return _iterated(_normalized(matrices, _squares(matrices), dtype), coefficients)
+    return _iterated(_normalized(matrices, _squares(matrices), dtype), iteration)
 
 
 def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -138,11 +147,14 @@ def _normalized(matrices: Tensor, squares: Tensor, dtype: torch.dtype) -> Tensor
     return torch.where(possible, matrices / norm, 0.0).to(dtype)
 
 
-def _iterated(found: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
+def _iterated(found: Tensor, iteration: Iteration) -> Tensor:
     """Iterate on matrices of norm 1, in the form with less work."""
     if not found.numel():
         return found
-    for steps in parts_of(found.shape, found.dtype, coefficients):
+    if iteration.by_gram:
+        size = torch.linalg.vector_norm(_gram(found), dim=(-2, -1), keepdim=True)
+        found = found / torch.where(size > 0, size, 1.0).sqrt()
+    for steps in parts_of(found.shape, found.dtype, iteration.steps):
         found = _plain(found, *steps) if len(steps) == 1 else _by_gram(found, steps)
     return found
 

@@ -11,7 +11,7 @@ from lightning_adapm.moments import policy
 from lightning_adapm.moments.base import Momentum, SecondMoment
 from lightning_adapm.moments.first import FullMomentum, LowRankMomentum, NoMomentum
 from lightning_adapm.moments.nesterov import NesterovLowRankMomentum, NesterovMomentum
-from lightning_adapm.moments.orthogonal import FITTED, ITERATIONS, STEPS, Orthogonal, coefficients_of
+from lightning_adapm.moments.orthogonal import FAST, ITERATIONS, STEPS, Orthogonal, iteration_of
 from lightning_adapm.optim import options
 from lightning_adapm.optim.base import RoleOptimizer
 from lightning_adapm.roles.piece import Piece
@@ -57,8 +57,8 @@ class PartialMuon(RoleOptimizer):
         convolutions: Whether weights of convolutions have orthogonal updates, too, as matrices of outputs by the rest.
             Their names tell no role: give them one, such as ``roles={"conv": "mlp"}``.
         ns_steps: Steps of the Newton-Schulz iteration that finds the orthogonal matrix.
-        newton_schulz: Coefficients of these steps: ``"muon"``, those of Muon, or ``"fitted"``, other ones in each of
-            3 or 4 steps.
+        newton_schulz: ``"muon"``, the iteration of Muon, or ``"fast"``, which does nearly the same in 3 or 4 steps: it
+            begins with larger singular values. Three steps have coefficients of their own.
         maximize: Whether the objective is maximized.
         rounding: How bfloat16 and float16 parameters are rounded, ``"stochastic"`` or ``"nearest"``, as for AdaPM.
         update_in_backward: Whether parameters move inside backward, as for AdaPM.
@@ -163,9 +163,9 @@ class PartialMuon(RoleOptimizer):
         options.check_option(group, "mu", "a number in [0, 1)", lambda mu: 0 <= mu < 1)
         options.check_option(group, "ns_steps", *options.COUNT)
         options.check_option(group, "newton_schulz", f"one of {', '.join(ITERATIONS)}", ITERATIONS.__contains__)
-        if group["newton_schulz"] == "fitted":
-            few = ", ".join(map(str, FITTED))
-            options.check_option(group, "ns_steps", f"one of {few} with newton_schulz='fitted'", FITTED.__contains__)
+        if group["newton_schulz"] == "fast":
+            few = " or ".join(map(str, FAST))
+            options.check_option(group, "ns_steps", f"{few} with newton_schulz='fast'", FAST.__contains__)
 
     def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:
         """Choose the momentum of a piece by its role. With ``nesterov``, that of hidden matrices looks ahead."""
@@ -189,7 +189,7 @@ class PartialMuon(RoleOptimizer):
     def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
         """Choose orthogonal updates for hidden matrices, the option ``second_moment`` for everything else."""
         if is_orthogonal(piece, shape, group):
-            return Orthogonal(coefficients_of(group["newton_schulz"], group["ns_steps"]))
+            return Orthogonal(iteration_of(group["newton_schulz"], group["ns_steps"]))
         return policy.second_moment_for(piece, shape, group)
 
 

@@ -150,7 +150,7 @@ def _step_orthogonally(
         factors = left, Matrices.of([right])
     found, squares = orthogonal.direct(grads.matrices, grads.reading.flaws, average, factors, share)
     shown = None if observer is None else Direction(split(found.clone(), grads), 1.0, scratch=False, clamp=None)
-    updates = orthogonal.updates(found, squares, second.coefficients, grads, batch.reduction)
+    updates = orthogonal.updates(found, squares, second.iteration, grads, batch.reduction)
     return _rest(batch, shown, updates, group, observer)
 
 
@@ -174,7 +174,7 @@ def applied(batch: Batch, direction: Direction) -> Direction | None:
     used = direction.multiplied().tensors
     found = torch.cat([each.to(kernels.FACTOR).reshape(-1, *each.shape[-2:]) for each in used])
     squares = torch.linalg.vector_norm(found, dim=(-2, -1), dtype=torch.float64).square_()
-    return orthogonal.updates_of_whole(found, squares, second.coefficients, used)
+    return orthogonal.updates_of_whole(found, squares, second.iteration, used)
 
 
 def _padded(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_adapm.moments.orthogonal import Coefficients, parts_of
+from lightning_adapm.moments.orthogonal import Coefficients, Iteration, parts_of
 from lightning_adapm.step import kernels
 from lightning_adapm.step.launch import described_by, launch
 
@@ -48,15 +48,15 @@ def rescale(found: Tensor, factors: Tensor, dtype: torch.dtype | None = None) ->
     return result
 
 
-def is_half(found: Tensor, coefficients: Sequence[Coefficients]) -> bool:
+def is_half(found: Tensor, iteration: Iteration) -> bool:
     """Whether matrices ``(b, m, n)`` are multiplied in float16, by :func:`iterated_in_half`."""
-    steps, (m, n) = len(coefficients), sorted(found.shape[-2:])
-    if found.dtype != torch.bfloat16 or steps < 2 or prod(a for a, _, _ in coefficients) > _MOST_SLOPE:
+    steps, (m, n) = len(iteration.steps), sorted(found.shape[-2:])
+    if found.dtype != torch.bfloat16 or steps < 2 or prod(a for a, _, _ in iteration.steps) > _MOST_SLOPE:
         return False
     return 1.5 * n + (2 * steps - 1.5) * m < steps * (1.5 * n + 0.5 * m)
 
 
-def iterated(found: Tensor, coefficients: Sequence[Coefficients], inverse: Tensor | None = None) -> Tensor:
+def iterated(found: Tensor, iteration: Iteration, inverse: Tensor | None = None) -> Tensor:
     """Iterate on matrices ``(b, m, n)`` of norm 1 or 0, or on others times the ``inverse`` ``(b,)`` of their norms.
 
     The form with less work is that of torch's operations, because a symmetric product takes as long as all of it there.
@@ -64,16 +64,19 @@ def iterated(found: Tensor, coefficients: Sequence[Coefficients], inverse: Tenso
     """
     if not found.numel():
         return found
-    other = None
-    for steps in parts_of(found.shape, found.dtype, coefficients):
+    other, by_gram = None, iteration.by_gram
+    for steps in parts_of(found.shape, found.dtype, iteration.steps):
         rows = _rows(found)
         gram = symmetric(rows, rows, factors=None if inverse is None else inverse.square())
+        if by_gram:
+            divided = _divided(gram)
+            inverse, by_gram = divided if inverse is None else inverse * divided, False
         found, other = _multiplied(found, _product(gram, steps, inverse), other), found
         inverse = None
     return found
 
 
-def iterated_in_half(found: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
+def iterated_in_half(found: Tensor, iteration: Iteration) -> Tensor:
     """Iterate on matrices ``(b, m, n)`` in float16, whose norms are :data:`NORM` or 0, by one Gram matrix.
 
     The results have the scale of :func:`iterated`'s.
@@ -82,20 +85,33 @@ def iterated_in_half(found: Tensor, coefficients: Sequence[Coefficients]) -> Ten
         return found
     rows = _rows(found)
     gram, scale, product = symmetric(rows, rows, alpha=_GRAM / NORM**2), _GRAM, None
-    for number, (a, b, c) in enumerate(coefficients, 1):
+    inverse = _divided(gram, _GRAM) / NORM if iteration.by_gram else None
+    last = 1.0 if iteration.by_gram else 1 / NORM
+    for number, (a, b, c) in enumerate(iteration.steps, 1):
         polynomial = symmetric(gram, gram, gram, c / scale**2, b / scale)  # the a is added elsewhere, in float32
         if product is None:
             product = polynomial.clone()
             product.diagonal(dim1=-2, dim2=-1).add_(a)
+        elif number < len(iteration.steps):
+            product = symmetric(polynomial, product, product, beta=a)
         else:
-            last = 1 / NORM if number == len(coefficients) else 1.0
-            product = symmetric(polynomial, product, product, last, a * last)
-        if number < len(coefficients):
+            product = symmetric(polynomial, product, product, last, a * last, factors=inverse)
+        if number < len(iteration.steps):
             turned = symmetric(polynomial, gram, gram, beta=a)
             gram = symmetric(polynomial, turned, turned, 1 / scale, a / scale, out=gram)
             scale = 1.0
     assert product is not None
     return _multiplied(found, product)
+
+
+def _divided(gram: Tensor, scale: float = 1.0) -> Tensor:
+    """Divide Gram matrices ``(b, m, m)`` by their norms, but for a ``scale`` that they have; return what their matrices
+    are to be multiplied by, ``(b,)``.
+    """
+    size = torch.linalg.vector_norm(gram, dim=(-2, -1), dtype=torch.float32) / scale
+    inverse = torch.where(size > 0, size, 1.0).reciprocal()
+    rescale(gram, inverse)
+    return inverse.sqrt()
 
 
 def _rows(found: Tensor) -> Tensor:

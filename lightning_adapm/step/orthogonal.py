@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_adapm.moments.base import Direction
 from lightning_adapm.moments.batches import split
-from lightning_adapm.moments.orthogonal import Coefficients, sized
+from lightning_adapm.moments.orthogonal import Iteration, sized
 from lightning_adapm.sharding.collectives import Planned, summing
 from lightning_adapm.sharding.owners import Owners
 from lightning_adapm.sharding.reduction import ProcessReduction, Reduction
@@ -81,7 +81,7 @@ def direct(
 
 
 def updates(
-    found: Tensor, squares: Tensor, coefficients: Sequence[Coefficients], like: list[Tensor], reduction: Reduction
+    found: Tensor, squares: Tensor, iteration: Iteration, like: list[Tensor], reduction: Reduction
 ) -> Generator[Sequence[Planned], None, Direction]:
     """Updates along directions, which are found when the generator returns; it yields what it has to wait for.
 
@@ -89,36 +89,34 @@ def updates(
         found: Directions ``(b, m, n)`` in the dtype of products, which are overwritten. Of shards, the rows of this
             process; no row is cut.
         squares: Their squared norms ``(b,)`` in float64, which are completed.
-        coefficients: Coefficients of each step of Newton-Schulz.
+        iteration: Steps of Newton-Schulz.
         like: Matrices and stacks of them, one for each part.
         reduction: Completion of sums over rows.
     """
     if not isinstance(reduction, ProcessReduction):
-        return updates_of_whole(found, squares, coefficients, like)
+        return updates_of_whole(found, squares, iteration, like)
     owners = Owners(reduction.shards, found.dtype)
     planned, collected = owners.collect(found)
     yield [summing(squares, reduction.group), *planned]
-    orthogonal = _orthogonalized(collected(), owners.mine(squares), coefficients)
+    orthogonal = _orthogonalized(collected(), owners.mine(squares), iteration)
     planned, given_back = owners.give_back(orthogonal, found.view(orthogonal.dtype))
     del collected, orthogonal  # which hold the matrices
     yield planned
     return sized(given_back(), reduction.shards[0].size)
 
 
-def updates_of_whole(
-    found: Tensor, squares: Tensor, coefficients: Sequence[Coefficients], like: list[Tensor]
-) -> Direction:
+def updates_of_whole(found: Tensor, squares: Tensor, iteration: Iteration, like: list[Tensor]) -> Direction:
     """:func:`updates` along directions of whole matrices."""
-    return sized(split(_orthogonalized(found, squares, coefficients), like), found.shape[-2])
+    return sized(split(_orthogonalized(found, squares, iteration), like), found.shape[-2])
 
 
-def _orthogonalized(found: Tensor, squares: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
+def _orthogonalized(found: Tensor, squares: Tensor, iteration: Iteration) -> Tensor:
     """Orthogonal matrices by Newton-Schulz; zero where that is impossible. ``found`` is overwritten."""
-    half = is_half(found, coefficients)
+    half = is_half(found, iteration)
     b = len(squares)
     rescaled, inverses = (squares.new_empty(b, dtype=torch.float32) for _ in range(2))
     tiny = torch.finfo(torch.float32).tiny
     launch("scales", (-(-b // _TILES), 1, 1), (squares, rescaled, inverses), (b,), (*_ORDINARY, tiny), BLOCK=_TILES)
     if half:
-        return iterated_in_half(rescale(found, rescaled * inverses * NORM, torch.float16), coefficients)
-    return iterated(rescale(found, rescaled), coefficients, inverses)
+        return iterated_in_half(rescale(found, rescaled * inverses * NORM, torch.float16), iteration)
+    return iterated(rescale(found, rescaled), iteration, inverses)

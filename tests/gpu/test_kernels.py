@@ -15,15 +15,12 @@ from lightning_adapm.step.rounding import StochasticRounding, Stream
 pytestmark = NEEDED
 
 
-FIVE = (reference.MUON,) * 5
+FIVE, FAST = reference.FIVE, reference.FAST
 
 
-def plain(matrices, coefficients=FIVE):
+def plain(matrices, iteration=FIVE):
     """The iteration in float64."""
-    found = matrices.double()
-    for step in coefficients:
-        found = reference._plain(found, step)
-    return found
+    return reference._iterated(matrices.double(), iteration)
 
 
 @pytest.mark.parametrize("shape", [(3, 2048, 2048), (2, 512, 2048), (2, 2048, 512), (2, 1000, 777), (3, 100, 130)])
@@ -31,13 +28,13 @@ def test_newton_schulz_by_symmetric_products(shape):
     """In bfloat16, next to the plain form in float64; and one product of columns, with what is added."""
     matrices = torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     matrices /= matrices.norm(dim=(-2, -1), keepdim=True)
-    for coefficients in (FIVE, reference.FITTED[4]):
-        found = newton_schulz.iterated(matrices.bfloat16(), coefficients).double()
-        expected = plain(matrices, coefficients)
+    for iteration in (FIVE, *FAST.values()):
+        found = newton_schulz.iterated(matrices.bfloat16(), iteration).double()
+        expected = plain(matrices, iteration)
         assert (found - expected).norm() < 0.05 * expected.norm()
-    for coefficients in (FIVE[1:], reference.FITTED[3]):
-        found = newton_schulz.iterated_in_half((newton_schulz.NORM * matrices).half(), coefficients).double()
-        expected = plain(matrices, coefficients)
+    for iteration in FAST.values():
+        found = newton_schulz.iterated_in_half((newton_schulz.NORM * matrices).half(), iteration).double()
+        expected = plain(matrices, iteration)
         assert (found - expected).norm() < 0.01 * expected.norm()
     given = matrices.bfloat16()
     added = given.mT @ given
@@ -46,16 +43,16 @@ def test_newton_schulz_by_symmetric_products(shape):
     assert (product - expected).norm() < 5e-3 * expected.norm()
 
 
-@pytest.mark.parametrize("coefficients", [FIVE, reference.FITTED[3]], ids=["5 of Muon's", "3 fitted, in float16"])
-def test_orthogonal_updates_of_any_size(coefficients):
+@pytest.mark.parametrize("iteration", [FIVE, FAST[3]], ids=["5 of Muon's", "3, in float16"])
+def test_orthogonal_updates_of_any_size(iteration):
     """All alike, but none of a gradient that is zero or not finite."""
     gradient = torch.randn(512, 768, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     sizes = [1.0, 1e-18, 1e18, 1e30, 0.0, float("inf")]
     flaws = torch.zeros(len(sizes), dtype=torch.int32, device="cuda")
     found, squares = orthogonal.direct(Matrices.of([size * gradient for size in sizes]), flaws, None, None, 1.0)
     like = [gradient] * len(sizes)
-    moved = torch.stack(orthogonal.updates_of_whole(found, squares, coefficients, like).tensors).double()
-    expected = plain((gradient / gradient.norm())[None], coefficients)
+    moved = torch.stack(orthogonal.updates_of_whole(found, squares, iteration, like).tensors).double()
+    expected = plain((gradient / gradient.norm())[None], iteration)
     assert (moved[:4] - expected).flatten(1).norm(dim=1).max() < 0.05 * expected.norm()
     assert moved[4:].eq(0).all()
 

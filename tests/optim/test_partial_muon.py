@@ -345,6 +345,6 @@ def test_options_out_of_range(option):
         PartialMuon(PlainLM().parameters(), **option)
 
 
-def test_so_many_fitted_steps_do_not_exist():
-    with pytest.raises(ValueError, match="ns_steps must be one of 3, 4 with newton_schulz='fitted', but got 5"):
-        PartialMuon(PlainLM().parameters(), newton_schulz="fitted")
+def test_so_many_fast_steps_do_not_exist():
+    with pytest.raises(ValueError, match="ns_steps must be 3 or 4 with newton_schulz='fast', but got 5"):
+        PartialMuon(PlainLM().parameters(), newton_schulz="fast")

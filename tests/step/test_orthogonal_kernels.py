@@ -31,15 +31,12 @@ SHAPES = {
 }
 
 
-FIVE = (reference.MUON,) * 5
+FIVE, FAST = reference.FIVE, reference.FAST
 
 
-def plain(matrices, coefficients=FIVE):
+def plain(matrices, iteration=FIVE):
     """The iteration in float64."""
-    found = matrices.double()
-    for step in coefficients:
-        found = reference._plain(found, step)
-    return found
+    return reference._iterated(matrices.double(), iteration)
 
 
 @pytest.fixture(autouse=True)
@@ -129,11 +126,11 @@ def test_rows_that_processes_share_stay_with_the_kernels(interpreted, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("coefficients", "dtype", "result"),
-    [(FIVE, torch.float32, torch.float32), (reference.FITTED[3], torch.bfloat16, torch.float16)],
+    ("iteration", "dtype", "result"),
+    [(FIVE, torch.float32, torch.float32), (FAST[3], torch.bfloat16, torch.float16)],
     ids=["five", "three in float16"],
 )
-def test_a_process_that_is_given_no_matrix(interpreted, monkeypatch, coefficients, dtype, result):
+def test_a_process_that_is_given_no_matrix(interpreted, monkeypatch, iteration, dtype, result):
     """Of one matrix and two processes, the second: it sends its rows, and receives those of the result."""
     exchanged, done = [], SimpleNamespace(wait=lambda: None)
 
@@ -149,7 +146,7 @@ def test_a_process_that_is_given_no_matrix(interpreted, monkeypatch, coefficient
     found = []
 
     def work():
-        found.append((yield from orthogonal.updates(rows, squares, coefficients, [], ProcessReduction([shard]))))
+        found.append((yield from orthogonal.updates(rows, squares, iteration, [], ProcessReduction([shard]))))
 
     interleave([work()])
     assert exchanged == [(3, 0, [0, 0], [3, 0]), (0, 3, [3, 0], [0, 0])]
@@ -176,8 +173,8 @@ def test_is_the_iteration_of_the_plain_form(interpreted, monkeypatch, m, n, part
 
 @pytest.mark.parametrize(("m", "n"), [(48, 48), (32, 72), (72, 32)])
 @pytest.mark.parametrize("kind", ["gaussian", "one dominant direction", "powers", "zero"])
-@pytest.mark.parametrize("coefficients", [reference.FITTED[3], FIVE[1:]], ids=["3 fitted", "4 of Muon's"])
-def test_few_steps_in_float16(interpreted, coefficients, m, n, kind):
+@pytest.mark.parametrize("iteration", [FAST[3], FAST[4]], ids=["3", "4"])
+def test_few_steps_in_float16(interpreted, iteration, m, n, kind):
     """One Gram matrix, and still as near as bfloat16 with a restart."""
     torch.manual_seed(0)
     k = min(m, n)
@@ -190,28 +187,28 @@ def test_few_steps_in_float16(interpreted, coefficients, m, n, kind):
     }
     values = spectra[kind] / max(1e-30, spectra[kind].norm())
     matrices = ((left * values) @ right.mT)[None]
-    expected = plain(matrices, coefficients)
+    expected = plain(matrices, iteration)
     given = (newton_schulz.NORM * matrices).half()
-    found = newton_schulz.iterated_in_half(given, coefficients)
+    found = newton_schulz.iterated_in_half(given, iteration)
     assert torch.linalg.matrix_norm(found.double() - expected, 2) < 0.2
     assert torch.linalg.matrix_norm(found.double(), 2) < 1.25
 
 
-def test_fitted_steps_are_taken(interpreted, monkeypatch):
-    weights, _, _ = trained(newton_schulz="fitted", ns_steps=3)
+def test_fast_steps_are_taken(interpreted, monkeypatch):
+    weights, _, _ = trained(newton_schulz="fast", ns_steps=3)
     monkeypatch.setattr(kernels, "runs_on", lambda device: False)
-    expected, _, _ = trained(newton_schulz="fitted", ns_steps=3)
+    expected, _, _ = trained(newton_schulz="fast", ns_steps=3)
     assert relative_difference(weights, expected) < 1e-5
     assert relative_difference(trained(ns_steps=3)[0], expected) > 1e-4
 
 
 def test_which_matrices_are_multiplied_in_float16():
-    def half(m, n, coefficients, dtype=torch.bfloat16):
-        return newton_schulz.is_half(torch.empty(0, m, n, dtype=dtype), coefficients)
+    def half(m, n, iteration, dtype=torch.bfloat16):
+        return newton_schulz.is_half(torch.empty(0, m, n, dtype=dtype), iteration)
 
-    assert half(32, 128, reference.FITTED[3]) and half(128, 32, FIVE[1:])
-    assert not half(32, 32, reference.FITTED[3]) and not half(32, 128, reference.FITTED[3], torch.float32)
-    assert not half(32, 128, FIVE) and not half(32, 128, reference.FITTED[4])
+    assert half(32, 128, FAST[3]) and half(128, 32, FAST[4])
+    assert not half(32, 32, FAST[3]) and not half(32, 128, FAST[3], torch.float32)
+    assert not half(32, 128, FIVE)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
