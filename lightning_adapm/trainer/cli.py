@@ -40,7 +40,7 @@ class RichProgress(RichProgressBar):
 class AdaPMCLI(LightningCLI):
     """LightningCLI for any LightningModule and data module, named in the configuration by their class paths.
 
-    It differs from LightningCLI in five points:
+    It differs from LightningCLI in six points:
 
     - An optimizer chosen by ``--optimizer`` without ``--lr_scheduler`` follows the schedule in the model's settings, so
       that AdamW and AdaPM compare on equal terms.
@@ -48,6 +48,8 @@ class AdaPMCLI(LightningCLI):
     - The default precision is ``bf16-mixed`` on a CUDA device with bfloat16.
     - A run overwrites the configuration that an earlier run saved in the same folder.
     - ``--config recipe:NAME`` reads a recipe that comes with this package.
+    - A run that goes on from a checkpoint has the settings of its configuration, not those that the checkpoint was
+      trained with.
 
     Args:
         args: Command-line words; ``None`` for those of this process.
@@ -74,6 +76,11 @@ class AdaPMCLI(LightningCLI):
             self.config = parser.parse_args(with_files(sys.argv[1:], "trainer"))
         else:
             super().parse_arguments(parser, with_files(args, "trainer") if isinstance(args, list) else args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the configuration as it is written. Lightning would replace the model's part of it by the settings of
+        the checkpoint, without a word, so that no change of a resumed run would have an effect.
+        """
 
     def before_instantiate_classes(self) -> None:
         """Refuse a checkpoint that is not there before any work, and choose a precision if the user has not."""

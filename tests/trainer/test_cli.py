@@ -71,12 +71,16 @@ def test_adamw_twin_differs_in_the_optimizer_only(runs):
 
 
 def test_resume_from_the_command_line(corpus, tmp_path, in_process, monkeypatch):
-    """Stopped at step 3 of 6 and resumed, the run ends with the weights of the uninterrupted one."""
-    weights = {}
+    """Stopped at step 3 of 6 and resumed, the run ends with the weights of the uninterrupted one.
+
+    What is written for the resumed run counts, and not what the checkpoint was trained with.
+    """
+    weights, dtypes = {}, {}
     for name, steps, options in (
         ("whole", 6, []),
         ("stopped", 3, []),
         ("resumed", 6, ["--ckpt_path", tmp_path / "stopped.ckpt"]),
+        ("changed", 6, ["--ckpt_path", tmp_path / "stopped.ckpt", "--model.init_args.adapm.state_dtype=float16"]),
     ):
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
@@ -91,6 +95,9 @@ def test_resume_from_the_command_line(corpus, tmp_path, in_process, monkeypatch)
         checkpoint = torch.load(tmp_path / f"{name}.ckpt", weights_only=True)
         assert checkpoint["global_step"] == steps
         weights[name] = checkpoint["state_dict"]
+        states = checkpoint["optimizer_states"][0]["state"].values()
+        dtypes[name] = {state["exp_avg"].dtype for state in states if "exp_avg" in state}
+    assert dtypes["changed"] == {torch.float16} and dtypes["resumed"] == {torch.float32}
     for name, weight in weights["whole"].items():
         assert torch.equal(weights["resumed"][name], weight), name
         assert not torch.equal(weights["stopped"][name], weight), name
