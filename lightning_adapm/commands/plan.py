@@ -165,7 +165,7 @@ def _report(described: Described, limit: int | None) -> int:
     references = {"AdamW in float32": ours.adamw} | {f"AdamW in {dtypes}": ours.adamw_in_dtype}
     print(as_text(comparison_table(totals, references)))
     if missing := [name for name in VARIANTS if name not in variants]:
-        print(f"No {' and '.join(missing)}: the attention modules do not have their number of heads")
+        print(f"No {' and '.join(missing)}: no attention module has a number of heads")
     print(as_text(summary_table(summarize(ours), "role", len(ours), name)))
     if every_parameter:
         print(as_text(pieces_table(ours)))

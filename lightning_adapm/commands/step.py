@@ -1,4 +1,4 @@
-"""How a recipe trains, and the memory of one of its training steps."""
+"""Memory of a training step, and the loop that a recipe trains with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 @dataclass(frozen=True)
 class Loop:
-    """How a recipe trains on one device.
+    """Training loop of a recipe on one device.
 
     Args:
         rows: Sequences of a micro-batch.

@@ -55,7 +55,7 @@ def placed(tensors: Iterable[Tensor], device: torch.device, dtype: torch.dtype) 
 
 
 class Source(NamedTuple):
-    """Where the bytes of a tensor are in an open file."""
+    """Place of a tensor's bytes in an open file."""
 
     file: int
     offset: int

@@ -79,7 +79,7 @@ class Storage:
 
 
 EXACT = Storage()
-"""In the dtype of the arithmetic."""
+"""Storage in the dtype of the arithmetic."""
 
 
 def decoded(saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -130,7 +130,7 @@ class PartTable:
         """Tokens of parts that step together, by what they have in common."""
         self._settings: dict[int, tuple[Any, ...]] = {}
         self._moved: dict[Tensor | None, Moved] = {}
-        """By the first of the parameters that move together."""
+        """Parameters that moved together, by the first of them."""
         self.turns = Turns()
         """Parameters that move together inside backward."""
         self._modules: list[weakref.ref[nn.Module]] | None = None

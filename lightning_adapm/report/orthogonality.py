@@ -1,4 +1,4 @@
-"""How far the updates of a step are from orthogonal, estimated from tiles of their rows."""
+"""Deviation of a step's updates from orthogonal matrices, estimated from tiles of their rows."""
 
 import torch
 from torch import Tensor

@@ -46,7 +46,7 @@ class DeviceGradients(Stack):
 
     @classmethod
     def of(cls, batch: Batch, finite: Tensor | None) -> "DeviceGradients":
-        """Those of a batch, whose second moment says what will be asked for."""
+        """Wrap the gradients of a batch, whose second moment determines what will be asked for."""
         return cls(batch.grads, finite, columns=isinstance(batch.parts[0].second, _BY_COLUMNS))
 
     @property

@@ -68,13 +68,13 @@ class Engine:
     def forget(self) -> None:
         """Drop everything that is kept for speed alone."""
         self._counters: defaultdict[Tensor, StepCounters] = defaultdict(StepCounters)
-        """By the first of the parameters that are counted together."""
+        """Counters, by the first of the parameters that are counted together."""
         self._cache = DeviceCache()
         self._pool = Pool()
         self._recorders: defaultdict[Tensor, Recorder] = defaultdict(partial(Recorder, self._pool))
-        """By the first of the parameters that move together: all, or those of one update inside backward."""
+        """Recorders, by the first of the parameters that move together: all, or those of one update inside backward."""
         self._latest: list[Recorder] = []
-        """Those of the latest step."""
+        """Recorders of the latest step."""
 
     @property
     def cached_bytes(self) -> int:
@@ -198,7 +198,7 @@ class Engine:
 
 
 def _found(batch: Batch) -> list[Found]:
-    """What kernels have found out about the gradients of a batch; nothing by torch."""
+    """List what kernels have found out about the gradients of a batch; nothing by torch."""
     if not isinstance(batch.grads, DeviceGradients):
         return []
     reading = batch.grads.reading

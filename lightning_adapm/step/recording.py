@@ -31,7 +31,7 @@ Clocks = Callable[[Batch, float], Tensor]
 
 
 class Found(NamedTuple):
-    """What kernels have found out about the gradients of some parts."""
+    """Findings of kernels about the gradients of some parts."""
 
     parts: Sequence[Part]
     flaws: Tensor
@@ -45,7 +45,7 @@ class NotRecordableError(RuntimeError):
 
 
 class Timed(NamedTuple):
-    """Whose step and learning rate a clock shows."""
+    """The part whose step and learning rate a clock shows."""
 
     part: Part
     work: int

@@ -27,7 +27,7 @@ class Work(NamedTuple):
 
     @classmethod
     def of(cls, group: Mapping[str, Any], moving: Iterable[tuple[tuple[Part, ...], Tensor, Tensor, Any]]) -> "Work":
-        """Those of some parameters, with what else they have, of which any process holds an element."""
+        """Collect the parameters of which any process holds an element, with their gradients and states."""
         columns = zip(*(each for each in moving if each[1].numel() or each[0][0].layout is not None), strict=True)
         return cls(group, *(tuple(columns) or ((), (), (), ())))
 
