@@ -124,7 +124,7 @@ def _fill(part: Part, moment: Moment, family: type[Moment], saved: Mapping[str, 
         try:
             moment.from_dense(sources[0].dense(values, part.shape), new)
         except ValueError as error:
-            if sources[0] is type(moment):
+            if own and sources[0] is type(moment):
                 raise _unlike(part, entries, values) from error
             raise ValueError(
                 f"the saved state of {part.name} does not fit: {error}; load it into the optimizer that saved it, or"
