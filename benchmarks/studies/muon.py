@@ -85,8 +85,8 @@ def partial_muon() -> Study:
             "0.1107 +- 0.0023 below AdamW's best (two seeds). At rank 5 % in float32, which were the defaults, it ends "
             "0.028 above Muon, at 4e-3, with full momentum for embeddings 0.019, at 8e-3; with low-rank attention "
             "outputs, rank 10 % and all state in bfloat16 0.025. Muon below 4e-3 was not run. Three steps of "
-            "Newton-Schulz instead of five, without the division by the Gram matrix's norm that the fast steps have, ended at 0.651 "
-            "(8e-3, one seed), where five ended at 0.624."
+            "Newton-Schulz instead of five, without the division by the Gram matrix's norm that the fast steps have, "
+            "ended at 0.651 (8e-3, one seed), where five ended at 0.624."
         ),
     )
 
