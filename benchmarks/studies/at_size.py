@@ -40,6 +40,8 @@ def low_rank(**options: Any) -> tuple[str, Mapping[str, Any]]:
 
 
 BEST_SO_FAR = "AdaPM, more momentum"
+BOUNDED = "AdaPM factored, embedding bounded by 10"
+"""The bound that embeddings without momentum have: a rare token moves in one step."""
 EVERYWHERE = "AdaPM, low-rank everywhere, rank 10%, bfloat16"
 ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "AdamW": adamw(0.9, 0.95),
@@ -49,6 +51,7 @@ ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
     EVERYWHERE: low_rank(),
     "AdaPM block": adapm(betas=BETAS95, second_moment="block"),
     "AdaPM factored": adapm(betas=BETAS95, second_moment="factored"),
+    BOUNDED: ("trial", {"betas": BETAS95, "second_moment": "factored", "bounds": {"embedding": 10.0}}),
     "AdaPM factored, refreshed every 20": adapm(betas=BETAS95, second_moment="factored", update_proj_gap=20),
     "AdaPM factored, refreshed every 50": adapm(betas=BETAS95, second_moment="factored", update_proj_gap=50),
     f"{EVERYWHERE}, block": low_rank(second_moment="block"),

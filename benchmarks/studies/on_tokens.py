@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.studies.at_size import BEST_SO_FAR, more
+from benchmarks.studies.at_size import BEST_SO_FAR, BOUNDED, more
+from benchmarks.studies.at_size import ROWS as AT_SIZE_ROWS
 from benchmarks.studies.base import BESIDE, BEST, BETAS95, Study, adamw, adapm, muon, paper
 from benchmarks.studies.comparison import LOW_RANK
 from benchmarks.studies.decoder import Shape
@@ -47,10 +48,7 @@ ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
     BEST_SO_FAR: more(),
     "PartialMuon, embedding full": muon(momentum={"embedding": "full"}),
     "AdaPM factored, embedding full": adapm(betas=BETAS95, second_moment="factored", momentum={"embedding": "full"}),
-    "AdaPM factored, embedding bounded by 10": (
-        "trial",
-        {"betas": BETAS95, "second_moment": "factored", "bounds": {"embedding": 10.0}},
-    ),
+    BOUNDED: AT_SIZE_ROWS[BOUNDED],
     "AdaPM factored, embedding none": adapm(betas=BETAS95, second_moment="factored", momentum={"embedding": "none"}),
     "AdaPM factored, clamp 10": adapm(betas=BETAS95, second_moment="factored", clip_threshold=10.0),
 }
