@@ -11,10 +11,11 @@ from lightning_adapm.moments import policy
 from lightning_adapm.moments.base import Momentum, SecondMoment
 from lightning_adapm.moments.first import FullMomentum, LowRankMomentum, NoMomentum
 from lightning_adapm.moments.nesterov import NesterovLowRankMomentum, NesterovMomentum
-from lightning_adapm.moments.orthogonal import FAST, ITERATIONS, STEPS, Orthogonal, iteration_of
+from lightning_adapm.moments.orthogonal import FAST, ITERATIONS, STEPS, Iteration, Orthogonal, iteration_of
 from lightning_adapm.optim import options
 from lightning_adapm.optim.base import RoleOptimizer
 from lightning_adapm.roles.piece import Piece
+from lightning_adapm.state.settings import AS_BUILT
 
 HIDDEN = ("query", "key", "value", "attn_out", "mlp")
 """Roles whose matrices are moved by orthogonal updates."""
@@ -163,9 +164,7 @@ class PartialMuon(RoleOptimizer):
         options.check_option(group, "mu", "a number in [0, 1)", lambda mu: 0 <= mu < 1)
         options.check_option(group, "ns_steps", *options.COUNT)
         options.check_option(group, "newton_schulz", f"one of {', '.join(ITERATIONS)}", ITERATIONS.__contains__)
-        if group["newton_schulz"] == "fast":
-            few = " or ".join(map(str, FAST))
-            options.check_option(group, "ns_steps", f"{few} with newton_schulz='fast'", FAST.__contains__)
+        _iteration(group)
 
     def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:
         """Choose the momentum of a piece by its role. With ``nesterov``, that of hidden matrices looks ahead."""
@@ -183,13 +182,15 @@ class PartialMuon(RoleOptimizer):
         """Take a state of ``torch.optim.Muon`` as well, whose buffers become the momentum.
 
         The learning rate of a Muon without ``adjust_lr_fn="match_rms_adamw"`` has another meaning: this one's stays.
+        Steps of Newton-Schulz that were saved without their kind are Muon's.
         """
-        return from_muon(saved)
+        found = from_muon(saved)
+        return {**found, "param_groups": [_with_kind(group) for group in found["param_groups"]]}
 
     def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
         """Choose orthogonal updates for hidden matrices, the option ``second_moment`` for everything else."""
         if is_orthogonal(piece, shape, group):
-            return Orthogonal(iteration_of(group["newton_schulz"], group["ns_steps"]))
+            return Orthogonal(_iteration(group))
         return policy.second_moment_for(piece, shape, group)
 
 
@@ -207,6 +208,25 @@ def from_muon(saved: dict[str, Any]) -> dict[str, Any]:
             group = {"mu": group["momentum"], **{key: value for key, value in group.items() if key not in dropped}}
         groups.append(group)
     return {**saved, "state": state, "param_groups": groups}
+
+
+def _with_kind(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved group that says which kind of Newton-Schulz its steps are, as given in code as well."""
+    kind = {"newton_schulz": "muon"} if "ns_steps" in group else {}
+    built = {AS_BUILT: {**kind, **group[AS_BUILT]}} if AS_BUILT in group else {}
+    return {**kind, **group, **built}
+
+
+def _iteration(group: Mapping[str, Any]) -> Iteration:
+    """Iteration that the options of a group mean.
+
+    Raises:
+        ValueError: There are no so many fast steps.
+    """
+    if group["newton_schulz"] == "fast":
+        few = " or ".join(map(str, FAST))
+        options.check_option(group, "ns_steps", f"{few} with newton_schulz='fast'", FAST.__contains__)
+    return iteration_of(group["newton_schulz"], group["ns_steps"])
 
 
 def is_orthogonal(piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> bool:

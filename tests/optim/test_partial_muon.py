@@ -348,3 +348,23 @@ def test_options_out_of_range(option):
 def test_so_many_fast_steps_do_not_exist():
     with pytest.raises(ValueError, match="ns_steps must be 3 or 4 with newton_schulz='fast', but got 5"):
         PartialMuon(PlainLM().parameters(), newton_schulz="fast")
+
+
+def test_saved_steps_of_newton_schulz_keep_their_kind():
+    """Those of an earlier version, which had no other, and of torch's Muon; what is set afterwards is checked."""
+    weight, optimizer = one_weight()
+    for _ in steps(weight, optimizer, 1):
+        pass
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        del group["newton_schulz"], group["as_built"]["newton_schulz"]
+    other, fast = one_weight(newton_schulz="fast", ns_steps=3)
+    with pytest.warns(UserWarning, match=r"ns_steps=5 .*, newton_schulz=muon \(the code has fast\)"):
+        fast.load_state_dict(saved)
+    for _ in steps(other, fast, 1):
+        pass
+    fast.param_groups[0]["newton_schulz"] = "fast"
+    with pytest.raises(ValueError, match="ns_steps must be 3 or 4"):
+        fast.step()
+    fast.param_groups[0]["ns_steps"] = 4
+    fast.step()
