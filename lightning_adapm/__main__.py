@@ -15,6 +15,13 @@ from lightning_adapm.commands import COMMANDS, LITGPT_COMMANDS, check_command
 TRACEBACK = "LIGHTNING_ADAPM_TRACEBACK"
 """Environment variable that shows the traceback of every error when it is 1."""
 
+_INPUT_ERRORS = (argparse.ArgumentError, ValueError, TypeError, NotImplementedError, ModuleNotFoundError, OSError)
+"""Types of the errors that this package and the parser raise about input."""
+_HELP = (["-h"], ["--help"])
+_READ_INPUT = ("lightning_adapm", "jsonargparse")
+_READS_DEVICES = "lightning.pytorch.trainer.connectors.accelerator_connector"
+"""The module of the Trainer's that reads its accelerator, devices, strategy and precision."""
+
 USAGE = f"""\
 usage: lightning-adapm {{{",".join(COMMANDS)}}} [--config FILE ...] [--OPTION VALUE ...]
 
@@ -45,7 +52,7 @@ def main(args: list[str] | None = None) -> None:
         SystemExit: With one line about an error that the input explains; every other error keeps its traceback.
     """
     words = sys.argv[1:] if args is None else args
-    if not words or words[0] in ("-h", "--help"):
+    if not words or words[:1] in _HELP or (words[0] == "litgpt" and words[1:2] in _HELP):
         print(USAGE, end="")
         return
     if words == ["--version"]:
@@ -93,17 +100,19 @@ def _leave_process_group() -> None:
 
 
 def _is_about_input(error: Exception) -> bool:
-    """Whether an error is about input: its type is, and this package or the parser raised it."""
+    """Whether an error is about input: its type is, and so is what the code that raised it does."""
     frame = list(traceback.walk_tb(error.__traceback__))[-1][0]
-    package = frame.f_globals.get("__name__", "").partition(".")[0]
-    return package in ("lightning_adapm", "jsonargparse") and isinstance(error, _input_errors())
+    module = frame.f_globals.get("__name__", "")
+    package, misconfigured = module.partition(".")[0], _misconfigurations()
+    if package in _READ_INPUT or module == _READS_DEVICES:
+        return isinstance(error, (*_INPUT_ERRORS, *misconfigured))
+    return package == "lightning" and isinstance(error, misconfigured)
 
 
-def _input_errors() -> tuple[type[Exception], ...]:
-    """Types of the errors that this package and the parser raise about input."""
-    about_input = (argparse.ArgumentError, ValueError, TypeError, NotImplementedError, ModuleNotFoundError, OSError)
+def _misconfigurations() -> tuple[type[Exception], ...]:
+    """Lightning's errors about the options of a run."""
     exceptions = sys.modules.get("lightning.fabric.utilities.exceptions")  # loaded wherever one of them was raised
-    return about_input if exceptions is None else (*about_input, exceptions.MisconfigurationException)
+    return () if exceptions is None else (exceptions.MisconfigurationException,)
 
 
 def _reason(error: Exception) -> str:

@@ -16,6 +16,11 @@ STDLIB_EXCLUDE = (
     "site-packages dist-packages test tests idlelib idle_test lib2to3 turtledemo encodings pydoc_data __pycache__"
 ).split()
 
+_NEAR = 2**16
+"""Bytes around a position in which a word ends, if words have ends."""
+_CONTINUATION = bytes(range(0x80, 0xC0))
+"""Bytes of UTF-8 that no character begins with."""
+
 PARTS: tuple[Literal["train", "val"], ...] = ("train", "val")
 
 
@@ -132,7 +137,11 @@ def _documents(root: Path, pattern: str, skipped: set[str]) -> Iterator[Document
 
 
 def _split_file(path: Path, val_fraction: float, max_bytes: int | None) -> tuple[Document, Document]:
-    """Cut one file at the end of a line, or of a word in a line of megabytes, into training and validation parts."""
+    """Cut one file at the end of a line, or of a word in a line of megabytes, into training and validation parts.
+
+    Raises:
+        ValueError: One of the parts would be empty.
+    """
     stat = path.stat()
     with path.open("rb") as file:
         end = _end_of_line(file, min(stat.st_size, max_bytes or stat.st_size))
@@ -141,8 +150,8 @@ def _split_file(path: Path, val_fraction: float, max_bytes: int | None) -> tuple
             cut = _end_of_word(file, int(end * (1 - val_fraction)))
     if not 0 < cut < end:
         raise ValueError(
-            f"`path`: the {end} bytes of {str(path)!r} cannot be cut into training and validation text at the end of"
-            f" a line or a word (`val_fraction`: {val_fraction}); give a longer file, or a folder with several"
+            f"`path`: the {end} bytes of {str(path)!r} cannot be cut into training and validation text"
+            f" (`val_fraction`: {val_fraction}); give a longer file, or a folder with several"
         )
     return (
         Document(path, path.name, 0, cut, stat.st_mtime_ns),
@@ -158,11 +167,17 @@ def _end_of_line(file: BinaryIO, position: int) -> int:
 
 
 def _end_of_word(file: BinaryIO, position: int) -> int:
-    """Position after the word that holds a position, with one space."""
-    file.seek(position)
-    ahead = file.read(2**16)
-    space = re.search(rb"\s", ahead)
-    return position + (len(ahead) if space is None else space.end())
+    """Position after the word that holds a position, with one space; after its character where words have no spaces
+    between them, as in Chinese and Japanese.
+    """
+    start = max(0, position - _NEAR)
+    file.seek(start)
+    before, ahead = file.read(position - start), file.read(_NEAR)
+    if space := re.search(rb"\s", ahead):
+        return position + space.end()
+    if len(ahead) < _NEAR and re.search(rb"\s", before):
+        return position + len(ahead)  # of the file's last word
+    return position + len(ahead) - len(ahead.lstrip(_CONTINUATION))
 
 
 def _unit_hash(salt: str, name: str) -> float:

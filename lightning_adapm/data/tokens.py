@@ -65,7 +65,7 @@ def build_cache(corpus: Corpus, vocab_size: int, cache_dir: Path) -> Path:
         tokenizer.save(str(partial / "tokenizer.json"))
         left_out: list[str] = []
         encoded = {part: _encode(tokenizer, corpus.texts(part, left_out)) for part in PARTS}
-        _say_what_is_left_out(left_out, len(corpus.train) + len(corpus.val))
+        _say_what_is_left_out(list(dict.fromkeys(left_out)), len({doc.path for doc in (*corpus.train, *corpus.val)}))
         for part, tokens in encoded.items():
             if not len(tokens):
                 raise ValueError(f"`path`: no file of the {part} part of the text is UTF-8; give UTF-8 text")

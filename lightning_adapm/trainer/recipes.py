@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -52,25 +53,39 @@ def find_recipe(name: str) -> Path:
 
 
 def with_files(words: Sequence[str], kind: Literal["trainer", "litgpt"] | None = None) -> list[str]:
-    """Replace recipes after ``--config`` by the paths of their files.
+    """Replace recipes after ``--config`` by the paths of their files, and look into those of the caller's own.
 
     Args:
         words: Words of a command line.
         kind: Kind of recipe that the command accepts; ``None`` for both.
 
     Raises:
-        ValueError: There is no such recipe, or it is of the other kind.
+        ValueError: There is no such recipe, it is of the other kind, or a file is no text in UTF-8.
     """
     replaced = list(words)
     for index, word in enumerate(words):
         option, _, value = word.partition("=")
         if option not in _OPTIONS:
             continue
+        place, before = (index, f"{option}=") if value else (index + 1, "")
+        value = value or "".join(words[place : place + 1])
         if value.startswith(PREFIX):
-            replaced[index] = f"{option}={_file(value, kind)}"
-        elif index + 1 < len(words) and words[index + 1].startswith(PREFIX):
-            replaced[index + 1] = str(_file(words[index + 1], kind))
+            replaced[place] = f"{before}{_file(value, kind)}"
+        else:
+            _check_encoding(value)
     return replaced
+
+
+def _check_encoding(file: str) -> None:
+    """Refuse a file in another encoding than UTF-8. The parser, which fails at it, names what is no file."""
+    try:
+        with suppress(OSError):
+            Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"--config: {file} is not text in UTF-8; save it in that encoding, in PowerShell with"
+            " `lightning-adapm recipes NAME | Out-File -Encoding utf8 FILE`"
+        ) from None
 
 
 def _file(value: str, kind: Literal["trainer", "litgpt"] | None) -> Path:

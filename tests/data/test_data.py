@@ -62,6 +62,26 @@ def test_one_line_is_cut_at_the_end_of_a_word(tmp_path, words, max_bytes):
     assert len(val) == pytest.approx(0.1 * len(train + val), abs=5)
 
 
+@pytest.mark.parametrize(("sentences", "max_bytes"), [(500, None), (50_000, None), (50_000, 30_001)])
+def test_a_line_without_spaces_is_cut_between_characters(tmp_path, sentences, max_bytes):
+    path = tmp_path / "novel.txt"
+    path.write_text("吾輩は猫である。" * sentences, encoding="utf-8")
+    found = find_corpus(path, "*", None, 0.1, max_bytes)
+    train, val = ("".join(found.texts(part)) for part in ("train", "val"))
+    assert set(train + val) == set("吾輩は猫である。")
+    assert len((train + val).encode()) == pytest.approx(max_bytes or 24 * sentences, abs=2)
+    assert len(val) == pytest.approx(0.1 * len(train + val), abs=2)
+
+
+def test_a_file_that_is_no_text_is_one_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("a line\n" * 300, encoding="utf-16")
+    found = find_corpus(path, "*", None, 0.2, None)
+    refused = pytest.raises(ValueError, match="no file of the train part of the text is UTF-8")
+    with refused, pytest.warns(UserWarning, match="1 of 1 files are not UTF-8 and are left out: text.txt. Convert"):
+        tokens.build_cache(found, 300, tmp_path / "cache")
+
+
 def test_max_bytes_excluded_folders_and_bytes_that_are_no_text(tmp_path):
     folder = write_corpus(tmp_path / "text", files=8)
     write_corpus(folder / "skipped" / "deep", files=2)

@@ -186,7 +186,7 @@ def test_a_scheduler_of_the_users_own_stays():
 # Help and bad input
 
 
-@pytest.mark.parametrize("words", [[], ["-h"], ["--help"]])
+@pytest.mark.parametrize("words", [[], ["-h"], ["--help"], ["litgpt", "--help"]])
 def test_help_names_the_commands_without_loading_lightning(in_process, capsys, monkeypatch, words):
     monkeypatch.setitem(sys.modules, "lightning_adapm.trainer.cli", None)  # an import would fail
     in_process(*words)
@@ -208,6 +208,8 @@ def test_help_names_the_commands_without_loading_lightning(in_process, capsys, m
             "--optimizer=lightning_adapm.Adapm",
             "error: lightning_adapm.Adapm: module 'lightning_adapm' has no",
         ),
+        ("--trainer.strategy=fsdp", "error: The strategy `fsdp` requires a GPU accelerator"),
+        ("--trainer.strategy=deepspeed", "error: To use the `DeepSpeedStrategy`, you must have DeepSpeed installed"),
     ],
 )
 def test_bad_input_is_named_without_a_traceback(corpus, tmp_path, in_process, capsys, monkeypatch, option, message):
@@ -216,6 +218,17 @@ def test_bad_input_is_named_without_a_traceback(corpus, tmp_path, in_process, ca
         in_process("fit", "--config", QUICKSTART, *shrunk(corpus, tmp_path), option)
     assert end.value.code != 0
     assert message in (end.value.code if isinstance(end.value.code, str) else capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("command", ["fit", "plan"])
+@pytest.mark.parametrize("words", [["--config", "utf16.yaml"], ["--config=utf16.yaml"]])
+def test_a_configuration_in_another_encoding(in_process, tmp_path, monkeypatch, command, words):
+    """As PowerShell's ``>`` writes it."""
+    monkeypatch.chdir(tmp_path)
+    tmp_path.joinpath("utf16.yaml").write_text("seed_everything: 1", encoding="utf-16")
+    with pytest.raises(SystemExit) as end:
+        in_process(command, *words)
+    assert "--config: utf16.yaml is not text in UTF-8; save it in that encoding" in end.value.code
 
 
 @pytest.mark.parametrize(
