@@ -15,6 +15,10 @@ PROJECT, PROJECT_NEAR, PROJECT_FAR = (64, 64, 8, 3), (64, 64, 4, 3), (128, 32, 8
 with products, on smaller GPUs, and on those with large blocks up to 128 ranks in a tile and above. The fastest of some
 on an H100, and within the 99 KiB of shared memory that a block has on smaller GPUs.
 """
+PROJECT_FAR_COLUMNS = (128, 64, 8, 3)
+"""Of the last, with sums over columns, which warps add up together once for each tile: a wider tile, for which only
+gradients of two bytes leave room.
+"""
 
 RANKS, MOST_RANKS = 128, 256
 """Most ranks in a tile, which a program has in its registers; of sums with products, on GPUs with large blocks."""
@@ -45,7 +49,7 @@ def read(
     like, b = grads.like, len(grads.addresses)
     (m, n), width = grads.shape, kernels.padded(r)
     columns = columns and known is None
-    tile, block_r = _tile_of_sums(columns, n) if bases is None else _tile_of_products(r, n, like.device)
+    tile, block_r = _tile_of_sums(columns, n) if bases is None else _tile_of_products(r, like, columns)
     high, _, _ = tile.grid(m, n, b)
     projected = None if bases is None else like.new_empty((b, m, width), dtype=torch.float32)
     sums = like.new_empty((b, high, n), dtype=torch.float32) if columns else None
@@ -76,12 +80,13 @@ def _tile_of_sums(columns: bool, n: int) -> tuple[Tile, int]:
     return Tile(*(READ_COLUMNS if columns else READ)).narrowed(n), 16
 
 
-def _tile_of_products(r: int, n: int, device: torch.device) -> tuple[Tile, int]:
+def _tile_of_products(r: int, like: Tensor, columns: bool) -> tuple[Tile, int]:
     """Tile of a reading with products with ``r`` rows, and the number of ranks in it."""
-    if not kernels.has_large_blocks(device):
+    n = like.shape[-1]
+    if not kernels.has_large_blocks(like.device):
         return Tile(*PROJECT).narrowed(n), _ranks(r, RANKS)
-    ranks = _ranks(r, MOST_RANKS)
-    return Tile(*(PROJECT_NEAR if ranks <= RANKS else PROJECT_FAR)).narrowed(n), ranks
+    ranks, far = _ranks(r, MOST_RANKS), PROJECT_FAR_COLUMNS if columns and like.element_size() == 2 else PROJECT_FAR
+    return Tile(*(PROJECT_NEAR if ranks <= RANKS else far)).narrowed(n), ranks
 
 
 def combine(grads: Matrices, weights: Tensor, flaws: Tensor) -> Tensor:

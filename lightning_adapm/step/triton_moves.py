@@ -84,6 +84,8 @@ def move(
         step = tl.load(clock + 1)
         scale = tl.load(clock + 3)
         correction = tl.load(clock + 4)
+    one = tl.full((1, 1), 1.0, tl.float32)  # numbers of the host have float64's digits in the interpreter
+    lr, scale, correction = one * lr, one * scale, one * correction
     # programs that follow each other work on the same rows, as memory is read and written fastest
     across = tl.cdiv(n, BLOCK_N)
     high, aside = tl.program_id(0) // across, tl.program_id(0) % across

@@ -49,8 +49,9 @@ def read(
     if ALIGNED:
         grad = tl.multiple_of(grad, 16)
     grad += row.to(tl.int64)[:, None] * stride
-    square = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    flaw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # a thread has neighbors: their sums need fewer registers
+    square = tl.zeros((BLOCK_M, BLOCK_N // 4), tl.float32)
+    flaw = tl.zeros((BLOCK_M, BLOCK_N // 4), tl.float32)
     product = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     first = tl.program_id(0) % ranks == 0
     if COLUMNS:
@@ -64,8 +65,8 @@ def read(
         column = start + tl.arange(0, BLOCK_N)
         g = tl.load(grad + column[None, :], (row[:, None] < m) & (column[None, :] < n), 0.0).to(tl.float32)
         if FIRST:
-            square += g * g
-            flaw += g * 0.0
+            square += tl.sum((g * g).reshape(BLOCK_M, BLOCK_N // 4, 4), 2)
+            flaw += tl.sum((g * 0.0).reshape(BLOCK_M, BLOCK_N // 4, 4), 2)
             if COLUMNS:
                 tl.store(sums + column, tl.sum(g * g, 0), (column < n) & first)
         if PROJECT:
