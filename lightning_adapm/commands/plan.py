@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -122,7 +122,7 @@ def _parser() -> ArgumentParser:
     parser.add_function_arguments(_describe_model, fail_untyped=False)
     parser.add_argument(
         "--dtype",
-        type=Literal["float32", "bfloat16", "float16", "float64"],
+        choices=("float32", "bfloat16", "float16", "float64"),
         help="dtype of the parameters (default: the recipe's precision, else float32)",
     )
     parser.add_argument(
