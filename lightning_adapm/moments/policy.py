@@ -33,9 +33,10 @@ DEFAULT_STATE_DTYPE: Mapping[str, str] = {"low_rank": "bfloat16"}
 PRESETS = {"paper": PAPER_MOMENTUM}
 """Named tables, which do not change with the default."""
 _NO_MOMENTUM = f"momentum must be one of {', '.join(map(repr, (*POLICIES, *PRESETS)))}, or policies by role, but got "
-_PHASES = 2
-"""Phases of the refreshes, by the number of the transformer block. Several phases spread the cost over steps; few
-phases share kernels."""
+_PHASES, _PHASES_OF_SMALL, _SMALL = 4, 2, 1 << 22
+"""Phases of the refreshes, by the number of the transformer block, and those of matrices with fewer elements, which do
+not fill a GPU one by one. Several phases spread the cost over steps; few phases share kernels.
+"""
 SECOND_MOMENTS = ("elementwise", "block", "factored")
 
 
@@ -94,10 +95,21 @@ def momentum_for(piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> M
                 beta1,
                 gap,
                 group.get("debias", True),
-                offset=piece.block % _PHASES * (gap // _PHASES),
+                offset=_offset(piece, m * n, gap),
                 storage=storage_for(LowRankMomentum.name, group["state_dtype"], torch.Size((*shape[:-1], rank))),
             )
     return FullMomentum(beta1, storage_for(FullMomentum.name, group["state_dtype"], shape))
+
+
+def _offset(piece: Piece, numel: int, gap: int) -> int:
+    """Offset of the refreshes of a piece whose matrices have ``numel`` elements, fused or not.
+
+    A large table of tokens has a phase to itself, because it takes as long as several blocks.
+    """
+    if numel >= _SMALL and piece.role in ("embedding", "lm_head"):
+        return gap - 1
+    phases = _PHASES_OF_SMALL if numel < _SMALL else _PHASES
+    return piece.block % phases * gap // phases
 
 
 def storage_for(name: str, chosen: Mapping[str, str] | str | None, shape: torch.Size) -> Storage:

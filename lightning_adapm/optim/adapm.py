@@ -33,8 +33,8 @@ class AdaPM(RoleOptimizer):
         weight_decay: Decoupled weight decay, as in AdamW.
         rank: Rank of the low-rank momentum: an int, or a float in (0, 1] for a share of the smaller dimension of the
             unfused matrix. A piece that factors would not make smaller keeps full momentum.
-        update_proj_gap: Steps between two refreshes of a subspace. Every other transformer block refreshes half an
-            interval later.
+        update_proj_gap: Steps between two refreshes of a subspace. Transformer blocks take turns: half of them refresh
+            together, or a quarter where matrices are large.
         debias: Whether the residual correction is added to the low-rank momentum.
         second_moment: ``"elementwise"`` (AdamW), ``"factored"`` (Adafactor) or ``"block"`` (Adam-mini). Where memory is
             short, choose factored, at AdamW's learning rate: on 86 million parameters it ended 0.0188 below AdamW's

@@ -17,7 +17,7 @@ from lightning_adapm.sharding.find import local, shape_of
 from lightning_adapm.step.kernels import runs_on
 from lightning_adapm.step.launch import MOST_BYTES_OF_TABLES
 from lightning_adapm.step.parts import Part, new_state
-from lightning_adapm.step.transients import held_by_a_step
+from lightning_adapm.step.transients import held_by_recorded_steps
 
 _AROUND_GRAPHS = 1 << 26
 """Workspace that cuBLAS has for captures, and blocks of the allocator that graphs do not fill. An assumption."""
@@ -129,7 +129,7 @@ def cached_bytes(optimizer: RoleOptimizer) -> int:
                 rank = min(rank, part.shape[-1])
                 starts.add((rank * part.shape[-1] * part.exact.itemsize, rank, param.device))
     tables = MOST_BYTES_OF_TABLES * sum(runs_on(device) for device in devices)
-    kept = held_by_a_step(stepping) if stepping else 0
+    kept = held_by_recorded_steps(stepping) if stepping else 0
     if optimizer.update_in_backward:  # of a part of them at a time
         kept = min(kept, optimizer.most_recorded_bytes)
     recorded = kept + _AROUND_GRAPHS if 0 < kept <= optimizer.most_recorded_bytes else 0

@@ -20,9 +20,10 @@ from lightning_adapm.step.paths import Path, unknown_moments
 # Parts of one shape are taken through a step together while their gradients hold at most this many elements: small
 # matrices share kernels, large ones (which fill a device alone) are not copied and bound the temporaries.
 _BATCH_NUMEL = {"cpu": 1 << 16, "cuda": 1 << 26}
-# Where nothing is copied, temporaries are projections, a small share of that, and several of them in a refresh.
-_UNCOPIED_NUMEL = {"cpu": 1 << 24, "cuda": 1 << 29}
-_REFRESHED_NUMEL = {"cpu": 1 << 24, "cuda": 1 << 28}
+# Where nothing is copied, temporaries are projections, a small share of that, and several of them in a refresh. Graphs
+# keep them.
+_UNCOPIED_NUMEL = {"cpu": 1 << 24, "cuda": 1 << 28}
+_REFRESHED_NUMEL = {"cpu": 1 << 24, "cuda": 1 << 27}
 # Whole matrices are copied in the dtype of products, and fill a device only by several.
 _WHOLE_NUMEL = {"cpu": 1 << 16, "cuda": 1 << 28}
 EXCHANGED = 8
@@ -107,7 +108,8 @@ def batches(bucket: Batch) -> Iterator[Batch]:
     whole = part.second.whole_matrices and (path.kernels or shard is not None)  # the same on every process
     exchanged = shard is not None and part.second.whole_matrices
     numel *= EXCHANGED if exchanged else 1
-    size = most_together(numel, grad.device.type, uncopied, part.first.due(bucket.step), whole)
+    due = part.first.due(bucket.step) or (part.first.has_basis and not part.get("seeded"))
+    size = most_together(numel, grad.device.type, uncopied, due, whole)
     if shard is not None and exchanged:
         size = max(size, len(shard.layout.spans))  # every process has a matrix to work on
     for start in range(0, len(bucket.parts), size):

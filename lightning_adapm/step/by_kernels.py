@@ -105,11 +105,13 @@ def _projected(
     right = basis = kept.to(kernels.FACTOR)
     refreshed = None
     if grads.basis is not None:
-        refreshed = moved_lefts(lefts, kept.float(), grads.basis, momentum.payout)
-        basis = grads.basis.to(kernels.FACTOR)
+        fresh, grads.basis = grads.basis, None  # those of other batches wait for their turn
+        refreshed = moved_lefts(lefts, kept.float(), fresh, momentum.payout)
+        basis = fresh.to(kernels.FACTOR)
         right = torch.cat([basis, right], dim=-2)
-        bases = split(batch.reduction.kept_columns(grads.basis), momentum.bases(batch.parts))
+        bases = split(batch.reduction.kept_columns(fresh), momentum.bases(batch.parts))
         momentum.storage.of_bases.write(batch.parts, "exp_avg_r", bases)
+        del fresh, bases
     projected = grads.read(Matrices.of([basis])) if grads.projected is None else grads.projected
     return right, refreshed, projected
 

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from lightning_adapm.sharding.collectives import Borrowing, Collective, taken_by
 
+_LARGEST_BLOCK = 1 << 29
+"""Bytes that are set aside for temporaries at most. More are taken as they are needed."""
+
 
 class Graph(Protocol):
     """Captured work, whose launches are given to the device together."""
@@ -51,11 +54,20 @@ class Pool:
         """Capture what ``work`` launches on a device, without running it."""
         if not self._graphs:  # memory that has lost its graphs cannot be used again
             self._handle, self._bytes = new_pool(), 0
+            work = partial(self._in_one_block, work, device)
         before = reserved(device)
         graph = captured(work, device, self._handle)
         self._graphs.add(graph)
         self._bytes += max(0, reserved(device) - before)
         return graph
+
+    def _in_one_block(self, work: Callable[[], None], device: torch.device) -> None:
+        """Do what is captured first, with one block of memory for all temporaries.
+
+        An allocator would make a block for one of them after another, of sizes that do not fit the next: twice as much.
+        """
+        torch.UntypedStorage(min(self._most, _LARGEST_BLOCK), device=device)  # given up at once
+        work()
 
 
 class Section(Graph, Protocol):

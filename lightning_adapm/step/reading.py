@@ -20,6 +20,9 @@ PROJECT_FAR_COLUMNS = (128, 64, 8, 3)
 gradients of two bytes leave room.
 """
 
+ROWS_OF_A_TILE = 64
+"""Fewest rows of a tile with sums over columns."""
+
 RANKS, MOST_RANKS = 128, 256
 """Most ranks in a tile, which a program has in its registers; of sums with products, on GPUs with large blocks."""
 
@@ -93,8 +96,7 @@ def combine(grads: Matrices, weights: Tensor, flaws: Tensor) -> Tensor:
     """Multiply transposed ``weights`` ``(b, m, r)`` by ``grads`` ``(m, n)``; gradients with a flaw count as zero."""
     b, m, r = weights.shape
     n = grads.shape[1]
-    least, most = _ROWS_OF_A_PRODUCT
-    rows = min(most, max(least, kernels.power_of_two(n)))
+    rows = rows_of_a_product(n)
     parts = -(-m // rows)
     product = weights.new_empty((b, parts, r, n), dtype=torch.float32)
     tile, block_r = Tile(*COMBINE).narrowed(n), _ranks(r, RANKS)
@@ -117,3 +119,9 @@ def combine(grads: Matrices, weights: Tensor, flaws: Tensor) -> Tensor:
 def _ranks(r: int, most: int) -> int:
     """Ranks in a tile: a power of two."""
     return min(most, max(16, kernels.power_of_two(r)))
+
+
+def rows_of_a_product(n: int) -> int:
+    """Rows that are combined at a time, of matrices with ``n`` columns."""
+    least, most = _ROWS_OF_A_PRODUCT
+    return min(most, max(least, kernels.power_of_two(n)))

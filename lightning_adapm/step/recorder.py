@@ -20,7 +20,7 @@ from lightning_adapm.step.graphs import Pool
 from lightning_adapm.step.parts import Part
 from lightning_adapm.step.paths import Path
 from lightning_adapm.step.recording import Clocks, Found, Recording
-from lightning_adapm.step.transients import held_by_a_step
+from lightning_adapm.step.transients import held_by_recorded_steps
 from lightning_adapm.step.work import Work
 
 MOST_BYTES = 1 << 29
@@ -162,7 +162,7 @@ class Recorder:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._failed = False
-        self._sized: tuple[list[int], int | None] = [], None
+        self._sized: tuple[list[tuple[int, int]], int | None] = [], None
         self._wasted = self._plays = 0
         self._recordings: dict[Hashable, Recording] = {}
         self._begin(None)
@@ -252,8 +252,9 @@ class Recorder:
 
     def _most_held(self, works: Sequence[Work]) -> int | None:
         """Bound on the temporaries of a step, computed once for its parts; None where moments read no clock."""
-        parts = _parts(works)
-        key = list(map(id, parts))
+        counts = [count for work in works for parts, count in zip(work.parts, work.counts, strict=True) for _ in parts]
+        parts, first = _parts(works), counts[0]
+        key = [(id(part), count - first) for part, count in zip(parts, counts, strict=True)]
         if key != self._sized[0]:
-            self._sized = key, held_by_a_step(parts) if all(map(is_clocked, parts)) else None
+            self._sized = key, held_by_recorded_steps(parts, counts) if all(map(is_clocked, parts)) else None
         return self._sized[1]

@@ -14,7 +14,7 @@ from lightning_adapm.step.device_gradients import DeviceGradients
 from lightning_adapm.step.launch import Matrices
 from lightning_adapm.step.reading import combine
 
-TOGETHER_NUMEL = 1 << 24
+TOGETHER_NUMEL = 1 << 23
 """Maximum number of elements of bases that are made orthonormal together, as copies in float64."""
 
 Iterated = tuple[Tensor, Tensor, Tensor]
@@ -70,6 +70,7 @@ def _iterated(batch: Batch) -> Iterated:
     assert projected is not None
     flaws = grads.reading.flaws
     weights = weigh(projected, lefts, flaws, beta1, reduction)
+    del projected
     sums = [combine(grads.matrices, weights, flaws), combine(lefts, weights, torch.zeros_like(flaws))]
     fresh, inner = reduction.total(sums)
     return torch.baddbmm(fresh, inner, right, beta=1 - beta1, alpha=beta1), lowrank.shows(fresh), right

@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 from on_gpu import NEEDED, gradients, model, step_without_waiting
+from torch import nn
 
 from lightning_adapm import AdaPM, PartialMuon
 from lightning_adapm.report.plan import cached_bytes
 from lightning_adapm.step.recorder import MOST_BYTES
+from lightning_adapm.step.transients import held_by_recorded_steps
 
 pytestmark = NEEDED
 
@@ -78,6 +80,23 @@ def test_parameters_that_move_together_inside_backward_are_recorded(dtype):
     first = optimizers[0]
     assert len(first._engine._recorders) > 1 and {row.launches for row in first.step_paths()} == {"replayed"}
     assert 0 < first.cached_bytes() <= cached_bytes(first)
+
+
+def test_large_matrices_are_recorded_within_their_bound():
+    """Graphs of all kinds of steps keep no more than the largest of these needs, by shapes alone."""
+    shapes = {f"layers.{i}.mlp.{name}.weight": (4096, 1024) for i in range(8) for name in ("gate_proj", "up_proj")}
+    params = [(name, nn.Parameter(torch.randn(shape, device="cuda"))) for name, shape in shapes.items()]
+    params.append(("embed.weight", nn.Parameter(torch.randn(65536, 1024, device="cuda"))))
+    optimizer = AdaPM(params, second_moment="factored", update_proj_gap=5)
+    for _ in range(16):
+        for _, param in params:
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+    assert {row.launches for row in optimizer.step_paths()} == {"replayed"}
+    assert recorded_kinds(optimizer) == 5
+    bound = held_by_recorded_steps([part for _, param in params for part in optimizer.parts(param)])
+    assert bound < optimizer.most_recorded_bytes
+    assert optimizer._engine._pool.nbytes <= bound + 2**24  # small tensors have blocks of their own
 
 
 @pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])

@@ -138,3 +138,13 @@ def test_every_stack_of_experts_is_seeded_by_itself():
     assert not states[0]["exp_avg_r"][0].any()
     momentum.direction([torch.randn(shape)], states[:1], 2)
     assert states[0]["seeded"] == 1
+
+
+@pytest.mark.parametrize("r", [1, 64, 65, 205])
+def test_triangular_matrices_are_inverted_by_blocks(r):
+    """To working precision, with zeros where they were."""
+    rows = torch.randn(2, r, r + 5, dtype=torch.float64)
+    lower = torch.linalg.cholesky(rows @ rows.mT)
+    found = lowrank._inverse(lower)
+    torch.testing.assert_close(found @ lower, torch.eye(r, dtype=torch.float64).expand(2, r, r))
+    assert not found.triu(1).any()

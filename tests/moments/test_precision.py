@@ -14,8 +14,8 @@ from lightning_adapm import AdaPM, LoRAPre
 
 class Module(PlainTraining, L.LightningModule):
     def __init__(self, make=AdaPM):
+        torch.manual_seed(0)  # before weights are drawn
         super().__init__()
-        torch.manual_seed(0)
         self.make = make
 
     def configure_optimizers(self):
