@@ -58,8 +58,8 @@ class PartialMuon(RoleOptimizer):
         convolutions: Whether weights of convolutions have orthogonal updates, too, as matrices of outputs by the rest.
             Their names tell no role: give them one, such as ``roles={"conv": "mlp"}``.
         ns_steps: Steps of the Newton-Schulz iteration that finds the orthogonal matrix.
-        newton_schulz: ``"muon"``, the iteration of Muon, or ``"fast"``, which does nearly the same in 3 or 4 steps: it
-            begins with larger singular values. Three steps have coefficients of their own.
+        newton_schulz: ``"muon"``, the iteration of Muon, or ``"fast"``, whose 4 or 3 steps begin with larger singular
+            values: a shorter step for a higher loss. Three steps have coefficients of their own.
         maximize: Whether the objective is maximized.
         rounding: How bfloat16 and float16 parameters are rounded, ``"stochastic"`` or ``"nearest"``, as for AdaPM.
         update_in_backward: Whether parameters move inside backward, as for AdaPM.
