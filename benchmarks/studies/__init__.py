@@ -29,6 +29,7 @@ STUDIES: dict[str, Study] = {
         on_tokens.tokens_llama_60m,
         on_tokens.tokens_llama_130m,
         finetuning.finetune_at_size,
+        finetuning.small_card,
         comparison.convergence,
         comparison.instructions,
         comparison.recurrent,
