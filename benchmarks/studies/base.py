@@ -10,6 +10,8 @@ from benchmarks.studies.setting import Setting
 from lightning_adapm.moments.policy import PAPER_MOMENTUM
 
 GPT2_SMALL = Setting(Shape(layers=4, width=192, n_head=6, context=128))
+FINETUNED_SMALL = Setting(Shape(layers=2, width=128, n_head=4, context=128), steps=200, batch=8, val_windows=128)
+"""The smallest model that is finetuned, which takes seconds on a CPU."""
 LLAMA_SMALL = Setting(Shape(layers=4, width=192, n_head=6, context=128, llama=True, n_query_groups=2))
 GPT2_124M = Setting(
     Shape(layers=12, width=768, n_head=12, context=1024), steps=800, batch=32, val_windows=64, bf16=True

@@ -8,6 +8,7 @@ from benchmarks.studies.base import (
     BESIDE_ADAMW,
     BETAS95,
     BOTH,
+    FINETUNED_SMALL,
     GPT2_SMALL,
     KEY_ROWS,
     LLAMA_SMALL,
@@ -17,8 +18,6 @@ from benchmarks.studies.base import (
     small,
     trial,
 )
-from benchmarks.studies.decoder import Shape
-from benchmarks.studies.setting import Setting
 
 
 def main() -> Study:
@@ -254,7 +253,7 @@ def rounding() -> Study:
         lrs=(1e-5,),
         edge=(),
         seeds=2,
-        setting=Setting(Shape(layers=2, width=128, n_head=4, context=128), steps=200, batch=8, val_windows=128),
+        setting=FINETUNED_SMALL,
         needs_data=True,
         pretrained=True,
         baselines={"AdaPM in float32": ("AdaPM, float32",)},

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.studies.base import BESIDE, BEST, BETAS95, Pretraining, Study, adamw, adapm, paper
+from benchmarks.studies.base import BESIDE, BEST, BETAS95, FINETUNED_SMALL, Pretraining, Study, adamw, adapm, paper
 from benchmarks.studies.decoder import Shape
 from benchmarks.studies.on_tokens import VOCAB
 from benchmarks.studies.setting import Setting
@@ -79,7 +79,7 @@ def small_card() -> Study:
         lrs=(1e-5, 1e-4, 3e-4),
         edge=(),
         seeds=2,
-        setting=Setting(Shape(layers=2, width=128, n_head=4, context=128), steps=200, batch=8, val_windows=128),
+        setting=FINETUNED_SMALL,
         needs_data=True,
         pretrained=True,
         baselines={"AdamW": ("AdamW",), SMALL_CARD: (SMALL_CARD,)},
