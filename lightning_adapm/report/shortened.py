@@ -25,7 +25,7 @@ class Shortened:
 
     Args:
         blocks: Blocks that pass one tensor on; None for a model that stays as it is.
-        tracker: AllocationTracker of the step.
+        tracker: Tracker of the allocations of the step.
         waiting: Gradients that wait for each other where parameters move in backward; None elsewhere.
     """
 

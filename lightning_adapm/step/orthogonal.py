@@ -1,7 +1,6 @@
 """Orthogonal updates by :mod:`lightning_adapm.step.triton_orthogonal`, as :mod:`lightning_adapm.moments.orthogonal`.
 
-The direction is written once, in the dtype of products. All products of Newton-Schulz but those with the matrix itself
-are symmetric, and half of each is computed.
+The direction is written once, in the dtype of products, and :mod:`lightning_adapm.step.newton_schulz` overwrites it.
 """
 
 from collections.abc import Generator, Sequence

@@ -16,8 +16,8 @@ with products, on smaller GPUs, and on those with large blocks up to 128 ranks i
 on an H100, and within the 99 KiB of shared memory that a block has on smaller GPUs.
 """
 PROJECT_FAR_COLUMNS = (128, 64, 8, 3)
-"""Of the last, with sums over columns, which warps add up together once for each tile: a wider tile, for which only
-gradients of two bytes leave room.
+"""Rows and columns of a tile, warps, stages: of sums with products above 128 ranks in a tile, and over columns as well.
+Warps add columns up together once for each tile, so it is wider, for which only gradients of two bytes leave room.
 """
 
 ROWS_OF_A_TILE = 64
