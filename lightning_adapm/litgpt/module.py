@@ -24,7 +24,7 @@ from lightning_adapm.litgpt.model import build, litgpt_config, load_tokenizer
 from lightning_adapm.litgpt.reading import Read, placed, unread
 from lightning_adapm.litgpt.weights import give_shards, place_later, place_weights, take_weights
 from lightning_adapm.report.tables import show_bytes
-from lightning_adapm.sharding.find import local
+from lightning_adapm.sharding.find import has_values, local
 from lightning_adapm.trainer.mixin import AdaPMMixin
 
 __all__ = ["LitGPTModule", "batch_length", "batch_rows", "litgpt_config"]
@@ -177,8 +177,8 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
         return unread if self.resumes and self.strict_loading else placed
 
     def _say_placed(self, began: float) -> None:
-        """Say how long it took to copy the weights of this process from the file, if they were."""
-        if self._in_file and self._read is placed:
+        """Say how long it took to copy the weights of this process from the file, if they were: a plan has none."""
+        if self._in_file and self._read is placed and all(map(has_values, self.parameters())):
             held = sum(local(param).nbytes for param in self.parameters())
             rank_zero_info(f"weights: {show_bytes(held)} in {time.perf_counter() - began:.1f} s")
 

@@ -298,6 +298,12 @@ def test_recipes_that_fit(plan, monkeypatch):
     assert "quickstart" not in plan("--fits", "1MiB")[1]
 
 
+def test_a_plan_of_a_checkpoint_reads_no_weights(plan, caplog):
+    with caplog.at_level("INFO"):
+        assert plan("--config", "recipe:finetune/pythia-1b-full")[0] == 0
+    assert "weights: " not in caplog.text
+
+
 @pytest.mark.parametrize(("name", "make"), [("lora-pre", LoRAPre), ("adalomo", AdaLomo), ("adam-mini", AdamMini)])
 def test_a_recipe_with_a_neighbor_as_its_optimizer(plan, name, make):
     status, out, *_ = plan("--config", QUICKSTART, "--config", QUICKSTART.with_stem(f"quickstart-{name}"))
