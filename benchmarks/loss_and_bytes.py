@@ -32,7 +32,14 @@ PANELS = {
 """Models in the order in which they are worth a look, and the studies whose rows they show."""
 ENOUGH, DRAWN = 5, 2
 """The picture has the first models with as many rows, and so many of them."""
-VARIED = ("low-rank everywhere", "more momentum", "embedding full", "attn_out low-rank", "fast steps")
+VARIED = (
+    "low-rank everywhere",
+    "more momentum",
+    "embedding",
+    "attn_out low-rank",
+    "fast steps",
+    "refreshed",
+)
 """Parts of labels of rows that only vary an option: they are in the table, not in the picture."""
 NOTES = (
     "Validation loss minus AdamW's best, in nats per byte or, where the model reads tokens, per token. The bars are"
