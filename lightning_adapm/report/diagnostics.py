@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_adapm.moments import lowrank
+from lightning_adapm.moments.batches import join
 from lightning_adapm.optim import RoleOptimizer
 from lightning_adapm.report.orthogonality import Deviation
 from lightning_adapm.report.plan import StateBytes, adamw_bytes, held_bytes, state_bytes
@@ -200,7 +201,7 @@ class ResidualProbe:
         seen = _Seen(reading, part.key, part.layout if part.is_shared else None, nothing, nothing, nothing)
         basis = part.first.basis(part)
         if basis is not None:
-            basis = reduction_of([part]).columns(basis.reshape(-1, *basis.shape[-2:]), grad.shape[-1])
+            basis = reduction_of([part]).columns(join([basis]), grad.shape[-1])
             seen.residual = _residual(part, grad, basis.to(part.exact))
         if part.second.whole_matrices:
             seen.deviation = Deviation(part)

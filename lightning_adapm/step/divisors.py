@@ -81,6 +81,11 @@ def matrices_of(states: Sequence[State], key: str) -> Matrices:
 def by_part(divisors: Divisors, parts: int) -> Denominators:
     """Denominators of kernels as tensors by part."""
     roots, correction, eps, beta2, columns = divisors
-    by_part = roots.tensors if isinstance(roots, Matrices) else roots.view(parts, -1, roots.shape[-1], 1).unbind()
-    by_column = None if columns is None else list(columns.view(parts, -1, 1, columns.shape[-1]).unbind())
-    return Denominators(list(by_part), correction, eps, by_column, squared=beta2 is not None)
+    by_part = list(roots.tensors) if isinstance(roots, Matrices) else _by_part(roots[..., None], parts)
+    by_column = None if columns is None else _by_part(columns[:, None], parts)
+    return Denominators(by_part, correction, eps, by_column, squared=beta2 is not None)
+
+
+def _by_part(values: Tensor, parts: int) -> list[Tensor]:
+    """The matrices of each part; this process may hold no row of them."""
+    return list(values.unflatten(0, (parts, -1)).unbind())

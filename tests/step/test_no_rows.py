@@ -1,0 +1,63 @@
+"""A process that holds no row of some matrices, by kernels interpreted on a CPU: as by torch's operations."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import tiny_gpt
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from lightning_adapm import AdaPM
+from lightning_adapm.report.diagnostics import ResidualProbe
+from lightning_adapm.step import kernels
+
+pytest.importorskip("triton", reason="the kernels are Triton's")
+
+
+@pytest.fixture
+def last_of_four(monkeypatch):
+    """This process is the last of four. Others have nothing to add to its sums, and columns like its own."""
+
+    def gather(into, given, group):
+        into.view(4, -1).copy_(given.expand(4, -1))
+
+    monkeypatch.setattr(dist, "all_gather_into_tensor", gather)
+    monkeypatch.setattr(dist, "all_gather_single", gather, raising=False)
+    dist.init_process_group("fake", rank=3, world_size=4, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+def trained(**options):
+    """Weights of a model with six columns, and readings. The last rows of its fused weight are no query's."""
+    torch.manual_seed(0)
+    model = fully_shard(tiny_gpt(n_layer=1, n_embd=6, n_head=4, n_query_groups=1, head_size=2, intermediate_size=8))
+    optimizer = AdaPM(model.named_parameters(), rank=2, update_proj_gap=2, state_dtype=None, **options)
+    optimizer.observer = ResidualProbe()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        for param in model.parameters():
+            held = torch.randn(param.to_local().shape, generator=generator)
+            param.grad = DTensor.from_local(
+                held, param.device_mesh, param.placements, shape=param.shape, stride=param.stride()
+            )
+        optimizer.step()
+    readings = sorted(optimizer.observer.read(), key=lambda reading: (reading.name, reading.role))
+    return [param.to_local().detach() for param in model.parameters()], readings
+
+
+@pytest.mark.parametrize(
+    ("second_moment", "basis"), [("factored", "shard"), ("block", "replicate"), ("elementwise", "replicate")]
+)
+def test_moves_and_is_watched(interpreted, monkeypatch, last_of_four, second_moment, basis):
+    """Also with no column of bases."""
+    weights, readings = trained(second_moment=second_moment, basis=basis)
+    assert "move" in interpreted
+    monkeypatch.setattr(kernels, "runs_on", lambda device: False)
+    expected, reference = trained(second_moment=second_moment, basis=basis)
+    torch.testing.assert_close(weights, expected)
+    for found, wanted in zip(readings, reference, strict=True):
+        assert found[:3] == wanted[:3]
+        assert found.figures.keys() == wanted.figures.keys()  # residuals of the rows that there are may be rounding
+        assert found.figures["update_max"] == pytest.approx(wanted.figures["update_max"], rel=1e-3)
