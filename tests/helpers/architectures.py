@@ -1,6 +1,7 @@
 """Writes docs/architectures.md: ``PYTHONPATH=tests/helpers python tests/helpers/architectures.py``."""
 
 import re
+import textwrap
 from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
@@ -27,15 +28,26 @@ transformers {transformers}, with default configurations of fewer layers on the 
 {counts}
 
 - **Right by rule**: `AdaPM(model.parameters())` works, with elementwise and block second moments. Embeddings and norms
-  are compared with the modules' types. For model types marked *, a forward was run as far as it runs without data. Its
-  queries, keys, values and attention outputs agree with the rules: the inputs of the softmax, the values that it
-  weighs, and the next matrix.
+  are compared with the modules' types.
 - **Taught**: some matrices have no role in AdaPM's table (state-space and recurrent mixers, convolutions other than
   patches) or an ambiguous name. They are refused until `roles=` gives their role; the page shows a sufficient one.
   `"full"` trains those matrices as AdamW does, which is always right.
 - **Refused**: mostly convolutional networks. `unmatched="full"` or `unmatched="low_rank"` trains them, too.
 
 All {litgpt_count} configurations of litgpt are right by rule ({litgpt_shapes} different architectures).
+
+## Right by rule
+
+These are the model types of all classes that no table below lists.
+
+In a forward pass, as far as it runs without data, queries, keys, values and attention outputs agree with the rules (the
+inputs of the softmax, the values that it weighs, and the next matrix):
+
+{confirmed}
+
+Only embeddings and norms were compared:
+
+{others}
 """
 
 
@@ -45,14 +57,6 @@ def page(results):
         AdaPM(litgpt_on_meta(name).parameters(), second_moment="block")
     outcomes = ("by rule", "taught", "refused", "not built")
     count = {outcome: sum(result.outcome == outcome for result in results.values()) for outcome in outcomes}
-    text = HEAD.format(
-        litgpt=version("litgpt"),
-        transformers=transformers.__version__,
-        torch=torch.__version__.partition("+")[0],
-        counts="\n".join(f"| {outcome} | {number} |" for outcome, number in count.items()),
-        litgpt_count=len(configs),
-        litgpt_shapes=len(litgpt_families()),
-    )
     kinds = hf_sweep.model_classes()
     seen = {kinds[name] for name, result in results.items() if result.confirmed}
     groups = defaultdict(lambda: defaultdict(list))
@@ -64,15 +68,25 @@ def page(results):
             "not built": _reason(result.names[0]) if result.names else "",
         }[result.outcome]
         groups[result.outcome][key].append(name)
-    by_rule = defaultdict(list)
-    for name in groups["by rule"].get("", []):
-        by_rule[kinds[name]].append(name)
-    text += "\n## Right by rule\n\n| model type | classes |\n|---|---|\n"
-    text += "".join(f"| {kind}{'*' * (kind in seen)} | {', '.join(names)} |\n" for kind, names in by_rule.items())
+    by_rule = dict.fromkeys(kinds[name] for name in groups["by rule"][""])
+    text = HEAD.format(
+        litgpt=version("litgpt"),
+        transformers=transformers.__version__,
+        torch=torch.__version__.partition("+")[0],
+        counts="\n".join(f"| {outcome} | {number} |" for outcome, number in count.items()),
+        litgpt_count=len(configs),
+        litgpt_shapes=len(litgpt_families()),
+        confirmed=_listed(kind for kind in by_rule if kind in seen),
+        others=_listed(kind for kind in by_rule if kind not in seen),
+    )
     for outcome, column in (("taught", "`roles=`"), ("refused", "matrices"), ("not built", "why")):
         text += f"\n## {outcome.capitalize()}\n\n| {column} | classes |\n|---|---|\n"
         text += "".join(f"| {key} | {', '.join(names)} |\n" for key, names in groups[outcome].items())
     return text
+
+
+def _listed(kinds):
+    return textwrap.fill(", ".join(kinds), 128, break_on_hyphens=False)
 
 
 def _code(text):
