@@ -45,6 +45,7 @@ NAV = {
     "Extend": {"Moments and optimizers": "docs/extending.md", "Architectures": "docs/architectures.md"},
     "Benchmarks": {
         "Answers": "docs/benchmarks.md",
+        "Studies": "docs/studies.md",
         "The paper's claims": "docs/paper.md",
         "Commands and studies": "benchmarks/README.md",
     },
