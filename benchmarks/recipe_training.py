@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -129,12 +130,8 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def _as_recipe(module: LitGPTModule) -> Optimizer:
-    return module.adapm_class(module.named_parameters(), **module.adapm_options)
-
-
-def _after_backward(module: LitGPTModule) -> Optimizer:
-    return module.adapm_class(module.named_parameters(), **module.adapm_options | {"update_in_backward": False})
+def _as_recipe(module: LitGPTModule, **changes: Any) -> Optimizer:
+    return module.adapm_class(module.named_parameters(), **module.adapm_options | changes)
 
 
 def _adamw(module: LitGPTModule) -> Optimizer:
@@ -143,7 +140,8 @@ def _adamw(module: LitGPTModule) -> Optimizer:
 
 OPTIMIZERS: dict[str, Callable[[LitGPTModule], Optimizer]] = {
     "recipe": _as_recipe,
-    "recipe, updates after backward": _after_backward,
+    "recipe, refreshed every 10": partial(_as_recipe, update_proj_gap=10),
+    "recipe, updates after backward": partial(_as_recipe, update_in_backward=False),
     "AdamW, fused": _adamw,
 }
 """Rows of a result. The limit holds for the first alone."""

@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
         args.device,
         args.repeats,
         steps=INTERVAL if on_gpu else 3,
-        warmup=INTERVAL if on_gpu else 2,
+        warmup=3 * INTERVAL if on_gpu else 2,  # refreshes are recorded in the third interval
         peer_limit=args.peer_limit,
         deadline=time.monotonic() + args.time_limit,
     )

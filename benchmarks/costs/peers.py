@@ -55,6 +55,8 @@ def _from_step_zero(optimizer: Optimizer) -> None:
 
 
 _BLOCK: dict[str, Any] = {"second_moment": "block"}
+_FACTORED: dict[str, Any] = {"second_moment": "factored"}
+_IN_BACKWARD: dict[str, Any] = {"update_in_backward": True}
 _PAPER: dict[str, Any] = {"momentum": "paper", "rank": 0.05, "state_dtype": None}
 _GAP: dict[str, Any] = {"update_proj_gap": 200, "proj_type": "std"}
 _RANDOM = _GAP | {"proj": "random"}
@@ -67,24 +69,12 @@ PEERS: tuple[Peer, ...] = (
     Peer("AdamW, fused", "AdamW", {"fused": True}),
     Peer("AdaPM", "AdaPM", interval=10),
     Peer("AdaPM block", "AdaPM", _BLOCK, interval=10),
-    Peer("AdaPM factored", "AdaPM", {"second_moment": "factored"}, interval=10),
+    Peer("AdaPM factored", "AdaPM", _FACTORED, interval=10),
     Peer("AdaPM, paper", "AdaPM", _PAPER, interval=10),
     Peer("AdaPM block, paper", "AdaPM", _PAPER | _BLOCK, interval=10),
-    Peer(
-        "AdaPM block, in backward",
-        "AdaPM",
-        _BLOCK | {"update_in_backward": True},
-        interval=10,
-        in_backward=True,
-        training_only=True,
-    ),
-    Peer(
-        "AdaPM factored, in backward",
-        "AdaPM",
-        {"second_moment": "factored", "update_in_backward": True},
-        interval=10,
-        in_backward=True,
-        training_only=True,
+    *(
+        Peer(f"{name}, in backward", "AdaPM", options | _IN_BACKWARD, interval=10, in_backward=True, training_only=True)
+        for name, options in (("AdaPM", {}), ("AdaPM block", _BLOCK), ("AdaPM factored", _FACTORED))
     ),
     Peer("AdaPM, every step", "AdaPM", {"update_proj_gap": 1}),
     Peer("PartialMuon", "PartialMuon", interval=10),

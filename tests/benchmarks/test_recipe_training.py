@@ -8,7 +8,7 @@ from benchmarks import recipe_memory, recipe_sharded, recipe_training
 from lightning_adapm import AdaPM
 
 MODEL = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 60, "padded_vocab_size": 64, "block_size": 16}
-ADAPM = {"second_moment": "block", "state_dtype": "bfloat16", "update_in_backward": True}
+ADAPM = {"second_moment": "block", "state_dtype": "bfloat16", "update_in_backward": True, "update_proj_gap": 20}
 ARGUMENTS = {"config": MODEL, "checkpoint_dir": "missing", "max_seq_length": 8, "lm_head_chunk_size": 4, "adapm": ADAPM}
 
 
@@ -24,7 +24,10 @@ def test_a_recipe_is_measured(tmp_path, name, monkeypatch):
     assert row["tokens_per_second"] == pytest.approx(8 / row["seconds"][-1])
     assert {param.dtype for param in made[0].param_groups[0]["params"]} == {torch.bfloat16}
     assert isinstance(made[0], AdaPM) == ("AdamW" not in name)
-    assert getattr(made[0], "update_in_backward", False) == (name == "recipe")
+    in_backward = {"recipe", "recipe, refreshed every 10"}
+    assert getattr(made[0], "update_in_backward", False) == (name in in_backward)
+    if name == "recipe, refreshed every 10":
+        assert made[0].param_groups[0]["update_proj_gap"] == 10
 
 
 @pytest.mark.slow
