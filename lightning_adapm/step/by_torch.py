@@ -30,9 +30,10 @@ def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> N
     if batch.path.moved_by_kernels:
         by_kernels.move(batch, momentum, direction, group, clip, observer)
         return
-    if observer is not None:
-        watching.see_gradients(observer, batch)
-    for tile, along, denominators in tiles(batch, direction):
+    for index, (tile, along, denominators) in enumerate(tiles(batch, direction)):
+        if observer is not None and index == 0:
+            # after the second moment's sums, as by kernels: processes take either path, and must meet in one order
+            watching.see_gradients(observer, batch)
         divisors, scale = denominators.settle(as_adamw=direction.clamp is None)
         used = along._replace(scale=along.scale * scale)
         if observer is not None:

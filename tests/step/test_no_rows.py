@@ -10,7 +10,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_adapm import AdaPM
 from lightning_adapm.report.diagnostics import ResidualProbe
-from lightning_adapm.step import kernels
+from lightning_adapm.sharding import collectives
+from lightning_adapm.step import kernels, paths
 
 pytest.importorskip("triton", reason="the kernels are Triton's")
 
@@ -61,3 +62,24 @@ def test_moves_and_is_watched(interpreted, monkeypatch, last_of_four, second_mom
         assert found[:3] == wanted[:3]
         assert found.figures.keys() == wanted.figures.keys()  # residuals of the rows that there are may be rounding
         assert found.figures["update_max"] == pytest.approx(wanted.figures["update_max"], rel=1e-3)
+
+
+@pytest.mark.parametrize("second_moment", ["factored", "block"])
+def test_collectives_come_in_one_order_by_either_path(interpreted, monkeypatch, last_of_four, second_moment):
+    """Torch moves what other processes move by kernels; with a monitor, they would wait for each other forever."""
+    communicate, met = collectives._communicate, []
+
+    def listed(call, *tensors):
+        met.append([tensor.numel() for tensor in tensors])
+        communicate(call, *tensors)
+
+    monkeypatch.setattr(collectives, "_communicate", listed)
+    trained(second_moment=second_moment, basis="shard")
+    by_kernels = met.copy()
+    met.clear()
+    unknown = paths._unknown_layout
+    monkeypatch.setattr(
+        paths, "_unknown_layout", lambda parts, grads: paths._needs_reductions(parts) or unknown(parts, grads)
+    )
+    trained(second_moment=second_moment, basis="shard")
+    assert met == by_kernels
