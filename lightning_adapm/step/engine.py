@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from lightning_adapm.moments.base import Momentum, SecondMoment
+from lightning_adapm.moments.batches import Stacked
 from lightning_adapm.moments.cache import DeviceCache, using
 from lightning_adapm.roles.piece import Piece
 from lightning_adapm.sharding.collectives import Planned
 from lightning_adapm.step import by_kernels, exchange, graphs, refreshing
 from lightning_adapm.step.batching import Batch, batches, bucketed, put_back
-from lightning_adapm.step.counters import StepCounters
+from lightning_adapm.step.counters import count_step
 from lightning_adapm.step.device_gradients import DeviceGradients
 from lightning_adapm.step.graphs import Pool
 from lightning_adapm.step.interleaving import interleave
@@ -67,7 +68,7 @@ class Engine:
 
     def forget(self) -> None:
         """Drop everything that is kept for speed alone."""
-        self._counters: defaultdict[Tensor, StepCounters] = defaultdict(StepCounters)
+        self._counters: dict[Tensor, Stacked | None] = {}
         """Counters, by the first of the parameters that are counted together."""
         self._cache = DeviceCache()
         self._pool = Pool()
@@ -118,9 +119,11 @@ class Engine:
 
     def _count(self, work: Work) -> list[int]:
         """Count one more step of parameters."""
-        counts, as_before = self._counters[work.first].count(work.states)
-        if not as_before:
+        known = self._counters.get(work.first)
+        counts, found = count_step(work.states, known)
+        if found is None or found is not known:
             work.settle()
+            self._counters[work.first] = found
         return counts
 
     def _launched(self, works: Sequence[Work], rule: Rule, recorder: Recorder | None) -> Sequence[Found]:
@@ -150,36 +153,30 @@ class Engine:
     def _moved(
         self, buckets: Iterable[Batch], group: Mapping[str, Any], rule: Rule, clocks: Clocks | None
     ) -> list[Found]:
-        ready: list[Batch] = []
+        together: list[Batch] = []
         found: list[Found] = []
-        for bucket in buckets:
-            for batch in batches(bucket):
-                if batch.path.kernels:
-                    grads = DeviceGradients.of(batch, self.nonfinite.agreed_on(batch.parts))
-                    if clocks is not None:
-                        grads.clock = clocks(batch, group["lr"])
-                    batch = batch._replace(grads=grads)
-                if bucket.parts[0].shard is None or bucket.path.whole:
-                    ready.append(batch)
-                else:
-                    interleave([self._update(batch, group, rule)])
-                    found += _found(batch)
-        for together in exchange.rounds(ready):
-            exchange.begin(together)
-            refreshing.refresh(together)
-            interleave(self._update(batch, group, rule) for batch in together)
-            found += chain.from_iterable(map(_found, together))
+        for batch in chain.from_iterable(map(batches, buckets)):
+            if not batch.path.kernels:
+                self._move_by_torch(batch, group, rule)
+                continue
+            grads = DeviceGradients.of(batch, self.nonfinite.agreed_on(batch.parts))
+            if clocks is not None:
+                grads.clock = clocks(batch, group["lr"])
+            batch = batch._replace(grads=grads)
+            if batch.path.whole:
+                together.append(batch)
+            else:
+                found += _moved_by_kernels([batch], group, rule)
+        for some in exchange.rounds(together):
+            exchange.begin(some)
+            refreshing.refresh(some)
+            found += _moved_by_kernels(some, group, rule)
         return found
 
-    def _update(self, batch: Batch, group: Mapping[str, Any], rule: Rule) -> Iterator[Sequence[Planned]]:
-        grads = batch.grads
-        if isinstance(grads, DeviceGradients):
-            step = by_kernels.step if batch.path.whole else by_kernels.step_with_reductions
-            yield from step(batch, group, rule.observer)
-        else:
-            # only now, batch by batch: copies of all gradients in float32 would be larger than the state that is saved
-            finite = self.nonfinite.replaced(batch.parts, grads, bool(group["maximize"]))
-            rule.move(batch._replace(grads=finite), group)
+    def _move_by_torch(self, batch: Batch, group: Mapping[str, Any], rule: Rule) -> None:
+        # only now, batch by batch: copies of all gradients in float32 would be larger than the state that is saved
+        finite = self.nonfinite.replaced(batch.parts, batch.grads, bool(group["maximize"]))
+        rule.move(batch._replace(grads=finite), group)
         put_back(batch)
 
     def paths(self, work: Work, rule: Rule) -> list[StepPath]:
@@ -197,12 +194,17 @@ class Engine:
         return rows
 
 
-def _found(batch: Batch) -> list[Found]:
-    """List what kernels have found out about the gradients of a batch; nothing by torch."""
-    if not isinstance(batch.grads, DeviceGradients):
-        return []
-    reading = batch.grads.reading
-    return [Found(batch.parts, reading.flaws, [reading.squares])]
+def _moved_by_kernels(together: Sequence[Batch], group: Mapping[str, Any], rule: Rule) -> list[Found]:
+    """Move batches, each while others wait for collectives, and return what was found about their gradients."""
+    interleave(_moving(batch, group, rule) for batch in together)
+    readings = [(batch, batch.grads.reading) for batch in together if isinstance(batch.grads, DeviceGradients)]
+    return [Found(batch.parts, reading.flaws, [reading.squares]) for batch, reading in readings]
+
+
+def _moving(batch: Batch, group: Mapping[str, Any], rule: Rule) -> Iterator[Sequence[Planned]]:
+    step = by_kernels.step if batch.path.whole else by_kernels.step_with_reductions
+    yield from step(batch, group, rule.observer)
+    put_back(batch)
 
 
 def records(rule: Rule, device: torch.device) -> bool:

@@ -12,7 +12,6 @@ from torch import nn
 from towers import Tower, TwoTowers, by_parameter, steps
 
 from lightning_adapm import AdaLomo, AdaPM, explain
-from lightning_adapm.step.engine import Engine
 
 
 @pytest.mark.parametrize(
@@ -142,8 +141,8 @@ def test_rates_by_layer_step_together(monkeypatch):
     model = PlainLM()
     optimizer = AdaPM([{"params": [param]} for param in model.parameters()])
     moved = []
-    move = Engine._update
-    monkeypatch.setattr(Engine, "_update", lambda self, batch, *rest: moved.append(batch) or move(self, batch, *rest))
+    move = AdaPM.move
+    monkeypatch.setattr(AdaPM, "move", lambda self, batch, group: moved.append(batch) or move(self, batch, group))
     train(model, optimizer, token_batches(1))
     apart = len(moved)
     moved.clear()
