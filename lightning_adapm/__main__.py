@@ -59,36 +59,38 @@ def main(args: list[str] | None = None) -> None:
         print(f"lightning-adapm {__version__}")
         return
     try:
-        # after the help, which need not wait for Lightning
-        check_command(words[0])
-        if words[0] == "recipes":
-            from lightning_adapm.commands import recipes as recipes_command
-
-            recipes_command.run(words[1:])
-            return
-        if words[0] == "plan":
-            from lightning_adapm.commands import plan as plan_command
-
-            sys.exit(plan_command.run(words[1:]))
-        if words[0] == "prepare":
-            from lightning_adapm.commands import prepare as prepare_command
-
-            prepare_command.run(words[1:])
-            return
-        if words[0] == "litgpt" or words[0] in LITGPT_COMMANDS:
-            from lightning_adapm.commands import litgpt as litgpt_command
-
-            litgpt_command.run(words[1:] if words[0] == "litgpt" else words)
-            _leave_process_group()
-            return
-        from lightning_adapm.trainer.cli import AdaPMCLI
-
-        AdaPMCLI(args)
-        _leave_process_group()
+        _run(words[0], words[1:], args)
     except Exception as error:
         if os.environ.get(TRACEBACK) == "1" or not _is_about_input(error):
             raise
         sys.exit(f"lightning-adapm: error: {_reason(error)} ({TRACEBACK}=1 shows the traceback)")
+
+
+def _run(command: str, options: list[str], args: list[str] | None) -> None:
+    """Run a command, with imports of its own: the help need not wait for Lightning."""
+    check_command(command)
+    if command == "recipes":
+        from lightning_adapm.commands import recipes as recipes_command
+
+        recipes_command.run(options)
+    elif command == "plan":
+        from lightning_adapm.commands import plan as plan_command
+
+        sys.exit(plan_command.run(options))
+    elif command == "prepare":
+        from lightning_adapm.commands import prepare as prepare_command
+
+        prepare_command.run(options)
+    elif command == "litgpt" or command in LITGPT_COMMANDS:
+        from lightning_adapm.commands import litgpt as litgpt_command
+
+        litgpt_command.run(options if command == "litgpt" else [command, *options])
+        _leave_process_group()
+    else:
+        from lightning_adapm.trainer.cli import AdaPMCLI
+
+        AdaPMCLI(args)
+        _leave_process_group()
 
 
 def _leave_process_group() -> None:
