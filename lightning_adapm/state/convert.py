@@ -29,16 +29,13 @@ def restored_state(
     Raises:
         ValueError: A state of another optimizer, of another shape, or for parameters in another order.
     """
-    groups, restored = list(groups), {}
-
-    def all_parts() -> Iterable[Parts]:
-        return (parts_of(param) for group in groups for param in group["params"])
-
+    groups = list(groups)
+    restored: dict[Tensor, dict[str, Any]] = {}
     _check_order(saved["param_groups"], groups)
     for old, group in zip(saved["param_groups"], groups, strict=True):
         for key, param in zip(old["params"], group["params"], strict=True):
             parts = parts_of(param)
-            entry = import_entry(parts, saved["state"].get(key), all_parts)
+            entry = import_entry(parts, saved["state"].get(key))
             if not entry:
                 continue
             others = _others(parts, entry, ours="format_version" in old)
@@ -120,29 +117,42 @@ def _fill(part: Part, moment: Moment, family: type[Moment], saved: Mapping[str, 
         return
     if own and sources and moment.keys == sources[0].keys and moment.resized(values, new):
         return
-    if sources:
-        try:
-            moment.from_dense(sources[0].dense(values, part.shape), new)
-        except ValueError as error:
-            if own and sources[0] is type(moment):
-                raise _unlike(part, entries, values) from error
-            raise ValueError(
-                f"the saved state of {part.name} does not fit: {error}; load it into the optimizer that saved it, or"
-                " begin without a state"
-            ) from error
-    elif entries.keys() & values.keys():
-        raise _unlike(part, entries, values)
-    elif family is SecondMoment:
-        held = sorted(values.keys() & {key for kind in family.kinds() for key in kind.keys})
-        if not held:
-            raise ValueError(
-                f"the saved state of {part.name} has no second moment, which {', '.join(new)} cannot do without; load"
-                " it into the optimizer that saved it, or begin without a state"
-            )
+    if not sources:
+        _check_nothing_lost(part, family, entries, values, new)
+        return
+    try:
+        moment.from_dense(sources[0].dense(values, part.shape), new)
+    except ValueError as error:
+        if own and sources[0] is type(moment):
+            raise _unlike(part, entries, values) from error
         raise ValueError(
-            f"the saved second moment of {part.name} is {', '.join(held)} and cannot become {', '.join(new)}; load it"
-            " into an optimizer with the second moment and the rank that it was saved with"
+            f"the saved state of {part.name} does not fit: {error}; load it into the optimizer that saved it, or"
+            " begin without a state"
+        ) from error
+
+
+def _check_nothing_lost(
+    part: Part, family: type[Moment], entries: Mapping[str, Entry], values: Mapping[str, Any], new: Iterable[str]
+) -> None:
+    """Refuse to begin a moment from zero where some of it was saved. A second moment never begins so.
+
+    Raises:
+        ValueError: Naming what was saved, or what is missing.
+    """
+    if entries.keys() & values.keys():
+        raise _unlike(part, entries, values)
+    if family is not SecondMoment:
+        return
+    held = sorted(values.keys() & {key for kind in family.kinds() for key in kind.keys})
+    if not held:
+        raise ValueError(
+            f"the saved state of {part.name} has no second moment, which {', '.join(new)} cannot do without; load"
+            " it into the optimizer that saved it, or begin without a state"
         )
+    raise ValueError(
+        f"the saved second moment of {part.name} is {', '.join(held)} and cannot become {', '.join(new)}; load it"
+        " into an optimizer with the second moment and the rank that it was saved with"
+    )
 
 
 def _written(values: Mapping[str, Any], entries: Mapping[str, Entry], new: dict[str, Any]) -> bool:

@@ -77,9 +77,7 @@ def _dtensor(part: Tensor, param: "DTensor", dim: int, whole: Tensor) -> "DTenso
     )
 
 
-def import_entry(
-    parts: Parts, entry: Mapping[str, Any] | None, all_parts: Callable[[], Iterable[Parts]]
-) -> dict[str, Any] | None:
+def import_entry(parts: Parts, entry: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """A saved entry with a state dict's tensors for one device, sharded or not; None where nothing was saved.
 
     Call it on every process that holds a part of the parameter; under FSDP1 each has a part of the entry.
