@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import io
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import yaml
@@ -84,12 +85,14 @@ def stated(recipe: Path) -> dict[str, str]:
 
 
 def table() -> str:
-    """The table of docs/recipes.md, from the recipes' headers."""
-    lines = [f"| recipe | {' | '.join(SHOWN)} |", "|---" * (len(SHOWN) + 1) + "|"]
+    """The table of docs/recipes.md, from the recipes' headers: a row for recipes of one name and state."""
+    rows: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
     for path in complete_recipes():
-        totals = stated(path)
-        name, link = path.relative_to(RECIPES).with_suffix(""), path.relative_to(REPOSITORY)
-        lines.append(f"| [{name}](../{link}) | {' | '.join(totals[method] for method in SHOWN)} |")
+        totals, (command, *name) = stated(path), path.relative_to(RECIPES).with_suffix("").parts
+        row = "/".join(name), *(totals[method] for method in SHOWN)
+        rows[row].append(f"[{command}](../{path.relative_to(REPOSITORY)})")
+    lines = [f"| recipe | {' | '.join(SHOWN)} |", "|---" * (len(SHOWN) + 1) + "|"]
+    lines += [f"| {name}: {', '.join(links)} | {' | '.join(state)} |" for (name, *state), links in sorted(rows.items())]
     return "\n".join(lines) + "\n"
 
 
