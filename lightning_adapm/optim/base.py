@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -188,16 +189,9 @@ class RoleOptimizer(Checkpointed):
         """Take one step; ``closure`` reevaluates the model and returns the loss."""
         self.follow_groups()
         self._let_go()
-        loss, early = None, None
         self._rates.clear()
-        if self.update_in_backward:
-            table = self._table
-            armed = in_backward.armed(self.param_groups, self.blocks, table.modules(), closure, table.turns, self._take)
-            with armed as early, torch.enable_grad():
-                loss = None if closure is None else closure()
-        elif closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with self._armed(closure) as early, torch.enable_grad():
+            loss = None if closure is None else closure()
         known = self._registry
         known.places = check_not_replaced(known.places, self, known.names)
         self._norms = [] if early is None else early.norms()
@@ -208,6 +202,13 @@ class RoleOptimizer(Checkpointed):
         if not moved and not self._norms and not skipped and not self._has_moved():
             warnings.warn(_NO_GRADIENT.format(type(self).__name__), stacklevel=6)
         return loss
+
+    def _armed(self, closure: Callable[[], Any] | None) -> AbstractContextManager[in_backward.EarlyUpdates | None]:
+        """Let parameters move inside the backward pass of ``closure``, if they are to."""
+        if not self.update_in_backward:
+            return nullcontext()
+        table = self._table
+        return in_backward.armed(self.param_groups, self.blocks, table.modules(), closure, table.turns, self._take)
 
     def _has_moved(self) -> bool:
         """Whether any parameter ever took a step: gradients that are left out later are so on purpose."""
