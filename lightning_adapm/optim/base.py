@@ -19,7 +19,7 @@ from lightning_adapm.roles.assign import assign_roles
 from lightning_adapm.roles.context import Named
 from lightning_adapm.roles.inputs import read_groups
 from lightning_adapm.roles.piece import Piece
-from lightning_adapm.sharding.find import local
+from lightning_adapm.sharding.find import local, local_grads
 from lightning_adapm.sharding.fsdp1 import gradients
 from lightning_adapm.state.state_dict import FORMAT_VERSION, Checkpointed
 from lightning_adapm.step import by_torch
@@ -246,7 +246,8 @@ class RoleOptimizer(Checkpointed):
         for param, own, grad in zip(params, parts, grads, strict=True):
             if grad is not None:
                 options.check_gradient(type(self).__name__, own[0].name, grad)
-                moving.append((own, local(param), local(grad), self.state[param]))
+                (held,) = local_grads([grad], [param])
+                moving.append((own, local(param), held, self.state[param]))
         return Work.of(group, moving)
 
     def _with_number(self, index: int) -> Mapping[str, Any]:

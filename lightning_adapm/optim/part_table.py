@@ -12,7 +12,7 @@ from lightning_adapm.optim.groups import settings_of
 from lightning_adapm.optim.registry import Registry
 from lightning_adapm.optim.turns import Turns, are, params_of
 from lightning_adapm.roles.live import find_roots
-from lightning_adapm.sharding.find import locals_of
+from lightning_adapm.sharding.find import local_grads, locals_of
 from lightning_adapm.sharding.layout import Layout
 from lightning_adapm.step import graphs
 from lightning_adapm.step.engine import Rule
@@ -63,7 +63,7 @@ class Moved:
         kept = list(map(list(states.values()).__getitem__, self._places))
         if not self._follow(kept):
             return None
-        grads_left, states_left = iter(locals_of(list(map(_GRAD, params)))), iter(kept)
+        grads_left, states_left = iter(local_grads(list(map(_GRAD, params)), params)), iter(kept)
         return [
             Work(
                 group,

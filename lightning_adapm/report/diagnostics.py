@@ -203,7 +203,7 @@ class ResidualProbe:
         if basis is not None:
             basis = reduction_of([part]).columns(join([basis]), grad.shape[-1])
             seen.residual = _residual(part, grad, basis.to(part.exact))
-        if part.second.whole_matrices:
+        if part.second.whole_matrices and (part.shard is not None or part.held_numel):  # of stacks, perhaps no matrix
             seen.deviation = Deviation(part)
         self._seen.append(seen)
         self._latest[part.key] = seen

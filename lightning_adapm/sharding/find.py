@@ -73,7 +73,25 @@ def local(tensor: Tensor) -> Tensor:
 
 def locals_of(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """This process's parts of tensors, which takes no time for each of them where none is a DTensor."""
+    return list(map(local, tensors)) if _has_dtensors(tensors) else tensors
+
+
+def local_grads(grads: Sequence[Tensor], params: Sequence[Tensor]) -> Sequence[Tensor]:
+    """This process's parts of gradients, sharded as their parameters.
+
+    Tensor parallelism leaves some gradients otherwise: whole on every process, or as summands on each.
+    """
+    if not _has_dtensors(grads):
+        return grads
+    return [local(_sharded_alike(grad, param)) for grad, param in zip(grads, params, strict=True)]
+
+
+def _sharded_alike(grad: Tensor, param: Tensor) -> Tensor:
+    if not is_dtensor(grad) or not is_dtensor(param) or grad.placements == param.placements:
+        return grad
+    return grad.redistribute(placements=param.placements)
+
+
+def _has_dtensors(tensors: Sequence[Tensor]) -> bool:
     module = sys.modules.get("torch.distributed.tensor")
-    if module is None or not any(issubclass(kind, module.DTensor) for kind in set(map(type, tensors))):
-        return tensors
-    return list(map(local, tensors))
+    return module is not None and any(issubclass(kind, module.DTensor) for kind in set(map(type, tensors)))

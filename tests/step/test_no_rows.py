@@ -8,7 +8,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lightning_adapm import AdaPM
+from lightning_adapm import AdaPM, PartialMuon
 from lightning_adapm.report.diagnostics import ResidualProbe
 from lightning_adapm.sharding import collectives
 from lightning_adapm.step import kernels, paths
@@ -62,6 +62,17 @@ def test_moves_and_is_watched(interpreted, monkeypatch, last_of_four, second_mom
         assert found[:3] == wanted[:3]
         assert found.figures.keys() == wanted.figures.keys()  # residuals of the rows that there are may be rounding
         assert found.figures["update_max"] == pytest.approx(wanted.figures["update_max"], rel=1e-3)
+
+
+def test_an_expert_elsewhere_has_no_deviation_here(last_of_four):
+    """NaN would become the mean that all processes log."""
+    model = fully_shard(torch.nn.ParameterDict({"up": torch.nn.Parameter(torch.randn(3, 6, 4))}))
+    optimizer = PartialMuon(model.named_parameters(), roles={"up": "mlp"}, rank=2)
+    optimizer.observer = ResidualProbe()
+    model["up"].grad = torch.zeros_like(model["up"])
+    optimizer.step()
+    (reading,) = optimizer.observer.read()
+    assert not model["up"].to_local().numel() and "orthogonality" not in reading.figures
 
 
 @pytest.mark.parametrize("second_moment", ["factored", "block"])
