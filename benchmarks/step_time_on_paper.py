@@ -23,8 +23,8 @@ from lightning_adapm.moments.first import LowRankMomentum
 from lightning_adapm.report.plan import plan
 from lightning_adapm.report.scaling import scaling
 
-KERNELS, HOST = "step_time-cuda-llama-3-8b-float32.json", "step_time-cuda-pythia-160m-float32.json"
-"""Results that are bound by the GPU's memory, and by the host."""
+KERNELS = "step_time-cuda-llama-3-8b-float32.json"
+"""Results of kernels that are bound by the GPU's memory."""
 LLAMA = Exact(layers=0, width=0, n_head=0, context=8192, llama=True, n_query_groups=8, vocab=128256)
 SHAPES: dict[str, Shape] = {
     "llama-3-8b": MODELS["llama-3-8b"],
@@ -34,6 +34,8 @@ SHAPES: dict[str, Shape] = {
 GPUS = (8, 16, 64, 256, 1024)
 GAP = 10
 """Steps between two refreshes, the default and what was measured."""
+COLLECTIVES = 2
+"""Number of collectives of a step: one for finite gradients and sums, and one for sharded bases."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,6 @@ class Rates(NamedTuple):
     """Seconds per parameter of a step of AdaPM block that refreshes nothing."""
     refresh: float
     """Seconds of a refresh of every basis, per multiplication of :func:`orthonormal_work`."""
-    launches: float
-    """Kernels per bucket of equal matrices."""
-    launch: float
-    """Seconds from one launch to the next where the host is slower than the GPU."""
 
 
 @cache
@@ -89,27 +87,19 @@ def orthonormal_work(optimizer: AdaPM, gpus: int) -> float:
     return total
 
 
-def bucket_count(optimizer: AdaPM) -> int:
-    """Number of buckets of matrices that step together."""
-    return len({part.alike for param in optimizer.pieces for part in optimizer.parts(param)})
-
-
 def rates(results: Path = RESULTS) -> Rates:
     """Rates of the committed results."""
-    big, small = (json.loads((results / name).read_text()) for name in (KERNELS, HOST))
-    rows, parameters = big["rows"], big["parameters"]
+    found = json.loads((results / KERNELS).read_text())
+    rows, parameters = found["rows"], found["parameters"]
     # a step of the second row refreshes everything, one of the first a tenth of it on average
     refresh = (rows["AdaPM, every step"]["mean_ms"] - rows["AdaPM"]["mean_ms"]) / (1 - 1 / GAP)
     ordinary = rows["AdaPM block"]["mean_ms"] - refresh / GAP
     optimizer = planned("llama-3-8b")
-    work = orthonormal_work(optimizer, 1) * big["layers"] / big["all_layers"]
-    host = small["rows"]["AdaPM block"]
+    work = orthonormal_work(optimizer, 1) * found["layers"] / found["all_layers"]
     return Rates(
         rows["AdamW, fused"]["mean_ms"] / parameters / 1e3,
         ordinary / parameters / 1e3,
         refresh / work / 1e3,
-        rows["AdaPM block"]["launched"] / bucket_count(optimizer),
-        host["mean_ms"] / host["launched"] / 1e3,
     )
 
 
@@ -120,10 +110,8 @@ def row(model: str, gpus: int, measured: Rates, links: Links) -> dict[str, Any]:
     lines = plan(optimizer)
     parameters = sum(line.numel for line in lines)
     state = cost.momentum + sum(line.bytes.total - line.bytes.momentum for line in lines) / gpus
-    buckets = bucket_count(optimizer)
     kernels = measured.ordinary * parameters / gpus + measured.refresh * orthonormal_work(optimizer, gpus) / GAP
-    # of each bucket: whether its gradients are finite, its bases, its sums of squares
-    exchange = links.seconds(cost.step + cost.refresh / GAP, 3 * buckets, gpus)
+    exchange = links.seconds(cost.step + cost.refresh / GAP, COLLECTIVES, gpus)
     return {
         "model": model,
         "gpus": gpus,
@@ -132,7 +120,6 @@ def row(model: str, gpus: int, measured: Rates, links: Links) -> dict[str, Any]:
         "adamw": measured.adamw * parameters / gpus,
         "kernels": kernels,
         "exchange": exchange,
-        "host": measured.launches * buckets * measured.launch,
         "gradients": links.seconds(cost.gradients, 0, gpus),
     }
 
@@ -140,7 +127,7 @@ def row(model: str, gpus: int, measured: Rates, links: Links) -> dict[str, Any]:
 def page(result: Mapping[str, Any]) -> str:
     """The result as Markdown."""
     measured, links = Rates(**result["rates"]), Links(**result["links"])
-    header = ["model", "GPUs", "state per GPU", "AdamW's", "fused AdamW ms", "kernels ms", "exchange ms", "host ms"]
+    header = ["model", "GPUs", "state per GPU", "AdamW's", "fused AdamW ms", "kernels ms", "exchange ms"]
     header += ["gradients' exchange ms"]
     cells = [
         [
@@ -148,7 +135,7 @@ def page(result: Mapping[str, Any]) -> str:
             f"{each['gpus']:,}",
             f"{each['state'] / 2**20:,.1f} MiB",
             f"{each['adamw_state'] / 2**20:,.0f} MiB",
-            *(f"{1e3 * each[key]:.2f}" for key in ("adamw", "kernels", "exchange", "host", "gradients")),
+            *(f"{1e3 * each[key]:.2f}" for key in ("adamw", "kernels", "exchange", "gradients")),
         ]
         for each in result["rows"]
     ]
@@ -157,35 +144,30 @@ def page(result: Mapping[str, Any]) -> str:
         "",
         provenance(result),
         "",
-        "Nothing on this page was run on several GPUs. Parameters are float32 under FSDP2, over all GPUs; AdaPM has the"
-        " block second moment and sharded bases.",
+        "Nothing on this page was run on several GPUs. Parameters are float32 under FSDP2, over all GPUs. AdaPM has the"
+        " paper's settings, the block second moment and sharded bases.",
         "",
-        "Measured on one H100:",
+        "Measured on one H100, with the kernels of 2026-11-26:",
         "",
         f"- Fused AdamW takes {1e12 * measured.adamw:.1f} ps per parameter, AdaPM block {1e12 * measured.ordinary:.1f}"
         f" ps in a step without a refresh (`{KERNELS}`).",
         "- The rest of a refreshing step takes time in proportion to `r²n`, which makes bases of rank `r` and width `n`"
         f" orthonormal: {1e-9 / measured.refresh * 1e-3:.2f} T multiplications a second. Llama-3.2-1B's result has the"
         " same rate. GPUs divide `r²n` among them, and each factorizes all matrices `r x r`.",
-        f"- The host needs {1e6 * measured.launch:.0f} µs from one launch to the next where it is slower than the GPU"
-        f" (`{HOST}`).",
         "",
         "Assumed:",
         "",
         f"- Links of {links.inside / 1e9:.0f} GB/s inside nodes of {links.node} GPUs and of {links.between / 1e9:.0f}"
         f" GB/s per GPU between them, and {1e6 * links.latency:.0f} µs for a collective that moves next to nothing.",
-        "- Rows on a GPU go through the kernels at the same rate, with three collectives and"
-        f" {measured.launches:.0f} launches per bucket of equal matrices. **Today they go in part through torch's"
-        " operations**, whose time this is not.",
-        "- Nothing overlaps: a step takes the larger of the host's time, and of kernels and exchange together. AdamW's"
-        " host time is left out.",
+        f"- Rows on a GPU go through the kernels at the same rate, with {COLLECTIVES} collectives in a step. All else"
+        " is replayed as CUDA graphs, and nothing overlaps.",
         "",
         *table(header, cells),
         "",
-        "The state stays small on any number of GPUs. The time does not shrink below the exchange of bases, the small"
-        " factorizations of refreshes and what the host launches. **From 16 GPUs on, fused AdamW's part of the step is"
-        " shorter at every size here**, by some 3 % of what the sum of the gradients takes on the same links. Sharding"
-        " within nodes and replicating between them keeps the exchange at its time for 8 GPUs, and the state, too.",
+        "The state stays small on any number of GPUs. The time does not shrink below the exchange of bases and the"
+        " small factorizations of refreshes. **From 16 GPUs on, fused AdamW's part of the step is shorter at every size"
+        " here**, by some 3 % of what the sum of the gradients takes on the same links. Sharding within nodes and"
+        " replicating between them keeps the exchange at its time for 8 GPUs, and the state, too.",
     ]
     return "\n".join(lines) + "\n"
 

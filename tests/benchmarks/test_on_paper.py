@@ -19,7 +19,6 @@ def test_rows_and_page():
     share = GPUS[0] / GPUS[-1]
     for key in ("state", "adamw_state", "adamw"):
         assert last[key] == pytest.approx(share * first[key], rel=0.01)
-    assert last["host"] == first["host"]
     assert share * first["kernels"] < last["kernels"] < first["kernels"]
     assert first["exchange"] < last["exchange"] < 0.05 * last["gradients"]
     made = {"date": "d", "hardware": "h", "versions": "v", "command": "c", "rows": rows}
