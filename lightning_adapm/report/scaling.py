@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-from lightning_adapm.moments.first import LowRankMomentum
 from lightning_adapm.optim import RoleOptimizer
 
 
@@ -36,24 +35,25 @@ def scaling(optimizer: RoleOptimizer, world_size: int, basis: str) -> Scaling:
         world_size: Number of processes that would shard every parameter.
         basis: Where bases would be held, ``"replicate"`` or ``"shard"``.
     """
-    momentum, adamw, step, refresh, gradients = 0.0, 0.0, 0, 0, 0
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            for part in optimizer.parts(param):
-                kind, shape, size = part.first, part.shape, 4
-                entries = kind.entries(shape)
-                gradients += size * shape.numel()
-                adamw += size * shape.numel() / world_size
-                step += size  # whether the gradient is finite
-                if isinstance(kind, LowRankMomentum) and len(shape) == 2:
-                    rank, n = entries["exp_avg_r"].shape or (0, 0)
-                    shared = basis == "shard"
-                    momentum += size * (shape[0] * rank / world_size + rank * (-(-n // world_size) if shared else n))
-                    step += size * rank * world_size * -(-n // world_size) if shared else 0
-                    refresh += size * (rank * n + rank * rank + 2 * rank)
-                    # made orthonormal by parts: two sums of products in float64, and the parts put together
-                    refresh += size * (4 * rank * rank + rank * world_size * -(-n // world_size)) if shared else 0
-                else:
-                    whole = sum(entry.shape.numel() for entry in entries.values() if entry.shape is not None)
-                    momentum += size * whole / world_size
+    momentum, adamw, step, refresh, gradients, size = 0.0, 0.0, 0, 0, 0, 4
+    shared = basis == "shard"
+    parts = (part for group in optimizer.param_groups for param in group["params"] for part in optimizer.parts(param))
+    for part in parts:
+        gradients += size * part.shape.numel()
+        adamw += size * part.shape.numel() / world_size
+        step += size  # whether the gradient is finite
+        for entry in part.first.entries(part.shape).values():
+            if entry.shape is None:
+                continue
+            if not (entry.columns and part.first.has_basis and len(part.shape) == 2):
+                momentum += size * entry.shape.numel() / world_size
+                continue
+            rank, n = entry.shape
+            kept = -(-n // world_size) if shared else n
+            momentum += size * rank * kept
+            refresh += size * (rank * n + rank * rank + 2 * rank)
+            if shared:
+                step += size * rank * world_size * kept
+                # made orthonormal by parts: two sums of products in float64, and the parts put together
+                refresh += size * (4 * rank * rank + rank * world_size * kept)
     return Scaling(world_size, basis, momentum, adamw, step, refresh, gradients)
