@@ -20,18 +20,23 @@ from lightning_adapm.moments.first import LowRankMomentum
 from lightning_adapm.moments.second import BlockSecondMoment, FactoredSecondMoment
 from lightning_adapm.sharding.collectives import total
 from lightning_adapm.step.averages import advance
-from lightning_adapm.step.batching import Batch, most_together
+from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.device_gradients import DeviceGradients
 from lightning_adapm.step.launch import Matrices
 from lightning_adapm.step.parts import Part
 from lightning_adapm.step.reading import Reading
 from lightning_adapm.step.refreshing import refreshes
 
+ROUND_NUMEL = 1 << 29
+"""Most elements of a process's rows that are read before any of them moves. Products with bases stay, and
+gathered bases. Every further round has collectives of its own, for which all processes wait.
+"""
+
 
 def rounds(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
     """Sort batches into those that are read before any of them moves: first all that exchange nothing, then the others.
 
-    What is read of the others is bounded. Every process sorts them alike.
+    What is read of the others is bounded by :data:`ROUND_NUMEL`. Every process sorts them alike.
     """
     alone: list[Batch] = []
     apart: list[Batch] = []
@@ -42,7 +47,7 @@ def rounds(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
     together, numel = list[Batch](), 0
     for batch in apart:
         added = sum(map(_most_held, batch.parts))
-        if together and numel + added > most_together(1, batch.params[0].device.type, True, due=False, whole=False):
+        if together and numel + added > ROUND_NUMEL:
             yield together
             together, numel = [], 0
         together.append(batch)
