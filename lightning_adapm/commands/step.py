@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -113,7 +114,7 @@ def print_step(
     state: int,
     limit: int,
 ) -> bool:
-    """Print the memory of a training step, and return whether it fits into ``limit`` bytes."""
+    """Print the memory of a training step, and return whether it fits into ``limit`` bytes; if not, what would."""
     step, about = None, "are planned for LitGPTModule alone"
     if type(model) is LitGPTModule:
         loop = Loop.of(recipe, model, options)
@@ -128,7 +129,22 @@ def print_step(
     left = limit - step.total
     verdict = f"fits, {show_bytes(left)} are left" if left >= 0 else f"does not fit, {show_bytes(-left)} are missing"
     print(f"{show_bytes(limit)}: {verdict}")
+    if left < 0 and type(model) is LitGPTModule and step.weights <= limit:
+        print(_instead(model, first_fitting(model, Loop.of(recipe, model, options), make, options, limit)))
     return left >= 0
+
+
+def _instead(module: LitGPTModule, found: tuple[str, str, str] | None) -> str:
+    """Say which change makes a step fit, by :func:`first_fitting`, or what else saves memory."""
+    if found is not None:
+        step, changes, planned = found
+        return f"It fits with {changes}: {planned} for {step}"
+    settings = {"activation_checkpointing": True, "lm_head_chunk_size": 128}
+    words = [f"{name}: {json.dumps(value)}" for name, value in settings.items() if not module.hparams[name]]
+    return (
+        "Smaller micro-batches, second_moment=factored, state_dtype=int8 and update_in_backward are not enough; write"
+        f" {', '.join([*words, 'a lower max_seq_length'])} in model.init_args"
+    )
 
 
 _FACTORED, _INT8 = {"second_moment": "factored"}, {"state_dtype": "int8"}

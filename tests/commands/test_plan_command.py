@@ -255,6 +255,10 @@ def test_whether_a_step_fits(plan):
     assert re.search(r"^1.00 TiB: fits, .* are left$", out, re.M)
     status, out, _, _ = plan(*words, "1MiB")
     assert status == 1 and re.search(r"^1.0 MiB: does not fit, \d.* are missing$", out, re.M)
+    assert out.endswith(" are missing\n")  # the weights alone are more
+    more = "activation_checkpointing: true, lm_head_chunk_size: 128, a lower max_seq_length in model.init_args"
+    assert more in plan(*words, "20MiB")[1]
+    assert re.search(r"^It fits with micro-batches of 1: \d.* for 1 x 128 tokens$", plan(*words, "60MiB")[1], re.M)
     status, out, _, _ = plan("--model", "models.PlainLM", "--fits", "1GiB")
     assert (
         status == 0 and "activations are planned for LitGPTModule alone" in out and re.search(r"activations +0 B", out)
