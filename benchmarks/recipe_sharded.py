@@ -11,6 +11,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,8 +37,23 @@ AFTER = 4
 WATCHED_EVERY = 4
 
 
+@dataclass
+class Seen:
+    """What a :class:`Progress` saw: times of ``time.monotonic()`` at the ends of steps, without the time for saving;
+    their losses; seconds of saving; the most bytes before it, of the GPU and resident on the host.
+    """
+
+    ends: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    saving: float = 0.0
+    peak: int = 0
+    host: int = 0
+
+
 class Progress(L.Callback):
-    """Times and losses of steps, and a checkpoint in between.
+    """Note times and losses of steps, and write a checkpoint in between.
+
+    The notes are an object of their own, because Lightning gives a callback the methods of the module, which holds it.
 
     Args:
         began: Time of ``time.monotonic()`` at the beginning.
@@ -48,33 +64,34 @@ class Progress(L.Callback):
         self._began = began
         self._file = file
         self._first = SAVED if file is None else 0
-        self.ends: list[float] = []
-        """Times of ``time.monotonic()``, without the time for saving."""
-        self.losses: list[float] = []
-        self.saving = 0.0
-        self.peak = 0
-        """Bytes before saving."""
+        self.seen = Seen()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
-        if trainer.global_step == self._first + len(self.ends):
+        seen = self.seen
+        if trainer.global_step == self._first + len(seen.ends):
             return  # gradients are accumulated
-        self.losses.append(float(outputs["loss"]))
-        self.ends.append(time.monotonic() - self.saving)
-        self.peak = max(self.peak, peak_bytes())
+        seen.losses.append(float(outputs["loss"]))
+        seen.ends.append(time.monotonic() - seen.saving)
         if trainer.is_global_zero:
             seconds = time.monotonic() - self._began
-            print(f"step {trainer.global_step} after {seconds:.1f} s, loss {self.losses[-1]:.4f}", flush=True)
+            print(f"step {trainer.global_step} after {seconds:.1f} s, loss {seen.losses[-1]:.4f}", flush=True)
         if self._file is not None and trainer.global_step == SAVED:
+            seen.peak, seen.host = peak_bytes(), host_bytes()
             dist.barrier()
             began = time.monotonic()
             trainer.save_checkpoint(self._file)
             dist.barrier()
-            self.saving = time.monotonic() - began
+            seen.saving = time.monotonic() - began
 
 
 def peak_bytes() -> int:
     """The most that this process's GPU has given out since the last reset; 0 without one."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+
+
+def host_bytes() -> int:
+    """The most that was resident of this process on the host, mapped files included."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class SameBatch(L.LightningDataModule):
@@ -110,8 +127,10 @@ def read(recipes: list[Path], processes: int) -> dict[str, Any]:
     return found
 
 
-def _fit(recipe: Mapping[str, Any], device: str, folder: str, progress: Progress, resumed: Path | None = None) -> int:
-    """Train to the end, and return the tokens of a step."""
+def _fit(
+    recipe: Mapping[str, Any], device: str, folder: str, progress: Progress, resumed: Path | None = None
+) -> tuple[int, Seen]:
+    """Train to the end, and return the tokens of a step and what was seen."""
     trainer, arguments = recipe["trainer"], recipe["model"]["init_args"]
     module = LitGPTModule(**arguments)
     module.resumes = resumed is not None
@@ -133,7 +152,7 @@ def _fit(recipe: Mapping[str, Any], device: str, folder: str, progress: Progress
         enable_progress_bar=False,
         enable_model_summary=False,
     ).fit(module, data, ckpt_path=None if resumed is None else str(resumed))
-    return data.tokens[:, 1:].numel() // steps
+    return data.tokens[:, 1:].numel() // steps, progress.seen
 
 
 def work(recipe: Mapping[str, Any], device: str, limit: int | None, folder: str, began: float) -> dict[str, Any]:
@@ -141,15 +160,14 @@ def work(recipe: Mapping[str, Any], device: str, limit: int | None, folder: str,
     if device == "cuda" and limit is not None:
         torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1])
     file = Path(folder) / "resumed.ckpt"
-    first = Progress(began, file)
-    tokens = _fit(recipe, device, folder, first)
-    over_all = peak_bytes()
+    tokens, first = _fit(recipe, device, folder, Progress(began, file))
+    over_all, on_host = peak_bytes(), host_bytes()
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     again = time.monotonic()
-    then = Progress(again, None)
-    _fit(recipe, device, folder, then, file)
+    _, then = _fit(recipe, device, folder, Progress(again, None), file)
     steps = [b - a for a, b in zip(first.ends, first.ends[1:], strict=False)]
     return {
         "tokens": tokens,
@@ -162,7 +180,8 @@ def work(recipe: Mapping[str, Any], device: str, limit: int | None, folder: str,
         "peak": over_processes(first.peak),
         "peak_with_saving": over_processes(over_all),
         "peak_with_resuming": over_processes(peak_bytes()),
-        "host_bytes": over_processes(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss),
+        "host_bytes": over_processes(first.host),
+        "host_bytes_with_saving": over_processes(on_host),
         "losses": first.losses,
         "resumed_losses": then.losses,
     }
@@ -209,7 +228,8 @@ def page(result: Mapping[str, Any]) -> str:
         ("peak of a GPU in training", show_bytes(max(result["peak"]))),
         ("with saving and the steps after it", show_bytes(max(result["peak_with_saving"]))),
         ("with resuming", show_bytes(max(result["peak_with_resuming"]))),
-        ("largest resident memory of a process, mapped files included", show_bytes(max(result["host_bytes"]))),
+        ("largest resident memory of a process in training", show_bytes(max(result["host_bytes"]))),
+        ("with saving", show_bytes(max(result["host_bytes_with_saving"]))),
         ("losses after resuming differ from those without by at most", f"{100 * apart:.2g} %"),
     ]
     lines = [
@@ -219,7 +239,7 @@ def page(result: Mapping[str, Any]) -> str:
         "",
         f"Weights are random, in a checkpoint of {show_bytes(result['checkpoint_bytes'])}, which is in the host's cache"
         f" when training starts. {SAVED + AFTER} steps, a checkpoint after {SAVED}, from which another run resumes."
-        " Peaks are the allocator's.",
+        " Peaks are the allocator's; resident memory includes libraries and mapped files.",
         "",
         *table(["", ""], rows),
     ]
