@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -166,19 +167,21 @@ def train(recipe: Mapping[str, Any], make: Callable[[LitGPTModule], Optimizer], 
     together = trainer.get("accumulate_grad_batches", 1)
     rows, length = module.micro_batch_size, module.max_seq_length or module.model.config.block_size
     tokens = RandomTokens(rows, length, module.model.config.vocab_size, steps * together)
-    L.Trainer(
-        max_steps=steps,
-        accelerator=device,
-        strategy=Staying(torch.device(device, 0) if device == "cuda" else device),
-        devices=1,
-        precision=trainer.get("precision"),
-        accumulate_grad_batches=together,
-        callbacks=[OptimizerStateMonitor(WATCHED - 1), ResidualNormMonitor(WATCHED - 1), watch],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    ).fit(module, tokens)
+    with tempfile.TemporaryDirectory() as folder:  # for the figures of monitors
+        L.Trainer(
+            max_steps=steps,
+            accelerator=device,
+            strategy=Staying(torch.device(device, 0) if device == "cuda" else device),
+            devices=1,
+            default_root_dir=folder,
+            precision=trainer.get("precision"),
+            accumulate_grad_batches=together,
+            callbacks=[OptimizerStateMonitor(WATCHED - 1), ResidualNormMonitor(WATCHED - 1), watch],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        ).fit(module, tokens)
     return watch.seen
 
 
