@@ -215,21 +215,25 @@ def measure(
 
 def page(result: Mapping[str, Any]) -> str:
     """The result as Markdown."""
-    losses = zip(result["losses"][-AFTER:], result["resumed_losses"], strict=True)
+    steps, again = len(result["losses"]), len(result["resumed_losses"])
+    losses = zip(result["losses"][-again:], result["resumed_losses"], strict=True)
     apart = max(abs(ours - theirs) / abs(ours) for ours, theirs in losses)
+    most = {
+        "peak": "peak of a GPU in training",
+        "peak_with_saving": "with saving and the steps after it",
+        "peak_with_resuming": "with resuming",
+        "host_bytes": "largest resident memory of a process in training",
+        "host_bytes_with_saving": "largest resident memory of a process, with saving",
+    }
     rows = [
         ("tokens of a step", f"{result['tokens']:,}"),
         ("tokens per second", f"{result['tokens_per_second']:,.0f}"),
         ("step, median", f"{result['step_seconds']:.2f} s"),
         ("step, worst", f"{result['worst_step_seconds']:.2f} s"),
-        ("from the command to the end of the first step", f"{result['start_seconds']:.1f} s"),
+        ("from the start of the processes to the end of the first step", f"{result['start_seconds']:.1f} s"),
         ("saving a checkpoint", f"{result['saving_seconds']:.1f} s"),
         ("from the module to the end of the first step after resuming", f"{result['resuming_seconds']:.1f} s"),
-        ("peak of a GPU in training", show_bytes(max(result["peak"]))),
-        ("with saving and the steps after it", show_bytes(max(result["peak_with_saving"]))),
-        ("with resuming", show_bytes(max(result["peak_with_resuming"]))),
-        ("largest resident memory of a process in training", show_bytes(max(result["host_bytes"]))),
-        ("with saving", show_bytes(max(result["host_bytes_with_saving"]))),
+        *((name, show_bytes(max(result[key]))) for key, name in most.items() if key in result),
         ("losses after resuming differ from those without by at most", f"{100 * apart:.2g} %"),
     ]
     lines = [
@@ -238,7 +242,7 @@ def page(result: Mapping[str, Any]) -> str:
         provenance(result),
         "",
         f"Weights are random, in a checkpoint of {show_bytes(result['checkpoint_bytes'])}, which is in the host's cache"
-        f" when training starts. {SAVED + AFTER} steps, a checkpoint after {SAVED}, from which another run resumes."
+        f" when training starts. {steps} steps, a checkpoint after {steps - again}, from which another run resumes."
         " Peaks are the allocator's; resident memory includes libraries and mapped files.",
         "",
         *table(["", ""], rows),
