@@ -14,6 +14,7 @@ from benchmarks.studies.base import (
     LLAMA_SMALL,
     Study,
     adamw,
+    five_steps,
     paper,
     small,
     trial,
@@ -224,7 +225,7 @@ def longer() -> Study:
 def finetune() -> Study:
     return Study(
         "Do the main findings hold when weights pretrained with AdamW are finetuned on another text?",
-        {**KEY_ROWS, "PartialMuon": ("PartialMuon", {}), "Muon": ("PartialMuon", {"momentum": "full"})},
+        {**KEY_ROWS, "PartialMuon": ("PartialMuon", {}), "Muon": five_steps(momentum="full")},
         lrs=(3e-4, 6e-4, 1e-3, 2e-3),
         edge=(3e-3, 4e-3),
         rates=dict.fromkeys(("PartialMuon", "Muon"), (2e-3, 4e-3, 8e-3, 1.6e-2)),

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.studies.at_size import BEST_SO_FAR, BOUNDED, more
 from benchmarks.studies.at_size import ROWS as AT_SIZE_ROWS
-from benchmarks.studies.base import BESIDE, BEST, BETAS95, Study, adamw, adapm, muon, paper
+from benchmarks.studies.base import BESIDE, BEST, BETAS95, Study, adamw, adapm, five_steps, muon, paper
 from benchmarks.studies.comparison import LOW_RANK
 from benchmarks.studies.decoder import Shape
 from benchmarks.studies.setting import Setting
@@ -31,7 +31,7 @@ ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "AdaPM": adapm(betas=BETAS95),
     "AdaPM block": adapm(betas=BETAS95, second_moment="block"),
     "AdaPM factored": adapm(betas=BETAS95, second_moment="factored"),
-    "PartialMuon": ("PartialMuon", {}),
+    "PartialMuon": five_steps(),
     "SCALE": ("SCALE", {"momentum": 0.9}),
     "APOLLO-Mini (apollo-torch)": (
         "APOLLO",

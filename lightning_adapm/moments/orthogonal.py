@@ -27,23 +27,28 @@ from lightning_adapm.sharding.reduction import ONE_PROCESS, ProcessReduction, Re
 
 Coefficients = tuple[float, float, float]
 """Those of ``X``, ``X Xᵀ X`` and ``(X Xᵀ)² X`` in one step."""
-STEPS = 5
+KIND, STEPS = "fast", 4
+"""Kind of iteration, and its number of steps, that PartialMuon has by default."""
 MUON: Coefficients = (3.4445, -4.7750, 2.0315)
 """Those of every step, by Keller Jordan."""
-_FITTED: tuple[Coefficients, ...] = (
-    (7.9483, -22.3097, 15.841),
-    (3.5825, -2.5769, 0.4873),
-    (2.5394, -1.8884, 0.4299),
-)
-"""Those of three steps, by the algorithm of Polar Express (arXiv 2505.16932): the widest range of singular values that
-ends between 0.66 and 1.21. All but the last allow for matrices 2 % larger, because products are rounded.
+_FITTED: Mapping[int, tuple[Coefficients, ...]] = {
+    3: ((7.9483, -22.3097, 15.841), (3.5825, -2.5769, 0.4873), (2.5394, -1.8884, 0.4299)),
+    4: (
+        (8.2474, -23.4442, 16.7082),
+        (4.0123, -2.8712, 0.5198),
+        (3.5917, -2.5873, 0.4896),
+        (2.5478, -1.9067, 0.4342),
+    ),
+}
+"""Those of so many steps, by the algorithm of Polar Express (arXiv 2505.16932): the widest range of singular values
+that ends between 0.66 and 1.21. All but the last allow for matrices 2 % larger, because products are rounded.
 """
 
 
 class Iteration(NamedTuple):
     """Steps of Newton-Schulz, and what matrices are divided by before."""
 
-    steps: tuple[Coefficients, ...] = (MUON,) * STEPS
+    steps: tuple[Coefficients, ...] = (MUON,) * 5
     by_gram: bool = False
     """Divide by the root of the norm of the Gram matrix, a bound of the largest singular value that is closer than the
     matrix's own norm. Small singular values grow more.
@@ -52,7 +57,7 @@ class Iteration(NamedTuple):
 
 FIVE = Iteration()
 """Muon's."""
-FAST: Mapping[int, Iteration] = {3: Iteration(_FITTED, by_gram=True), 4: Iteration((MUON,) * 4, by_gram=True)}
+FAST: Mapping[int, Iteration] = {number: Iteration(steps, by_gram=True) for number, steps in _FITTED.items()}
 """Iterations of fewer steps, by their number."""
 ITERATIONS = ("muon", "fast")
 _STEEP = 5.0

@@ -11,7 +11,7 @@ from lightning_adapm.moments import policy
 from lightning_adapm.moments.base import Momentum, SecondMoment
 from lightning_adapm.moments.first import FullMomentum, LowRankMomentum, NoMomentum
 from lightning_adapm.moments.nesterov import NesterovLowRankMomentum, NesterovMomentum
-from lightning_adapm.moments.orthogonal import FAST, ITERATIONS, STEPS, Iteration, Orthogonal, iteration_of
+from lightning_adapm.moments.orthogonal import FAST, ITERATIONS, KIND, STEPS, Iteration, Orthogonal, iteration_of
 from lightning_adapm.optim import options
 from lightning_adapm.optim.base import RoleOptimizer
 from lightning_adapm.roles.piece import Piece
@@ -33,7 +33,8 @@ class PartialMuon(RoleOptimizer):
 
     Matrices of hidden layers (queries, keys, values, attention outputs and MLPs) move along the nearest orthogonal
     matrix to their momentum: queries, keys and values of a fused weight each by itself, experts of a stack likewise.
-    Everything else takes Adam's update at the same learning rate. ``momentum="full"`` is Muon.
+    Everything else takes Adam's update at the same learning rate. ``momentum="full"`` is Muon, whose own steps are
+    ``newton_schulz="muon", ns_steps=5``.
 
     Args:
         params: Named parameters or parameter groups, as for :class:`~lightning_adapm.AdaPM`.
@@ -58,8 +59,8 @@ class PartialMuon(RoleOptimizer):
         convolutions: Whether weights of convolutions have orthogonal updates, too, as matrices of outputs by the rest.
             Their names tell no role: give them one, such as ``roles={"conv": "mlp"}``.
         ns_steps: Steps of the Newton-Schulz iteration that finds the orthogonal matrix.
-        newton_schulz: ``"muon"``, the iteration of Muon, or ``"fast"``, whose 4 or 3 steps begin with larger singular
-            values: a shorter step for a higher loss. Three steps have coefficients of their own.
+        newton_schulz: ``"fast"``, 4 or 3 steps with fitted coefficients, or ``"muon"``, any number of Muon's steps,
+            of which Muon takes 5. Three fast steps are shorter, for a higher loss.
         maximize: Whether the objective is maximized.
         rounding: How bfloat16 and float16 parameters are rounded, ``"stochastic"`` or ``"nearest"``, as for AdaPM.
         update_in_backward: Whether parameters move inside backward, as for AdaPM.
@@ -83,8 +84,8 @@ class PartialMuon(RoleOptimizer):
     Numerics: arithmetic is in float32, or float64 for float64 parameters, whatever the dtype of parameters and state.
     The products of the Newton-Schulz iteration are in bfloat16 where the device has instructions for it, on CUDA from
     compute capability 8.0, else in float32; in float64 for float64 parameters. On CUDA, kernels write the direction
-    once, in that dtype, and compute half of each symmetric product. A momentum that is zero gives no update, and a
-    gradient with an infinity or a NaN is taken as zero for the whole piece.
+    once, in that dtype, compute half of each symmetric product, and multiply long matrices in float16. A momentum that
+    is zero gives no update, and a gradient with an infinity or a NaN is taken as zero for the whole piece.
 
     Example::
 
@@ -118,7 +119,7 @@ class PartialMuon(RoleOptimizer):
         basis: str = "auto",
         convolutions: bool = False,
         ns_steps: int = STEPS,
-        newton_schulz: str = "muon",
+        newton_schulz: str = KIND,
         maximize: bool = False,
         rounding: str = "stochastic",
         update_in_backward: bool = False,

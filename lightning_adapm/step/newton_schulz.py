@@ -18,7 +18,7 @@ from lightning_adapm.step.launch import described_by, launch
 
 SYMMETRIC, LARGE_SYMMETRIC, SMALL_SYMMETRIC = (128, 128, 64, 4, 3), (128, 256, 64, 8, 3), (128, 128, 32, 8, 4)
 """Rows, columns and depth of a tile, warps, stages: of square matrices, of longer or large ones, and of both within the
-99 KiB of shared memory that a block has on smaller GPUs. Columns are a multiple of rows. The fastest of some on an
+99 KiB of shared memory that a block has on smaller GPUs. Columns are once or twice the rows. The fastest of some on an
 H100.
 """
 _LARGE = 2048
@@ -28,7 +28,7 @@ _RESCALED = 4096
 
 NORM, _GRAM = 64.0, 256.0
 """Factors of a matrix and of its first Gram matrix in float16, where smaller ones would lose bits."""
-_MOST_SLOPE = 150.0
+_MOST_SLOPE = 320.0
 """Most growth of the smallest singular values in float16 without a restart. Rounding grows by its square."""
 
 
@@ -53,7 +53,8 @@ def is_half(found: Tensor, iteration: Iteration) -> bool:
     steps, (m, n) = len(iteration.steps), sorted(found.shape[-2:])
     if found.dtype != torch.bfloat16 or steps < 2 or prod(a for a, _, _ in iteration.steps) > _MOST_SLOPE:
         return False
-    return 1.5 * n + (2 * steps - 1.5) * m < steps * (1.5 * n + 0.5 * m)
+    squares = 0.5 * (3 * steps - 2 + steps // 2) + (steps - 1) // 2  # products of m x m matrices, halves first
+    return 1.5 * n + squares * m < steps * (1.5 * n + 0.5 * m)
 
 
 def iterated(found: Tensor, iteration: Iteration, inverse: Tensor | None = None) -> Tensor:
@@ -79,39 +80,63 @@ def iterated(found: Tensor, iteration: Iteration, inverse: Tensor | None = None)
 def iterated_in_half(found: Tensor, iteration: Iteration) -> Tensor:
     """Iterate on matrices ``(b, m, n)`` in float16, whose norms are :data:`NORM` or 0, by one Gram matrix.
 
-    The results have the scale of :func:`iterated`'s.
+    The results have the scale of :func:`iterated`'s. What the Gram matrix loses to float16 is as large as its small
+    eigenvalues, and added again when the first step has made them larger.
     """
     if not found.numel():
         return found
-    rows = _rows(found)
-    gram, scale, product = symmetric(rows, rows, alpha=_GRAM / NORM**2), _GRAM, None
-    inverse = _divided(gram, _GRAM) / NORM if iteration.by_gram else None
-    last = 1.0 if iteration.by_gram else 1 / NORM
-    for number, (a, b, c) in enumerate(iteration.steps, 1):
-        polynomial = symmetric(gram, gram, gram, c / scale**2, b / scale)  # the a is added elsewhere, in float32
-        if product is None:
-            product = polynomial.clone()
-            product.diagonal(dim1=-2, dim2=-1).add_(a)
-        elif number < len(iteration.steps):
-            product = symmetric(polynomial, product, product, beta=a)
-        else:
-            product = symmetric(polynomial, product, product, last, a * last, factors=inverse)
-        if number < len(iteration.steps):
-            turned = symmetric(polynomial, gram, gram, beta=a)
-            gram = symmetric(polynomial, turned, turned, 1 / scale, a / scale, out=gram)
-            scale = 1.0
-    assert product is not None
-    return _multiplied(found, product)
+    return _multiplied(found, _of_later_steps(*_of_first_step(_rows(found), iteration), iteration.steps))
 
 
-def _divided(gram: Tensor, scale: float = 1.0) -> Tensor:
-    """Divide Gram matrices ``(b, m, m)`` by their norms, but for a ``scale`` that they have; return what their matrices
-    are to be multiplied by, ``(b,)``.
+def _of_first_step(rows: Tensor, iteration: Iteration) -> tuple[Tensor, Tensor, Tensor]:
+    """The second Gram matrix, the first step's polynomial but for its constant, and the inverse norms ``(b,)``."""
+    lost = rows.new_empty(len(rows), rows.shape[1], rows.shape[1])
+    gram = symmetric(rows, rows, alpha=_GRAM / NORM**2, lost=lost)
+    inverse = _inverse(gram) if iteration.by_gram else gram.new_full(gram.shape[:1], 1 / _GRAM, dtype=torch.float32)
+    a, b, c = iteration.steps[0]
+    polynomial = symmetric(gram, gram, gram, c, b, factors=inverse, powers=(2, 1, 0))
+    turned = symmetric(polynomial, gram, gram, _GRAM, a * _GRAM, factors=inverse)
+    again: dict[str, Any] = {"other": lost, "gamma": a * a, "factors": inverse, "powers": (0, 0, 1)}
+    return symmetric(polynomial, turned, turned, 1 / _GRAM, a / _GRAM, out=gram, **again), polynomial, inverse
+
+
+def _of_later_steps(gram: Tensor, waiting: Tensor | None, inverse: Tensor, steps: Sequence[Coefficients]) -> Tensor:
+    """Product of all steps, given what :func:`_of_first_step` has found.
+
+    Two steps next to each other are multiplied as if their product were symmetric. More are not: where singular values
+    have grown much, the rounding of a later step would be multiplied by that.
     """
-    size = torch.linalg.vector_norm(gram, dim=(-2, -1), dtype=torch.float32) / scale
-    inverse = torch.where(size > 0, size, 1.0).reciprocal()
+    product: Tensor | None = None
+    scaled: dict[str, Any] = {"factors": (_GRAM * inverse).sqrt() / NORM, "powers": (1, 1, 1)}
+    for number, (a, b, c) in enumerate(steps[1:], 2):
+        polynomial, before = symmetric(gram, gram, gram, c, b), steps[number - 2][0]
+        if number < len(steps):
+            turned = symmetric(polynomial, gram, gram, beta=a)
+            gram = symmetric(polynomial, turned, turned, beta=a, out=gram)
+            del turned
+        if waiting is None:
+            waiting = polynomial
+            continue
+        both: dict[str, Any] = {"other": polynomial, "gamma": before, **scaled}
+        pair = symmetric(polynomial, waiting, waiting, 1.0, a, a * before, **both)
+        waiting, scaled = None, {}
+        del polynomial, both
+        product = pair if product is None else torch.bmm(pair, product)
+    assert product is not None
+    return product if waiting is None else torch.baddbmm(product, waiting, product, beta=steps[-1][0])
+
+
+def _divided(gram: Tensor) -> Tensor:
+    """Divide Gram matrices ``(b, m, m)`` by their norms; return the factors ``(b,)`` of their matrices."""
+    inverse = _inverse(gram)
     rescale(gram, inverse)
     return inverse.sqrt()
+
+
+def _inverse(gram: Tensor) -> Tensor:
+    """Inverse norms of Gram matrices ``(b, m, m)``, 1 for those that are zero."""
+    size = torch.linalg.vector_norm(gram, dim=(-2, -1), dtype=torch.float32)
+    return torch.where(size > 0, size, 1.0).reciprocal()
 
 
 def _rows(found: Tensor) -> Tensor:
@@ -120,7 +145,8 @@ def _rows(found: Tensor) -> Tensor:
 
 
 def _multiplied(found: Tensor, product: Tensor, out: Tensor | None = None) -> Tensor:
-    return torch.bmm(*(product, found) if found.shape[-2] <= found.shape[-1] else (found, product), out=out)
+    """Matrices by whose rows they are smaller, times the ``product`` from the left."""
+    return torch.bmm(*(product, found) if found.shape[-2] <= found.shape[-1] else (found, product.mT), out=out)
 
 
 def _product(gram: Tensor, steps: Sequence[Coefficients], factors: Tensor | None) -> Tensor:
@@ -140,7 +166,7 @@ def _polynomial(gram: Tensor, step: Coefficients, factors: Tensor | None = None)
     it changes the polynomial a little, and no Gram matrix loses its small eigenvalues.
     """
     a, b, c = step
-    return symmetric(gram, gram, gram, c, b, a, factors)
+    return symmetric(gram, gram, gram, c, b, a, factors=factors)
 
 
 def symmetric(
@@ -150,10 +176,15 @@ def symmetric(
     alpha: float = 1.0,
     beta: float = 0.0,
     diagonal: float = 0.0,
+    *,
+    other: Tensor | None = None,
+    gamma: float = 0.0,
     factors: Tensor | None = None,
+    powers: tuple[int, int, int] = (1, 1, 0),
     out: Tensor | None = None,
+    lost: Tensor | None = None,
 ) -> Tensor:
-    """``factors (alpha left rightᵀ + beta added + diagonal I)``, ``(b, m, m)``, where that is symmetric.
+    """``alpha left rightᵀ + beta added + gamma other + diagonal I``, ``(b, m, m)``, where that is symmetric.
 
     Args:
         left: Matrices ``(b, m, k)``, or transposed ones.
@@ -162,8 +193,12 @@ def symmetric(
         alpha: Factor of the product.
         beta: Factor of what is added.
         diagonal: Number that is added on the diagonal.
-        factors: Factors of everything, ``(b,)`` in float32.
+        other: Matrices ``(b, m, m)`` that are added below the diagonal, and mirrored.
+        gamma: Factor of those.
+        factors: Numbers ``(b,)`` in float32.
+        powers: Power of ``factors`` that multiplies the product and the diagonal; what is added; and the other.
         out: Where the result is written, none of the operands.
+        lost: Where the result's rounding is written, below the diagonal at least.
     """
     b, m, k = left.shape
     found = left.new_empty(b, m, m) if out is None else out
@@ -171,24 +206,28 @@ def symmetric(
     if kernels.has_large_blocks(left.device):
         tile = LARGE_SYMMETRIC if k > m or (described and m >= _LARGE) else SYMMETRIC
     block_m, block_n, block_k, warps, stages = tile
-    transposed = left.stride(-1) != 1
-    tiles: tuple[Any, ...] = (None,) * 5
+    product_power, added_power, other_power = (0, 0, 0) if factors is None else powers
+    across, transposed = -(-m // block_n), left.stride(-1) != 1
+    tiles: tuple[Any, ...] = (None,) * 4
     if described:
-        other = found if added is None else added
         sides = [(each, (rows, block_k)) for each, rows in ((left, block_m), (right, block_n))]
         if transposed:
             sides = [(each.mT, (block_k, rows)) for each, (rows, _) in sides]
-        both = (other, (block_m, block_n)), (found, (block_m, block_n)), (found, (block_n, block_m))
-        tiles = tuple(described_by(*each) for each in (*sides, *both))
+        others = (found if added is None else added, (block_m, block_n)), (found, (block_m, block_m))
+        tiles = tuple(described_by(*each) for each in (*sides, *others))
     launch(
         "symmetric",
-        (-(-m // block_m) * -(-m // block_n), b, 1),
-        (left, right, added, factors, found, *tiles),
+        (across * (across + 1) // 2 * (block_n // block_m), b, 1),
+        (left, right, added, other, factors, found, lost, *tiles),
         (m, k, left.stride(1), left.stride(2)),
-        (alpha, beta, diagonal),
+        (alpha, beta, gamma, diagonal),
         FACTOR=left.dtype,
         ADDED=added is not None,
-        SCALED=factors is not None,
+        OTHER=other is not None,
+        LOST=lost is not None,
+        PRODUCT_POWER=product_power,
+        ADDED_POWER=added_power,
+        OTHER_POWER=other_power,
         DESCRIBED=described,
         TRANSPOSED=transposed,
         BLOCK_M=block_m,

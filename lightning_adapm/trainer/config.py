@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from lightning_adapm.moments.orthogonal import STEPS
+from lightning_adapm.moments.orthogonal import KIND, STEPS
 from lightning_adapm.moments.policy import DEFAULT_RANK, DEFAULT_STATE_DTYPE
 from lightning_adapm.optim import AdaPM, PartialMuon, options
 from lightning_adapm.optim.partial_muon import DEFAULT_RANK as PARTIAL_MUON_RANK
@@ -128,7 +128,7 @@ class PartialMuonConfig(OptimizerConfig):
     basis: str = "auto"
     convolutions: bool = False
     ns_steps: int = STEPS
-    newton_schulz: str = "muon"
+    newton_schulz: str = KIND
     maximize: bool = False
     rounding: str = "stochastic"
     update_in_backward: bool = False

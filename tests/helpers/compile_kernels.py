@@ -19,7 +19,9 @@ from lightning_adapm.moments.quantized import BLOCK
 from lightning_adapm.step import averages, moves, newton_schulz, orthogonal, reading, triton_kernels
 
 SCALARS = dict.fromkeys(
-    "one beta1 scale correction eps beta2 lr decay clip step count largest flush share alpha beta diagonal".split(),
+    (
+        "one beta1 scale correction eps beta2 lr decay clip step count largest flush share alpha beta gamma diagonal"
+    ).split(),
     "fp32",
 )
 COMMON = {"GRAD": tl.float32, "FACTOR": tl.bfloat16, "ALIGNED": True, "COLUMNS": True}
@@ -61,8 +63,8 @@ DIRECT = dict.fromkeys(("grads", "averages", "rights"), "*i64") | {
     "found": "*bf16",
     "sizes": "*fp32",
 }
-TILES = "left_tiles", "right_tiles", "added_tiles", "found_tiles", "mirrored_tiles"
-SYMMETRIC = dict.fromkeys(("left", "right", "added", "found", *TILES), "*bf16") | {"factors": "*fp32"}
+TILES = "left_tiles", "right_tiles", "added_tiles", "found_tiles"
+SYMMETRIC = dict.fromkeys(("left", "right", "added", "other", "found", "lost", *TILES), "*bf16") | {"factors": "*fp32"}
 ROUNDED = {"PARAMETER": tl.float16, "DIRECTION": tl.float16, "STOCHASTIC": True}
 ADVANCED = {"LEFT": tl.float16, "REFRESHED": True, "BLOCKS": True, "SHARED": True}
 
@@ -130,7 +132,8 @@ def main():
         "symmetric": needed(
             triton_kernels.symmetric,
             SYMMETRIC,
-            {"ADDED": True, "SCALED": True, "DESCRIBED": False, "TRANSPOSED": False}
+            {"ADDED": True, "OTHER": True, "LOST": True, "DESCRIBED": False, "TRANSPOSED": False}
+            | {"PRODUCT_POWER": 1, "ADDED_POWER": 1, "OTHER_POWER": 1}
             | {"BLOCK_K": newton_schulz.SMALL_SYMMETRIC[2]},
             (*newton_schulz.SMALL_SYMMETRIC[:2], *newton_schulz.SMALL_SYMMETRIC[3:]),
             capability,

@@ -1,5 +1,6 @@
 """Orthogonal updates by kernels, interpreted on a CPU: the same as by torch's operations."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -54,6 +55,7 @@ def trained(shapes=SHAPES, dtype=torch.float32, observer=None, broken=(1,), **op
         "lr": 1e-2,
         "rank": 2,
         "update_proj_gap": 2,
+        "newton_schulz": "muon",
         "ns_steps": 2,
         "roles": {"experts": "mlp"},
         "state_dtype": None,
@@ -171,10 +173,10 @@ def test_is_the_iteration_of_the_plain_form(interpreted, monkeypatch, m, n, part
     assert relative_difference(found, expected) < 1e-4
 
 
-@pytest.mark.parametrize(("m", "n"), [(48, 48), (32, 72), (72, 32)])
+@pytest.mark.parametrize(("m", "n"), [(96, 96), (96, 160), (160, 96)])
 @pytest.mark.parametrize("kind", ["gaussian", "one dominant direction", "powers", "zero"])
-@pytest.mark.parametrize("iteration", [FAST[3], FAST[4]], ids=["3", "4"])
-def test_few_steps_in_float16(interpreted, iteration, m, n, kind):
+@pytest.mark.parametrize(("iteration", "error"), [(FAST[3], 0.1), (FAST[4], 0.3)], ids=["3", "4"])
+def test_few_steps_in_float16(interpreted, iteration, error, m, n, kind):
     """One Gram matrix, and still as near as bfloat16 with a restart."""
     torch.manual_seed(0)
     k = min(m, n)
@@ -190,7 +192,8 @@ def test_few_steps_in_float16(interpreted, iteration, m, n, kind):
     expected = plain(matrices, iteration)
     given = (newton_schulz.NORM * matrices).half()
     found = newton_schulz.iterated_in_half(given, iteration)
-    assert torch.linalg.matrix_norm(found.double() - expected, 2) < 0.2
+    assert torch.linalg.matrix_norm(found.double() - expected, 2) < error
+    assert torch.linalg.matrix_norm(found.double() - expected) < error * math.sqrt(k) / 2
     assert torch.linalg.matrix_norm(found.double(), 2) < 1.25
 
 
@@ -225,6 +228,23 @@ def test_a_symmetric_product(interpreted, monkeypatch, transposed, described):
     factors, one = torch.tensor([2.0, -1.0]), torch.eye(52).repeat(2, 1, 1)
     found = newton_schulz.symmetric(added, one, added, beta=3.0, diagonal=0.5, factors=factors)
     torch.testing.assert_close(found, factors[:, None, None] * (4 * added + 0.5 * one))
+    other = {"other": added, "gamma": 5.0, "factors": factors}
+    found = newton_schulz.symmetric(given, given, added, beta=3.0, powers=(2, 1, 0), **other)
+    scale = factors[:, None, None]
+    expected = scale.square() * (matrices @ matrices.mT) + (3 * scale + 5) * added
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
+    found = newton_schulz.symmetric(given, given, added, beta=3.0, powers=(0, 0, 1), **other)
+    torch.testing.assert_close(found, matrices @ matrices.mT + (3 + 5 * scale) * added, rtol=1e-5, atol=1e-3)
+
+
+def test_what_a_symmetric_product_loses(interpreted):
+    matrices = torch.randn(2, 52, 72).half()
+    lost = torch.empty(2, 52, 52, dtype=torch.float16)
+    found = newton_schulz.symmetric(matrices, matrices, lost=lost)
+    expected = matrices.double() @ matrices.double().mT
+    rounding = expected - found.double()
+    assert rounding.abs().max() > 1e-3
+    torch.testing.assert_close(lost.double().tril(), rounding.tril(), rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
