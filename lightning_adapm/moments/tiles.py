@@ -10,9 +10,8 @@ TILE_NUMEL = 1 << 22
 A table of tokens can have 1e9 elements, and temporaries of its size would be larger than all the state that is saved.
 """
 
-
-_CACHED_NUMEL = 1 << 20
-"""The same on a CPU, whose caches are to hold a tile."""
+_CACHED_NUMEL = 1 << 19
+"""The same on a CPU, whose caches are to hold what is computed with a tile, also where processes share them."""
 
 
 def tile_numel(tensor: Tensor) -> int:
