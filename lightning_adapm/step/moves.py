@@ -80,53 +80,23 @@ def move(
     moved = Matrices.of(params, stacks=directions.like.dim() == 3)
     values, beta1, scales = average or (None, 0.0, None)
     left, right = factors or (None, None)
-    elementwise = divisors.beta2 is not None
+    columns, elementwise = divisors.columns, divisors.beta2 is not None
     along = MOVE_ALONG_ELEMENTWISE if elementwise else MOVE_ALONG
     tile = Tile(*(MOVE if factors is None else along)).narrowed(n)
     # heads of a fused weight are one matrix of the gradient
     grouped = param.dim() > directions.like.dim()
     rows, stride = (param.shape[1], param.stride(0)) if grouped else (m, 0)
+    k, width = (0, 0) if left is None or right is None else (right.shape[0], left.shape[-1])
+    each = 1 if flaws is None else b // len(flaws)
+    streams, step = (None, 0.0) if rounding is None else (rounding.table(m * n, b, param.device), rounding.step)
     high, across, _ = tile.grid(m, n, b)
     launch(
         "move",
         (high * across, b, 1),
-        (
-            moved,
-            directions,
-            divisors.roots,
-            flaws,
-            values,
-            left,
-            right,
-            divisors.columns,
-            None if rounding is None else rounding.table(m * n, b, param.device),
-            scales,
-            rates,
-            clock,
-        ),
-        (
-            m,
-            n,
-            0 if right is None else right.shape[0],
-            0 if left is None else left.shape[-1],
-            rows,
-            stride,
-            moved.stride,
-            directions.stride,
-            *divisors.strides,
-            1 if flaws is None else b // len(flaws),
-        ),
-        (
-            beta1,
-            scale,
-            divisors.correction,
-            divisors.eps,
-            divisors.beta2 or 0.0,
-            lr,
-            decay,
-            clip or 0.0,
-            0.0 if rounding is None else rounding.step,  # exact: steps are counted in float32
-        ),
+        (moved, directions, divisors.roots, flaws, values, left, right, columns, streams, scales, rates, clock),
+        (m, n, k, width, rows, stride, moved.stride, directions.stride, *divisors.strides, each),
+        # steps are counted in float32: exact
+        (beta1, scale, divisors.correction, divisors.eps, divisors.beta2 or 0.0, lr, decay, clip or 0.0, step),
         PARAMETER=moved.dtype,
         DIRECTION=directions.dtype,
         AVERAGE=(values or moved).dtype,
@@ -136,7 +106,7 @@ def move(
         GROUPED=grouped,
         CHECKED=flaws is not None,
         DENSE=isinstance(divisors.roots, Tensor),
-        FACTORED=divisors.columns is not None,
+        FACTORED=columns is not None,
         ELEMENTWISE=elementwise,
         AVERAGED=average is not None,
         SPAN=0 if scales is None else min(BLOCK, tile.columns),
