@@ -28,14 +28,12 @@ WEIGH = (64, 64)
 
 
 class Refreshed(NamedTuple):
-    """Left factors at a refresh, ``(b, m, r)`` in float32."""
+    """What a refresh does to left factors."""
 
-    held: Tensor
-    """Left factors in the old basis."""
     moved: Tensor
-    """Left factors in the new basis."""
+    """Left factors in the new basis, ``(b, m, padded(r))`` in float32."""
     flush: float
-    """Factor of the difference, which is applied at once."""
+    """Factor of the difference to those in the old basis, which is applied at once."""
 
 
 def advance(
@@ -67,13 +65,13 @@ def advance(
         factors, _ = advance(reading, projected, lefts, refreshed, None, shape, None, betas, correction, clock)
         _, roots = advance(reading, None, None, None, averages, shape, blocks, betas, correction, clock)
         return factors, roots
-    held, moved, flush = refreshed or (None, None, 0.0)
+    moved, flush = refreshed or (None, 0.0)
     factors = None if projected is None else squares.new_empty((b, m, width), dtype=kernels.FACTOR)
     roots = None if averages is None else torch.empty_like(squares)
     launch(
         "advance",
         (-(-m // span), b, 1),
-        (projected, squares, flaws, lefts, averages, held, moved, factors, roots, clock),
+        (projected, squares, flaws, lefts, averages, moved, factors, roots, clock),
         (m, r, 0 if projected is None else projected.shape[-1], width, span, b // len(flaws)),
         (n if blocks is None else n * span, _LARGEST, *betas, correction, flush),
         LEFT=(squares if lefts is None else lefts).dtype,
@@ -100,23 +98,22 @@ def weigh(
     grid = -(-m // WEIGH[0]), b, -(-r // WEIGH[1])
     squares = projected.new_empty((b, grid[0], r), dtype=torch.float64)
     weights = projected.new_empty((b, m, r), dtype=kernels.FACTOR)
-    scales = None
+    lengths = None
     for _ in range(2):
         launch(
             "weigh",
             grid,
-            (projected, lefts, flaws, scales, squares, weights),
+            (projected, lefts, flaws, lengths, squares, weights),
             (m, r, width, b // len(flaws)),
-            (beta1,),
+            (beta1, _TINY),
             LEFT=lefts.dtype,
             FACTOR=kernels.FACTOR,
-            SCALED=scales is not None,
+            SCALED=lengths is not None,
             BLOCK_M=WEIGH[0],
             BLOCK_R=WEIGH[1],
         )
-        if scales is None:
+        if lengths is None:
             (lengths,) = reduction.total([squares.sum(dim=1)])
-            scales = lengths.sqrt_().clamp_min_(_TINY).reciprocal_().float()
     return weights
 
 

@@ -69,7 +69,7 @@ def _advanced(batch: Batch, grads: DeviceGradients) -> tuple[tuple[Tensor, Tenso
     if isinstance(first, LowRankMomentum):
         held, beta1 = first.storage.read(states, "exp_avg_l"), first.beta1
         lefts = Matrices.of(held)
-        right, refreshed, projected = _projected(batch, grads, first, held)
+        right, refreshed, projected = _projected(batch, grads, first, lefts)
     if isinstance(second, BlockSecondMoment) and grads.roots is None:
         averages, blocks, beta2 = matrices_of(states, "exp_avg_sq"), second.blocks, second.beta2
     if lefts is None and averages is None:
@@ -93,7 +93,7 @@ def _advanced(batch: Batch, grads: DeviceGradients) -> tuple[tuple[Tensor, Tenso
 
 
 def _projected(
-    batch: Batch, grads: DeviceGradients, momentum: LowRankMomentum, lefts: list[Tensor]
+    batch: Batch, grads: DeviceGradients, momentum: LowRankMomentum, lefts: Matrices
 ) -> tuple[Tensor, Refreshed | None, Tensor]:
     """Project gradients on this step's bases, which are stored if they are new.
 
@@ -106,8 +106,8 @@ def _projected(
     refreshed = None
     if grads.basis is not None:
         fresh, grads.basis = grads.basis, None  # those of other batches wait for their turn
-        refreshed = moved_lefts(lefts, kept.float(), fresh, momentum.payout)
         basis = fresh.to(kernels.FACTOR)
+        refreshed = Refreshed(moved_lefts(lefts, right, basis, grads.reading), momentum.payout)
         right = torch.cat([basis, right], dim=-2)
         bases = split(batch.reduction.kept_columns(fresh), momentum.bases(batch.parts))
         momentum.storage.of_bases.write(batch.parts, "exp_avg_r", bases)

@@ -26,6 +26,9 @@ ROWS_OF_A_TILE = 64
 RANKS, MOST_RANKS = 128, 256
 """Most ranks in a tile, which a program has in its registers; of sums with products, on GPUs with large blocks."""
 
+FEW_ROWS, FEW_RANKS, PROJECT_FEW = 256, 64, (64, 64, 4, 3)
+"""Matrices of at most so many rows, as bases are, occupy a device only in tiles of few ranks."""
+
 _ROWS_OF_A_PRODUCT = 256, 2048
 """Products from the left are taken of so many rows each, fewer where there are few columns: enough programs for a
 device, also where a table of tokens is the only matrix of its shape. Tiles of rows divide them.
@@ -52,7 +55,7 @@ def read(
     like, b = grads.like, len(grads.addresses)
     (m, n), width = grads.shape, kernels.padded(r)
     columns = columns and known is None
-    tile, block_r = _tile_of_sums(columns, n) if bases is None else _tile_of_products(r, like, columns)
+    tile, block_r = _tile_of_sums(columns, n) if bases is None else _tile_of_products(m, r, like, columns)
     high, _, _ = tile.grid(m, n, b)
     projected = None if bases is None else like.new_empty((b, m, width), dtype=torch.float32)
     sums = like.new_empty((b, high, n), dtype=torch.float32) if columns else None
@@ -83,17 +86,27 @@ def _tile_of_sums(columns: bool, n: int) -> tuple[Tile, int]:
     return Tile(*(READ_COLUMNS if columns else READ)).narrowed(n), 16
 
 
-def _tile_of_products(r: int, like: Tensor, columns: bool) -> tuple[Tile, int]:
-    """Tile of a reading with products with ``r`` rows, and the number of ranks in it."""
+def multiplied(matrices: Matrices, others: Tensor, known: Reading) -> Tensor:
+    """Products of ``matrices`` ``(m, n)`` with transposed ``others`` ``(b, r, n)``, ``(b, m, padded(r))``."""
+    factors = Matrices.of([_factor(others)])
+    product, _ = read(matrices, len(known.flaws), factors, others.shape[-2], known)
+    assert product is not None
+    return product
+
+
+def _tile_of_products(m: int, r: int, like: Tensor, columns: bool) -> tuple[Tile, int]:
+    """Tile of a reading of ``m`` rows with products with ``r`` rows, and the number of ranks in it."""
     n = like.shape[-1]
+    if not columns and m <= FEW_ROWS:
+        return Tile(*PROJECT_FEW).narrowed(n), _ranks(r, FEW_RANKS)
     if not kernels.has_large_blocks(like.device):
         return Tile(*PROJECT).narrowed(n), _ranks(r, RANKS)
     ranks, far = _ranks(r, MOST_RANKS), PROJECT_FAR_COLUMNS if columns and like.element_size() == 2 else PROJECT_FAR
     return Tile(*(PROJECT_NEAR if ranks <= RANKS else far)).narrowed(n), ranks
 
 
-def combine(grads: Matrices, weights: Tensor, flaws: Tensor) -> Tensor:
-    """Multiply transposed ``weights`` ``(b, m, r)`` by ``grads`` ``(m, n)``; gradients with a flaw count as zero."""
+def combine(grads: Matrices, weights: Tensor, flaws: Tensor | None = None) -> Tensor:
+    """Multiply transposed ``weights`` ``(b, m, r)`` by ``grads`` ``(m, n)``; those with a flaw count as zero."""
     b, m, r = weights.shape
     n = grads.shape[1]
     rows = rows_of_a_product(n)
@@ -104,16 +117,22 @@ def combine(grads: Matrices, weights: Tensor, flaws: Tensor) -> Tensor:
         "combine",
         (-(-n // tile.columns) * -(-r // block_r), b, parts),
         # weights: read by every block of columns
-        (grads, weights.to(kernels.FACTOR).contiguous(), flaws, product),
-        (m, n, r, grads.stride, b // len(flaws), rows),
+        (grads, _factor(weights), flaws, product),
+        (m, n, r, grads.stride, 1 if flaws is None else b // len(flaws), rows),
         (),
         GRAD=grads.dtype,
         FACTOR=kernels.FACTOR,
         ALIGNED=grads.aligned,
+        CHECKED=flaws is not None,
         BLOCK_R=block_r,
         **tile.constants,
     )
     return product.squeeze(1) if parts == 1 else product.sum(dim=1)
+
+
+def _factor(tensor: Tensor) -> Tensor:
+    """A factor of a product in its dtype, row by row, by one copy at most."""
+    return tensor.to(kernels.FACTOR, memory_format=torch.contiguous_format).contiguous()
 
 
 def _ranks(r: int, most: int) -> int:

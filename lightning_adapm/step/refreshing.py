@@ -2,28 +2,22 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lightning_adapm.moments import lowrank
-from lightning_adapm.moments.batches import join
 from lightning_adapm.moments.first import LowRankMomentum
-from lightning_adapm.step.averages import Refreshed, weigh
+from lightning_adapm.step.averages import weigh
+from lightning_adapm.step.bases import sketch
 from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.device_gradients import DeviceGradients
 from lightning_adapm.step.launch import Matrices
-from lightning_adapm.step.reading import combine
+from lightning_adapm.step.reading import Reading, combine, multiplied
 
 TOGETHER_NUMEL = 1 << 23
 """Maximum number of elements of bases that are made orthonormal together, as copies in float64."""
 
 Iterated = tuple[Tensor, Tensor, Tensor]
 """Arguments of :func:`lowrank.refreshed`."""
-
-
-def _joined(values: list[Tensor]) -> Tensor:
-    """Values as one ``(b, ...)`` batch in float32; a copy, but of a single one."""
-    return join(values).float()
 
 
 def refresh(batches: Sequence[Batch]) -> None:
@@ -62,18 +56,21 @@ def _iterated(batch: Batch) -> Iterated:
     """:func:`lowrank.iterated_rows` by kernels, whose products round their operands; and the old bases."""
     grads, momentum, states, reduction = batch.grads, batch.parts[0].first, batch.parts, batch.reduction
     assert isinstance(grads, DeviceGradients) and isinstance(momentum, LowRankMomentum)
-    right = _joined(momentum.bases(states)) if grads.right is None else grads.right.float()
     lefts, beta1 = Matrices.of(momentum.storage.read(states, "exp_avg_l")), momentum.beta1
-    if grads.projected is None:
-        grads.read_first(lowrank.sketched(right))
+    if grads.right is None:
+        right, sketched = sketch(Matrices.of(momentum.bases(states)))
+        grads.read_first(sketched)
+        del sketched
+    else:
+        right = grads.right.float()
     projected, grads.projected = grads.projected, None  # those with the next bases are still to be read
     assert projected is not None
     flaws = grads.reading.flaws
     weights = weigh(projected, lefts, flaws, beta1, reduction)
     del projected
-    sums = [combine(grads.matrices, weights, flaws), combine(lefts, weights, torch.zeros_like(flaws))]
-    fresh, inner = reduction.total(sums)
-    return torch.baddbmm(fresh, inner, right, beta=1 - beta1, alpha=beta1), lowrank.shows(fresh), right
+    fresh, inner = reduction.total([combine(grads.matrices, weights, flaws), combine(lefts, weights)])
+    shown = lowrank.shows(fresh)
+    return fresh.lerp_(combine(Matrices.of([right]), inner.mT), beta1), shown, right
 
 
 def _settle(found: Sequence[tuple[Batch, Iterated]]) -> None:
@@ -83,9 +80,9 @@ def _settle(found: Sequence[tuple[Batch, Iterated]]) -> None:
         batch.grads.basis = basis
 
 
-def moved_lefts(lefts: list[Tensor], right: Tensor, basis: Tensor, payout: float) -> Refreshed:
-    """Left factors under a new ``basis`` in the place of ``right``, both ``(b, r, n)``."""
-    held = _joined(lefts)
-    if len(lefts) == 1:  # a view of what is to change
-        held = held.clone()
-    return Refreshed(held, lowrank.move_left(held, right, basis), payout)
+def moved_lefts(lefts: Matrices, right: Tensor, basis: Tensor, known: Reading) -> Tensor:
+    """Left factors ``left right basisᵀ`` under a new ``basis`` in the place of ``right``, both ``(b, r, n)`` in the
+    dtype of products; ``(b, m, padded(r))``.
+    """
+    turned = multiplied(Matrices.of([basis]), right, known)
+    return multiplied(lefts, turned[..., : right.shape[-2]], known)

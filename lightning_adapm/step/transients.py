@@ -22,7 +22,7 @@ from lightning_adapm.step.refreshing import TOGETHER_NUMEL
 _FACTORS, _BASES = 8, 9
 """Copies of the left factors of matrices that step together, and of their bases, all in float32, in a first step."""
 
-_SQUARES_IN_FLOAT64 = 8
+_SQUARES_IN_FLOAT64 = 7
 """Products of a basis with itself, by which it is made orthonormal."""
 
 _BLOCKS = 4096
@@ -173,8 +173,8 @@ class _Bucket:
         factors = padded(2 * self.rank) if due else padded(self.rank)
         held = _PRODUCT * self._rows * factors
         held = max(held, self._sums) + (4 * self._rows * padded(self.rank) if self.rank else 0)
-        if due:  # left factors in the old basis and in the new one, and both bases
-            held += 8 * self._rows * self.rank + 14 * self.basis
+        if due:  # left factors in the new basis, and both bases
+            held += 4 * self._rows * padded(self.rank) + 14 * self.basis
         else:
             held += 6 * self.basis
         return together * held + self._orthogonal(together)

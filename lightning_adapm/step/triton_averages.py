@@ -14,7 +14,6 @@ def advance(
     flaws,
     lefts,
     averages,
-    held,
     moved,
     factors,
     roots,
@@ -45,8 +44,8 @@ def advance(
 
     Where ``LOW_RANK``, ``lefts`` ``(m, r)`` become ``beta1 left + (1 - beta1) projected``, with ``projected``
     ``(b, m, projected_width)``, and ``factors`` ``(b, m, width)`` ``left / correction - projected``, zero behind ``r``.
-    Where a basis was ``REFRESHED``, ``moved`` ``(b, m, r)`` are in the place of the lefts that there were, ``held``,
-    and the factors are ``[left / correction - projected - flush moved, flush held]``.
+    Where a basis was ``REFRESHED``, ``moved``, laid out as ``projected``, are in the place of the lefts that there
+    were, and the factors are ``[left / correction - projected - flush moved, flush left]`` with these at last.
     Where ``BLOCKS``, ``averages`` become ``beta2 average + (1 - beta2) mean`` with the means of squares of each row or
     (``SHARED``) of every ``span`` rows, of ``count`` entries each and not above ``largest``; ``roots`` ``(b, m)`` are
     their roots. ``SHARED`` spans may be larger than ``BLOCK_M`` where nothing is ``LOW_RANK``. Where ``CLOCKED``, the
@@ -80,21 +79,25 @@ def advance(
     if LOW_RANK:
         left = tl.load(lefts + which).to(tl.pointer_type(LEFT))
         line = which * m + row.to(tl.int64)[:, None]
-        for start in range(0, width, BLOCK_R):
+        ranks = width - r if REFRESHED else width  # of two factors side by side, zero behind both
+        for start in range(0, ranks, BLOCK_R):
             rank = start + tl.arange(0, BLOCK_R)[None, :]
             own = mine[:, None] & (rank < r)
             p = tl.where(counts, tl.load(projected + line * projected_width + rank, own, 0.0), 0.0)
             at = left + row.to(tl.int64)[:, None] * r + rank
-            before = tl.load(moved + line * r + rank, own, 0.0) if REFRESHED else tl.load(at, own, 0.0).to(tl.float32)
+            old = tl.load(at, own, 0.0).to(tl.float32)
+            before = tl.load(moved + line * projected_width + rank, own, 0.0) if REFRESHED else old
             kept = before + (1 - beta1) * (p - before)
             factor = kept / correction - p
             if tl.float16 == LEFT:  # an infinity would stay forever
                 kept = tl.minimum(tl.maximum(kept, -65504.0), 65504.0)
             tl.store(at, kept.to(LEFT), own)
             if REFRESHED:
-                old = tl.load(held + line * r + rank - r, mine[:, None] & (rank >= r) & (rank < 2 * r), 0.0)
-                factor += flush * (old - before)
-            tl.store(factors + line * width + rank, factor.to(FACTOR), mine[:, None] & (rank < width))
+                paid = factors + line * width + r + rank
+                tl.store(paid, (flush * old).to(FACTOR), mine[:, None] & (r + rank < width))
+                tl.store(factors + line * width + rank, (factor - flush * before).to(FACTOR), own)
+            else:
+                tl.store(factors + line * width + rank, factor.to(FACTOR), mine[:, None] & (rank < width))
 
 
 @triton.jit
@@ -102,7 +105,7 @@ def weigh(
     projected,
     lefts,
     flaws,
-    scales,
+    lengths,
     squares,
     weights,
     m,
@@ -110,14 +113,16 @@ def weigh(
     width,
     each,
     beta1,
+    tiny,
     LEFT: tl.constexpr,
     FACTOR: tl.constexpr,
     SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Where ``SCALED``, ``weights`` ``(b, m, r)`` are ``beta1 left + (1 - beta1) projected``, times ``scales``
-    ``(b, r)``; otherwise ``squares`` ``(b, tiles, r)`` are sums of squares over the rows of each tile, float64.
+    """Where ``SCALED``, ``weights`` ``(b, m, r)`` are ``beta1 left + (1 - beta1) projected``, whose columns are divided
+    by the roots of ``lengths`` ``(b, r)``, their sums of squares in float64. Otherwise ``squares`` ``(b, tiles, r)``
+    are these sums over the rows of each tile.
     """
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     rank = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -130,7 +135,8 @@ def weigh(
     before = tl.load(left + wide * r + rank[None, :], inside, 0.0).to(tl.float32)
     seen = before + (1 - beta1) * (p - before)
     if SCALED:
-        seen *= tl.load(scales + which * r + rank, rank < r, 0.0)[None, :]
+        length = tl.maximum(tl.sqrt(tl.load(lengths + which * r + rank, rank < r, 1.0)), tiny)
+        seen *= (1 / length).to(tl.float32)[None, :]
         tl.store(weights + which * m * r + wide * r + rank[None, :], seen.to(FACTOR), inside)
     else:  # the square of a small gradient is zero in float32
         exact = seen.to(tl.float64)

@@ -9,6 +9,7 @@ has an entry that is not finite. ``TRITON_INTERPRET=1`` runs them on a CPU.
 from lightning_adapm.step.triton_averages import advance as advance
 from lightning_adapm.step.triton_averages import factor as factor
 from lightning_adapm.step.triton_averages import weigh as weigh
+from lightning_adapm.step.triton_bases import sketch as sketch
 from lightning_adapm.step.triton_moves import move as move
 from lightning_adapm.step.triton_orthogonal import direct as direct
 from lightning_adapm.step.triton_orthogonal import norms as norms

@@ -98,12 +98,13 @@ def combine(
     GRAD: tl.constexpr,
     FACTOR: tl.constexpr,
     ALIGNED: tl.constexpr,
+    CHECKED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """``combined`` ``(b, parts, r, n)``: transposed ``weights`` ``(b, m, r)`` times matrices, over so many ``rows``
-    each, zero those with a flaw.
+    each, where ``CHECKED`` zero those with a flaw.
     """
     ranks = tl.cdiv(r, BLOCK_R)
     column = tl.program_id(0) // ranks * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -113,13 +114,14 @@ def combine(
     grad = tl.load(grads + which).to(tl.pointer_type(GRAD))
     if ALIGNED:
         grad = tl.multiple_of(grad, 16)
-    counts = tl.load(flaws + which // each) == 0
+    counts = tl.load(flaws + which // each) == 0 if CHECKED else True
     product = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
     for start in range(part * rows, min((part + 1) * rows, m), BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
         at = grad + row.to(tl.int64)[:, None] * stride + column[None, :]
         g = tl.load(at, (row[:, None] < m) & (column[None, :] < n), 0.0).to(tl.float32)
-        g = tl.where(counts, g, 0.0)
+        if CHECKED:
+            g = tl.where(counts, g, 0.0)
         at = weights + which * m * r + row.to(tl.int64)[:, None] * r + rank[None, :]
         weight = tl.load(at, (row[:, None] < m) & (rank[None, :] < r), 0.0)
         product = tl.dot(tl.trans(weight), g.to(FACTOR), product)

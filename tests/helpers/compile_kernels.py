@@ -51,7 +51,6 @@ MOVE = dict.fromkeys(("parameters", "directions", "averages", "rights", "streams
 
 
 ADVANCE = {"projected": "*fp32", "squares": "*fp32", "flaws": "*i32", "lefts": "*i64", "averages": "*i64"} | {
-    "held": "*fp32",
     "moved": "*fp32",
     "factors": "*bf16",
     "roots": "*fp32",

@@ -14,9 +14,9 @@ from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from lightning_adapm import AdaPM
-from lightning_adapm.moments import tiles
+from lightning_adapm.moments import lowrank, tiles
 from lightning_adapm.report.diagnostics import ResidualProbe
-from lightning_adapm.step import averages, kernels, reading
+from lightning_adapm.step import averages, bases, kernels, reading
 from lightning_adapm.step.averages import advance
 from lightning_adapm.step.launch import Matrices
 from lightning_adapm.step.moves import Divisors, move
@@ -69,7 +69,7 @@ def test_as_without_kernels(interpreted, monkeypatch, second_moment, dtype, tole
     """Also with a gradient that is not finite, and refreshes. The interpreter cuts bfloat16 off, a device rounds it."""
     options = {"second_moment": second_moment, "rank": 2, "state_dtype": None, "spoiled": (5,)}
     weights, state, optimizer = trained(dtype, **options)
-    used = {"read", "combine", "weigh", "advance", "move"}
+    used = {"read", "combine", "weigh", "advance", "move", "sketch"}
     assert set(interpreted) == (used | {"factor"} if second_moment == "factored" else used)
     interpreted.clear()
     monkeypatch.setattr(kernels, "runs_on", lambda device: False)
@@ -312,6 +312,18 @@ def test_products_of_more_rows_and_ranks_than_a_program_has(interpreted, monkeyp
     torch.testing.assert_close(projected[..., :18], grads @ bases.mT, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.columns, grads.square().sum(dim=1))
     torch.testing.assert_close(found.squares, grads.square().sum(dim=2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_directions_without_a_basis_are_sketched(interpreted, monkeypatch, dtype):
+    """Wherever a row ends, whose columns are copied some at a time; none of those that are there changes."""
+    monkeypatch.setattr(bases, "SKETCHED", 16)
+    rows = torch.randn(2, 3, 37).to(dtype)
+    rows[1, 2], rows[0, 1, :36] = 0.0, 0.0
+    joined, sketched = bases.sketch(Matrices.of(list(rows.unbind())))
+    torch.testing.assert_close(joined, rows.float(), rtol=0, atol=0)
+    torch.testing.assert_close(sketched, lowrank.sketched(rows.float()), rtol=0, atol=0)
+    assert sketched[1, 2].all()
 
 
 def test_tiles_fit_smaller_gpus():

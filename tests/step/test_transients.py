@@ -6,7 +6,7 @@ from torch import nn
 
 from benchmarks.costs.memory import AllocationTracker
 from lightning_adapm import AdaPM
-from lightning_adapm.step import averages, batching, kernels, moves, reading, refreshing, transients
+from lightning_adapm.step import averages, bases, batching, kernels, moves, reading, refreshing, transients
 from lightning_adapm.step.transients import held_by_recorded_steps
 
 
@@ -14,7 +14,7 @@ from lightning_adapm.step.transients import held_by_recorded_steps
 def traced(monkeypatch):
     """Steps as on a GPU, of a model that is as much smaller as limits are."""
     monkeypatch.setattr(kernels, "runs_on", lambda device: True)
-    for module in (averages, moves, reading):
+    for module in (averages, bases, moves, reading):
         monkeypatch.setattr(module, "launch", lambda *args, **kwargs: None)
     for limits, size in ((batching._UNCOPIED_NUMEL, 1 << 20), (batching._REFRESHED_NUMEL, 1 << 19)):
         monkeypatch.setitem(limits, "cpu", size)
