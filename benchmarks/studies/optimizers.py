@@ -267,6 +267,8 @@ def build(resolved: Mapping[str, Any], of: Parameters, lr: float) -> Optimizer:
     kind = options.pop("kind")
     if "betas" in options:
         options["betas"] = tuple(options["betas"])
+    if kind == "PartialMuon":
+        options = {"newton_schulz": "muon", **options}  # which resolve() leaves out
     if kind in OURS:
         return OURS[kind]([of.group], **options)
     return LIBRARIES[kind].use(load(LIBRARIES[kind]), of, **options)
