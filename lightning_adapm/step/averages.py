@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from lightning_adapm.moments.second import largest
-from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
 from lightning_adapm.step import kernels
 from lightning_adapm.step.kernels import Tile
 from lightning_adapm.step.launch import Matrices, launch
@@ -87,34 +86,47 @@ def advance(
     return factors, roots
 
 
-def weigh(
-    projected: Tensor, lefts: Matrices, flaws: Tensor, beta1: float, reduction: Reduction = ONE_PROCESS
-) -> Tensor:
-    """``beta1 left + (1 - beta1) projected``, ``(b, m, r)``, with columns of unit length over all processes, in the
-    dtype of products.
+def squares_of_weights(projected: Tensor, lefts: Matrices, flaws: Tensor, beta1: float) -> Tensor:
+    """Sums of squares ``(b, r)`` of the columns of ``beta1 left + (1 - beta1) projected``, in float64."""
+    b, m, _ = projected.shape
+    squares = projected.new_empty((b, -(-m // WEIGH[0]), lefts.like.shape[-1]), dtype=torch.float64)
+    _weigh(projected, lefts, flaws, beta1, None, squares, None)
+    return squares.sum(dim=1)
+
+
+def weigh(projected: Tensor, lefts: Matrices, flaws: Tensor, beta1: float, lengths: Tensor) -> Tensor:
+    """``beta1 left + (1 - beta1) projected``, ``(b, m, r)``, with columns of unit length, in the dtype of products.
+
+    ``lengths`` are :func:`squares_of_weights`, over all processes.
     """
+    weights = projected.new_empty((*projected.shape[:2], lefts.like.shape[-1]), dtype=kernels.FACTOR)
+    _weigh(projected, lefts, flaws, beta1, lengths, None, weights)
+    return weights
+
+
+def _weigh(
+    projected: Tensor,
+    lefts: Matrices,
+    flaws: Tensor,
+    beta1: float,
+    lengths: Tensor | None,
+    squares: Tensor | None,
+    weights: Tensor | None,
+) -> None:
     b, m, width = projected.shape
     r = lefts.like.shape[-1]
-    grid = -(-m // WEIGH[0]), b, -(-r // WEIGH[1])
-    squares = projected.new_empty((b, grid[0], r), dtype=torch.float64)
-    weights = projected.new_empty((b, m, r), dtype=kernels.FACTOR)
-    lengths = None
-    for _ in range(2):
-        launch(
-            "weigh",
-            grid,
-            (projected, lefts, flaws, lengths, squares, weights),
-            (m, r, width, b // len(flaws)),
-            (beta1, _TINY),
-            LEFT=lefts.dtype,
-            FACTOR=kernels.FACTOR,
-            SCALED=lengths is not None,
-            BLOCK_M=WEIGH[0],
-            BLOCK_R=WEIGH[1],
-        )
-        if lengths is None:
-            (lengths,) = reduction.total([squares.sum(dim=1)])
-    return weights
+    launch(
+        "weigh",
+        (-(-m // WEIGH[0]), b, -(-r // WEIGH[1])),
+        (projected, lefts, flaws, lengths, squares, weights),
+        (m, r, width, b // len(flaws)),
+        (beta1, _TINY),
+        LEFT=lefts.dtype,
+        FACTOR=kernels.FACTOR,
+        SCALED=lengths is not None,
+        BLOCK_M=WEIGH[0],
+        BLOCK_R=WEIGH[1],
+    )
 
 
 def factor(

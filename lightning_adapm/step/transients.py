@@ -101,6 +101,8 @@ def _refreshed(buckets: Sequence["_Bucket"]) -> int:
     # next and old bases, copies in float64, and of one batch the next ones of these
     orthonormal = 8 * some + 8 * (some + largest + squares) + 4 * gathered
     iterated = 8 * some + max(bucket.iterated for bucket in buckets)
+    if any(bucket.is_sharded for bucket in buckets):  # weights of all wait for each other, and then what is summed
+        iterated += 4 * some + sum(bucket.number * bucket.weights for bucket in buckets)
     moving = 4 * some + max(bucket.moving(due=True) for bucket in buckets)
     return 4 * (bases - some) + max(orthonormal, iterated, moving)
 
@@ -180,10 +182,20 @@ class _Bucket:
         return together * held + self._orthogonal(together)
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether processes share the rows."""
+        return self._shard is not None
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the weights of a part's gradient in the sums that its next basis is found from."""
+        return _PRODUCT * self._rows * self.rank
+
+    @property
     def iterated(self) -> int:
         """Bytes while the next bases of a batch are computed, before they are made orthonormal."""
         products = -(-self._m // rows_of_a_product(self._n))
-        projected, weights = 4 * self._rows * padded(self.rank), _PRODUCT * self._rows * self.rank
+        projected, weights = 4 * self._rows * padded(self.rank), self.weights
         read = projected + max(self._sums, weights + self._rows * self.rank // 8)
         combined = weights + 4 * self.basis * (products + (products > 1))
         return self.together(due=True) * (max(read, combined) + 14 * self.basis)

@@ -6,7 +6,7 @@ from on_gpu import NEEDED
 
 from lightning_adapm.moments import orthogonal as reference
 from lightning_adapm.step import newton_schulz, nonfinite, orthogonal
-from lightning_adapm.step.averages import weigh
+from lightning_adapm.step.averages import squares_of_weights, weigh
 from lightning_adapm.step.launch import Matrices
 from lightning_adapm.step.moves import Divisors, move
 from lightning_adapm.step.reading import combine, read
@@ -76,7 +76,8 @@ def test_products_of_gradients(dtype, m, n, r):
         summed = weights.mT @ torch.stack([grad.float() for grad in grads])
         assert (combined - summed).norm() < 5e-3 * summed.norm()
         lefts = [weight.to(dtype) for weight in weights]
-        weighed = weigh(product, Matrices.of(lefts), reading.flaws, 0.5).float()
+        known = product, Matrices.of(lefts), reading.flaws, 0.5
+        weighed = weigh(*known, squares_of_weights(*known)).float()
         mean = torch.lerp(torch.stack(lefts).float(), weights, 0.5)
         assert (weighed - mean / mean.norm(dim=1, keepdim=True)).norm() < 5e-3 * weighed.norm()
 

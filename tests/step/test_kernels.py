@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -139,6 +140,16 @@ def test_rows_that_processes_share_stay_with_the_kernels(interpreted, monkeypatc
     assert len(probe.read()) == 5 * len(shapes)
     for one, other in zip(found[:2], expected[:2], strict=True):
         assert relative_difference(one, other) < 2e-5
+
+
+def test_processes_sum_once_for_all_matrices(interpreted, hold_all_rows):
+    """A step has one collective, and a refresh two more."""
+    exchanged, counts = hold_all_rows(), []
+    for steps in (3, 4, 5):
+        stepped({"q_proj.weight": (12, 18), "k_proj.weight": (6, 18)}, steps, second_moment="block", basis="replicate")
+        counts.append(len(exchanged))
+        exchanged.clear()
+    assert sorted(after - before for before, after in pairwise(counts)) == [1, 3]
 
 
 def test_means_of_columns_are_over_all_processes(interpreted, hold_all_rows):
