@@ -40,6 +40,10 @@ def low_rank(**options: Any) -> tuple[str, Mapping[str, Any]]:
 
 
 BEST_SO_FAR = "AdaPM, more momentum"
+TABLES = {"embedding": "full", "lm_head": "full"}
+EIGHT_BITS = {"low_rank": "bfloat16", "full": "int8"}
+TABLES_FULL = "AdaPM factored, tables full, int8"
+"""Saves 90.3 % of AdamW's momentum on Llama-3-8B, where the default saves 91.7 %."""
 BOUNDED = "AdaPM factored, embedding bounded by 10"
 """The bound that embeddings without momentum have: a rare token moves in one step."""
 EVERYWHERE = "AdaPM, low-rank everywhere, rank 10%, bfloat16"
@@ -51,6 +55,7 @@ ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
     EVERYWHERE: low_rank(),
     "AdaPM block": adapm(betas=BETAS95, second_moment="block"),
     "AdaPM factored": adapm(betas=BETAS95, second_moment="factored"),
+    TABLES_FULL: adapm(betas=BETAS95, second_moment="factored", momentum=TABLES, state_dtype=EIGHT_BITS),
     BOUNDED: ("trial", {"betas": BETAS95, "second_moment": "factored", "bounds": {"embedding": 10.0}}),
     "AdaPM factored, refreshed every 20": adapm(betas=BETAS95, second_moment="factored", update_proj_gap=20),
     "AdaPM factored, refreshed every 50": adapm(betas=BETAS95, second_moment="factored", update_proj_gap=50),

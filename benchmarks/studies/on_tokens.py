@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.studies.at_size import BEST_SO_FAR, BOUNDED, more
+from benchmarks.studies.at_size import BEST_SO_FAR, BOUNDED, EIGHT_BITS, TABLES, TABLES_FULL, more
 from benchmarks.studies.at_size import ROWS as AT_SIZE_ROWS
 from benchmarks.studies.base import BESIDE, BEST, BETAS95, Study, adamw, adapm, five_steps, muon, paper
 from benchmarks.studies.comparison import LOW_RANK
@@ -48,6 +48,21 @@ ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
     BEST_SO_FAR: more(),
     "PartialMuon, embedding full": muon(momentum={"embedding": "full"}),
     "AdaPM factored, embedding full": adapm(betas=BETAS95, second_moment="factored", momentum={"embedding": "full"}),
+    TABLES_FULL: AT_SIZE_ROWS[TABLES_FULL],
+    "PartialMuon, tables full, int8": ("PartialMuon", {"momentum": TABLES, "state_dtype": EIGHT_BITS}),
+    "AdaPM factored, tables full": adapm(betas=BETAS95, second_moment="factored", momentum=TABLES),
+    "AdaPM factored, all full": adapm(betas=BETAS95, second_moment="factored", momentum="full", state_dtype=None),
+    "AdaPM factored, tables full, int8, rank 25%": adapm(
+        betas=BETAS95, second_moment="factored", momentum=TABLES, state_dtype=EIGHT_BITS, rank=0.25
+    ),
+    "AdaPM factored, all but MLPs full, int8, rank 5%": adapm(
+        betas=BETAS95,
+        second_moment="factored",
+        momentum={**TABLES, "query": "full", "key": "full", "attn_out": "full"},
+        state_dtype=EIGHT_BITS,
+        rank=0.05,
+    ),
+    "AdaPM, tables full, int8": adapm(betas=BETAS95, momentum=TABLES, state_dtype=EIGHT_BITS),
     BOUNDED: AT_SIZE_ROWS[BOUNDED],
     "AdaPM factored, embedding none": adapm(betas=BETAS95, second_moment="factored", momentum={"embedding": "none"}),
     "AdaPM factored, clamp 10": adapm(betas=BETAS95, second_moment="factored", clip_threshold=10.0),
