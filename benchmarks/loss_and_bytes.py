@@ -36,6 +36,7 @@ VARIED = (
     "low-rank everywhere",
     "more momentum",
     "embedding",
+    "but for",
     "attn_out low-rank",
     "fast steps",
     "refreshed",

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from benchmarks.studies.base import ADAMW, BESIDE_ADAMW, BETAS95, GPT2_SMALL, Study, adamw, adapm, paper, trial
+from benchmarks.studies.base import ADAMW, BESIDE_ADAMW, BETAS95, GPT2_SMALL, Study, adamw, compact, paper, trial
 from benchmarks.studies.decoder import Shape
 from benchmarks.studies.setting import Setting
 
@@ -140,7 +140,7 @@ def each_option() -> Study:
         ", no decay of vectors": {"no_decay": ("norm", "bias")},
     }
     rows = {
-        f"AdaPM factored{label}": adapm(**{"betas": BETAS95, "second_moment": "factored", **options})
+        f"AdaPM factored, compact{label}": compact(**{"betas": BETAS95, "second_moment": "factored", **options})
         for label, options in changed.items()
     }
     return Study(
@@ -152,7 +152,7 @@ def each_option() -> Study:
         setting=Setting(
             Shape(layers=2, width=192, n_head=6, context=128), steps=400, batch=8, val_windows=256, points=4
         ),
-        baselines={"AdaPM factored": ("AdaPM factored",)},
+        baselines={"AdaPM factored": ("AdaPM factored, compact",)},
         finding=(
             "Nothing is decided: this is a small model, 400 steps, one rate and one seed, and the default's two "
             "seeds are 0.020 apart (AdamW ends 0.014 and 0.049 above them). Decay of tables, an eps of 1e-6 and "

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.studies.decoder import Shape
 from benchmarks.studies.setting import Setting
-from lightning_adapm.moments.policy import PAPER_MOMENTUM
+from lightning_adapm.moments.policy import PAPER_MOMENTUM, PRESETS
 
 GPT2_SMALL = Setting(Shape(layers=4, width=192, n_head=6, context=128))
 FINETUNED_SMALL = Setting(Shape(layers=2, width=128, n_head=4, context=128), steps=200, batch=8, val_windows=128)
@@ -97,6 +97,14 @@ def adamw(beta1: float = 0.9, beta2: float = 0.999) -> tuple[str, Mapping[str, A
 def adapm(**options: Any) -> tuple[str, Mapping[str, Any]]:
     """AdaPM with its defaults but for some options."""
     return "AdaPM", options
+
+
+def compact(momentum: Mapping[str, str] | None = None, **options: Any) -> tuple[str, Mapping[str, Any]]:
+    """AdaPM with the compact table, rank 10 % and full momentum in float32 but for some options: its defaults when most
+    studies of large models were run.
+    """
+    table = {**PRESETS["compact"], **(momentum or {})}
+    return "AdaPM", {"rank": 0.1, "state_dtype": {"low_rank": "bfloat16"}, **options, "momentum": table}
 
 
 def paper(**options: Any) -> tuple[str, Mapping[str, Any]]:

@@ -3,7 +3,18 @@
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.studies.base import BESIDE, BEST, BETAS95, FINETUNED_SMALL, Pretraining, Study, adamw, adapm, paper
+from benchmarks.studies.base import (
+    BESIDE,
+    BEST,
+    BETAS95,
+    FINETUNED_SMALL,
+    Pretraining,
+    Study,
+    adamw,
+    adapm,
+    compact,
+    paper,
+)
 from benchmarks.studies.decoder import Shape
 from benchmarks.studies.on_tokens import VOCAB
 from benchmarks.studies.setting import Setting
@@ -27,8 +38,9 @@ ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "AdamW": adamw(0.9, 0.95),
     "AdaPM": adapm(betas=BETAS95),
     "AdaPM factored": adapm(betas=BETAS95, second_moment="factored"),
-    SMALL_CARD: adapm(betas=BETAS95, second_moment="factored", rank=0.05, state_dtype="bfloat16"),
-    SMALL_CARD_20: adapm(
+    "AdaPM factored, compact": compact(betas=BETAS95, second_moment="factored"),
+    SMALL_CARD: compact(betas=BETAS95, second_moment="factored", rank=0.05, state_dtype="bfloat16"),
+    SMALL_CARD_20: compact(
         betas=BETAS95, second_moment="factored", rank=0.05, state_dtype="bfloat16", update_proj_gap=20
     ),
     "PartialMuon": ("PartialMuon", {}),
@@ -69,7 +81,7 @@ def finetune_at_size() -> Study:
 def small_card() -> Study:
     rows = {
         "AdamW": ROWS["AdamW"],
-        "AdaPM factored": ROWS["AdaPM factored"],
+        "AdaPM factored, compact": ROWS["AdaPM factored, compact"],
         SMALL_CARD: ROWS[SMALL_CARD],
         SMALL_CARD_20: ROWS[SMALL_CARD_20],
     }

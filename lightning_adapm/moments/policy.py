@@ -25,13 +25,15 @@ PAPER_MOMENTUM: Mapping[str, str] = {
     "bias": "full",
     "adapter": "full",
 }
-DEFAULT_MOMENTUM: Mapping[str, str] = {**PAPER_MOMENTUM, "embedding": "low_rank", "attn_out": "low_rank"}
-"""AdaPM's, because the paper's table was behind AdamW on a model of 86 million parameters."""
-DEFAULT_RANK = 0.1
-DEFAULT_STATE_DTYPE: Mapping[str, str] = {"low_rank": "bfloat16"}
-"""Twice the paper's rank in half the bytes. Full momentum stays exact."""
-PRESETS = {"paper": PAPER_MOMENTUM}
-"""Named tables, which do not change with the default."""
+DEFAULT_MOMENTUM: Mapping[str, str] = {**dict.fromkeys(PAPER_MOMENTUM, "full"), "mlp": "low_rank"}
+"""AdaPM's, because on tokens every other role was worth its momentum, which eight bits make affordable."""
+DEFAULT_RANK = 0.05
+DEFAULT_STATE_DTYPE: Mapping[str, str] = {"full": "int8", "low_rank": "bfloat16"}
+PRESETS = {
+    "paper": PAPER_MOMENTUM,
+    "compact": {**PAPER_MOMENTUM, "embedding": "low_rank", "attn_out": "low_rank"},
+}
+"""Named tables, which do not change with the default. In ``compact`` only values and vectors keep full momentum."""
 _NO_MOMENTUM = f"momentum must be one of {', '.join(map(repr, (*POLICIES, *PRESETS)))}, or policies by role, but got "
 _PHASES, _PHASES_OF_SMALL, _SMALL = 4, 2, 1 << 22
 """Phases of the refreshes, by the number of the transformer block, and those of matrices with fewer elements, which do

@@ -18,9 +18,9 @@ from lightning_adapm.roles.piece import Piece
 class AdaPM(RoleOptimizer):
     """AdamW with partial momentum (AdaPM, arXiv 2510.09103).
 
-    Values and everything one-dimensional keep all of it, every other matrix low-rank factors with the paper's residual
-    correction. In the paper, embeddings and attention outputs keep none. Its settings are ``AdaPM(momentum="paper",
-    rank=0.05, state_dtype=None)``.
+    MLPs, most of a transformer, keep low-rank factors with the paper's residual correction, and everything else all of
+    it, in eight bits. In the paper, queries and keys are low-rank, too, and embeddings and attention outputs keep none.
+    Its settings are ``AdaPM(momentum="paper", rank=0.05, state_dtype=None)``.
 
     Args:
         params: ``model.named_parameters()``, or ``model.parameters()`` itself (names and heads are then read from the
@@ -37,20 +37,20 @@ class AdaPM(RoleOptimizer):
             together, or a quarter where matrices are large.
         debias: Whether the residual correction is added to the low-rank momentum.
         second_moment: ``"elementwise"`` (AdamW), ``"factored"`` (Adafactor) or ``"block"`` (Adam-mini). Where memory is
-            short, choose factored, at AdamW's learning rate: on 86 million parameters it ended 0.0188 below AdamW's
-            best with a thirteenth of its state (three seeds), and block, with as much, 0.034 above (one seed;
-            ``benchmarks/results/at_size.md``).
+            short, choose factored: on tokens it ended 0.023 below AdamW's best, at half of its learning rate (one seed;
+            ``benchmarks/results/tokens_llama_60m.md``). With the compact table on 86 million parameters it ended 0.0188
+            below, and block, with as much state, 0.034 above (``benchmarks/results/at_size.md``).
         momentum: Policies by role that differ from the default, ``{"mlp": "full", "lm_head": "none"}``, or one policy
             for every role. The policies are ``"none"``, ``"low_rank"`` and ``"full"``. ``"paper"`` is the published
-            table, in which embeddings and attention outputs keep none.
+            table, in which embeddings and attention outputs keep none, ``"compact"`` has low-rank momentum for
+            everything but values and vectors.
         roles: Roles for names, ``{regular expression: role or policy}``, searched in order before any built-in rule.
         unmatched: Policy of matrices without a known role. ``"error"`` refuses and lists them.
         no_decay: Roles exempt from weight decay, for instance ``("norm", "bias")``.
-        state_dtype: Dtype of the momentum, or of a policy's, ``{"low_rank": "bfloat16"}``, which is the default: both
-            factors, but not full momentum. None, and a policy that is not named: float32 (float64 for float64
-            parameters). ``"int8"`` stores codes with a scale for each 256 values of a row, and bases in
-            bfloat16; vectors and rows of fewer than 8 values stay in float32. The second moment is never kept below
-            float32.
+        state_dtype: Dtype of the momentum, or of a policy's: by default, ``{"full": "int8", "low_rank": "bfloat16"}``.
+            None, and a policy that is not named: float32 (float64 for float64 parameters). ``"int8"`` stores codes with
+            a scale for each 256 values of a row, and bases in bfloat16; vectors and rows of fewer than 8 values stay in
+            float32. The second moment is never kept below float32.
         basis: Where processes that share the rows of a matrix keep the basis of its low-rank momentum.
             ``"replicate"`` keeps all of it on each of them, ``"shard"`` a part, gathered in every step; ``"auto"``
             replicates on up to two processes. Without sharding there is nothing to choose.
@@ -76,11 +76,11 @@ class AdaPM(RoleOptimizer):
     ``query.exp_avg_l``; a stack of matrices ``(b, m, n)`` has ``b`` in front of every shape.
 
     - ``step``: number of steps, a float32 scalar on the CPU.
-    - ``exp_avg`` ``(m, n)``: full momentum, in ``state_dtype``, by default float32.
+    - ``exp_avg`` ``(m, n)``: full momentum, in ``state_dtype``: of vectors float32.
     - ``exp_avg_l`` ``(m, rank)``, ``exp_avg_r`` ``(rank, n)``, in ``state_dtype``, by default bfloat16, and the int
       ``seeded``: low-rank momentum, its orthonormal basis, and whether every matrix has a basis yet.
     - ``exp_avg_codes`` in int8 and ``exp_avg_scale`` ``(m, n / 256)`` instead of ``exp_avg`` where ``state_dtype`` is
-      int8, and the same of ``exp_avg_l``.
+      int8, by default for full momentum of matrices, and the same of ``exp_avg_l``.
     - ``exp_avg_sq``, float32: second moment, ``(m, n)`` elementwise, ``(m, 1)`` or ``(heads, 1)`` by block.
     - ``exp_avg_sq_row`` ``(m, 1)`` and ``exp_avg_sq_col`` ``(1, n)``, float32: factored second moment.
 

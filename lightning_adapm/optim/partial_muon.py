@@ -21,6 +21,7 @@ HIDDEN = ("query", "key", "value", "attn_out", "mlp")
 """Roles whose matrices are moved by orthogonal updates."""
 
 DEFAULT_MOMENTUM: Mapping[str, str] = {**policy.PAPER_MOMENTUM, "embedding": "low_rank"}
+DEFAULT_STATE_DTYPE: Mapping[str, str] = {"low_rank": "bfloat16"}
 DEFAULT_RANK = 0.15
 """More than AdaPM's: the loss goes on falling with the rank, and attention outputs keep no momentum."""
 
@@ -115,7 +116,7 @@ class PartialMuon(RoleOptimizer):
         roles: Mapping[str, str] | None = None,
         unmatched: str = "error",
         no_decay: Iterable[str] = (),
-        state_dtype: options.StateDtype = policy.DEFAULT_STATE_DTYPE,
+        state_dtype: options.StateDtype = DEFAULT_STATE_DTYPE,
         basis: str = "auto",
         convolutions: bool = False,
         ns_steps: int = STEPS,

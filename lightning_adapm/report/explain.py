@@ -17,11 +17,11 @@ from lightning_adapm.roles.context import Named
 from lightning_adapm.roles.piece import UNMATCHED
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
-    "Adam-mini": {"momentum": momentum_table("full", "full"), "second_moment": "block"},  # arXiv 2406.16793
+    "Adam-mini": {"momentum": momentum_table("full", "full"), "second_moment": "block", "state_dtype": None},
     "AdaPM": {},
     "AdaPM factored": {"second_moment": "factored"},
 }
-"""Variants of :func:`compare`, as changes to AdaPM's parameter groups."""
+"""Variants of :func:`compare`, as changes to AdaPM's parameter groups; Adam-mini's momentum is float32 as published."""
 
 _SHARED = ("rank", "roles", "unmatched", "state_dtype")
 """Options with the same meaning in AdaPM and PartialMuon."""
@@ -128,7 +128,8 @@ def compare(model: nn.Module, **adapm_options: Any) -> dict[str, Explanation]:
     explanations = {}
     for name, changes in VARIANTS.items():
         if heads_known or changes.get("second_moment") != "block":
-            explanations[name] = Explanation(tuple(plan(optimizer, changes)), frozen, refuses)
+            unstated = {key: value for key, value in changes.items() if key not in shared}
+            explanations[name] = Explanation(tuple(plan(optimizer, unstated)), frozen, refuses)
     muon, _ = _optimizer(PartialMuon, model, shared)
     explanations[PartialMuon.__name__] = Explanation(tuple(plan(muon)), frozen, refuses)
     return explanations

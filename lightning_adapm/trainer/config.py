@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 
 from lightning_adapm.moments.orthogonal import KIND, STEPS
 from lightning_adapm.moments.policy import DEFAULT_RANK, DEFAULT_STATE_DTYPE
-from lightning_adapm.optim import AdaPM, PartialMuon, options
-from lightning_adapm.optim.partial_muon import DEFAULT_RANK as PARTIAL_MUON_RANK
+from lightning_adapm.optim import AdaPM, PartialMuon, options, partial_muon
 
 _SCHEDULES = ("cosine", "constant")
 _SCHEDULE_FIELDS = ("warmup_steps", "schedule", "min_lr_ratio")
@@ -117,14 +116,14 @@ class PartialMuonConfig(OptimizerConfig):
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
-    rank: int | float = PARTIAL_MUON_RANK
+    rank: int | float = partial_muon.DEFAULT_RANK
     update_proj_gap: int = 10
     momentum: Mapping[str, str] | str | None = None
     second_moment: str = "block"
     roles: Mapping[str, str] | None = None
     unmatched: str = "error"
     no_decay: Sequence[str] = ()
-    state_dtype: options.StateDtype = field(default_factory=lambda: dict(DEFAULT_STATE_DTYPE))
+    state_dtype: options.StateDtype = field(default_factory=lambda: dict(partial_muon.DEFAULT_STATE_DTYPE))
     basis: str = "auto"
     convolutions: bool = False
     ns_steps: int = STEPS

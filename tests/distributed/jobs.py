@@ -51,6 +51,8 @@ class Job:
     @property
     def settings(self):
         common = {"lr": 3e-3, "rank": 2, "update_proj_gap": 4, "weight_decay": 0.1, "state_dtype": None}
+        if issubclass(self.make, AdaPM):
+            common["momentum"] = "compact"  # nearly every role low-rank
         known = inspect.signature(self.make).parameters
         return {name: value for name, value in common.items() if name in known} | self.options
 

@@ -15,8 +15,8 @@ import lightning_adapm
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "AdaPM": {
         "elementwise": {"rank": 1, "update_proj_gap": 3},
-        "block": {"rank": 1, "second_moment": "block"},
-        "factored": {"rank": 1, "second_moment": "factored", "state_dtype": "bfloat16"},
+        "block": {"rank": 1, "second_moment": "block", "momentum": "compact"},
+        "factored": {"rank": 1, "second_moment": "factored", "momentum": "compact", "state_dtype": "bfloat16"},
     },
     "PartialMuon": {
         "": {"rank": 1, "update_proj_gap": 3},

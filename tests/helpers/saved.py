@@ -4,7 +4,14 @@ from models import tiny_gpt, token_batches, train
 
 from lightning_adapm import AdaPM
 
-OPTIONS = {"lr": 3e-3, "rank": 2, "update_proj_gap": 4}
+OPTIONS = {
+    "lr": 3e-3,
+    "rank": 2,
+    "update_proj_gap": 4,
+    "momentum": "compact",
+    "state_dtype": {"low_rank": "bfloat16"},
+}
+"""Low-rank momentum of nearly every role."""
 
 
 def trained(steps=6, model=None, **options):

@@ -42,7 +42,7 @@ def test_says_the_role_and_the_rule():
         name: (rows[name].role, rows[name].why, rows[name].policy)
         for name in ("embed_tokens.weight", "layers.0.self_attn.v_proj.weight", "layers.1.norm_2.bias")
     } == {
-        "embed_tokens.weight": ("embedding", "used by nn.Embedding", "low_rank"),
+        "embed_tokens.weight": ("embedding", "used by nn.Embedding", "full"),
         "layers.0.self_attn.v_proj.weight": ("value", "lies in an attention module", "full"),
         "layers.1.norm_2.bias": ("bias", "a vector", "full"),
     }

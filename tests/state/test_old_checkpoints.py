@@ -40,16 +40,17 @@ def test_a_run_continues(saved, name):
 
 @pytest.mark.filterwarnings("ignore:AdaPM goes on")
 def test_a_run_goes_on_with_the_defaults_of_today(saved):
-    """Factors change their rank and dtype, and what had no momentum begins with none."""
+    """What was low-rank and is full goes on as codes of its product, and what had no momentum begins with none."""
     run = saved["runs"]["AdaPM elementwise"]
     model = tiny_gpt(**saved["model"])
     model.load_state_dict(run["weights"])
     optimizer = AdaPM(model.parameters())
     optimizer.load_state_dict(run["optimizer"])
     head, table = (optimizer.state[weight] for weight in (model.lm_head.weight, model.transformer.wte.weight))
-    assert head["exp_avg_l"].dtype == table["exp_avg_l"].dtype == torch.bfloat16
-    assert head["exp_avg_l"].count_nonzero() and not table["exp_avg_l"].count_nonzero()
+    assert head["exp_avg_codes"].dtype == table["exp_avg_codes"].dtype == torch.int8
+    assert head["exp_avg_codes"].count_nonzero() and not table["exp_avg_codes"].count_nonzero()
+    assert optimizer.state[model.transformer.h[0].mlp.proj.weight]["exp_avg_l"].dtype == torch.bfloat16
     train(model, optimizer, token_batches(12, vocab=saved["model"]["padded_vocab_size"], size=(4, 9))[6:])
-    assert table["exp_avg_l"].count_nonzero()
+    assert table["exp_avg_codes"].count_nonzero()
     for key, expected in run["after"].items():
         torch.testing.assert_close(model.state_dict()[key], expected, rtol=0.1, atol=0.1)
