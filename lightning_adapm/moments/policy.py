@@ -39,6 +39,7 @@ _PHASES, _PHASES_OF_SMALL, _SMALL = 4, 2, 1 << 22
 """Phases of the refreshes, by the number of the transformer block, and those of matrices with fewer elements, which do
 not fill a GPU one by one. Several phases spread the cost over steps; few phases share kernels.
 """
+_SMALL_ROLES = ("norm", "bias", "adapter")
 SECOND_MOMENTS = ("elementwise", "block", "factored")
 
 
@@ -100,7 +101,8 @@ def momentum_for(piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> M
                 offset=_offset(piece, m * n, gap),
                 storage=storage_for(LowRankMomentum.name, group["state_dtype"], torch.Size((*shape[:-1], rank))),
             )
-    return FullMomentum(beta1, storage_for(FullMomentum.name, group["state_dtype"], shape))
+    coded = torch.Size() if piece.role in _SMALL_ROLES else shape  # as of vectors, eight bits would save nothing
+    return FullMomentum(beta1, storage_for(FullMomentum.name, group["state_dtype"], coded))
 
 
 def _offset(piece: Piece, numel: int, gap: int) -> int:

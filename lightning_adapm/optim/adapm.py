@@ -49,8 +49,8 @@ class AdaPM(RoleOptimizer):
         no_decay: Roles exempt from weight decay, for instance ``("norm", "bias")``.
         state_dtype: Dtype of the momentum, or of a policy's: by default, ``{"full": "int8", "low_rank": "bfloat16"}``.
             None, and a policy that is not named: float32 (float64 for float64 parameters). ``"int8"`` stores codes with
-            a scale for each 256 values of a row, and bases in bfloat16; vectors and rows of fewer than 8 values stay in
-            float32. The second moment is never kept below float32.
+            a scale for each 256 values of a row, and bases in bfloat16; norms, biases, adapters and rows of fewer
+            than 8 values stay in float32. The second moment is never kept below float32.
         basis: Where processes that share the rows of a matrix keep the basis of its low-rank momentum.
             ``"replicate"`` keeps all of it on each of them, ``"shard"`` a part, gathered in every step; ``"auto"``
             replicates on up to two processes. Without sharding there is nothing to choose.

@@ -74,9 +74,9 @@ def test_nothing_that_is_not_finite_is_stored(dtype):
 
 
 def test_what_is_too_small_stays_in_float32():
-    shapes = {"norm.weight": (64,), "mlp.0.weight": (4, 7), "mlp.1.weight": (4, 8), "bias": ()}
+    shapes = {"norm.weight": (64,), "mlp.0.weight": (4, 7), "mlp.1.weight": (4, 8), "bias": (), "lora_a": (8, 16)}
     params = {name: nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()}
-    optimizer = AdaPM(params.items(), momentum="full", state_dtype="int8", roles={"^bias$": "bias"})
+    optimizer = AdaPM(params.items(), momentum="full", state_dtype="int8", roles={"^bias$": "bias", "lora": "adapter"})
     for param in params.values():
         param.grad = torch.ones_like(param)
     optimizer.step()

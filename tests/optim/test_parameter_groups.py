@@ -107,7 +107,7 @@ def test_options_of_a_group():
     ]
     optimizer = AdaPM(groups, momentum={"query": "none"})
     first, second = (group["momentum"] for group in optimizer.param_groups)
-    assert (first["mlp"], first["query"], first["key"]) == ("none", "none", "low_rank")
+    assert (first["mlp"], first["query"], first["key"]) == ("none", "none", "full")
     assert set(second.values()) == {"full"}
     assert optimizer.param_groups[0]["no_decay"] == ["norm"]
     assert optimizer.param_groups[1]["state_dtype"] == "bfloat16"

@@ -299,7 +299,7 @@ def test_maximize_and_no_decay():
         ("second_moment", "rows", "elementwise, block, factored"),
         ("clip_threshold", 0.0, "clip_threshold must be"),
         ("momentum", {"mpl": "full"}, "'mpl' is not a role; the roles are embedding"),
-        ("momentum", "papr", "one of 'none', 'low_rank', 'full', 'paper', or policies by role, but got 'papr'"),
+        ("momentum", "papr", "'full', 'paper', 'compact', or policies by role, but got 'papr'"),
         ("momentum", {"mlp": "ful"}, r"momentum\['mlp'\]: 'ful' is not a policy"),
         ("roles", {"x": "keys"}, r"roles\['x'\]: 'keys' is neither a role"),
         ("unmatched", "warn", "unmatched must be 'error' or one of"),
@@ -317,6 +317,9 @@ def test_a_name_stands_for_a_table_of_momentum(unmatched):
     paper = AdaPM(PlainLM().parameters(), momentum="paper", unmatched=unmatched).param_groups[0]["momentum"]
     published = {"embedding": "none", "attn_out": "none", "query": "low_rank", "key": "low_rank", "mlp": "low_rank"}
     assert paper.items() >= published.items() and paper["value"] == "full"
+    compact = AdaPM(PlainLM().parameters(), momentum="compact", unmatched=unmatched).param_groups[0]["momentum"]
+    low_rank = {"embedding", "query", "key", "attn_out", "mlp", "lm_head"}
+    assert {role for role, policy in compact.items() if policy == "low_rank"} == low_rank
     assert paper.get("unmatched") == (None if unmatched == "error" else unmatched)
     every = AdaPM(PlainLM().parameters(), momentum="full", unmatched=unmatched).param_groups[0]["momentum"]
     assert set(every.values()) == {"full"} and "unmatched" in every

@@ -70,7 +70,7 @@ def test_reparametrized_weights_keep_their_roles_and_heads(how, matrix):
 
 def test_a_reparametrized_model_trains_with_low_rank_momentum():
     model = reparametrized(PlainLM(layers=1), parametrizations.weight_norm)
-    optimizer = AdaPM(model.parameters(), rank=2)
+    optimizer = AdaPM(model.parameters(), rank=2, momentum="compact", state_dtype=None)
     model(token_batches(1)[0]).backward()
     optimizer.step()
     query = model.layers[0].self_attn.q_proj.parametrizations.weight
@@ -274,7 +274,7 @@ def test_the_line_to_paste_saves_memory_where_it_can_guess():
         "stem.weight": "low_rank", "body.weight": "mlp", "depthwise.d+.weight": "full", "query.weight": "query",
         "table": "full", "rnn.weight_ih_ld+": "full", "rnn.weight_hh_ld+": "full",
     }  # fmt: skip
-    optimizer = AdaPM(model.parameters(), roles=roles, rank=1)
+    optimizer = AdaPM(model.parameters(), roles=roles, rank=1, momentum="compact")
     assert {"exp_avg_l"} <= {key for param in (model.stem.weight, model.body.weight, model.query.weight)
                              for part in optimizer.parts(param) for key in part.entries}  # fmt: skip
     assert line.strip() in explain(model).advice

@@ -85,7 +85,7 @@ def test_the_base_keeps_its_roles(kind):
 
 def test_a_head_trained_beside_adapters_is_a_head():
     model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=4, modules_to_save=["lm_head"], **TARGETS))
-    optimizer = AdaPM(model.parameters(), rank=2)
+    optimizer = AdaPM(model.parameters(), rank=2, momentum="compact")
     (name,) = (name for name, param in model.named_parameters() if param.requires_grad and "lm_head" in name)
     assert roles_of(optimizer)[name] == "lm_head"
     train(model, optimizer)
