@@ -296,6 +296,7 @@ def train_both(model, names, rows, taught, second_moment, axis=0):
         "eps": 1e-6,
         "rank": 3,
         "update_proj_gap": 10,
+        "momentum": "compact",
         "second_moment": second_moment,
         "state_dtype": None,
     }
