@@ -41,7 +41,7 @@ def test_pool_is_weighted_and_leaves_out_what_nobody_saw():
 
 def test_pooled_figures_are_means_over_the_pieces():
     model = PlainLM()
-    optimizer = AdaPM(model.parameters(), rank=2, clip_threshold=0.5)
+    optimizer = AdaPM(model.parameters(), rank=2, momentum="compact", clip_threshold=0.5)
     probe = optimizer.observer = ResidualProbe()
     train(model, optimizer, token_batches(2))
     readings = probe.read()[-len(list(model.parameters())) :]  # of the second step
