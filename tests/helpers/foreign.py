@@ -77,7 +77,7 @@ trainer:
     - {class_path: lightning_adapm.OptimizerStateMonitor, init_args: {every_n_steps: 2}}
     - {class_path: lightning_adapm.ResidualNormMonitor, init_args: {every_n_steps: 2}}
     - {class_path: lightning_adapm.ClosingTable}
-optimizer: {class_path: lightning_adapm.AdaPM, init_args: {lr: 1.0e-3, rank: 2, momentum: {mlp: full}}}
+optimizer: {class_path: lightning_adapm.AdaPM, init_args: {lr: 1.0e-3, rank: 2, momentum: {mlp: full, query: low_rank}}}
 """
 
 

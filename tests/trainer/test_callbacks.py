@@ -187,7 +187,7 @@ def test_yaml_only_in_a_foreign_project(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     (result,) = tmp_path.rglob("result.json")
     assert json.loads(result.read_text())["optimizer"] == "AdaPM"
-    assert "residual/norm_mean/mlp" in (result.parent / "metrics.csv").read_text()
+    assert "residual/norm_mean/query" in (result.parent / "metrics.csv").read_text()
 
 
 DDP_SCRIPT = """
