@@ -17,7 +17,12 @@ def test_first_steps_refreshes_and_monitors_hold_no_matrix():
     """Above the second step, which does none of it; the matrix takes 512 MiB in float32."""
     weight = nn.Parameter(torch.randn(65536, 2048, device="cuda", dtype=torch.bfloat16))
     optimizer = AdaPM(
-        [("lm_head.weight", weight)], rank=16, state_dtype=None, update_proj_gap=2, second_moment="factored"
+        [("lm_head.weight", weight)],
+        rank=16,
+        momentum="compact",
+        state_dtype=None,
+        update_proj_gap=2,
+        second_moment="factored",
     )
     optimizer._make_state(weight)
     peaks = {}

@@ -14,7 +14,7 @@ pytestmark = NEEDED
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_parameters_keep_a_float32_state(dtype):
     net = model(dtype).cuda()
-    optimizer = AdaPM(net.named_parameters(), rank=3, state_dtype=None)
+    optimizer = AdaPM(net.named_parameters(), rank=3, momentum="compact", state_dtype=None)
     for step in range(12):
         gradients(net, step)
         optimizer.step()
@@ -27,7 +27,9 @@ def test_low_precision_parameters_keep_a_float32_state(dtype):
 @pytest.mark.parametrize("second_moment", ["elementwise", "block", "factored"])
 def test_state_of_any_dtype(state_dtype, second_moment):
     net = model().cuda()
-    optimizer = AdaPM(net.named_parameters(), rank=8, state_dtype=state_dtype, second_moment=second_moment)
+    optimizer = AdaPM(
+        net.named_parameters(), rank=8, momentum="compact", state_dtype=state_dtype, second_moment=second_moment
+    )
     for step in range(6):
         gradients(net, step)
         if step == 3:
@@ -40,12 +42,12 @@ def test_state_of_any_dtype(state_dtype, second_moment):
 
 def test_a_state_saved_on_a_gpu_loads_on_a_cpu(tmp_path):
     net = model().cuda()
-    optimizer = AdaPM(net.named_parameters(), rank=3, state_dtype=None)
+    optimizer = AdaPM(net.named_parameters(), rank=3, momentum="compact", state_dtype=None)
     gradients(net, 0)
     optimizer.step()
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
     twin = copy.deepcopy(net).cpu()
-    loaded = AdaPM(twin.named_parameters(), rank=3, state_dtype=None)
+    loaded = AdaPM(twin.named_parameters(), rank=3, momentum="compact", state_dtype=None)
     loaded.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     for p, q in zip(net.parameters(), twin.parameters(), strict=True):
         for key, value in optimizer.state[p].items():

@@ -16,7 +16,12 @@ def test_the_same_weights_as_on_a_cpu(second_moment, dtype, tolerance):
     nets = [model(dtype), model(dtype).cuda()]
     for net in nets:
         optimizer = AdaPM(
-            net.named_parameters(), rank=3, state_dtype=None, update_proj_gap=5, second_moment=second_moment
+            net.named_parameters(),
+            rank=3,
+            momentum="compact",
+            state_dtype=None,
+            update_proj_gap=5,
+            second_moment=second_moment,
         )
         for step in range(22):
             gradients(net, step)
@@ -54,7 +59,14 @@ def test_one_head_of_thousands_of_rows(rows):
     for net in nets:
         group = {"params": net.named_parameters(), "n_head": 1}
         optimizer = AdaPM(
-            [group], rank=5, state_dtype=None, second_moment="block", update_proj_gap=3, weight_decay=0, eps=1
+            [group],
+            rank=5,
+            momentum="compact",
+            state_dtype=None,
+            second_moment="block",
+            update_proj_gap=3,
+            weight_decay=0,
+            eps=1,
         )
         for step in range(5):
             gradients(net, step)
@@ -69,7 +81,7 @@ def test_tf32_does_not_reach_the_orthonormalization():
     torch.set_float32_matmul_precision("high")
     try:
         net = model().cuda()
-        optimizer = AdaPM(net.named_parameters(), rank=8, state_dtype=None, update_proj_gap=2)
+        optimizer = AdaPM(net.named_parameters(), rank=8, momentum="compact", state_dtype=None, update_proj_gap=2)
         for step in range(9):
             gradients(net, step)
             optimizer.step()

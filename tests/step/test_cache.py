@@ -15,7 +15,7 @@ from lightning_adapm.report.plan import cached_bytes
 
 def trained():
     model = PlainLM()
-    optimizer = AdaPM(model.parameters(), rank=2, update_proj_gap=1)
+    optimizer = AdaPM(model.parameters(), rank=2, momentum="compact", update_proj_gap=1)
     train(model, optimizer, token_batches(2))
     return optimizer
 

@@ -44,7 +44,8 @@ class Mixed(nn.Module):
 def trained(dtype, steps=8, spoiled=(), **options):
     torch.manual_seed(0)
     model = Mixed().to(dtype)
-    options = {"lr": 1e-2, "roles": {"^experts$": "mlp"}, "update_proj_gap": 3} | options
+    compact = {"momentum": "compact", "state_dtype": {"low_rank": "bfloat16"}}
+    options = {"lr": 1e-2, "roles": {"^experts$": "mlp"}, "update_proj_gap": 3} | compact | options
     optimizer = AdaPM(model.named_parameters(), **options)
     generator = torch.Generator().manual_seed(1)
     for step in range(steps):

@@ -34,7 +34,9 @@ def trained(**options):
     """Weights of a model with six columns, and readings. The last rows of its fused weight are no query's."""
     torch.manual_seed(0)
     model = fully_shard(tiny_gpt(n_layer=1, n_embd=6, n_head=4, n_query_groups=1, head_size=2, intermediate_size=8))
-    optimizer = AdaPM(model.named_parameters(), rank=2, update_proj_gap=2, state_dtype=None, **options)
+    optimizer = AdaPM(
+        model.named_parameters(), rank=2, update_proj_gap=2, state_dtype=None, **{"momentum": "compact"} | options
+    )
     optimizer.observer = ResidualProbe()
     generator = torch.Generator().manual_seed(0)
     for _ in range(4):

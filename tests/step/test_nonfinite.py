@@ -20,7 +20,10 @@ from lightning_adapm.step.parts import Part
 def twins(**options):
     models = [PlainLM()]
     models.append(copy.deepcopy(models[0]))
-    optimizers = [AdaPM(model.named_parameters(), rank=2, update_proj_gap=3, **options) for model in models]
+    optimizers = [
+        AdaPM(model.named_parameters(), rank=2, update_proj_gap=3, **{"momentum": "compact"} | options)
+        for model in models
+    ]
     for model, optimizer in zip(models, optimizers, strict=True):
         train(model, optimizer, token_batches(5))
     return models, optimizers
@@ -63,7 +66,7 @@ def test_the_subspace_stays():
 
 def test_a_piece_of_a_fused_weight_breaks_alone():
     model = tiny_gpt()
-    optimizer = AdaPM(model.named_parameters(), rank=2)
+    optimizer = AdaPM(model.named_parameters(), rank=2, momentum="compact")
     name, weight = next((n, p) for n, p in model.named_parameters() if n.endswith("0.attn.qkv.weight"))
     for param in model.parameters():
         param.grad = torch.randn_like(param)

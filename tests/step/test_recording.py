@@ -106,6 +106,8 @@ class Twins:
             "lr": 1e-2,
             "roles": {"q_proj": "query"},
         } | options
+        if make is AdaPM:
+            options = {"momentum": "compact"} | options
         groups = [{"params": net.named_parameters(), "n_head": 2} for net in self.nets]
         self.optimizers = [make([group], **options) for group in groups]
         self.optimizers[0].most_recorded_bytes, self.optimizers[1].most_recorded_bytes = 1 << 20, 0
@@ -291,7 +293,7 @@ def test_a_replay_calls_no_python_for_a_parameter(recorded):
 
     def calls(depth):
         net = model(depth=depth)
-        options = {"rank": 2, "update_proj_gap": 100, "roles": {"q_proj": "query"}}
+        options = {"rank": 2, "update_proj_gap": 100, "momentum": "compact", "roles": {"q_proj": "query"}}
         optimizer = AdaPM([{"params": net.named_parameters(), "n_head": 2}], **options)
         for param in net.parameters():
             param.grad = torch.ones_like(param)

@@ -34,7 +34,7 @@ def test_recorded_steps_hold_what_their_bound_says(traced, options, table):
     named = [
         (name, nn.Parameter(torch.zeros(shape))) for name, shape in [*weights.items(), ("embed.weight", (table, 256))]
     ]
-    optimizer = AdaPM(named, rank=0.1, **{"update_proj_gap": 4} | options)
+    optimizer = AdaPM(named, rank=0.1, momentum="compact", **{"update_proj_gap": 4} | options)
     for _, param in named:
         param.grad = torch.zeros_like(param)
         optimizer._make_state(param)

@@ -39,7 +39,12 @@ def trained(make, second_moment, steps=23):
     torch.manual_seed(0)
     model = make().double()
     optimizer = AdaPM(
-        model.named_parameters(), lr=1e-2, rank=2, second_moment=second_moment, roles={"^experts$": "mlp"}
+        model.named_parameters(),
+        lr=1e-2,
+        rank=2,
+        momentum="compact",
+        second_moment=second_moment,
+        roles={"^experts$": "mlp"},
     )
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):

@@ -69,7 +69,9 @@ TILE = 4096
 def peak(watched, first=False, **options):
     """Bytes that the ``first`` or the second step of a large matrix allocates at most, and frees again."""
     weight = nn.Parameter(torch.randn(2048, 128, generator=torch.Generator().manual_seed(0)))
-    optimizer = AdaPM([("lm_head.weight", weight)], **{"rank": 4, "update_proj_gap": 10} | options)
+    optimizer = AdaPM(
+        [("lm_head.weight", weight)], **{"rank": 4, "momentum": "compact", "update_proj_gap": 10} | options
+    )
     probe, tracker = ResidualProbe(), AllocationTracker()
     optimizer._make_state(weight)
     for number in range(1 if first else 2):
