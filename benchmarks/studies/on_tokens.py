@@ -54,7 +54,7 @@ ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
         {"embedding": "full"}, betas=BETAS95, second_moment="factored"
     ),
     TABLES_FULL: AT_SIZE_ROWS[TABLES_FULL],
-    "PartialMuon, tables full, int8": ("PartialMuon", {"momentum": TABLES, "state_dtype": EIGHT_BITS}),
+    "PartialMuon, tables full, int8": five_steps(momentum=TABLES, state_dtype=EIGHT_BITS),
     "AdaPM factored, rank 10%": adapm(betas=BETAS95, second_moment="factored", rank=0.1),
     "AdaPM factored, float32": adapm(betas=BETAS95, second_moment="factored", state_dtype=None),
     "AdaPM factored, all full": adapm(betas=BETAS95, second_moment="factored", momentum="full", state_dtype=None),
