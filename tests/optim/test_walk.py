@@ -38,7 +38,7 @@ def walk():
 def frames():
     """What an ordinary step of one matrix calls: code, and the object or class that it is called with."""
     weight = nn.Parameter(torch.randn(8, 8))
-    optimizer = AdaPM([("q_proj.weight", weight)])
+    optimizer = AdaPM([("up_proj.weight", weight)])
     calls = []
 
     def note(frame, event, _):
