@@ -61,7 +61,7 @@ class Named:
                 f"{self.name} has no shape yet: its lazy module gets one in its first forward. Run the model on one"
                 " batch before the optimizer is built, model(batch), in Lightning in configure_model()"
             )
-        self.shape = shape_of(self.param)
+        self.shape = shape_of(self.param, self.name)
         self.label = self.label or self.name
 
     @cached_property

@@ -22,8 +22,8 @@ def is_dtensor(tensor: object) -> "TypeGuard[DTensor]":
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def layout_of(param: Tensor) -> Layout | None:
-    """Find which elements of a parameter each process holds.
+def layout_of(param: Tensor, name: str = "a parameter") -> Layout | None:
+    """Find which elements of a parameter each process holds; an error calls it by ``name``.
 
     Returns:
         The layout, or None where every process holds the whole parameter.
@@ -34,25 +34,25 @@ def layout_of(param: Tensor) -> Layout | None:
     if fsdp1.is_flat_parameter(param):
         raise TypeError("params holds FSDP's flat parameter, not the model's: wrap the model with use_orig_params=True")
     if is_dtensor(param):
-        return _layout_of_dtensor(param)
+        return _layout_of_dtensor(param, name)
     return fsdp1.layout_of_view(param)
 
 
-def shape_of(param: Tensor) -> torch.Size:
-    """Shape of the whole parameter, however little of it this process holds."""
-    layout = layout_of(param)
+def shape_of(param: Tensor, name: str = "a parameter") -> torch.Size:
+    """Shape of the whole parameter, however little of it this process holds; an error calls it by ``name``."""
+    layout = layout_of(param, name)
     return param.shape if layout is None else layout.shape
 
 
-def _layout_of_dtensor(param: "DTensor") -> Layout:
+def _layout_of_dtensor(param: "DTensor", name: str) -> Layout:
     from torch.distributed.tensor import Replicate, Shard
 
     mesh, sharded = param.device_mesh, [dim for dim, kind in enumerate(param.placements) if kind != Replicate()]
     if [param.placements[dim] for dim in sharded] not in ([], [Shard(0)]):
         raise TypeError(
-            f"a parameter of shape {tuple(param.shape)} has the placements {param.placements}, but must be"
-            " sharded along its first dimension, as fully_shard does by default. Tensor parallelism"
-            " (tensor_parallel_size > 1) and shard_placement_fn are not supported"
+            f"{name} of shape {tuple(param.shape)} has the placements {param.placements}, but must be sharded along"
+            " its first dimension alone, as fully_shard and ColwiseParallel do by default. RowwiseParallel of a linear"
+            " layer, tensor_parallel_size > 1 together with fully_shard, and shard_placement_fn are not supported"
         )
     dim = sharded[0] if sharded else 0
     count, rank = (mesh.size(dim), mesh.get_local_rank(dim)) if sharded else (1, 0)
