@@ -65,7 +65,7 @@ def recipes(result: Result) -> Cells:
 def sharded_steps(result: Result) -> Cells:
     """The mean of the fused AdamW in ms and the means of others relative to it, of the step alone and in training.
 
-    Means are those of the fastest turn, because one step that waits for another process's host can double a turn's.
+    Means are those of the fastest turn, because a single disturbed step can double that of its turn.
     """
     how = f", {result['strategy'].upper()} on {result['processes']}"
     for kind, words in (("step", "step"), ("training", "training step")):

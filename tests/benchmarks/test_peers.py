@@ -296,7 +296,7 @@ def test_a_section_has_a_row_for_each_result(tmp_path):
         "| [m, float32, CPU](../benchmarks/results/peak_memory-a.md) | 1.0 GiB |  |  |  |  |",
         "| [m, float32, checkpointing, CPU](../benchmarks/results/peak_memory-a.md) |  |  |  |  |  |",
     ]
-    turns = {"AdamW, fused": [2.0, 9.0], "AdaPM": [3.2, 3.0]}  # the fastest, because processes disturb each other
+    turns = {"AdamW, fused": [2.0, 9.0], "AdaPM": [3.2, 3.0]}  # the fastest: a step may be disturbed
     shards = {name: {"step": {"mean_ms": sum(ms) / 2, "turns_ms": ms}} for name, ms in turns.items()}
     made |= {"strategy": "fsdp2", "processes": 2, "rows": shards}
     (tmp_path / "step_time_sharded-a.json").write_text(json.dumps(made))
