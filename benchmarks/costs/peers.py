@@ -57,6 +57,7 @@ def _from_step_zero(optimizer: Optimizer) -> None:
 _BLOCK: dict[str, Any] = {"second_moment": "block"}
 _FACTORED: dict[str, Any] = {"second_moment": "factored"}
 _IN_BACKWARD: dict[str, Any] = {"update_in_backward": True}
+_FAST: dict[str, Any] = {"newton_schulz": "fast"}
 _PAPER: dict[str, Any] = {"momentum": "paper", "rank": 0.05, "state_dtype": None}
 _GAP: dict[str, Any] = {"update_proj_gap": 200, "proj_type": "std"}
 _RANDOM = _GAP | {"proj": "random"}
@@ -79,9 +80,10 @@ PEERS: tuple[Peer, ...] = (
     Peer("AdaPM, every step", "AdaPM", {"update_proj_gap": 1}),
     Peer("PartialMuon", "PartialMuon", interval=10),
     Peer("PartialMuon, rank 5%", "PartialMuon", {"rank": 0.05, "state_dtype": None}, interval=10),
-    Peer("PartialMuon, 3 steps", "PartialMuon", {"ns_steps": 3}, interval=10),
-    Peer("PartialMuon, refreshed every 20", "PartialMuon", {"update_proj_gap": 20}, interval=20),
-    Peer("PartialMuon, Muon's 5 steps", "PartialMuon", {"newton_schulz": "muon", "ns_steps": 5}, interval=10),
+    Peer("PartialMuon, 4 fast steps", "PartialMuon", _FAST, interval=10),
+    Peer("PartialMuon, 4 fast steps, rank 5%", "PartialMuon", _FAST | {"rank": 0.05, "state_dtype": None}, interval=10),
+    Peer("PartialMuon, 4 fast steps, refreshed every 20", "PartialMuon", _FAST | {"update_proj_gap": 20}, interval=20),
+    Peer("PartialMuon, 3 fast steps", "PartialMuon", _FAST | {"ns_steps": 3}, interval=10),
     Peer("AdamMini", "AdamMini"),
     Peer("LoRAPre", "LoRAPre"),
     Peer("LoRAPre, Muon", "LoRAPre", {"variant": "muon"}),

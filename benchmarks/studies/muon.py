@@ -13,8 +13,8 @@ FULL_TABLE = "PartialMuon, embedding full, rank 15%, factors in bfloat16, full i
 """As large as the default, with momentum elsewhere. Of fp32 AdamW's state, they keep 5.9 and 5.3 % on Llama-3-8B, and
 6.2 and 7.8 % on GPT-2 124M, the default 5.3 and 7.2 %."""
 FEWER = {
-    "PartialMuon, 3 fast steps": ("PartialMuon", {"ns_steps": 3, "update_proj_gap": 10}),
-    "PartialMuon, 4 fast steps": ("PartialMuon", {"update_proj_gap": 10}),
+    "PartialMuon, 3 fast steps": ("PartialMuon", {"newton_schulz": "fast", "ns_steps": 3, "update_proj_gap": 10}),
+    "PartialMuon, 4 fast steps": ("PartialMuon", {"newton_schulz": "fast", "update_proj_gap": 10}),
     "PartialMuon, 4 of Muon's steps": five_steps(ns_steps=4),
 }
 MUON_ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
@@ -38,7 +38,7 @@ MUON_ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "PartialMuon, factored": five_steps(second_moment="factored"),
     **FEWER,
     "PartialMuon, refreshed every 20": five_steps(update_proj_gap=20),
-    "PartialMuon, 4 fast steps, refreshed every 20": ("PartialMuon", {"update_proj_gap": 20}),
+    "PartialMuon, 4 fast steps, refreshed every 20": ("PartialMuon", {"newton_schulz": "fast", "update_proj_gap": 20}),
     "PartialMuon, momentum .9": muon(mu=0.9),
     "PartialMuon, every step": muon(update_proj_gap=1),
     "PartialMuon, every 5": muon(update_proj_gap=5),
@@ -85,10 +85,10 @@ def partial_muon() -> Study:
             "0.0125 +- 0.0002 above its best in the same seeds, at 8e-3 (0.630 at 1.6e-2, lower rates not run), and "
             "0.1107 +- 0.0023 below AdamW's best (two seeds). At rank 5 % in float32, which were the defaults, it ends "
             "0.028 above Muon, at 4e-3, with full momentum for embeddings 0.019, at 8e-3; with low-rank attention "
-            "outputs, rank 10 % and all state in bfloat16 0.025. Muon below 4e-3 was not run. Rows that do not say "
-            "otherwise have five of Muon's steps of Newton-Schulz. **Four fast ones, the default now, end 0.0015 above "
-            "them, three 0.012** (at 8e-3, one seed). Four of Muon's after the fast ones' division end 0.005 above, "
-            "and three without it 0.027. Refreshed every 20 steps instead of 10, it ends 0.0009 above."
+            "outputs, rank 10 % and all state in bfloat16 0.025. Muon below 4e-3 was not run. **Four fast "
+            "steps of Newton-Schulz end 0.0015 above Muon's five, three 0.012** (at 8e-3, one seed). Four of Muon's "
+            "after the fast ones' division end 0.005 above, and three without it 0.027. Refreshed every 20 steps "
+            "instead of 10, it ends 0.0009 above."
         ),
     )
 
@@ -102,8 +102,8 @@ SMALL_ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "Muon": muon(momentum="full"),
     "PartialMuon": default(),
     "AdamW": adamw(0.9, 0.95),
-    "PartialMuon, Muon's five steps": five_steps(),
-    "PartialMuon, 3 fast steps": default(ns_steps=3),
+    "PartialMuon, 4 fast steps": default(newton_schulz="fast"),
+    "PartialMuon, 3 fast steps": default(newton_schulz="fast", ns_steps=3),
     "PartialMuon, rank 5%": default(rank=0.05),
     "PartialMuon, rank 25%": default(rank=0.25),
     "PartialMuon, factors in float32": default(state_dtype=None),

@@ -222,6 +222,8 @@ def resolve(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
         momentum = {**partial_muon.DEFAULT_MOMENTUM, **(momentum or {})}
     resolved["momentum"] = momentum_table(momentum, "error")
     resolved["betas"] = list(resolved["betas"])
+    if muon:
+        resolved["ns_steps"] = partial_muon.steps_of(resolved["newton_schulz"], resolved["ns_steps"])
     if resolved.get("newton_schulz") == "muon":  # as runs from before it was an option
         del resolved["newton_schulz"]
     return resolved

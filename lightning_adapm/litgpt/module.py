@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -93,6 +93,7 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
         self.tokenizer_dir = tokenizer_dir or checkpoint_dir
         self.micro_batch_size = micro_batch_size
         self.max_seq_length = max_seq_length
+        self._targets_missed = False
         self.lm_head_chunk_size = lm_head_chunk_size
         self.torch_compile = torch_compile
         # Not in `configure_model`, because LightningCLI builds the optimizer before there is a Trainer.
@@ -206,6 +207,19 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
         """Logits of shape (batch, positions, padded vocabulary) for int64 tokens of shape (batch, positions)."""
         return self.model(tokens)
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Warn once of a batch without a target, whose loss is 0, while its labels are on the host."""
+        if self._targets_missed or isinstance(batch, Tensor) or "labels" not in batch:
+            return batch
+        if (batch["labels"][:, 1:] == self._ignored).all():
+            self._targets_missed = True
+            rank_zero_warn(
+                f"A batch has no token to predict: all its labels are {self._ignored}, so its loss is 0. Where"
+                " `max_seq_length` cuts off whole answers, raise `model.init_args.max_seq_length`"
+                f" (found: {self.max_seq_length}), or drop such rows from the data"
+            )
+        return batch
+
     def training_step(self, batch: Tensor | Mapping[str, Any], batch_idx: int) -> Tensor:
         """Mean cross-entropy of the batch, in nats per target token."""
         loss, _ = self._loss(batch)
@@ -228,11 +242,14 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
         loss = self._val_loss.compute()
         self.log_dict({"val_loss": loss, "val_ppl": loss.exp()}, prog_bar=True, sync_dist=True)
 
+    @property
+    def _ignored(self) -> int:
+        return getattr(getattr(self._trainer, "datamodule", None), "ignore_index", -100)
+
     def _loss(self, batch: Tensor | Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy over the target tokens, and their number; both are 0 where all are masked."""
         inputs, targets = _shifted(batch)
-        ignored = getattr(getattr(self._trainer, "datamodule", None), "ignore_index", -100)
-        size = self.lm_head_chunk_size
+        ignored, size = self._ignored, self.lm_head_chunk_size
         if not size:
             total = summed_loss(self(inputs), targets, ignored)
         elif self.model.config.final_logit_softcapping is not None:  # which litgpt applies to what the head returns

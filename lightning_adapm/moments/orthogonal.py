@@ -27,8 +27,6 @@ from lightning_adapm.sharding.reduction import ONE_PROCESS, ProcessReduction, Re
 
 Coefficients = tuple[float, float, float]
 """Those of ``X``, ``X Xᵀ X`` and ``(X Xᵀ)² X`` in one step."""
-KIND, STEPS = "fast", 4
-"""Kind of iteration, and its number of steps, that PartialMuon has by default."""
 MUON: Coefficients = (3.4445, -4.7750, 2.0315)
 """Those of every step, by Keller Jordan."""
 _FITTED: Mapping[int, tuple[Coefficients, ...]] = {
@@ -59,7 +57,8 @@ FIVE = Iteration()
 """Muon's."""
 FAST: Mapping[int, Iteration] = {number: Iteration(steps, by_gram=True) for number, steps in _FITTED.items()}
 """Iterations of fewer steps, by their number."""
-ITERATIONS = ("muon", "fast")
+ITERATIONS: Mapping[str, int] = {"muon": 5, "fast": 4}
+"""Kinds of iteration, and the steps that each has by default."""
 _STEEP = 5.0
 
 

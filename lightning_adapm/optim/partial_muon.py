@@ -11,7 +11,7 @@ from lightning_adapm.moments import policy
 from lightning_adapm.moments.base import Momentum, SecondMoment
 from lightning_adapm.moments.first import FullMomentum, LowRankMomentum, NoMomentum
 from lightning_adapm.moments.nesterov import NesterovLowRankMomentum, NesterovMomentum
-from lightning_adapm.moments.orthogonal import FAST, ITERATIONS, KIND, STEPS, Iteration, Orthogonal, iteration_of
+from lightning_adapm.moments.orthogonal import FAST, ITERATIONS, Iteration, Orthogonal, iteration_of
 from lightning_adapm.optim import options
 from lightning_adapm.optim.base import RoleOptimizer
 from lightning_adapm.roles.piece import Piece
@@ -34,8 +34,7 @@ class PartialMuon(RoleOptimizer):
 
     Matrices of hidden layers (queries, keys, values, attention outputs and MLPs) move along the nearest orthogonal
     matrix to their momentum: queries, keys and values of a fused weight each by itself, experts of a stack likewise.
-    Everything else takes Adam's update at the same learning rate. ``momentum="full"`` is Muon, whose own steps are
-    ``newton_schulz="muon", ns_steps=5``.
+    Everything else takes Adam's update at the same learning rate. ``momentum="full"`` is Muon.
 
     Args:
         params: Named parameters or parameter groups, as for :class:`~lightning_adapm.AdaPM`.
@@ -59,9 +58,10 @@ class PartialMuon(RoleOptimizer):
         basis: Placement of bases, as for AdaPM.
         convolutions: Whether weights of convolutions have orthogonal updates, too, as matrices of outputs by the rest.
             Their names tell no role: give them one, such as ``roles={"conv": "mlp"}``.
-        ns_steps: Steps of the Newton-Schulz iteration that finds the orthogonal matrix.
-        newton_schulz: ``"fast"``, 4 or 3 steps with fitted coefficients, or ``"muon"``, any number of Muon's steps,
-            of which Muon takes 5. Three fast steps are shorter, for a higher loss.
+        ns_steps: Steps of the Newton-Schulz iteration that finds the orthogonal matrix; ``None`` for 5 of Muon's, or 4
+            that are fast.
+        newton_schulz: ``"muon"``, any number of Muon's steps, or ``"fast"``, 4 or 3 steps with fitted coefficients.
+            Three fast steps are shorter, for a higher loss.
         maximize: Whether the objective is maximized.
         rounding: How bfloat16 and float16 parameters are rounded, ``"stochastic"`` or ``"nearest"``, as for AdaPM.
         update_in_backward: Whether parameters move inside backward, as for AdaPM.
@@ -119,8 +119,8 @@ class PartialMuon(RoleOptimizer):
         state_dtype: options.StateDtype = DEFAULT_STATE_DTYPE,
         basis: str = "auto",
         convolutions: bool = False,
-        ns_steps: int = STEPS,
-        newton_schulz: str = KIND,
+        ns_steps: int | None = None,
+        newton_schulz: str = "muon",
         maximize: bool = False,
         rounding: str = "stochastic",
         update_in_backward: bool = False,
@@ -147,7 +147,7 @@ class PartialMuon(RoleOptimizer):
                 "state_dtype": options.dtype_names(state_dtype),
                 "basis": basis,
                 "convolutions": convolutions,
-                "ns_steps": ns_steps,
+                "ns_steps": steps_of(newton_schulz, ns_steps),
                 "newton_schulz": newton_schulz,
                 "clip_threshold": 1.0,  # of what takes Adam's update without full momentum, as in AdaPM
                 "maximize": maximize,
@@ -164,8 +164,8 @@ class PartialMuon(RoleOptimizer):
         """Refuse options of a parameter group that are out of range."""
         super().check_options(group)
         options.check_option(group, "mu", "a number in [0, 1)", lambda mu: 0 <= mu < 1)
-        options.check_option(group, "ns_steps", *options.COUNT)
         options.check_option(group, "newton_schulz", f"one of {', '.join(ITERATIONS)}", ITERATIONS.__contains__)
+        options.check_option(group, "ns_steps", *options.COUNT)
         _iteration(group)
 
     def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:
@@ -194,6 +194,11 @@ class PartialMuon(RoleOptimizer):
         if is_orthogonal(piece, shape, group):
             return Orthogonal(_iteration(group))
         return policy.second_moment_for(piece, shape, group)
+
+
+def steps_of(kind: str, steps: int | None) -> int | None:
+    """Option ``ns_steps`` for a kind of Newton-Schulz, whose number of steps stands for None."""
+    return ITERATIONS.get(kind) if steps is None else steps
 
 
 def from_muon(saved: dict[str, Any]) -> dict[str, Any]:

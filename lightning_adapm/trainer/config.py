@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from lightning_adapm.moments.orthogonal import KIND, STEPS
 from lightning_adapm.moments.policy import DEFAULT_RANK, DEFAULT_STATE_DTYPE
 from lightning_adapm.optim import AdaPM, PartialMuon, options, partial_muon
 
@@ -126,8 +125,8 @@ class PartialMuonConfig(OptimizerConfig):
     state_dtype: options.StateDtype = field(default_factory=lambda: dict(partial_muon.DEFAULT_STATE_DTYPE))
     basis: str = "auto"
     convolutions: bool = False
-    ns_steps: int = STEPS
-    newton_schulz: str = KIND
+    ns_steps: int | None = None
+    newton_schulz: str = "muon"
     maximize: bool = False
     rounding: str = "stochastic"
     update_in_backward: bool = False

@@ -11,7 +11,7 @@ from torch import nn
 from lightning_adapm import AdaPM, PartialMuon, explain
 from lightning_adapm.moments import orthogonal
 from lightning_adapm.moments.nesterov import NesterovLowRankMomentum, NesterovMomentum
-from lightning_adapm.moments.orthogonal import FAST, newton_schulz
+from lightning_adapm.moments.orthogonal import newton_schulz
 
 HIDDEN = ("q_proj", "k_proj", "v_proj", "o_proj", "mlp.0", "mlp.2")
 WEIGHT = "layers.0.mlp.0.weight"
@@ -39,7 +39,7 @@ def steps(weight, optimizer, count=12):
 
 def moved_along(direction, weight, lr=1e-2, decay=0.1):
     m, n = weight.shape
-    return (1 - lr * decay) * weight - lr * 0.2 * max(m, n) ** 0.5 * newton_schulz(direction[None], FAST[4])[0]
+    return (1 - lr * decay) * weight - lr * 0.2 * max(m, n) ** 0.5 * newton_schulz(direction[None])[0]
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon since 2.9")
@@ -57,9 +57,8 @@ def test_full_momentum_is_torch_muon_beside_adamw(iteration, nesterov, monkeypat
     torch.manual_seed(0)
     model = PlainLM()
     theirs, start = copy.deepcopy(model), copy.deepcopy(model)
-    muons = {"momentum": "full", "newton_schulz": "muon", "ns_steps": 5}
     ours = PartialMuon(
-        model.parameters(), lr=2e-3, nesterov=nesterov, second_moment="elementwise", weight_decay=0.1, **muons
+        model.parameters(), lr=2e-3, nesterov=nesterov, momentum="full", second_moment="elementwise", weight_decay=0.1
     )
     named = list(theirs.named_parameters())
     muon = torch.optim.Muon(
@@ -348,18 +347,32 @@ def test_options_out_of_range(option):
 
 def test_so_many_fast_steps_do_not_exist():
     with pytest.raises(ValueError, match="ns_steps must be 3 or 4 with newton_schulz='fast', but got 5"):
-        PartialMuon(PlainLM().parameters(), ns_steps=5)
+        PartialMuon(PlainLM().parameters(), newton_schulz="fast", ns_steps=5)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ("muon", 5)),
+        ({"ns_steps": 3}, ("muon", 3)),
+        ({"newton_schulz": "fast"}, ("fast", 4)),
+        ({"newton_schulz": "fast", "ns_steps": 3}, ("fast", 3)),
+    ],
+)
+def test_each_kind_of_newton_schulz_has_its_steps(options, expected):
+    (group,) = PartialMuon(PlainLM().parameters(), **options).param_groups
+    assert (group["newton_schulz"], group["ns_steps"]) == expected
 
 
 def test_saved_steps_of_newton_schulz_keep_their_kind():
     """Those of an earlier version, which had no other, and of torch's Muon; what is set afterwards is checked."""
-    weight, optimizer = one_weight(newton_schulz="muon", ns_steps=5)
+    weight, optimizer = one_weight()
     for _ in steps(weight, optimizer, 1):
         pass
     saved = optimizer.state_dict()
     for group in saved["param_groups"]:
         del group["newton_schulz"], group["as_built"]["newton_schulz"]
-    other, fast = one_weight(ns_steps=3)
+    other, fast = one_weight(newton_schulz="fast", ns_steps=3)
     with pytest.warns(UserWarning, match=r"ns_steps=5 .*, newton_schulz=muon \(the code has fast\)"):
         fast.load_state_dict(saved)
     for _ in steps(other, fast, 1):
