@@ -17,9 +17,9 @@ from benchmarks.studies.stand_ins import standing_in
 from benchmarks.studies.trials import Bookkeeping, Trial
 from benchmarks.studies.updated import UpdatedLoRAPre
 from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre, PartialMuon
-from lightning_adapm.moments.policy import momentum_table
+from lightning_adapm.moments.policy import HALF_FACTORS, momentum_table, state_dtype_for
 from lightning_adapm.optim import partial_muon
-from lightning_adapm.optim.options import options_of
+from lightning_adapm.optim.options import AUTO, options_of
 
 DECAY = 0.1
 """Weight decay unless the options say another, on every parameter."""
@@ -221,6 +221,8 @@ def resolve(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
     if muon and not isinstance(momentum, str):
         momentum = {**partial_muon.DEFAULT_MOMENTUM, **(momentum or {})}
     resolved["momentum"] = momentum_table(momentum, "error")
+    if resolved["state_dtype"] == AUTO:
+        resolved["state_dtype"] = dict(HALF_FACTORS) if muon else state_dtype_for(resolved["momentum"])
     resolved["betas"] = list(resolved["betas"])
     if muon:
         resolved["ns_steps"] = partial_muon.steps_of(resolved["newton_schulz"], resolved["ns_steps"])

@@ -28,7 +28,8 @@ PAPER_MOMENTUM: Mapping[str, str] = {
 DEFAULT_MOMENTUM: Mapping[str, str] = {**dict.fromkeys(PAPER_MOMENTUM, "full"), "mlp": "low_rank"}
 """AdaPM's, because on tokens every other role was worth its momentum, which eight bits make affordable."""
 DEFAULT_RANK = 0.05
-DEFAULT_STATE_DTYPE: Mapping[str, str] = {"full": "int8", "low_rank": "bfloat16"}
+HALF_FACTORS: Mapping[str, str] = {"low_rank": "bfloat16"}
+DEFAULT_STATE_DTYPE: Mapping[str, str] = {"full": "int8", **HALF_FACTORS}
 PRESETS = {
     "paper": PAPER_MOMENTUM,
     "compact": {**PAPER_MOMENTUM, "embedding": "low_rank", "attn_out": "low_rank"},
@@ -64,6 +65,16 @@ def momentum_table(overrides: Mapping[str, str] | str | None, unmatched: str) ->
             raise ValueError(f"momentum[{role!r}]: {policy!r} is not a policy; write one of {', '.join(POLICIES)}")
         table[role] = policy
     return table
+
+
+def state_dtype_for(table: Mapping[str, str]) -> dict[str, str]:
+    """Dtypes that ``state_dtype="auto"`` means beside a ``table`` of policies.
+
+    Presets, and one policy for every role, keep full momentum in float32, so that ``momentum="full"`` is AdamW.
+    """
+    policies = {role: table[role] for role in ROLES}
+    named = policies in PRESETS.values() or len(set(policies.values())) == 1
+    return dict(HALF_FACTORS if named else DEFAULT_STATE_DTYPE)
 
 
 def _named_table(name: str) -> dict[str, str]:

@@ -47,10 +47,12 @@ class AdaPM(RoleOptimizer):
         roles: Roles for names, ``{regular expression: role or policy}``, searched in order before any built-in rule.
         unmatched: Policy of matrices without a known role. ``"error"`` refuses and lists them.
         no_decay: Roles exempt from weight decay, for instance ``("norm", "bias")``.
-        state_dtype: Dtype of the momentum, or of a policy's: by default, ``{"full": "int8", "low_rank": "bfloat16"}``.
-            None, and a policy that is not named: float32 (float64 for float64 parameters). ``"int8"`` stores codes with
-            a scale for each 256 values of a row, and bases in bfloat16; norms, biases, adapters and rows of fewer
-            than 8 values stay in float32. The second moment is never kept below float32.
+        state_dtype: Dtype of the momentum, or of a policy's, as in ``{"full": "int8", "low_rank": "bfloat16"}``, which
+            is the default. With a preset or one policy for every role, the default is ``{"low_rank": "bfloat16"}``, so
+            that ``momentum="full"`` is AdamW. None, and a policy that is not named: float32 (float64
+            for float64 parameters). ``"int8"`` stores codes with a scale for each 256 values of a row, and bases in
+            bfloat16; norms, biases, adapters and rows of fewer than 8 values stay in float32. The second moment is
+            never kept below float32.
         basis: Where processes that share the rows of a matrix keep the basis of its low-rank momentum.
             ``"replicate"`` keeps all of it on each of them, ``"shard"`` a part, gathered in every step; ``"auto"``
             replicates on up to two processes. Without sharding there is nothing to choose.
@@ -118,7 +120,7 @@ class AdaPM(RoleOptimizer):
         roles: Mapping[str, str] | None = None,
         unmatched: str = "error",
         no_decay: Iterable[str] = (),
-        state_dtype: options.StateDtype = policy.DEFAULT_STATE_DTYPE,
+        state_dtype: options.StateDtype = options.AUTO,
         basis: str = "auto",
         clip_threshold: float | None = 1.0,
         maximize: bool = False,
@@ -128,6 +130,7 @@ class AdaPM(RoleOptimizer):
     ) -> None:
         options.check_roles(roles, unmatched)
         table = policy.momentum_table(momentum, unmatched)
+        self._has_own_dtype = state_dtype != options.AUTO
         super().__init__(
             params,
             {
@@ -141,7 +144,7 @@ class AdaPM(RoleOptimizer):
                 "second_moment": second_moment,
                 "momentum": table,
                 "no_decay": no_decay,
-                "state_dtype": options.dtype_names(state_dtype),
+                "state_dtype": options.dtype_names(state_dtype, policy.state_dtype_for(table)),
                 "basis": basis,
                 "clip_threshold": clip_threshold,
                 "maximize": maximize,
@@ -153,6 +156,13 @@ class AdaPM(RoleOptimizer):
             left_over=left_over,
             roles_matter=len(set(table.values())) > 1,
         )
+
+    def filled(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """Fill in the options that a group does not state; those of its own momentum include the dtype."""
+        found = super().filled(group)
+        if "momentum" in group and "state_dtype" not in group and not self._has_own_dtype:
+            found["state_dtype"] = policy.state_dtype_for(found["momentum"])
+        return found
 
     def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:
         """Choose the momentum of a piece by the table of roles."""

@@ -117,6 +117,10 @@ class RoleOptimizer(Checkpointed):
         self.param_groups.clear()
         self._add(read_groups(params))
 
+    def filled(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """Copy a parameter group with every option."""
+        return groups.fill(type(self).__name__, group, self.defaults, self.unmatched)
+
     def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:
         """Choose the momentum of a piece whose matrix has ``shape`` over all processes."""
         raise NotImplementedError(f"{type(self).__name__} needs a method momentum_for(piece, shape, group)")
@@ -146,7 +150,7 @@ class RoleOptimizer(Checkpointed):
 
     def _add(self, added: list[dict[str, Any]]) -> None:
         """Add groups together: all of them, or none where one is refused."""
-        filled = [groups.fill(type(self).__name__, group, self.defaults, self.unmatched) for group in added]
+        filled = [self.filled(group) for group in added]
         for group in filled:
             self.check_options(group)
         before = len(self.param_groups)

@@ -19,6 +19,8 @@ from lightning_adapm.sharding.find import shape_of
 from lightning_adapm.step.rounding import ROUNDINGS
 
 StateDtype = Mapping[str, str] | torch.dtype | str | None
+AUTO = "auto"
+"""``state_dtype`` that stands for an optimizer's default, which may depend on other options."""
 """A dtype, its name, or names of dtypes by policy."""
 
 STATE_DTYPES = (torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -194,12 +196,14 @@ def _no_role(option: str, found: Any) -> str:
     return f"{option}: {found!r} is neither a role ({roles}) nor a policy ({', '.join(POLICIES)}); write one of them"
 
 
-def dtype_names(dtype: StateDtype) -> str | dict[str, str] | None:
-    """Convert ``state_dtype`` to plain strings, as in checkpoints.
+def dtype_names(dtype: StateDtype, default: Mapping[str, str] | None = None) -> str | dict[str, str] | None:
+    """Convert ``state_dtype`` to plain strings, as in checkpoints; ``"auto"`` to the ``default``, if there is one.
 
     Raises:
         ValueError: A dtype is not supported, or a key is no policy.
     """
+    if default is not None and isinstance(dtype, str) and dtype == AUTO:
+        return dict(default)
     if not isinstance(dtype, Mapping):
         return dtype_name(dtype)
     for policy in dtype:

@@ -21,7 +21,6 @@ HIDDEN = ("query", "key", "value", "attn_out", "mlp")
 """Roles whose matrices are moved by orthogonal updates."""
 
 DEFAULT_MOMENTUM: Mapping[str, str] = {**policy.PAPER_MOMENTUM, "embedding": "low_rank"}
-DEFAULT_STATE_DTYPE: Mapping[str, str] = {"low_rank": "bfloat16"}
 DEFAULT_RANK = 0.15
 """More than AdaPM's: the loss goes on falling with the rank, and attention outputs keep no momentum."""
 
@@ -116,7 +115,7 @@ class PartialMuon(RoleOptimizer):
         roles: Mapping[str, str] | None = None,
         unmatched: str = "error",
         no_decay: Iterable[str] = (),
-        state_dtype: options.StateDtype = DEFAULT_STATE_DTYPE,
+        state_dtype: options.StateDtype = options.AUTO,
         basis: str = "auto",
         convolutions: bool = False,
         ns_steps: int | None = None,
@@ -144,7 +143,7 @@ class PartialMuon(RoleOptimizer):
                 "second_moment": second_moment,
                 "momentum": table,
                 "no_decay": no_decay,
-                "state_dtype": options.dtype_names(state_dtype),
+                "state_dtype": options.dtype_names(state_dtype, policy.HALF_FACTORS),
                 "basis": basis,
                 "convolutions": convolutions,
                 "ns_steps": steps_of(newton_schulz, ns_steps),

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from lightning_adapm.moments.policy import DEFAULT_RANK, DEFAULT_STATE_DTYPE
+from lightning_adapm.moments.policy import DEFAULT_RANK
 from lightning_adapm.optim import AdaPM, PartialMuon, options, partial_muon
 
 _SCHEDULES = ("cosine", "constant")
@@ -97,7 +97,7 @@ class AdaPMConfig(OptimizerConfig):
     roles: Mapping[str, str] | None = None
     unmatched: str = "error"
     no_decay: Sequence[str] = ()
-    state_dtype: options.StateDtype = field(default_factory=lambda: dict(DEFAULT_STATE_DTYPE))
+    state_dtype: options.StateDtype = options.AUTO
     basis: str = "auto"
     clip_threshold: float | None = 1.0
     maximize: bool = False
@@ -122,7 +122,7 @@ class PartialMuonConfig(OptimizerConfig):
     roles: Mapping[str, str] | None = None
     unmatched: str = "error"
     no_decay: Sequence[str] = ()
-    state_dtype: options.StateDtype = field(default_factory=lambda: dict(partial_muon.DEFAULT_STATE_DTYPE))
+    state_dtype: options.StateDtype = options.AUTO
     basis: str = "auto"
     convolutions: bool = False
     ns_steps: int | None = None

@@ -140,7 +140,6 @@ def test_adam_mini_is_adapm_with_full_momentum_and_blocks():
         lr=1e-2,
         weight_decay=0.1,
         momentum="full",
-        state_dtype=None,
         second_moment="block",
         no_decay=("norm", "bias"),
     )

@@ -38,7 +38,8 @@ def optimizer_of(group, make=AdaPM, **options):
 @pytest.mark.parametrize("make", [AdaPM, PartialMuon])
 def test_a_group_may_state_what_the_constructor_takes(make, option, value):
     group, whole = optimizer_of({option: value}, make), optimizer_of({}, make, **{option: value})
-    assert group.param_groups[0][option] == whole.param_groups[0][option]
+    for shown in (option, "state_dtype"):  # the default of which depends on the momentum
+        assert group.param_groups[0][shown] == whole.param_groups[0][shown]
     for one, other in zip(group.param_groups[0]["params"], whole.param_groups[0]["params"], strict=True):
         assert torch.equal(one, other)
     late = make([("mlp.1.weight", nn.Parameter(torch.ones(3, 4)))])

@@ -30,7 +30,7 @@ def test_all_full_is_adamw():
             {"params": [(n, p) for n, p in named if p.dim() < 2], "weight_decay": 0.0, "lr": 1e-3},
         ]
 
-    adapm = AdaPM(groups(ours), lr=3e-3, betas=(0.9, 0.99), momentum=FULL, state_dtype=None)
+    adapm = AdaPM(groups(ours), lr=3e-3, betas=(0.9, 0.99), momentum=FULL)
     adamw = torch.optim.AdamW(groups(theirs), lr=3e-3, betas=(0.9, 0.99))
     batches = token_batches(50)
     train(ours, adapm, batches)
@@ -78,7 +78,6 @@ def test_block_with_full_momentum_is_adam_mini():
         lr=3e-3,
         weight_decay=0.1,
         momentum=FULL,
-        state_dtype=None,
         second_moment="block",
         no_decay=("norm", "bias"),
     )

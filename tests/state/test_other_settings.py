@@ -8,6 +8,7 @@ from models import PlainLM, tiny_gpt, token_batches, train
 from saved import OPTIONS, trained
 
 from lightning_adapm import AdaPM, LoRAPre
+from lightning_adapm.moments.policy import PRESETS
 
 
 class TestSettingsThatDiffer:
@@ -21,8 +22,9 @@ class TestSettingsThatDiffer:
 
     def test_one_warning_names_them_all(self):
         _, optimizer = trained(weight_decay=0.1)
+        one_full = {**PRESETS["compact"], "mlp": "full"}
         with pytest.warns(UserWarning, match="AdaPM goes on with") as caught:
-            group = self.loaded(optimizer, lr=1e-2, weight_decay=0, rank=4, momentum={"mlp": "full"}, betas=(0.8, 0.9))
+            group = self.loaded(optimizer, lr=1e-2, weight_decay=0, rank=4, momentum=one_full, betas=(0.8, 0.9))
         (warning,) = caught
         for words in (
             "lr=0.003 (the code has 0.01)",

@@ -229,7 +229,7 @@ def plateau(optimizer):
     ids=["SWA", "EMA", "lottery", "pruning", "accumulation", "written", "canceled", "one cycle", "cyclic", "plateau"],
 )
 def test_as_with_torch_adamw(tmp_path, callbacks, schedule):
-    """With full momentum in float32 everywhere AdaPM is AdamW, also in whatever callbacks make of a run."""
+    """With full momentum everywhere AdaPM is AdamW, also in whatever callbacks make of a run."""
 
     class Trained(Tiny):
         def training_step(self, batch, batch_idx):
@@ -242,7 +242,7 @@ def test_as_with_torch_adamw(tmp_path, callbacks, schedule):
             return optimizer if schedule is None else {"optimizer": optimizer, "lr_scheduler": schedule(optimizer)}
 
     runs = []
-    for make in (torch.optim.AdamW, partial(AdaPM, momentum="full", state_dtype=None, clip_threshold=None)):
+    for make in (torch.optim.AdamW, partial(AdaPM, momentum="full", clip_threshold=None)):
         module = Trained()
         module.make = make
         fit(tmp_path, module, *callbacks())
