@@ -93,7 +93,6 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
         self.tokenizer_dir = tokenizer_dir or checkpoint_dir
         self.micro_batch_size = micro_batch_size
         self.max_seq_length = max_seq_length
-        self._targets_missed = False
         self.lm_head_chunk_size = lm_head_chunk_size
         self.torch_compile = torch_compile
         # Not in `configure_model`, because LightningCLI builds the optimizer before there is a Trainer.
@@ -207,22 +206,15 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
         """Logits of shape (batch, positions, padded vocabulary) for int64 tokens of shape (batch, positions)."""
         return self.model(tokens)
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Warn once of a batch without a target, whose loss is 0, while its labels are on the host."""
-        if self._targets_missed or isinstance(batch, Tensor) or "labels" not in batch:
-            return batch
-        if (batch["labels"][:, 1:] == self._ignored).all():
-            self._targets_missed = True
+    def training_step(self, batch: Tensor | Mapping[str, Any], batch_idx: int) -> Tensor:
+        """Mean cross-entropy of the batch, in nats per target token."""
+        loss, targets = self._loss(batch)
+        if batch_idx == 0 and not targets:  # only then, because it waits for the device
             rank_zero_warn(
-                f"A batch has no token to predict: all its labels are {self._ignored}, so its loss is 0. Where"
+                f"The first batch has no token to predict: all its labels are {self._ignored}, so its loss is 0. Where"
                 " `max_seq_length` cuts off whole answers, raise `model.init_args.max_seq_length`"
                 f" (found: {self.max_seq_length}), or drop such rows from the data"
             )
-        return batch
-
-    def training_step(self, batch: Tensor | Mapping[str, Any], batch_idx: int) -> Tensor:
-        """Mean cross-entropy of the batch, in nats per target token."""
-        loss, _ = self._loss(batch)
         self.flops_per_batch = round(self._flops_per_token * batch_rows(batch) * batch_length(batch))
         self.log("train_loss", loss, prog_bar=True, batch_size=batch_rows(batch))
         return loss

@@ -92,9 +92,8 @@ def test_masked_labels_do_not_count(chunk):
 
 def test_answers_that_are_cut_off_are_noticed(base, tmp_path):
     module = LitGPTModule(checkpoint_dir=str(base), micro_batch_size=4, max_seq_length=16)
-    with pytest.warns(UserWarning, match=r"has no token to predict.*max_seq_length.*found: 16") as caught:
-        trainer(tmp_path, max_steps=2).fit(module, datamodule=instructions(tmp_path))
-    assert sum("no token to predict" in str(each.message) for each in caught) == 1
+    with pytest.warns(UserWarning, match=r"first batch has no token to predict.*max_seq_length.*found: 16"):
+        trainer(tmp_path, max_steps=1).fit(module, datamodule=instructions(tmp_path))
 
 
 def test_perplexity_is_torchmetrics(base, tmp_path):
