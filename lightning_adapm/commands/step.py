@@ -115,7 +115,7 @@ def print_step(
     limit: int,
 ) -> bool:
     """Print the memory of a training step, and return whether it fits into ``limit`` bytes; if not, what would."""
-    step, about = None, "are planned for LitGPTModule alone"
+    step, loop, about = None, None, "are planned for LitGPTModule alone"
     if type(model) is LitGPTModule:
         loop = Loop.of(recipe, model, options)
         optimizer = make(model.named_parameters(), **options)
@@ -129,8 +129,8 @@ def print_step(
     left = limit - step.total
     verdict = f"fits, {show_bytes(left)} are left" if left >= 0 else f"does not fit, {show_bytes(-left)} are missing"
     print(f"{show_bytes(limit)}: {verdict}")
-    if left < 0 and type(model) is LitGPTModule and step.weights <= limit:
-        print(_instead(model, first_fitting(model, Loop.of(recipe, model, options), make, options, limit)))
+    if left < 0 and type(model) is LitGPTModule and loop is not None and step.weights <= limit:
+        print(_instead(model, first_fitting(model, loop, make, options, limit)))
     return left >= 0
 
 

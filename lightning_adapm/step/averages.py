@@ -27,7 +27,7 @@ WEIGH = (64, 64)
 
 
 class Refreshed(NamedTuple):
-    """What a refresh does to left factors."""
+    """Left factors at a refresh."""
 
     moved: Tensor
     """Left factors in the new basis, ``(b, m, padded(r))`` in float32."""

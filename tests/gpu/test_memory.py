@@ -3,10 +3,9 @@
 import pytest
 import torch
 import yaml
-from on_gpu import NEEDED
+from on_gpu import NEEDED, compact
 from torch import nn
 
-from lightning_adapm import AdaPM
 from lightning_adapm.report.diagnostics import ResidualProbe
 from lightning_adapm.report.tables import read_bytes
 
@@ -16,14 +15,7 @@ pytestmark = NEEDED
 def test_first_steps_refreshes_and_monitors_hold_no_matrix():
     """Above the second step, which does none of it; the matrix takes 512 MiB in float32."""
     weight = nn.Parameter(torch.randn(65536, 2048, device="cuda", dtype=torch.bfloat16))
-    optimizer = AdaPM(
-        [("lm_head.weight", weight)],
-        rank=16,
-        momentum="compact",
-        state_dtype=None,
-        update_proj_gap=2,
-        second_moment="factored",
-    )
+    optimizer = compact([("lm_head.weight", weight)], rank=16, update_proj_gap=2, second_moment="factored")
     optimizer._make_state(weight)
     peaks = {}
     for name, probe in {"first": None, "plain": None, "refresh": None, "watched": ResidualProbe()}.items():

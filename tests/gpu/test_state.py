@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from on_gpu import NEEDED, gradients, model
+from on_gpu import NEEDED, compact, gradients, model
 
 from lightning_adapm import AdaPM
 
@@ -14,7 +14,7 @@ pytestmark = NEEDED
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_parameters_keep_a_float32_state(dtype):
     net = model(dtype).cuda()
-    optimizer = AdaPM(net.named_parameters(), rank=3, momentum="compact", state_dtype=None)
+    optimizer = compact(net.named_parameters())
     for step in range(12):
         gradients(net, step)
         optimizer.step()
@@ -42,12 +42,12 @@ def test_state_of_any_dtype(state_dtype, second_moment):
 
 def test_a_state_saved_on_a_gpu_loads_on_a_cpu(tmp_path):
     net = model().cuda()
-    optimizer = AdaPM(net.named_parameters(), rank=3, momentum="compact", state_dtype=None)
+    optimizer = compact(net.named_parameters())
     gradients(net, 0)
     optimizer.step()
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
     twin = copy.deepcopy(net).cpu()
-    loaded = AdaPM(twin.named_parameters(), rank=3, momentum="compact", state_dtype=None)
+    loaded = compact(twin.named_parameters())
     loaded.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     for p, q in zip(net.parameters(), twin.parameters(), strict=True):
         for key, value in optimizer.state[p].items():

@@ -4,9 +4,8 @@ import warnings
 
 import pytest
 import torch
-from on_gpu import NEEDED, NEIGHBORS, gradients, model, step_without_waiting
+from on_gpu import NEEDED, NEIGHBORS, compact, gradients, model, step_without_waiting
 
-from lightning_adapm import AdaPM
 from lightning_adapm.report.diagnostics import ResidualProbe
 
 pytestmark = NEEDED
@@ -34,14 +33,7 @@ def test_no_step_of_the_neighbors_waits_for_the_device(name, dtype):
 def test_no_step_after_the_first_waits_for_the_device(second_moment, dtype):
     """Neither a normal step, nor a refresh, nor one with a gradient that is not finite."""
     net = model(dtype).cuda()
-    optimizer = AdaPM(
-        net.named_parameters(),
-        rank=3,
-        momentum="compact",
-        state_dtype=None,
-        update_proj_gap=3,
-        second_moment=second_moment,
-    )
+    optimizer = compact(net.named_parameters(), update_proj_gap=3, second_moment=second_moment)
     for step in range(12):
         gradients(net, step)
         if step == 5:
@@ -56,14 +48,7 @@ def test_a_monitor_changes_no_bit_and_waits_for_nothing(second_moment, dtype):
     weights = []
     for watched in (False, True):
         net = model(dtype).cuda()
-        optimizer = AdaPM(
-            net.named_parameters(),
-            rank=3,
-            momentum="compact",
-            state_dtype=None,
-            update_proj_gap=3,
-            second_moment=second_moment,
-        )
+        optimizer = compact(net.named_parameters(), update_proj_gap=3, second_moment=second_moment)
         probe = optimizer.observer = ResidualProbe() if watched else None
         for step in range(7):
             gradients(net, step)
@@ -81,9 +66,7 @@ def test_a_learning_rate_on_the_device_is_read_once_per_step_and_group(in_backwa
     named = list(net.named_parameters())
     groups = [{"params": named[:5]}, {"params": named[5:], "lr": torch.tensor(1e-3, device="cuda")}]
     rate = torch.tensor(1e-2, device="cuda")
-    optimizer = AdaPM(
-        groups, lr=rate, rank=3, momentum="compact", state_dtype=None, update_proj_gap=3, update_in_backward=in_backward
-    )
+    optimizer = compact(groups, lr=rate, update_proj_gap=3, update_in_backward=in_backward)
 
     def closure():
         for index, param in enumerate(net.parameters()):
@@ -105,7 +88,7 @@ def test_a_learning_rate_on_the_device_is_read_once_per_step_and_group(in_backwa
 
 def test_gradients_that_are_all_broken_are_noticed_without_waiting():
     net = model().cuda()
-    optimizer = AdaPM(net.named_parameters(), rank=3, momentum="compact", state_dtype=None)
+    optimizer = compact(net.named_parameters())
     gradients(net, 0)
     optimizer.step()
     with warnings.catch_warnings(record=True) as caught:

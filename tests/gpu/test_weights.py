@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from on_gpu import NEEDED, NEIGHBORS, gradients, model
+from on_gpu import NEEDED, NEIGHBORS, compact, gradients, model
 from torch import nn
 
 from lightning_adapm import AdaPM, PartialMuon
@@ -15,14 +15,7 @@ pytestmark = NEEDED
 def test_the_same_weights_as_on_a_cpu(second_moment, dtype, tolerance):
     nets = [model(dtype), model(dtype).cuda()]
     for net in nets:
-        optimizer = AdaPM(
-            net.named_parameters(),
-            rank=3,
-            momentum="compact",
-            state_dtype=None,
-            update_proj_gap=5,
-            second_moment=second_moment,
-        )
+        optimizer = compact(net.named_parameters(), update_proj_gap=5, second_moment=second_moment)
         for step in range(22):
             gradients(net, step)
             if step == 7:
@@ -58,16 +51,7 @@ def test_one_head_of_thousands_of_rows(rows):
     nets[1].cuda()
     for net in nets:
         group = {"params": net.named_parameters(), "n_head": 1}
-        optimizer = AdaPM(
-            [group],
-            rank=5,
-            momentum="compact",
-            state_dtype=None,
-            second_moment="block",
-            update_proj_gap=3,
-            weight_decay=0,
-            eps=1,
-        )
+        optimizer = compact([group], rank=5, second_moment="block", update_proj_gap=3, weight_decay=0, eps=1)
         for step in range(5):
             gradients(net, step)
             optimizer.step()
@@ -81,7 +65,7 @@ def test_tf32_does_not_reach_the_orthonormalization():
     torch.set_float32_matmul_precision("high")
     try:
         net = model().cuda()
-        optimizer = AdaPM(net.named_parameters(), rank=8, momentum="compact", state_dtype=None, update_proj_gap=2)
+        optimizer = compact(net.named_parameters(), rank=8, update_proj_gap=2)
         for step in range(9):
             gradients(net, step)
             optimizer.step()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_adapm import AdaLomo, Lomo, PartialMuon
+from lightning_adapm import AdaLomo, AdaPM, Lomo, PartialMuon
 
 NEEDED = [
     pytest.mark.gpu,
@@ -24,6 +24,11 @@ def model(dtype=torch.float32):
     layer = nn.TransformerEncoderLayer(64, 4, 160, batch_first=True)
     blocks = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
     return nn.ModuleDict({"embed": nn.Embedding(50, 64), "blocks": blocks, "lm_head": nn.Linear(64, 40)}).to(dtype)
+
+
+def compact(params, **options):
+    """AdaPM with low-rank momentum for nearly every role, in float32."""
+    return AdaPM(params, **{"rank": 3, "momentum": "compact", "state_dtype": None} | options)
 
 
 def gradients(net, step):

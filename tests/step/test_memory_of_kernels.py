@@ -4,10 +4,10 @@ import gc
 
 import pytest
 import torch
+from allocations import transient_of_a_step
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from benchmarks.costs.memory import AllocationTracker
 from lightning_adapm import AdaPM
 from lightning_adapm.report.diagnostics import ResidualProbe
 from lightning_adapm.step.transients import step_transients
@@ -22,11 +22,7 @@ def test_first_steps_and_refreshes_copy_no_gradient(interpreted):
     optimizer._make_state(weight)
     for number in range(3):
         weight.grad = torch.randn(256, 512, generator=torch.Generator().manual_seed(number)).to(torch.bfloat16)
-        state = [value for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor)]
-        tracker = AllocationTracker({"held": [weight, weight.grad, *state]})
-        with tracker.following():
-            optimizer.step()
-        assert tracker.peak["transient"] < 4 * weight.numel() // 2
+        assert transient_of_a_step(optimizer) < 4 * weight.numel() // 2
     assert {"combine", "move"} <= set(interpreted)
 
 
@@ -65,10 +61,4 @@ def test_a_step_by_kernels_allocates_no_more_than_is_planned(interpreted, second
     for _ in range(3):
         for weight in weights.values():
             weight.grad = torch.randn(384, 256).bfloat16()
-        state = [v for each in optimizer.state.values() for v in each.values() if isinstance(v, torch.Tensor)]
-        tracker = AllocationTracker(
-            {"held": [*weights.values(), *(weight.grad for weight in weights.values()), *state]}
-        )
-        with tracker.following():
-            optimizer.step()
-        assert 0 < tracker.peak["transient"] <= bound
+        assert 0 < transient_of_a_step(optimizer) <= bound

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from allocations import transient_of_a_step
 from models import relative_difference
 from torch import nn
 
-from benchmarks.costs.memory import AllocationTracker
 from lightning_adapm import AdaLomo, Lomo
 from lightning_adapm.moments import tiles
 from lightning_adapm.step import kernels
@@ -78,8 +78,4 @@ def test_adalomo_moves_in_tiles_without_kernels(monkeypatch, dtype):
     weight.grad = torch.randn(256, 512)
     optimizer.step()
     monkeypatch.setattr(tiles, "TILE_NUMEL", 4096)
-    held = [value for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor)]
-    tracker = AllocationTracker({"held": [weight, weight.grad, *held]})
-    with tracker.following():
-        optimizer.step()
-    assert tracker.peak["transient"] < 4 * weight.numel() / 2
+    assert transient_of_a_step(optimizer) < 4 * weight.numel() / 2

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from allocations import transient_of_a_step
 from models import relative_difference
 from torch import nn
 
-from benchmarks.costs.memory import AllocationTracker
 from lightning_adapm import PartialMuon
 from lightning_adapm.moments import orthogonal as reference
 from lightning_adapm.report.diagnostics import ResidualProbe
@@ -285,10 +285,4 @@ def test_allocates_no_more_than_is_planned(interpreted):
         for weight in weights.values():
             weight.grad = torch.randn(96, 64)
         optimizer.observer = probe
-        state = [v for each in optimizer.state.values() for v in each.values() if isinstance(v, torch.Tensor)]
-        tracker = AllocationTracker(
-            {"held": [*weights.values(), *(weight.grad for weight in weights.values()), *state]}
-        )
-        with tracker.following():
-            optimizer.step()
-        assert 0 < tracker.peak["transient"] <= bound
+        assert 0 < transient_of_a_step(optimizer) <= bound

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from allocations import transient_of_a_step
 from torch import nn
 
-from benchmarks.costs.memory import AllocationTracker
 from lightning_adapm import AdaPM
 from lightning_adapm.step import averages, bases, batching, kernels, moves, reading, refreshing, transients
 from lightning_adapm.step.transients import held_by_recorded_steps
@@ -41,14 +41,6 @@ def test_recorded_steps_hold_what_their_bound_says(traced, options, table):
         for part in optimizer.parts(param):
             optimizer.state[param][part.prefix + "seeded"] = 1
     optimizer.step()  # makes what is kept from step to step
-    peaks = []
-    for _ in range(8):
-        held = [
-            value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
-        ]
-        tracker = AllocationTracker({"held": [*held, *(tensor for _, p in named for tensor in (p, p.grad))]})
-        with tracker.following():
-            optimizer.step()
-        peaks.append(tracker.peak["transient"])
+    peaks = [transient_of_a_step(optimizer) for _ in range(8)]
     bound = held_by_recorded_steps([part for _, param in named for part in optimizer.parts(param)])
     assert bound / 1.7 < max(peaks) <= bound, peaks
