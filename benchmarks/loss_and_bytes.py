@@ -40,6 +40,13 @@ VARIED = (
     "attn_out low-rank",
     "fast steps",
     "refreshed",
+    "rank ",
+    "float32",
+    "all full",
+    "betas .9 .999",
+    "not corrected",
+    "clamp",
+    "weight decay",
 )
 """Parts of labels of rows that only vary an option: they are in the table, not in the picture."""
 NOTES = (

@@ -5,6 +5,7 @@ from typing import Any
 
 from benchmarks.studies.at_size import AT_SIZE
 from benchmarks.studies.base import BESIDE, BEST, LLAMA_SMALL, Study, adamw, five_steps, muon
+from lightning_adapm.moments.policy import DEFAULT_MOMENTUM, DEFAULT_RANK, DEFAULT_STATE_DTYPE
 
 HALF = {"low_rank": "bfloat16"}
 """Storage of factors, so that the rank can be larger."""
@@ -17,6 +18,12 @@ FEWER = {
     "PartialMuon, 4 fast steps": ("PartialMuon", {"newton_schulz": "fast", "update_proj_gap": 10}),
     "PartialMuon, 4 of Muon's steps": five_steps(ns_steps=4),
 }
+AS_ADAPM = {"momentum": DEFAULT_MOMENTUM, "rank": DEFAULT_RANK, "state_dtype": DEFAULT_STATE_DTYPE}
+LIKE_ADAPM: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "PartialMuon, AdaPM's table": five_steps(**AS_ADAPM),
+    "PartialMuon, AdaPM's table, 4 fast steps": five_steps(**AS_ADAPM, newton_schulz="fast", ns_steps=4),
+}
+"""Low-rank momentum for MLPs alone."""
 MUON_ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "Muon": muon(momentum="full"),
     "PartialMuon": five_steps(),
@@ -36,6 +43,7 @@ MUON_ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "PartialMuon, value low-rank": muon(momentum={"value": "low_rank"}),
     "PartialMuon, elementwise": muon(second_moment="elementwise"),
     "PartialMuon, factored": five_steps(second_moment="factored"),
+    **LIKE_ADAPM,
     **FEWER,
     "PartialMuon, refreshed every 20": five_steps(update_proj_gap=20),
     "PartialMuon, 4 fast steps, refreshed every 20": ("PartialMuon", {"newton_schulz": "fast", "update_proj_gap": 20}),

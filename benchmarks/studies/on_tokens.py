@@ -9,6 +9,7 @@ from benchmarks.studies.at_size import ROWS as AT_SIZE_ROWS
 from benchmarks.studies.base import BESIDE, BEST, BETAS95, Study, adamw, adapm, compact, five_steps, muon, paper
 from benchmarks.studies.comparison import LOW_RANK
 from benchmarks.studies.decoder import Shape
+from benchmarks.studies.muon import LIKE_ADAPM
 from benchmarks.studies.setting import Setting
 
 VOCAB = 1 << 15
@@ -55,16 +56,24 @@ ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
     ),
     TABLES_FULL: AT_SIZE_ROWS[TABLES_FULL],
     "PartialMuon, tables full, int8": five_steps(momentum=TABLES, state_dtype=EIGHT_BITS),
+    BOUNDED: AT_SIZE_ROWS[BOUNDED],
+    **LIKE_ADAPM,
     "AdaPM factored, rank 10%": adapm(betas=BETAS95, second_moment="factored", rank=0.1),
     "AdaPM factored, float32": adapm(betas=BETAS95, second_moment="factored", state_dtype=None),
     "AdaPM factored, all full": adapm(betas=BETAS95, second_moment="factored", momentum="full", state_dtype=None),
-    BOUNDED: AT_SIZE_ROWS[BOUNDED],
+    "AdaPM factored, betas .9 .999": adapm(second_moment="factored"),
+    "AdaPM factored, not corrected": adapm(betas=BETAS95, second_moment="factored", debias=False),
+    "AdaPM factored, no clamp": adapm(betas=BETAS95, second_moment="factored", clip_threshold=None),
+    "AdaPM factored, refreshed every 20": adapm(betas=BETAS95, second_moment="factored", update_proj_gap=20),
+    "AdaPM factored, weight decay .01": adapm(betas=BETAS95, second_moment="factored", weight_decay=0.01),
 }
-"""In order of importance. "Muon" is PartialMuon with full momentum; "Adam-mini" is AdaPM with it."""
+"""In order of importance. "Muon" is PartialMuon with full momentum; "Adam-mini" is AdaPM with it. The last rows change
+one default each of AdaPM factored.
+"""
 OF_MUON = (8e-3, 4e-3, 1.6e-2, 3.2e-2)
 OF_PROJECTIONS = (1e-2, 5e-3, 2e-2, 4e-2)
 RATES = {
-    **dict.fromkeys(("PartialMuon", "PartialMuon, embedding full", "Muon", "LoRA-Pre, Muon"), OF_MUON),
+    **dict.fromkeys((label for label in ROWS if "Muon" in label), OF_MUON),
     **dict.fromkeys(("APOLLO-Mini (apollo-torch)", "GaLore (galore-torch)"), OF_PROJECTIONS),
     "Adafactor (torch)": (2e-2, 1e-2, 4e-2, 5e-3),
     "LoRA-Pre": (5e-4, 2.5e-4, 1e-3, 2e-3),
