@@ -143,10 +143,10 @@ def at_size() -> Study:
         ),
         finding=(
             "AdaPM factored with its defaults ends 0.0207 +- 0.0005 below AdamW's best with 6 % of its state (two "
-            "seeds, at 1.2e-3, the only rate tried), and compact 0.0171 below it in the same seeds. AdamW and compact "
-            "AdaPM are best at 1.2e-3, with a worse rate tried on either side. There AdamW ends at 0.7366 (three "
-            "seeds), and compact AdaPM, with low-rank momentum for everything but values, 0.0222 ± 0.0023 below it in "
-            "the same seeds. At 6e-4 and 1.8e-3 it ends at 0.747 and 0.789, AdamW at 0.7485 and 0.814. Factored second "
+            "seeds), and compact 0.0171 below it in the same seeds. AdamW and AdaPM are best at 1.2e-3, with a worse "
+            "rate tried on either side, where AdaPM factored ends at 0.746. There AdamW ends at 0.7366 (three seeds), "
+            "and compact AdaPM, with low-rank momentum for everything but values, 0.0222 ± 0.0023 below it in the "
+            "same seeds. At 6e-4 and 1.8e-3 it ends at 0.747 and 0.789, AdamW at 0.7485 and 0.814. Factored second "
             "moments keep this with 8 % of AdamW's state: AdaPM factored, compact, ends 0.0188 ± 0.0018 below AdamW "
             "and 0.0034 ± 0.0017 above AdaPM in the same seeds, and at 0.744 and 0.759 at 6e-4 and 1.8e-3. With full "
             "momentum for tables, and full momentum in eight bits, it ends 0.0231 below AdamW in the first seed, "
