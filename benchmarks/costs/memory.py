@@ -1,13 +1,28 @@
 """Bytes that an optimizer's state holds."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_adapm.report.allocations import AllocationTracker, tensors_in
+from lightning_adapm.report.allocations import AllocationTracker, plain_tensors
 
 __all__ = ["AllocationTracker", "held_bytes", "state_bytes", "storages", "tensors_in"]
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Plain tensors in a state, however deep: in containers, in objects of a package, in quantized tensors."""
+    if isinstance(value, Tensor):
+        yield from plain_tensors(value)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+    elif hasattr(value, "__dict__") and not isinstance(value, type):
+        yield from tensors_in(vars(value))
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:

@@ -109,7 +109,8 @@ class LowRankRegression(Momentum):
         return saved["exp_avg_l"].float() @ saved["exp_avg_r"].float()
 
     def from_dense(self, dense: Tensor, state: dict[str, Any]) -> None:
-        self._fill(state, *lowrank.factorized(dense, self.rank))
+        targets = dense / (1 - self.beta1) if self.summed else dense  # what gradients were to be
+        self._fill(state, *lowrank.factorized(targets, self.rank))
 
     def resized(self, saved: Mapping[str, Any], state: dict[str, Any]) -> bool:
         self._fill(state, *lowrank.resized(saved["exp_avg_l"], saved["exp_avg_r"], self.rank))

@@ -15,7 +15,6 @@ from lightning_adapm.moments.policy import SECOND_MOMENTS, momentum_table
 from lightning_adapm.roles.assign import HEADS, check_layout
 from lightning_adapm.roles.piece import POLICIES, ROLES, UNMATCHED, Piece
 from lightning_adapm.roles.rules import FUSED
-from lightning_adapm.sharding.find import shape_of
 from lightning_adapm.step.rounding import ROUNDINGS
 
 StateDtype = Mapping[str, str] | torch.dtype | str | None
@@ -243,8 +242,7 @@ def check_held(optimizer: str, group: Mapping[str, Any], pieces: Mapping[Tensor,
 
 
 def check_trainable(optimizer: str, name: str, piece: Piece, param: Tensor, unmatched: str) -> None:
-    """Refuse a parameter that was unfrozen without a role, or that a sharding strategy has replaced by a part of
-    itself.
+    """Refuse a parameter that was unfrozen without a role, or that nothing here can train.
 
     Raises:
         ValueError: A matrix has no role.
@@ -261,11 +259,6 @@ def check_trainable(optimizer: str, name: str, piece: Piece, param: Tensor, unma
         raise TypeError(f"{optimizer} does not support MPS devices, which have no float64; train on a CPU or a GPU")
     if param.is_complex():
         raise TypeError(f"{name} is complex and now requires a gradient; {optimizer} supports real parameters only")
-    if piece.dim >= 2 and len(shape_of(param)) < 2:
-        raise TypeError(
-            f"{name} has become one-dimensional after {optimizer} was built, but not by FSDP, whose views it knows;"
-            f" build {optimizer} after whatever flattens parameters, or shard them by FSDP or fully_shard"
-        )
     check_layout(name, piece, param)
 
 

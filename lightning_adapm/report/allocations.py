@@ -12,22 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Plain tensors in a state, however deep: in containers, in objects of a package, in quantized tensors."""
-    if isinstance(value, Tensor):
-        if hasattr(value, "__tensor_flatten__"):
-            for name in value.__tensor_flatten__()[0]:
-                yield from tensors_in(getattr(value, name))
-        else:
-            yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_in(item)
-    elif hasattr(value, "__dict__") and not isinstance(value, type):
-        yield from tensors_in(vars(value))
+def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that hold the values of a tensor: itself, or what is inside a quantized one."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from plain_tensors(getattr(tensor, name))
+    else:
+        yield tensor
 
 
 class AllocationTracker(TorchDispatchMode):
@@ -115,7 +106,7 @@ class AllocationTracker(TorchDispatchMode):
         known = len(self._entries)
         for tensor in (out,) if type(out) is Tensor else tree_leaves(out):
             if isinstance(tensor, Tensor):
-                for plain in tensors_in(tensor):
+                for plain in plain_tensors(tensor):
                     self._enter(plain, self.category)
         if len(self._entries) > known:  # views allocate nothing
             self._note()

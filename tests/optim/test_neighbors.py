@@ -231,7 +231,10 @@ def test_newton_schulz_makes_orthogonal():
         assert ((values > 0.6) & (values < 1.3)).all()
 
 
-@pytest.mark.parametrize("option", [{"variant": "sgd"}, {"order": "both"}])
-def test_options_of_lora_pre(option):
+@pytest.mark.parametrize(
+    ("make", "option"),
+    [(LoRAPre, {"variant": "sgd"}), (LoRAPre, {"order": "both"}), (AdaLomo, {"clip_threshold": None})],
+)
+def test_options_out_of_range(make, option):
     with pytest.raises(ValueError, match=f"{next(iter(option))} must be"):
-        LoRAPre(PlainLM().parameters(), **option)
+        make(PlainLM().parameters(), **option)

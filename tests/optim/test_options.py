@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from models import PlainLM
 from torch import nn
 
 from lightning_adapm import AdamMini, AdaPM, LoRAPre, PartialMuon
@@ -89,3 +90,69 @@ def test_roles_for_names_that_no_parameter_has():
         UserWarning, match=r"roles: no parameter has a name that '\^2', 'mpl' matches.*such as '0.weight'"
     ):
         AdaPM(model[0].parameters(), roles={"^2": "mlp", "0": "mlp", "^1.weight": "full", "mpl": "mlp"})
+
+
+def test_maximize_and_no_decay():
+    weights = [nn.Parameter(torch.ones(4, 4)) for _ in range(2)]
+    norm = nn.Parameter(torch.ones(4))
+    optimizer = AdaPM(
+        [("mlp.weight", weights[0]), ("norm.weight", norm)], lr=0.1, weight_decay=0.5, no_decay=("norm",), maximize=True
+    )
+    for p in (weights[0], norm):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    torch.testing.assert_close(norm.detach(), torch.full((4,), 1.1))
+    torch.testing.assert_close(weights[0].detach(), torch.full((4, 4), 1.05))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("lr", -1.0, "lr must be a finite number >= 0, but got -1.0"),
+        ("lr", float("inf"), "lr must be a finite number >= 0, but got inf"),
+        ("weight_decay", True, "weight_decay must be a finite number >= 0, but got True"),
+        ("betas", (0.9, 1.0), r"betas must be two numbers in \[0, 1\)"),
+        ("betas", (0.9,), "betas must be"),
+        ("eps", -1e-8, "eps must be"),
+        ("weight_decay", -0.1, "weight_decay must be"),
+        ("rank", 0, "rank must be an int >= 1, or a float"),
+        ("rank", 1.5, "rank must be"),
+        ("rank", True, "rank must be"),
+        ("rank", "5%", "rank must be"),
+        ("update_proj_gap", 0, "update_proj_gap must be an int >= 1"),
+        ("update_proj_gap", 2.5, "update_proj_gap must be"),
+        ("second_moment", "rows", "elementwise, block, factored"),
+        ("clip_threshold", 0.0, "clip_threshold must be"),
+        ("momentum", {"mpl": "full"}, "'mpl' is not a role; the roles are embedding"),
+        ("momentum", "papr", "'full', 'paper', 'compact', or policies by role, but got 'papr'"),
+        ("momentum", {"mlp": "ful"}, r"momentum\['mlp'\]: 'ful' is not a policy"),
+        ("roles", {"x": "keys"}, r"roles\['x'\]: 'keys' is neither a role"),
+        ("unmatched", "warn", "unmatched must be 'error' or one of"),
+        ("no_decay", ("norms",), "no_decay: 'norms' is not a role"),
+        ("state_dtype", {"none": "int8"}, "'none' is not a policy with a state; write 'low_rank' or 'full'"),
+        ("state_dtype", "int4", "state_dtype must be one of int8, bfloat16, float16, float32, float64, but got 'int4'"),
+    ],
+)
+def test_options_out_of_range(option, value, words):
+    with pytest.raises(ValueError, match=words):
+        AdaPM(PlainLM().parameters(), **{option: value})
+
+
+@pytest.mark.parametrize("unmatched", ["error", "none"])
+def test_a_name_stands_for_a_table_of_momentum(unmatched):
+    paper = AdaPM(PlainLM().parameters(), momentum="paper", unmatched=unmatched).param_groups[0]["momentum"]
+    published = {"embedding": "none", "attn_out": "none", "query": "low_rank", "key": "low_rank", "mlp": "low_rank"}
+    assert paper.items() >= published.items() and paper["value"] == "full"
+    compact = AdaPM(PlainLM().parameters(), momentum="compact", unmatched=unmatched).param_groups[0]["momentum"]
+    low_rank = {"embedding", "query", "key", "attn_out", "mlp", "lm_head"}
+    assert {role for role, policy in compact.items() if policy == "low_rank"} == low_rank
+    assert paper.get("unmatched") == (None if unmatched == "error" else unmatched)
+    every = AdaPM(PlainLM().parameters(), momentum="full", unmatched=unmatched).param_groups[0]["momentum"]
+    assert set(every.values()) == {"full"} and "unmatched" in every
+
+
+def test_options_of_a_group_are_checked_too():
+    with pytest.raises(ValueError, match="rank must be"):
+        AdaPM([{"params": PlainLM().parameters(), "rank": -1}])
+    with pytest.raises(ValueError, match="role: 'mpl' is neither a role"):
+        AdaPM([{"params": PlainLM().parameters(), "role": "mpl"}])

@@ -93,6 +93,14 @@ def test_devices(device, reason):
         options.check_trainable("AdaPM", "mlp.weight", Piece("mlp"), param, "error")
 
 
+def test_a_frozen_parameter_that_is_complex_may_not_be_trained_later():
+    param = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.complex64), requires_grad=False)
+    optimizer = AdaPM([("mlp.weight", param)])
+    param.requires_grad_().grad = torch.ones_like(param)
+    with pytest.raises(TypeError, match="mlp.weight is complex and now requires a gradient"):
+        optimizer.step()
+
+
 def refuse_a_replaced_parameter(case):
     weight = torch.nn.Parameter(torch.ones(4, 4))
     optimizer = case([("mlp.weight", weight)])

@@ -6,8 +6,8 @@ from models import PlainLM, tiny_gpt, token_batches, train
 
 from lightning_adapm import AdaPM, PartialMuon
 from lightning_adapm.moments.orthogonal import newton_schulz
-from lightning_adapm.report.diagnostics import ResidualProbe, StateReport, sketch
-from lightning_adapm.report.plan import measure
+from lightning_adapm.report.diagnostics import OTHER, ResidualProbe, StateReport, sketch
+from lightning_adapm.report.plan import StateBytes, measure
 
 
 @pytest.mark.parametrize("make", [PlainLM, tiny_gpt], ids=["plain", "litgpt"])
@@ -33,6 +33,22 @@ def test_state_report_of_any_optimizer():
     report = StateReport.measure([sgd], model)
     assert report.total.momentum == 4 * sum(p.numel() for p in model.parameters())
     assert report.figures()["second_moment_bytes"] == 0
+
+
+def test_state_report_of_what_is_nested_lost_or_of_no_role():
+    """As of optimizers that keep lists of preconditioners, and of parameters that were taken out of a group."""
+    model = torch.nn.ModuleDict({"attn": torch.nn.ModuleDict({"qkv": torch.nn.Linear(16, 40)}), "mlp": PlainLM()})
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    fused, bias, table = list(model.parameters())[:3]
+    bias.requires_grad_(False)
+    sgd.state[fused] = {"exp_avg": torch.zeros(7)}  # which rows are whose is not known
+    sgd.state[table] = {"blocks": [torch.zeros(3), torch.zeros(2)], "inner": {"exp_avg": torch.zeros(5)}}
+    sgd.state[torch.nn.Parameter(torch.zeros(4))] = {"exp_avg_sq": torch.zeros(4)}
+    report = StateReport.measure([sgd], model)
+    assert report.by_role["embedding"] == StateBytes(momentum=20, other=20)
+    assert report.by_role[OTHER] == StateBytes(momentum=28, second_moment=16)
+    assert report.total == measure(sgd)
+    assert report.adamw_total.momentum == 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def test_probe_is_a_direct_computation():

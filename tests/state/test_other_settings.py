@@ -7,7 +7,7 @@ import torch
 from models import PlainLM, tiny_gpt, token_batches, train
 from saved import OPTIONS, trained
 
-from lightning_adapm import AdaPM, LoRAPre
+from lightning_adapm import AdaLomo, AdaPM, LoRAPre
 from lightning_adapm.moments.policy import PRESETS
 
 
@@ -155,6 +155,60 @@ class TestRefusals:
         train(model, adamw, token_batches(1))
         with pytest.raises(ValueError, match="amsgrad"):
             AdaPM(model.parameters()).load_state_dict(adamw.state_dict())
+
+
+class TestLoRAPre:
+    """Factors of LoRA-Pre, made from what another optimizer has saved, and made into that."""
+
+    def pairs(self, optimizer, other):
+        """States of the same matrices, where the first optimizer has factors."""
+        for param, state in optimizer.state.items():
+            if "exp_avg_l" in state:
+                yield state, other.state[param]
+
+    def test_adapm_goes_on_with_its_moments(self):
+        model = PlainLM()
+        optimizer = LoRAPre(model.parameters(), rank=2)
+        train(model, optimizer, token_batches(4))
+        other = AdaPM(model.parameters(), momentum="full")
+        with pytest.warns(UserWarning, match=r"rank=0.05 \(the checkpoint has 2\)"):
+            other.load_state_dict(optimizer.state_dict())
+        compared = list(self.pairs(optimizer, other))
+        assert compared
+        for state, dense in compared:
+            torch.testing.assert_close(dense["exp_avg"], state["exp_avg_l"] @ state["exp_avg_r"])
+            root = state["exp_avg_sq_l"] @ state["exp_avg_sq_r"]
+            torch.testing.assert_close(dense["exp_avg_sq"], root.square())
+
+    def test_sums_of_gradients_are_made_of_averages_and_keep_their_strongest_directions(self):
+        model = PlainLM()
+        adamw = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        train(model, adamw, token_batches(4))
+        wide, narrow = (LoRAPre(model.parameters(), rank=rank, variant="muon") for rank in (12, 3))
+        wide.load_state_dict(adamw.state_dict())
+        with pytest.warns(UserWarning, match=r"rank=3 \(the checkpoint has 12\)"):
+            narrow.load_state_dict(wide.state_dict())
+        compared = list(self.pairs(wide, adamw))
+        assert compared
+        for (state, dense), (_, fewer) in zip(compared, self.pairs(wide, narrow), strict=True):
+            summed, found = dense["exp_avg"] / (1 - 0.9), state["exp_avg_l"] @ state["exp_avg_r"]
+            left_out = torch.linalg.svdvals(summed)[12:].norm()
+            assert (found - summed).norm() <= 1.3 * left_out < 0.5 * summed.norm()
+            u, s, vh = torch.linalg.svd(found, full_matrices=False)
+            torch.testing.assert_close(fewer["exp_avg_l"] @ fewer["exp_avg_r"], u[:, :3] * s[:3] @ vh[:3])
+        train(model, narrow, token_batches(1))
+
+
+def test_adalomo_goes_on_with_the_second_moment_of_adamw():
+    model = PlainLM()
+    adamw = torch.optim.AdamW(model.parameters())
+    train(model, adamw, token_batches(2))
+    optimizer = AdaLomo(model.parameters(), lr=1e-3, weight_decay=1e-2, update_in_backward=False)
+    optimizer.load_state_dict(adamw.state_dict())
+    weight = model.layers[0].mlp[0].weight
+    state, squares = optimizer.state[weight], adamw.state[weight]["exp_avg_sq"]
+    torch.testing.assert_close(state["exp_avg_sq_row"].flatten(), squares.mean(dim=1))
+    torch.testing.assert_close(state["exp_avg_sq_col"].flatten(), squares.mean(dim=0))
 
 
 def test_a_state_that_a_moment_cannot_be_made_from_is_refused_by_name():
