@@ -70,7 +70,8 @@ def sharded_steps(result: Result) -> Cells:
     how = f", {result['strategy'].upper()} on {result['processes']}"
     for kind, words in (("step", "step"), ("training", "training step")):
         rows = {name: {"mean_ms": min(row[kind]["turns_ms"])} for name, row in result["rows"].items() if kind in row}
-        yield f"{how}, {words}", _relative(rows, SHARDED)
+        if rows:
+            yield f"{how}, {words}", _relative(rows, SHARDED)
 
 
 def _relative(rows: Mapping[str, Mapping[str, Any]], names: tuple[str, ...]) -> list[str]:

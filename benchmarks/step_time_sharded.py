@@ -3,6 +3,9 @@
 Every process holds its share of a decoder under FSDP2, or all of it under DDP. All optimizers are there at once, on the
 same parameters, and take turns: first with their step alone, then in whole training steps. Times are means over
 processes, each between events in its own stream.
+
+Of PartialMuon's step, Newton-Schulz is measured apart, alone on the same GPUs. What the step takes longer is the cost
+of all the rest. Without Newton-Schulz, that takes longer still, because nothing hides exchanges of matrices.
 """
 
 import argparse
@@ -40,7 +43,7 @@ from lightning_adapm.sharding.collectives import TRAFFIC
 
 _BLOCK = {"second_moment": "block"}
 _PAPER = {"momentum": "paper", "rank": 0.05, "state_dtype": None}
-BASE = "AdamW, fused"
+BASE, MUON, ALONE = "AdamW, fused", "PartialMuon", "Newton-Schulz alone"
 PEERS: tuple[Peer, ...] = (
     Peer(BASE, "AdamW", {"fused": True}),
     Peer("AdaPM", "AdaPM", interval=INTERVAL),
@@ -49,7 +52,8 @@ PEERS: tuple[Peer, ...] = (
     Peer("AdaPM block, bases sharded", "AdaPM", _BLOCK | {"basis": "shard"}, interval=INTERVAL),
     Peer("AdaPM block, paper", "AdaPM", _PAPER | _BLOCK, interval=INTERVAL),
     Peer("AdamMini", "AdamMini"),
-    Peer("PartialMuon", "PartialMuon", interval=INTERVAL),
+    Peer(MUON, "PartialMuon", interval=INTERVAL),
+    Peer(ALONE, "Newton-Schulz"),
     Peer("PartialMuon without Newton-Schulz", "Bookkeeping", interval=INTERVAL),
 )
 STRATEGIES = ("fsdp2", "ddp")
@@ -71,6 +75,8 @@ class Job:
     length: int
     repeats: int
     deadline: float
+    step_only: bool
+    """Leave out training steps, which take longer than all else."""
     peers: tuple[Peer, ...]
     profiled: tuple[Peer, ...]
     profile: Path
@@ -89,7 +95,7 @@ class Row:
     @property
     def trains(self) -> bool:
         """Whether its training steps mean anything."""
-        return self.peer.kind != "Bookkeeping"
+        return self.peer.kind not in ("Newton-Schulz", "Bookkeeping")
 
 
 class Replica:
@@ -136,6 +142,8 @@ def work(job: Job) -> dict[str, Any]:
     for row in rows:
         row.counts = _count(row.optimizer, job.device)
     _profile(job, [row for row in rows if row.peer in job.profiled])
+    if job.step_only:
+        return {"rows": {row.peer.name: _summarized(row) for row in rows}}
     time_steps(replica.gradients, 2, job.device)
     _take_turns(
         job, [row for row in rows if row.trains], lambda row: lambda: replica.training_step(row.optimizer), "training"
@@ -236,7 +244,7 @@ def _times(turns: Sequence[Sequence[float]]) -> dict[str, Any]:
 
 def _summarized(row: Row) -> dict[str, Any]:
     found = row.counts | {"step": _times(_seconds_by_step(row.alone))}
-    return found | ({"training": _times(_seconds_by_step(row.training))} if row.trains else {})
+    return found | ({"training": _times(_seconds_by_step(row.training))} if row.training else {})
 
 
 def _say(words: str) -> None:
@@ -255,23 +263,46 @@ def page(result: dict[str, Any]) -> str:
         "",
         f"{show_count(result['parameters'])} parameters ({result['layers']} of {result['all_layers']} layers) in"
         f" {result['dtype']}, {how}, products in bfloat16, {result['batch']} x {result['length']} random tokens on each"
-        f" process. All optimizers are there at once and take turns, {_turns(result, 'step')} alone and"
-        f" {_turns(result, 'training')} in training, of {INTERVAL} steps each, which is one interval between refreshes;"
-        " in parentheses are the means of the fastest and the slowest turn. Times are means over processes, of the step"
-        " alone and of whole training steps, where forward and backward alone take"
-        f" {result['forward_and_backward_ms']:.1f} ms. Host is the median time until a step is launched.",
+        f" process. All optimizers are there at once and take turns, {_turns(result, 'step')} alone{_training(result)},"
+        f" of {INTERVAL} steps each, which is one interval between refreshes; in parentheses are means of the fastest"
+        " and the slowest turn. Times are means over processes. Host is the median time until a step is launched.",
         "",
     ]
     header = ["", "median ms", "mean ms", "worst ms", f"mean / {BASE}", "host ms", "training step ms", "state"]
     header += ["exchanged per step", "at most", "collectives per step", "at most", "waiting steps"]
     base = result["rows"].get(BASE, {}).get("step")
     rows = [[name, *_cells(row, base)] for name, row in result["rows"].items()]
-    return "\n".join([*lines, *table(header, rows)]) + "\n"
+    return "\n".join([*lines, *table(header, rows), *_apart(result["rows"])]) + "\n"
+
+
+def _apart(rows: dict[str, Any]) -> list[str]:
+    """A sentence about what PartialMuon's step takes longer than Newton-Schulz alone, if both were measured."""
+    if not rows.keys() >= {BASE, MUON, ALONE}:
+        return []
+    base, whole, alone = (fastest(rows[name]["step"]) for name in (BASE, MUON, ALONE))
+    return [
+        "",
+        f"In the fastest turn of each, {MUON}'s step takes {whole - alone:.2f} ms longer than {ALONE}, which is"
+        f" {(whole - alone) / base:.2f} times {BASE}.",
+    ]
+
+
+def fastest(step: dict[str, Any]) -> float:
+    """Milliseconds of a step in the fastest turn: a single disturbed step can double the mean of its turn."""
+    return min(step["turns_ms"])
 
 
 def _turns(result: dict[str, Any], kind: str) -> int:
     """Number of turns that there was time for."""
     return min(len(row[kind]["turns_ms"]) for row in result["rows"].values() if kind in row)
+
+
+def _training(result: dict[str, Any]) -> str:
+    """Words about turns of training steps, if there were any."""
+    if "forward_and_backward_ms" not in result:
+        return ""
+    alone = f"{result['forward_and_backward_ms']:.1f} ms"
+    return f" and {_turns(result, 'training')} in training, where forward and backward alone take {alone}"
 
 
 def _cells(row: dict[str, Any], base: dict[str, Any] | None) -> list[str]:
@@ -319,6 +350,7 @@ def run(args: argparse.Namespace) -> None:
         args.length,
         args.repeats,
         time.monotonic() + args.time_limit,
+        args.step_only,
         peers,
         select(args.profile, PEERS),
         args.output / f"{stem}-profile.txt",
@@ -343,6 +375,7 @@ def main() -> None:
     parser.add_argument("--strategy", choices=STRATEGIES, default="fsdp2")
     parser.add_argument("--layers", type=int, help="of the model; default: all")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each optimizer")
+    parser.add_argument("--step-only", action="store_true", help="leave out training steps, which take the longest")
     words = partial(chosen, peers=PEERS)
     parser.add_argument(
         "--profile", nargs="*", type=words, default=[], metavar="NAME", help="also write their profiles"

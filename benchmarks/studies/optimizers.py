@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from benchmarks.studies.parts_of_muon import Bookkeeping, NewtonSchulzAlone
 from benchmarks.studies.stand_ins import standing_in
-from benchmarks.studies.trials import Bookkeeping, Trial
+from benchmarks.studies.trials import Trial
 from benchmarks.studies.updated import UpdatedLoRAPre
 from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre, PartialMuon
 from lightning_adapm.moments.policy import HALF_FACTORS, momentum_table, state_dtype_for
@@ -34,6 +35,7 @@ OURS = ROLES | {
     "LoRAPre": LoRAPre,
     "LoRAPre trial": UpdatedLoRAPre,
     "Lomo": Lomo,
+    "Newton-Schulz": NewtonSchulzAlone,
 }
 TRIALS = ("trial", "LoRAPre trial")
 """Kinds that are only tried, outside the package."""

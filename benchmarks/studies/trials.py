@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.studies import damping
-from lightning_adapm import AdaPM, PartialMuon
+from lightning_adapm import AdaPM
 from lightning_adapm.moments import lowrank
-from lightning_adapm.moments.base import Direction, Momentum, SecondMoment, State
+from lightning_adapm.moments.base import Direction, Momentum, State
 from lightning_adapm.moments.batches import Stack, join, split
 from lightning_adapm.moments.first import LowRankMomentum
-from lightning_adapm.moments.orthogonal import Iteration, Orthogonal
 from lightning_adapm.moments.storage import Entry
 from lightning_adapm.roles.piece import Piece
 from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
@@ -317,11 +316,3 @@ LOW_RANK: dict[str, type[LowRankMomentum]] = {
     "gradient descent": GradientDescent,
     "re-projected": Reprojected,
 }
-
-
-class Bookkeeping(PartialMuon):
-    """PartialMuon without Newton-Schulz: what its step costs besides, momentum and exchanges of matrices included."""
-
-    def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
-        found = super().second_moment_for(piece, shape, group)
-        return Orthogonal(Iteration(())) if isinstance(found, Orthogonal) else found

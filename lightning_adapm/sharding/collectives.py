@@ -123,11 +123,11 @@ def all_reduce(tensor: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOp
     _communicate(lambda kept: dist.all_reduce(kept, op, group=group), tensor)
 
 
-def all_gather(whole: Tensor, part: Tensor, group: dist.ProcessGroup) -> None:
-    """Gather the ``part`` of every process, in order of their ranks, in ``whole``."""
+def gathering(whole: Tensor, part: Tensor, group: dist.ProcessGroup) -> Planned:
+    """Plan to gather the ``part`` of every process, in order of their ranks, in ``whole``."""
     # torch 2.13 renamed it, and warns of the old name
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    _communicate(lambda into, given: gather(into, given, group=group), whole, part)
+    return Planned((whole, part), lambda into, given: gather(into, given, group=group, async_op=True))
 
 
 def summing(tensor: Tensor, group: dist.ProcessGroup) -> Planned:

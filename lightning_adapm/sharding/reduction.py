@@ -1,6 +1,6 @@
 """Sums over the rows of sharded matrices."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
 import torch
@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_adapm.sharding.collectives import all_gather, all_reduce, total
+from lightning_adapm.sharding.collectives import Pending, Planned, all_reduce, begin_and_wait, gathering, total
 from lightning_adapm.sharding.rows import RowShard, column_range
 
 _Tensors = TypeVar("_Tensors", bound=Sequence[Tensor] | Tensor)
@@ -51,7 +51,16 @@ class Reduction:
 
     def columns_of(self, stacks: Sequence[Tensor], widths: Sequence[int]) -> list[Tensor]:
         """:meth:`columns` of several stacks, of so many columns, in one collective."""
-        return list(stacks)
+        planned, gathered = self.gather_columns(stacks, widths)
+        if planned:
+            begin_and_wait(pending := Pending(planned), pending)
+        return gathered()
+
+    def gather_columns(
+        self, stacks: Sequence[Tensor], widths: Sequence[int]
+    ) -> tuple[list[Planned], Callable[[], list[Tensor]]]:
+        """Plan :meth:`columns_of`; the collectives, and what gives the columns after them."""
+        return [], lambda: list(stacks)
 
     def kept_columns(self, values: Tensor) -> Tensor:
         """Select the columns that this process keeps; the inverse of :meth:`columns`."""
@@ -144,19 +153,29 @@ class ProcessReduction(Reduction):
     def scope(self) -> Hashable:
         return self.group, self._columns_shared
 
-    def columns_of(self, stacks: Sequence[Tensor], widths: Sequence[int]) -> list[Tensor]:
+    def gather_columns(
+        self, stacks: Sequence[Tensor], widths: Sequence[int]
+    ) -> tuple[list[Planned], Callable[[], list[Tensor]]]:
         if not self._columns_shared:
-            return list(stacks)
+            return super().gather_columns(stacks, widths)
         count = len(self.shards[0].layout.spans)
         parts = [pad(stack, (0, -(-n // count) - stack.shape[-1])) for stack, n in zip(stacks, widths, strict=True)]
-        flat = torch.cat([part.flatten() for part in parts])
-        whole = flat.new_empty(count * flat.numel())
-        all_gather(whole, flat, self.group)
-        pieces = whole.view(count, -1).split([part.numel() for part in parts], dim=1)
-        return [
-            torch.cat([each.view(part.shape) for each in piece.unbind()], dim=-1)[..., :n].contiguous().to(part.dtype)
-            for piece, part, n in zip(pieces, parts, widths, strict=True)
-        ]
+        sent = [torch.cat([part.flatten() for part in parts])]
+        whole = sent[0].new_empty(count * sent[0].numel())
+        planned = [gathering(whole, sent[0], self.group)]
+
+        def gathered() -> list[Tensor]:
+            sent.clear()  # its memory was not to be used again before
+            pieces = whole.view(count, -1).split([part.numel() for part in parts], dim=1)
+            found = (
+                torch.cat([each.view(part.shape) for each in piece.unbind()], dim=-1)
+                for piece, part in zip(pieces, parts, strict=True)
+            )
+            return [
+                each[..., :n].contiguous().to(stack.dtype) for each, n, stack in zip(found, widths, stacks, strict=True)
+            ]
+
+        return planned, gathered
 
     def over_columns(self, values: Tensor) -> Tensor:
         return self.total([values])[0] if self._columns_shared else values

@@ -20,7 +20,7 @@ from lightning_adapm.step.batching import Batch, batches, bucketed, put_back
 from lightning_adapm.step.counters import count_step
 from lightning_adapm.step.device_gradients import DeviceGradients
 from lightning_adapm.step.graphs import Pool
-from lightning_adapm.step.interleaving import interleave
+from lightning_adapm.step.interleaving import Task, interleave
 from lightning_adapm.step.nonfinite import NonFiniteGradients
 from lightning_adapm.step.parts import Alike, Part
 from lightning_adapm.step.paths import Path, StepPath
@@ -166,12 +166,10 @@ class Engine:
             if batch.path.whole:
                 together.append(batch)
             else:
-                found += _moved_by_kernels([batch], group, rule)
-        for some in exchange.rounds(together):
-            exchange.begin(some)
-            refreshing.refresh(some)
-            found += _moved_by_kernels(some, group, rule)
-        return found
+                interleave([_moving(batch, group, rule)])
+                found += _found([batch])
+        interleave(_moving_in_rounds(together, group, rule))
+        return found + _found(together)
 
     def _move_by_torch(self, batch: Batch, group: Mapping[str, Any], rule: Rule) -> None:
         # only now, batch by batch: copies of all gradients in float32 would be larger than the state that is saved
@@ -194,17 +192,25 @@ class Engine:
         return rows
 
 
-def _moved_by_kernels(together: Sequence[Batch], group: Mapping[str, Any], rule: Rule) -> list[Found]:
-    """Move batches, each while others wait for collectives, and return what was found about their gradients."""
-    interleave(_moving(batch, group, rule) for batch in together)
-    readings = [(batch, batch.grads.reading) for batch in together if isinstance(batch.grads, DeviceGradients)]
-    return [Found(batch.parts, reading.flaws, [reading.squares]) for batch, reading in readings]
+def _moving_in_rounds(together: Sequence[Batch], group: Mapping[str, Any], rule: Rule) -> Iterator[Task]:
+    """Tasks that move batches, each while others wait for collectives. Those of a round are read before its first."""
+    for some in exchange.rounds(together):
+        exchange.begin(some)
+        refreshing.refresh(some)
+        for batch in some:
+            yield _moving(batch, group, rule)
 
 
 def _moving(batch: Batch, group: Mapping[str, Any], rule: Rule) -> Iterator[Sequence[Planned]]:
     step = by_kernels.step if batch.path.whole else by_kernels.step_with_reductions
     yield from step(batch, group, rule.observer)
     put_back(batch)
+
+
+def _found(moved: Sequence[Batch]) -> list[Found]:
+    """What kernels have found out about the gradients of batches."""
+    readings = [(batch, batch.grads.reading) for batch in moved if isinstance(batch.grads, DeviceGradients)]
+    return [Found(batch.parts, reading.flaws, [reading.squares]) for batch, reading in readings]
 
 
 def records(rule: Rule, device: torch.device) -> bool:

@@ -6,8 +6,7 @@ processes.
 """
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -18,7 +17,7 @@ from lightning_adapm.moments import lowrank
 from lightning_adapm.moments.batches import join
 from lightning_adapm.moments.first import LowRankMomentum
 from lightning_adapm.moments.second import BlockSecondMoment, FactoredSecondMoment
-from lightning_adapm.sharding.collectives import total
+from lightning_adapm.sharding.collectives import Pending, begin_and_wait, total
 from lightning_adapm.step.averages import advance
 from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.device_gradients import DeviceGradients
@@ -34,7 +33,8 @@ gathered bases. Every further round has collectives of its own, for which all pr
 
 
 def rounds(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
-    """Sort batches into those that are read before any of them moves: first all that exchange nothing, then the others.
+    """Sort batches into those that are read before any of them moves: first all that no other process holds rows of,
+    then the others, in the order in which they move.
 
     What is read of the others is bounded by :data:`ROUND_NUMEL`. Every process sorts them alike.
     """
@@ -45,7 +45,7 @@ def rounds(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
     if alone:
         yield alone
     together, numel = list[Batch](), 0
-    for batch in apart:
+    for batch in sorted(apart, key=_turn):
         added = sum(map(_most_held, batch.parts))
         if together and numel + added > ROUND_NUMEL:
             yield together
@@ -56,6 +56,15 @@ def rounds(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
         yield together
 
 
+def _turn(batch: Batch) -> tuple[bool, int]:
+    """Key of the order in which batches move.
+
+    Matrices that processes exchange come first, the smallest of them before all others, since nothing is there yet to
+    be worked on meanwhile. What exchanges nothing is worked on while the last matrices come back.
+    """
+    return not batch.parts[0].second.whole_matrices, sum(part.shape.numel() for part in batch.parts)
+
+
 def _most_held(part: Part) -> int:
     """Number of elements of a shard on the process that holds most."""
     assert part.shard is not None
@@ -63,44 +72,60 @@ def _most_held(part: Part) -> int:
 
 
 def begin(batches: Sequence[Batch]) -> None:
-    """Read the gradients of batches, and complete what was found with what other processes have found."""
-    by_scope: defaultdict[Hashable, list[Batch]] = defaultdict(list)
-    for batch in batches:
-        if batch.parts[0].shard is not None:
-            by_scope[batch.reduction.scope].append(batch)
-    for together in by_scope.values():
-        _gather_bases([batch for batch in together if isinstance(batch.parts[0].first, LowRankMomentum)])
+    """Read the gradients of batches, and complete what was found with what other processes have found.
+
+    Gradients without bases are read while those of the others are gathered, and these while the next ones are.
+    """
+    apart = [batch for batch in batches if batch.parts[0].shard is not None]
+    gathered = [_gather_basis(batch) for batch in apart if isinstance(batch.parts[0].first, LowRankMomentum)]
+    for batch in apart:
+        if not isinstance(batch.parts[0].first, LowRankMomentum):
+            _read(batch)
+    for read in gathered:
+        read()
     by_group: defaultdict[Hashable, list[Batch]] = defaultdict(list)
-    for batch in chain.from_iterable(by_scope.values()):
+    for batch in apart:
         by_group[_group(batch)].append(batch)
     for together in by_group.values():
         _agree(together)
 
 
-def _gather_bases(batches: Sequence[Batch]) -> None:
-    """Give gradients the bases of their momenta, of which processes may keep some columns each."""
-    if not batches:
-        return
-    kept = []
-    for batch in batches:
-        momentum = batch.parts[0].first
-        assert isinstance(momentum, LowRankMomentum)
-        kept.append(join(momentum.bases(batch.parts)))
-    widths = [batch.parts[0].shape[-1] for batch in batches]
-    for batch, right in zip(batches, batches[0].reduction.columns_of(kept, widths), strict=True):
-        _grads(batch).right = right
+def _gather_basis(batch: Batch) -> Callable[[], None]:
+    """Begin to gather the bases of momenta, of which processes may keep some columns each.
+
+    Returns:
+        What reads the gradients with them.
+    """
+    momentum = batch.parts[0].first
+    assert isinstance(momentum, LowRankMomentum)
+    kept, width = join(momentum.bases(batch.parts)), batch.parts[0].shape[-1]
+    planned, gathered = batch.reduction.gather_columns([kept], [width])
+    pending = Pending(planned) if planned else None
+    if pending is not None:
+        begin_and_wait(pending, None)
+
+    def read() -> None:
+        if pending is not None:
+            begin_and_wait(None, pending)
+        (_grads(batch).right,) = gathered()
+        _read(batch)
+
+    return read
+
+
+def _read(batch: Batch) -> None:
+    """Read gradients, with their products with the bases that they were given."""
+    right = _grads(batch).right
+    _grads(batch).read_first(lowrank.sketched(right.float()) if right is not None and refreshes(batch) else right)
 
 
 def _agree(batches: Sequence[Batch]) -> None:
-    """Read gradients, and find out whether they are finite on all processes, and sums of their columns and blocks."""
+    """Find out whether gradients are finite on all processes, and sums of their columns and blocks."""
     numbers: list[Tensor] = []
     for batch in batches:
-        grads = _grads(batch)
-        right = grads.right
-        grads.read_first(lowrank.sketched(right.float()) if right is not None and refreshes(batch) else right)
-        numbers.append((grads.reading.flaws != 0).float())
+        numbers.append((_grads(batch).reading.flaws != 0).float())
         if _has_columns(batch):
-            numbers.append(grads.columns)
+            numbers.append(_grads(batch).columns)
         if _has_blocks(batch):
             numbers.append(_sums_of_blocks(batch))
     found = iter(total(numbers, _group(batches[0])))

@@ -245,7 +245,9 @@ def test_training_steps_are_timed_with_and_without_an_optimizer(monkeypatch, tmp
 def test_steps_are_timed_on_processes(monkeypatch, tmp_path):
     monkeypatch.setattr(step_time_sharded, "MODELS", {"llama": TINY})
     words = ["step_time_sharded", "--length", "8", "--repeats", "2", "--output", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", [*words, "--peers", "fused", "bases", "PartialMuon", "--profile", "fused"])
+    monkeypatch.setattr(
+        sys, "argv", [*words, "--peers", "fused", "bases", "PartialMuon", "alone", "--profile", "fused"]
+    )
     step_time_sharded.main()
     name = "step_time_sharded-fsdp2-2-cpu-llama-float32"
     assert "AdamW, fused: 21 steps" in (tmp_path / f"{name}-profile.txt").read_text()
@@ -255,9 +257,12 @@ def test_steps_are_timed_on_processes(monkeypatch, tmp_path):
     replicated, sharded = (rows[f"AdaPM block, bases {how}"] for how in ("replicated", "sharded"))
     assert replicated["exchanged"]["step"] < sharded["exchanged"]["step"] < sharded["exchanged"]["most"]
     assert replicated["state_bytes"] > sharded["state_bytes"]
-    assert [len(row["step"]["turns_ms"]) for row in rows.values()] == [2] * 5
-    assert [name for name in rows if "training" not in rows[name]] == ["PartialMuon without Newton-Schulz"]
-    whole, besides = rows["PartialMuon"], rows["PartialMuon without Newton-Schulz"]
+    assert [len(row["step"]["turns_ms"]) for row in rows.values()] == [2] * 6
+    alone, besides = "Newton-Schulz alone", "PartialMuon without Newton-Schulz"
+    assert {name for name in rows if "training" not in rows[name]} == {alone, besides}
+    longer = min(rows["PartialMuon"]["step"]["turns_ms"]) - min(rows[alone]["step"]["turns_ms"])
+    assert f"PartialMuon's step takes {longer:.2f} ms longer than {alone}" in (tmp_path / f"{name}.md").read_text()
+    whole, besides = rows["PartialMuon"], rows[besides]
     assert whole["exchanged"] == besides["exchanged"] and whole["state_bytes"] == besides["state_bytes"]
 
 
@@ -300,5 +305,6 @@ def test_a_section_has_a_row_for_each_result(tmp_path):
     shards = {name: {"step": {"mean_ms": sum(ms) / 2, "turns_ms": ms}} for name, ms in turns.items()}
     made |= {"strategy": "fsdp2", "processes": 2, "rows": shards}
     (tmp_path / "step_time_sharded-a.json").write_text(json.dumps(made))
-    assert "a.md) | 2.00 ms | 1.50 |" in docs.section("step_time_sharded", tmp_path).splitlines()[2]
+    (row,) = docs.section("step_time_sharded", tmp_path).splitlines()[2:]  # none of training steps that there are not
+    assert "a.md) | 2.00 ms | 1.50 |" in row
     assert docs.section("training_time", tmp_path) == "Nothing is measured yet."

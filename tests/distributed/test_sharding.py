@@ -99,9 +99,10 @@ def test_gathered_columns_lie_without_gaps(monkeypatch):
         layout = Layout(torch.Size((6, 5)), ((0, 15), (15, 30)), rank, "both")
         return ProcessReduction([RowShard(layout)], columns_shared=True)
 
-    def exchanged(into, part, group):
+    def exchanged(into, part, group, async_op):
         sent.append(part)
         into.copy_(torch.cat([sent[0], sent[-1]]))
+        return SimpleNamespace(wait=lambda: None)
 
     for name in ("all_gather_into_tensor", "all_gather_single"):  # until and since torch 2.13
         monkeypatch.setattr(f"torch.distributed.{name}", exchanged, raising=False)

@@ -1,5 +1,7 @@
 """A process that holds no row of some matrices, by kernels interpreted on a CPU: as by torch's operations."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,8 +22,9 @@ pytest.importorskip("triton", reason="the kernels are Triton's")
 def last_of_four(monkeypatch):
     """This process is the last of four. Others have nothing to add to its sums, and columns like its own."""
 
-    def gather(into, given, group):
+    def gather(into, given, group, async_op):
         into.view(4, -1).copy_(given.expand(4, -1))
+        return SimpleNamespace(wait=lambda: None)
 
     monkeypatch.setattr(dist, "all_gather_into_tensor", gather)
     monkeypatch.setattr(dist, "all_gather_single", gather, raising=False)
