@@ -37,7 +37,7 @@ VARIED = (
     "more momentum",
     "embedding",
     "but for",
-    "attn_out low-rank",
+    "attn_out",
     "fast steps",
     "refreshed",
     "rank ",

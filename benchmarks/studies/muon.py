@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.studies.at_size import AT_SIZE
+from benchmarks.studies.at_size import AT_SIZE, EIGHT_BITS, TABLES
 from benchmarks.studies.base import BESIDE, BEST, LLAMA_SMALL, Study, adamw, five_steps, muon
-from lightning_adapm.moments.policy import DEFAULT_MOMENTUM, DEFAULT_RANK, DEFAULT_STATE_DTYPE
+from lightning_adapm.moments.policy import DEFAULT_MOMENTUM, DEFAULT_RANK, DEFAULT_STATE_DTYPE, PAPER_MOMENTUM
 
 HALF = {"low_rank": "bfloat16"}
 """Storage of factors, so that the rank can be larger."""
@@ -19,11 +19,21 @@ FEWER = {
     "PartialMuon, 4 of Muon's steps": five_steps(ns_steps=4),
 }
 AS_ADAPM = {"momentum": DEFAULT_MOMENTUM, "rank": DEFAULT_RANK, "state_dtype": DEFAULT_STATE_DTYPE}
+FAST: dict[str, Any] = {"newton_schulz": "fast", "ns_steps": 4}
 LIKE_ADAPM: dict[str, tuple[str, Mapping[str, Any]]] = {
     "PartialMuon, AdaPM's table": five_steps(**AS_ADAPM),
-    "PartialMuon, AdaPM's table, 4 fast steps": five_steps(**AS_ADAPM, newton_schulz="fast", ns_steps=4),
+    "PartialMuon, AdaPM's table, 4 fast steps": five_steps(**AS_ADAPM, **FAST),
 }
 """Low-rank momentum for MLPs alone."""
+TABLES_INT8: dict[str, Any] = {
+    "momentum": {**PAPER_MOMENTUM, **TABLES},
+    "rank": 0.15,
+    "state_dtype": EIGHT_BITS,
+}
+OF_TABLES: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "PartialMuon, tables full, int8": five_steps(**TABLES_INT8),
+    "PartialMuon, tables full, int8, 4 fast steps": five_steps(**TABLES_INT8, **FAST),
+}
 MUON_ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "Muon": muon(momentum="full"),
     "PartialMuon": five_steps(),
@@ -43,7 +53,13 @@ MUON_ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "PartialMuon, value low-rank": muon(momentum={"value": "low_rank"}),
     "PartialMuon, elementwise": muon(second_moment="elementwise"),
     "PartialMuon, factored": five_steps(second_moment="factored"),
+    **OF_TABLES,
     **LIKE_ADAPM,
+    "PartialMuon, AdaPM's table, full in float32": five_steps(**{**AS_ADAPM, "state_dtype": HALF}),
+    "PartialMuon, AdaPM's table, rank 15%": five_steps(**{**AS_ADAPM, "rank": 0.15}),
+    "PartialMuon, AdaPM's table, attn_out none": five_steps(
+        **{**AS_ADAPM, "momentum": {**DEFAULT_MOMENTUM, "attn_out": "none"}}
+    ),
     **FEWER,
     "PartialMuon, refreshed every 20": five_steps(update_proj_gap=20),
     "PartialMuon, 4 fast steps, refreshed every 20": ("PartialMuon", {"newton_schulz": "fast", "update_proj_gap": 20}),

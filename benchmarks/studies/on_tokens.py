@@ -4,12 +4,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.studies.at_size import BEST_SO_FAR, BOUNDED, EIGHT_BITS, TABLES, TABLES_FULL, more
+from benchmarks.studies.at_size import BEST_SO_FAR, BOUNDED, TABLES_FULL, more
 from benchmarks.studies.at_size import ROWS as AT_SIZE_ROWS
 from benchmarks.studies.base import BESIDE, BEST, BETAS95, Study, adamw, adapm, compact, five_steps, muon, paper
 from benchmarks.studies.comparison import LOW_RANK
 from benchmarks.studies.decoder import Shape
-from benchmarks.studies.muon import LIKE_ADAPM
+from benchmarks.studies.muon import LIKE_ADAPM, OF_TABLES
 from benchmarks.studies.setting import Setting
 
 VOCAB = 1 << 15
@@ -55,7 +55,7 @@ ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
         {"embedding": "full"}, betas=BETAS95, second_moment="factored"
     ),
     TABLES_FULL: AT_SIZE_ROWS[TABLES_FULL],
-    "PartialMuon, tables full, int8": five_steps(momentum=TABLES, state_dtype=EIGHT_BITS),
+    **OF_TABLES,
     BOUNDED: AT_SIZE_ROWS[BOUNDED],
     **LIKE_ADAPM,
     "AdaPM factored, rank 10%": adapm(betas=BETAS95, second_moment="factored", rank=0.1),
