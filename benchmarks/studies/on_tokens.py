@@ -58,6 +58,7 @@ ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
     **OF_TABLES,
     BOUNDED: AT_SIZE_ROWS[BOUNDED],
     **LIKE_ADAPM,
+    "AdaPM, paper, not corrected": paper(betas=BETAS95, debias=False),
     "AdaPM factored, rank 10%": adapm(betas=BETAS95, second_moment="factored", rank=0.1),
     "AdaPM factored, float32": adapm(betas=BETAS95, second_moment="factored", state_dtype=None),
     "AdaPM factored, all full": adapm(betas=BETAS95, second_moment="factored", momentum="full", state_dtype=None),
