@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_adapm.moments.base import Direction
 from lightning_adapm.moments.batches import split
 from lightning_adapm.moments.orthogonal import Iteration, sized
+from lightning_adapm.moments.quantized import BLOCK
 from lightning_adapm.sharding.collectives import Planned, summing
 from lightning_adapm.sharding.owners import Owners
 from lightning_adapm.sharding.reduction import ProcessReduction, Reduction
@@ -20,8 +21,10 @@ from lightning_adapm.step.launch import Matrices, aligned, launch
 from lightning_adapm.step.moves import Average
 from lightning_adapm.step.newton_schulz import NORM, is_half, iterated, iterated_in_half, rescale
 
-DIRECT, DIRECT_ALONG = (16, 128, 4, 3), (64, 64, 4, 3)
-"""Rows and columns of a tile, warps, stages: without a product of factors and with it."""
+DIRECT, DIRECT_ALONG = (2, 1024, 4, 3), (64, 64, 4, 3)
+"""Rows and columns of a tile, warps, stages: without a product of factors and with it. Blocks of codes with one scale
+are not cut.
+"""
 _TILES = 1024
 """Numbers of tiles that a program adds at once."""
 _ORDINARY = 1e-15, 1e15
@@ -46,15 +49,15 @@ def direct(
     """
     (m, n), b = grads.shape, len(grads.addresses)
     left, right = factors or (None, None)
-    values, beta1, _ = average or (None, 0.0, None)
-    tile = Tile(*(DIRECT if factors is None else DIRECT_ALONG))
-    grid = tile.grid(m, n, b)
+    values, beta1, scales = average or (None, 0.0, None)
+    tile = Tile(*DIRECT).narrowed(n) if factors is None else Tile(*DIRECT_ALONG)
+    high, across, _ = tile.grid(m, n, b)
     found = grads.like.new_empty((b, m, n), dtype=kernels.FACTOR)
-    sizes = grads.like.new_empty((b, 2, grid[0] * grid[1]), dtype=torch.float32)
+    sizes = grads.like.new_empty((b, 2, high * across), dtype=torch.float32)
     launch(
         "direct",
-        grid,
-        (grads, values, left, right, flaws, found, sizes),
+        (high * across, b, 1),
+        (grads, values, scales, left, right, flaws, found, sizes),
         (
             m,
             n,
@@ -70,6 +73,7 @@ def direct(
         FACTOR=kernels.FACTOR,
         ALIGNED=aligned(grads, values, right),
         AVERAGED=average is not None,
+        SPAN=0 if scales is None else min(BLOCK, tile.columns),
         FACTORS=factors is not None,
         BLOCK_K=64,
         **tile.constants,

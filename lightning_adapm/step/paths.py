@@ -145,7 +145,7 @@ def unknown_moments(part: Part) -> str:
     momentum = first.entries(part.shape)
     for key, entry in part.entries.items():
         storage = entry.storage
-        if type(storage) is EightBits and key in momentum and not (second.whole_matrices and key == "exp_avg"):
+        if type(storage) is EightBits and key in momentum:
             continue
         if not storage.plain or (storage.dtype is not None and storage.dtype not in DTYPES):
             return f"no kernels for state in {storage}"

@@ -7,13 +7,14 @@ orthogonalized is one tensor ``(b, m, n)``.
 import triton
 import triton.language as tl
 
-from lightning_adapm.step import triton_products
+from lightning_adapm.step import triton_momentum, triton_products
 
 
 @triton.jit
 def direct(
     grads,
     averages,
+    scales,
     left,
     rights,
     flaws,
@@ -33,6 +34,7 @@ def direct(
     FACTOR: tl.constexpr,
     ALIGNED: tl.constexpr,
     AVERAGED: tl.constexpr,
+    SPAN: tl.constexpr,
     FACTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -40,14 +42,18 @@ def direct(
 ):
     """``found = grad + share left right``, or ``(1 - share) grad + share average`` where ``AVERAGED``.
 
-    ``averages`` ``(m, n)`` take the gradient first: ``beta1 average + (1 - beta1) grad``. ``left`` is
-    ``(b, m, width)``, zero behind ``k``, and ``rights`` are ``(k, n)``. ``sizes`` ``(b, 2, tiles)`` are each tile's
-    largest entry and its sum of squares in units of that, in which nothing overflows. An entry that is not finite is
-    written as zero, and makes the tile's largest entry infinite.
+    ``averages`` ``(m, n)``, with a ``SPAN`` codes with ``scales``, take the gradient first:
+    ``beta1 average + (1 - beta1) grad``. ``left`` is ``(b, m, width)``, zero behind ``k``, and ``rights`` are
+    ``(k, n)``. ``sizes`` ``(b, 2, tiles)`` are each tile's largest entry and its sum of squares in units of that, in
+    which nothing overflows. An entry that is not finite is written as zero, and makes the tile's largest entry
+    infinite.
     """
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    which = tl.program_id(2).to(tl.int64)
+    # programs that follow each other work on the same rows, as memory is read and written fastest
+    across = tl.cdiv(n, BLOCK_N)
+    aside = tl.program_id(0) % across
+    row = (tl.program_id(0) // across) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = aside * BLOCK_N + tl.arange(0, BLOCK_N)
+    which = tl.program_id(1).to(tl.int64)
     inside = (row[:, None] < m) & (column[None, :] < n)
     wide = row.to(tl.int64)[:, None]
     grad = tl.load(grads + which).to(tl.pointer_type(GRAD))
@@ -56,15 +62,10 @@ def direct(
     d = tl.load(grad + wide * stride + column[None, :], inside, 0.0).to(tl.float32)
     d = tl.where(tl.load(flaws + which // each) == 0, d, 0.0)
     if AVERAGED:
-        average = tl.load(averages + which).to(tl.pointer_type(AVERAGE))
-        if ALIGNED:
-            average = tl.multiple_of(average, 16)
-        average += wide * n + column[None, :]
-        kept = tl.load(average, inside, 0.0).to(tl.float32)
-        kept += (1 - beta1) * (d - kept)
-        d += share * (kept - d)
-        kept = tl.minimum(tl.maximum(kept, -65504.0), 65504.0) if tl.float16 == AVERAGE else kept
-        tl.store(average, kept.to(AVERAGE), inside)
+        average = triton_momentum.averaged(
+            averages, scales, which, row, column, aside, m, n, d, beta1, AVERAGE, ALIGNED, SPAN, BLOCK_M, BLOCK_N
+        )
+        d += share * (average - d)
     if FACTORS:
         product = triton_products.low_rank(
             left, rights, which, row, column, m, n, k, width, RIGHT, FACTOR, ALIGNED, BLOCK_K
@@ -76,8 +77,8 @@ def direct(
     part = size / tl.maximum(largest, 1.1754944e-38)
     square = tl.sum(tl.sum(part * part, 1), 0)
     broken = tl.max(tl.max((inside & (finite == 0)).to(tl.int32), 1), 0)
-    tiles = tl.num_programs(0) * tl.num_programs(1)
-    at = sizes + which * 2 * tiles + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    tiles = tl.num_programs(0)
+    at = sizes + which * 2 * tiles + tl.program_id(0)
     tl.store(at, tl.where(broken == 0, largest, float("inf")))
     tl.store(at + tiles, square)
     tl.store(found + which * m * n + wide * n + column[None, :], tl.where(finite, d, 0.0).to(FACTOR), inside)

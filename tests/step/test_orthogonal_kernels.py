@@ -100,6 +100,19 @@ def test_as_without_kernels(interpreted, monkeypatch, options):
         assert name == same and dict(found) == pytest.approx(dict(wanted), rel=2e-3, abs=1e-4)
 
 
+def test_full_momentum_in_eight_bits(interpreted, monkeypatch):
+    """In rows of one block, and of several with a rest, which tiles do not cut."""
+    shapes = {"q_proj.weight": (12, 18), "v_proj.weight": (6, 300), "mlp.experts": (2, 5, 270)}
+    options = {"momentum": "full", "state_dtype": "int8"}
+    monkeypatch.setattr(orthogonal, "DIRECT", (2, 256, 4, 3))
+    weights, state, optimizer = trained(shapes, **options)
+    assert {row.path for row in optimizer.step_paths()} == {"kernels"}
+    monkeypatch.setattr(kernels, "runs_on", lambda device: False)
+    expected, expected_state, _ = trained(shapes, **options)
+    assert relative_difference(weights, expected) < 1e-4
+    assert relative_difference(state, expected_state) < 1e-2
+
+
 def test_parameters_in_bfloat16_are_rounded_alike(interpreted, monkeypatch):
     weights, _, _ = trained(dtype=torch.bfloat16, broken=())
     monkeypatch.setattr(kernels, "runs_on", lambda device: False)
