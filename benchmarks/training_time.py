@@ -7,7 +7,7 @@ random tokens, and forward and backward are measured without any optimizer as we
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.costs.command import add_windows, begin, check_length, described, parser_of, skipped_cells
@@ -26,23 +26,37 @@ BASE = BASES[0]
 
 
 def measure(shape: Shape, peers: Sequence[Peer], setting: Setting, plan: Plan) -> list[Measured]:
-    """Training steps with every peer, one after another, each with the memory to itself."""
+    """Training steps with every peer, each with the memory to itself, or all ``together`` and in turns."""
     rows = [Measured(peer) for peer in (NOTHING, *peers)]
-    for row in rows:
-        row.attempt(_train, row, shape, setting, plan)
+    for some in [rows] if plan.together else [[row] for row in rows]:
+        _train(some, shape, setting, plan)
         free(setting.device)
     return rows
 
 
-def _train(row: Measured, shape: Shape, setting: Setting, plan: Plan) -> None:
+def _train(rows: Sequence[Measured], shape: Shape, setting: Setting, plan: Plan) -> None:
+    trained = [(row, row.attempt(_begin, row, shape, setting, plan)) for row in rows]
+    ready = [(row, training) for row, training in trained if training is not None]
+    for _ in range(plan.repeats):
+        for row, training in ready:
+            taken = row.attempt(time_steps, _step(row, training), row.steps(plan), plan.device)
+            row.turns += [] if taken is None else [taken]
+    for row, training in ready:
+        if row.peer.restart is not None and row.skipped is None:
+            row.peer.restart(training.optimizer)
+            (row.refresh,) = time_steps(_step(row, training), 1, plan.device)
+
+
+def _begin(row: Measured, shape: Shape, setting: Setting, plan: Plan) -> Training:
+    """A training after its first steps."""
     begin(row.peer, plan.deadline)
     training = Training(shape, row.peer, setting)
-    step = training.gradients if row.peer is NOTHING else training.step
-    time_steps(step, plan.warmup, plan.device)
-    row.turns = [time_steps(step, row.steps(plan), plan.device) for _ in range(plan.repeats)]
-    if row.peer.restart is not None:
-        row.peer.restart(training.optimizer)
-        (row.refresh,) = time_steps(step, 1, plan.device)
+    time_steps(_step(row, training), plan.warmup, plan.device)
+    return training
+
+
+def _step(row: Measured, training: Training) -> Callable[[], None]:
+    return training.gradients if row.peer is NOTHING else training.step
 
 
 def summarize(rows: Sequence[Measured], tokens: int) -> dict[str, dict[str, Any]]:
@@ -66,6 +80,7 @@ def page(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     products = ", products in bfloat16 (autocast)" if result["autocast"] else ""
     times = result.get("accumulate", 1)
+    turns = "turns, one optimizer after the other," if result.get("together") else "turns"
     often = f", {times} times before each step" if times > 1 else ""
     lines = [
         f"# Time of a training step: {result['model']}, {result['batch']} x {result['length']} tokens,"
@@ -75,9 +90,9 @@ def page(result: dict[str, Any]) -> str:
         "",
         f"{show_count(result['parameters'])} parameters ({result['layers']} of {result['all_layers']} layers),"
         f" {result['dtype']}, {result['batch']} windows of {result['length']} random tokens{often}{products}. The mean"
-        f" is over {result['repeats']} turns of whole refresh intervals ({INTERVAL} steps; where 200, one timed refresh"
-        " counts as one step in 200), in parentheses the means of the fastest and the slowest turn. Added is what a"
-        " step takes beyond forward and backward alone.",
+        f" is over {result['repeats']} {turns} of whole refresh intervals ({INTERVAL} steps; where 200, one timed"
+        " refresh counts as one step in 200), in parentheses the means of the fastest and the slowest turn. Added is"
+        " what a step takes beyond forward and backward alone.",
         "",
     ]
     rows = []
@@ -110,6 +125,7 @@ def run(args: argparse.Namespace) -> None:
         steps=INTERVAL if on_gpu else 3,
         warmup=3 * INTERVAL if on_gpu else 2,  # refreshes are recorded in the third interval
         peer_limit=args.peer_limit,
+        together=args.together,
         deadline=time.monotonic() + args.time_limit,
     )
     measured = measure(shape, select(args.peers), setting, plan)
@@ -121,6 +137,7 @@ def run(args: argparse.Namespace) -> None:
         "length": args.length,
         "accumulate": args.accumulate,
         "repeats": plan.repeats,
+        "together": plan.together,
         "rows": rows,
     }
     base = rows[NOTHING.name].get("mean_ms", 0.0)
@@ -142,6 +159,7 @@ def main() -> None:
     add_windows(parser, batch=8)
     parser.add_argument("--autocast", action="store_true", help="products in bfloat16, as precision bf16-mixed")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each optimizer")
+    parser.add_argument("--together", action="store_true", help="all are held in memory, and take turns")
     parser.add_argument("--accumulate", type=int, default=1, help="backward passes of a step, not for updates in them")
     args = parser.parse_args()
     if args.accumulate > 1 and any(peer.in_backward for peer in select(args.peers)):

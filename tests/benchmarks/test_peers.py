@@ -227,10 +227,11 @@ def test_training_steps_are_timed_with_and_without_an_optimizer(monkeypatch, tmp
     with pytest.raises(SystemExit):
         training_time.main()
     assert "update inside backward" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(sys, "argv", [*words, "--together"])
     training_time.main()
     page = (tmp_path / "training_time-cpu-llama-float32-autocast-2x16.md").read_text()
     assert "| bitsandbytes 8-bit | skipped: " in page and "| forward and backward | " in page
+    assert "over 2 turns, one optimizer after the other, of whole" in page
     rows = json.loads((tmp_path / "training_time-cpu-llama-float32-autocast-2x16.json").read_text())["rows"]
     alone = rows.pop("forward and backward")
     del rows["bitsandbytes 8-bit"]
