@@ -2,11 +2,9 @@
 
 import csv
 import os
-import subprocess
-import sys
 from pathlib import Path
 
-import lightning_adapm
+from forked import PATHS, completed
 
 HELPERS = Path(__file__).parent
 REPOSITORY = HELPERS.parents[1]
@@ -38,17 +36,9 @@ def shrunk(corpus, folder, steps=4):
 
 def run(folder, *words, check=True):
     """``python -m lightning_adapm`` with these words, started in ``folder``."""
-    package = Path(lightning_adapm.__file__).parents[1]
-    paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
-    result = subprocess.run(
-        [sys.executable, "-m", "lightning_adapm", *map(str, words)],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    paths = [PATHS[0], *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    result = completed(["lightning_adapm", *words], folder, env, timeout=240)
     if check and result.returncode:
         raise AssertionError(f"{' '.join(map(str, words))}\n{result.stdout}\n{result.stderr}")
     return result

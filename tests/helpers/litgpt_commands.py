@@ -3,13 +3,12 @@
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 
 import torch
 import yaml
 from commands import HELPERS, REPOSITORY
 from finetuning import CONFIG, write_tokenizer
+from forked import READ_ON_IMPORT, completed
 from litgpt import GPT, Config, adapter_v2, lora
 from reporting import ReportingAdaPM, describe
 
@@ -52,16 +51,9 @@ def run_litgpt(folder, *words, module="litgpt", check=True, stdin=None, **variab
     paths = [*map(str, ours), *filter(None, [os.environ.get("PYTHONPATH")])]
     settings = {"PYTHONPATH": os.pathsep.join(paths), "TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
     settings["LITDATA_DISABLE_VERSION_CHECK"] = "1"  # which asks the package index
-    result = subprocess.run(
-        [sys.executable, *([] if module.endswith(".py") else ["-m"]), module, *map(str, words)],
-        cwd=folder,
-        env=os.environ | settings | {name: str(value) for name, value in variables.items()},
-        capture_output=True,
-        text=True,
-        input=stdin,
-        timeout=280,
-        check=False,
-    )
+    env = os.environ | settings | {name: str(value) for name, value in variables.items()}
+    fresh = any(name.startswith(READ_ON_IMPORT) for name in variables)
+    result = completed([module, *words], folder, env, timeout=280, fresh=fresh, stdin=stdin)
     if check and result.returncode:
         raise AssertionError(f"{' '.join(map(str, words))}\n{result.stdout}\n{result.stderr}")
     return result

@@ -1,12 +1,10 @@
 """One recipe per mode as a user runs it, shrunk by options only; each starts from what the one before has written."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from commands import RECIPES, logged, run
 from finetuning import CONFIG, write_instructions, write_preferences
+from litgpt_commands import run_litgpt
 
 TRAINER = RECIPES / "trainer"
 SHORT = [
@@ -79,16 +77,7 @@ PRETRAINED = "runs/pretrain/gpt2-124m/final"
 
 def generate(folder, directory):
     pytest.importorskip("requests")  # litgpt's command line needs it and does not require it
-    result = subprocess.run(
-        [sys.executable, "-m", "litgpt", "generate", directory, "--prompt=say red", "--max_new_tokens=4"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    return run_litgpt(folder, "generate", directory, "--prompt=say red", "--max_new_tokens=4").stdout
 
 
 def test_litgpt_generates_from_what_was_pretrained(workplace):
