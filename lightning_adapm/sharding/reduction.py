@@ -159,8 +159,9 @@ class ProcessReduction(Reduction):
         if not self._columns_shared:
             return super().gather_columns(stacks, widths)
         count = len(self.shards[0].layout.spans)
-        parts = [pad(stack, (0, -(-n // count) - stack.shape[-1])) for stack, n in zip(stacks, widths, strict=True)]
-        sent = [torch.cat([part.flatten() for part in parts])]
+        missing = [-(-n // count) - stack.shape[-1] for stack, n in zip(stacks, widths, strict=True)]
+        parts = [pad(stack, (0, more)) if more else stack for stack, more in zip(stacks, missing, strict=True)]
+        sent = [parts[0].flatten() if len(parts) == 1 else torch.cat([part.flatten() for part in parts])]
         whole = sent[0].new_empty(count * sent[0].numel())
         planned = [gathering(whole, sent[0], self.group)]
 

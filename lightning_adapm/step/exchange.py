@@ -30,6 +30,8 @@ ROUND_NUMEL = 1 << 29
 """Most elements of a process's rows that are read before any of them moves. Products with bases stay, and
 gathered bases. Every further round has collectives of its own, for which all processes wait.
 """
+_ALIGNED = 4
+"""Multiple at which the flaws of a batch begin: kernels are compiled for the alignment of what they read."""
 
 
 def rounds(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
@@ -121,17 +123,19 @@ def _read(batch: Batch) -> None:
 
 def _agree(batches: Sequence[Batch]) -> None:
     """Find out whether gradients are finite on all processes, and sums of their columns and blocks."""
-    numbers: list[Tensor] = []
+    own = [_grads(batch).reading.flaws for batch in batches]
+    padded = [pad(flaws, (0, -len(flaws) % _ALIGNED)) if len(flaws) % _ALIGNED else flaws for flaws in own]
+    together = torch.cat(padded)
+    numbers = [(together != 0).float()]
     for batch in batches:
-        numbers.append((_grads(batch).reading.flaws != 0).float())
         if _has_columns(batch):
             numbers.append(_grads(batch).columns)
         if _has_blocks(batch):
             numbers.append(_sums_of_blocks(batch))
-    found = iter(total(numbers, _group(batches[0])))
-    for batch in batches:
-        flaws = (next(found) != 0).to(torch.int32)
-        _grads(batch).agree(flaws, next(found) if _has_columns(batch) else None)
+    flags, *sums = total(numbers, _group(batches[0]))
+    agreed, found = (flags != 0).to(torch.int32).split(list(map(len, padded))), iter(sums)
+    for batch, flaws in zip(batches, agreed, strict=True):
+        _grads(batch).agree(flaws[: len(batch.parts)], next(found) if _has_columns(batch) else None)
         if _has_blocks(batch):
             _grads(batch).roots = _roots_of_blocks(batch, next(found))
 

@@ -31,8 +31,10 @@ _BLOCKS = 4096
 _COPIES = 2
 """Copies in float32 of matrices that step together by torch's operations. An assumption."""
 
-_DIRECTIONS, _SQUARES = 3, 5
-"""Copies of matrices that are orthogonalized, and of their Gram matrices, in the dtype of products."""
+_DIRECTIONS, _SQUARES, _ROWS = 3, 5, 2
+"""Copies of matrices that are orthogonalized, of their Gram matrices, and of a process's rows of what several hold, a
+monitor's among them; in the dtype of products.
+"""
 
 _WAITING = 2
 """Batches whose matrices are exchanged between processes while another one is worked on."""
@@ -213,7 +215,7 @@ class _Bucket:
         if not self._whole:
             return 0
         held = -(-together // self._owners) * _of_whole_matrices(self._part.shape)
-        return held + (together * _of_whole_matrices(self._shape) if self._exchanged else 0)
+        return held + (together * _of_directions(self._shape, _ROWS) if self._exchanged else 0)
 
     @property
     def waiting(self) -> int:
@@ -226,9 +228,13 @@ class _Bucket:
 
 
 def _of_whole_matrices(shape: torch.Size) -> int:
-    """Directions, a copy for a monitor, updates, and square matrices of Newton-Schulz; sizes of tiles."""
+    """Directions, a copy for a monitor, updates, and square matrices of Newton-Schulz."""
+    squares = shape[:-2].numel() * min(shape[-2:]) ** 2
+    return _of_directions(shape, _DIRECTIONS) + _PRODUCT * _SQUARES * squares
+
+
+def _of_directions(shape: torch.Size, copies: int) -> int:
+    """Copies of directions, and sizes of their tiles."""
     m, n = shape[-2:]
-    stack = shape[:-2].numel()
-    square = _SQUARES * min(m, n) ** 2
     tiles = -(-m // DIRECT[0]) * -(-n // DIRECT[1])
-    return stack * (_PRODUCT * (_DIRECTIONS * m * n + square) + 40 * tiles)
+    return shape[:-2].numel() * (_PRODUCT * copies * m * n + 40 * tiles)
