@@ -1,15 +1,17 @@
-"""Fill the tables of docs/benchmarks.md and docs/distributed.md from results: ``python -m benchmarks.docs``."""
+"""Fill the tables of README.md and of pages in docs/ from results: ``python -m benchmarks.docs``."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pages import losses
 from benchmarks.pages.page import RESULTS, table
 from lightning_adapm.report.tables import show_bytes
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, PAGE_OF_PROCESSES = DOCS / "benchmarks.md", DOCS / "distributed.md"
+README, PAGE_OF_CHOICE = DOCS.parent / "README.md", DOCS / "choosing-an-optimizer.md"
 BASE = "AdamW, fused"
 """Row that the others are relative to."""
 OURS = ("AdaPM", "AdaPM block", "AdaPM factored")
@@ -92,12 +94,16 @@ SECTIONS: dict[str, tuple[tuple[str, ...], Callable[[Result], Cells]]] = {
 PAGES = {
     PAGE: ("defaults-step_time", "training_time", "peak_memory", "recipe_training"),
     PAGE_OF_PROCESSES: ("step_time_sharded",),
+    README: ("losses",),
+    PAGE_OF_CHOICE: ("all losses",),
 }
 """Pages, with the names of their sections."""
 
 
 def section(name: str, results: Path = RESULTS) -> str:
-    """A row for each result of a benchmark, with a link to its page."""
+    """A row for each result of a benchmark, with a link to its page, or a table of losses."""
+    if name in losses.TABLES:
+        return losses.section(name, results)
     header, cells = SECTIONS[name]
     rows = []
     for file in sorted(results.glob(f"{name}-*.json")):

@@ -37,7 +37,7 @@ class AdaPM(RoleOptimizer):
             together, or a quarter where matrices are large.
         debias: Whether the residual correction is added to the low-rank momentum.
         second_moment: ``"elementwise"`` (AdamW), ``"factored"`` (Adafactor) or ``"block"`` (Adam-mini). Where memory is
-            short, choose factored: on tokens it ended 0.014 +- 0.010 below AdamW's best, at its learning rate (three
+            short, choose factored: on tokens it ended 0.014 +- 0.011 below AdamW's best, at its learning rate (three
             seeds; ``benchmarks/results/tokens_llama_60m.md``). With the compact table on 86 million parameters it ended
             0.0188 below, and block, with as much state, 0.034 above (``benchmarks/results/at_size.md``).
         momentum: Policies by role that differ from the default, ``{"mlp": "full", "lm_head": "none"}``, or one policy

@@ -1,0 +1,31 @@
+"""Tables of losses in the documentation."""
+
+import json
+
+from benchmarks.pages import losses
+
+
+def test_a_table_of_losses_says_what_is_against_a_row_and_what_is_not_known(tmp_path):
+    first, second, _ = losses.MODELS
+    point = {"difference": -0.0141, "error": 0.0105, "seeds": 3, "edge": "", "state": 0.0963}
+    panels = {
+        first: [{**point, "label": "AdaPM factored"}, {**point, "label": "unknown"}],
+        second: [
+            {**point, "label": "AdaPM factored", "state": 0.058},
+            {
+                **point,
+                "label": "PartialMuon",
+                "difference": 0.02,
+                "error": None,
+                "seeds": 1,
+                "edge": "the lowest tried",
+            },
+        ],
+    }
+    (tmp_path / "loss_and_bytes.json").write_text(json.dumps({"panels": panels}))
+    step = {"rows": {"AdamW, fused": {"mean_ms": 10.0}, "PartialMuon": {"mean_ms": 43.0}}}
+    (tmp_path / f"{losses.MUON}.json").write_text(json.dumps(step))
+    assert losses.section("losses", tmp_path).splitlines()[2:] == [
+        "| AdaPM factored | 0.014 ± 0.011 lower (3) | 0.014 ± 0.011 lower (3) | not run | 9.6 and 5.8 % |  |",
+        "| PartialMuon | not run | **0.020 higher** (1) * | not run | 9.6 % | **4.3 times** |",
+    ]
