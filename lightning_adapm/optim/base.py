@@ -1,6 +1,5 @@
 """The base of every optimizer of the package: groups with roles, a step, and the state of each parameter."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
@@ -16,6 +15,7 @@ from lightning_adapm.optim.registry import Registry
 from lightning_adapm.optim.replaced import check_not_replaced
 from lightning_adapm.optim.turns import Selection
 from lightning_adapm.roles.assign import assign_roles
+from lightning_adapm.roles.callers import warn_caller
 from lightning_adapm.roles.context import Named
 from lightning_adapm.roles.inputs import read_groups
 from lightning_adapm.roles.piece import Piece
@@ -204,7 +204,7 @@ class RoleOptimizer(Checkpointed):
         self._engine.nonfinite.finish_step()
         skipped = closure is not None and loss is None  # as Lightning skips a batch
         if not moved and not self._norms and not skipped and not self._has_moved():
-            warnings.warn(_NO_GRADIENT.format(type(self).__name__), stacklevel=6)
+            warn_caller(_NO_GRADIENT.format(type(self).__name__))
         return loss
 
     def _armed(self, closure: Callable[[], Any] | None) -> AbstractContextManager[in_backward.EarlyUpdates | None]:

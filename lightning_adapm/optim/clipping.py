@@ -1,11 +1,11 @@
 """Clipping and hooks after backward, which come too late for updates inside backward."""
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
+from lightning_adapm.roles.callers import warn_caller
 from lightning_adapm.roles.live import attribute, is_lightning
 
 
@@ -49,10 +49,9 @@ def _check_hooks(module: type) -> None:
         )
     for hook in ("on_after_backward", "on_before_optimizer_step"):
         if _overrides(module, hook):
-            warnings.warn(
+            warn_caller(
                 f"{module.__name__}.{hook}() finds no gradients: update_in_backward=True has used and freed them."
-                " Their norm is the optimizer's gradient_norm, after the step",
-                stacklevel=10,
+                " Their norm is the optimizer's gradient_norm, after the step"
             )
 
 

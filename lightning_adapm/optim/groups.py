@@ -1,12 +1,12 @@
 """Parameter groups of an optimizer: with every option, and without shared values."""
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from lightning_adapm.optim import options
+from lightning_adapm.roles.callers import warn_caller
 
 _LEFT_OVER = ("amsgrad", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay")
 """Keywords of ``torch.optim.AdamW`` without a meaning here."""
@@ -78,7 +78,7 @@ def check_left_over(optimizer: type, given: Mapping[str, Any]) -> None:
             raise TypeError(f"{name} has no option {key!r}; {options.instead_of(key, options.options_of(optimizer))}")
     _refuse_counterparts(name, given)
     if ignored := [f"{key}={value!r}" for key, value in given.items() if key in _LEFT_OVER]:
-        warnings.warn(f"{name} ignores {', '.join(ignored)}: torch.optim's, without a meaning here", stacklevel=4)
+        warn_caller(f"{name} ignores {', '.join(ignored)}: torch.optim's, without a meaning here")
 
 
 def _refuse_counterparts(optimizer: str, given: Mapping[str, Any]) -> None:

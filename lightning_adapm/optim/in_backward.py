@@ -5,7 +5,6 @@ inside ``step(closure)``. A backward pass outside of it (gradient accumulation, 
 to an ordinary, equal step.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_adapm.optim.clipping import clip_value_for
 from lightning_adapm.optim.turns import Selection, Turn, Turns, Waiting, params_of
+from lightning_adapm.roles.callers import warn_caller
 from lightning_adapm.step.norms import norms_of, norms_of_step
 from lightning_adapm.step.recording import Found
 from lightning_adapm.step.work import Work
@@ -136,7 +136,7 @@ class OneByOne(EarlyUpdates):
 
     def finish(self, turns: Turns) -> None:
         if self._held_before:
-            warnings.warn(_ACCUMULATED.format(self._held_before / 2**20), stacklevel=9)
+            warn_caller(_ACCUMULATED.format(self._held_before / 2**20))
         elif len(self._moved) == len(self._params):
             turns.keep(self._params, self._turns)
 
@@ -229,7 +229,7 @@ def armed(
     """
     if closure is None or _in_process_group():
         reason = "step() got no closure" if closure is None else "gradients of several processes are added after it"
-        warnings.warn(f"update_in_backward=True frees no gradient early here: {reason}", stacklevel=8)
+        warn_caller(f"update_in_backward=True frees no gradient early here: {reason}")
         yield None
         return
     params = [param for group in groups for param in group["params"] if param.requires_grad]

@@ -1,7 +1,6 @@
 """Parameters that were replaced or changed after their optimizer was built, and would silently be trained wrong."""
 
 import gc
-import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_adapm.roles.callers import warn_caller
 from lightning_adapm.roles.context import plain
 from lightning_adapm.roles.live import children_of, find_roots, parameters_of, walk
 from lightning_adapm.sharding.find import is_dtensor, local, shape_of
@@ -90,11 +90,10 @@ class Places:
             raise RuntimeError(_refusal(type(optimizer).__name__, replacing[0][0], [name for _, name, _ in replacing]))
         if new:
             gone = ", ".join(held[param] for param in lost)
-            warnings.warn(
+            warn_caller(
                 f"{', '.join(name for _, name, _ in new)} of {type(new[0][0]).__name__} will not be trained: no"
                 f" optimizer has it. {type(optimizer).__name__} still has {gone}, which the model has lost. Add new"
-                " parameters with add_param_group, or build the optimizer anew",
-                stacklevel=7,
+                " parameters with add_param_group, or build the optimizer anew"
             )
         return Places([root for _, root in roots], tracked)
 

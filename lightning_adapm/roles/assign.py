@@ -2,13 +2,13 @@
 
 import math
 import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_adapm.roles.callers import warn_caller
 from lightning_adapm.roles.context import Named, describe, plain
 from lightning_adapm.roles.find import find_role, fits, is_met, is_taught
 from lightning_adapm.roles.fused import Heads, cut
@@ -99,10 +99,7 @@ def assign_roles(
         raise ValueError(unmatched_message((item.label, item.shape, assigned.reasons[item.param]) for item in missing))
     if missing and roles_matter:
         names = ", ".join(f"{item.label} {tuple(item.shape)}" for item in missing)
-        warnings.warn(
-            f"unmatched={unmatched!r} gives {unmatched} momentum to matrices whose role is not known: {names}",
-            stacklevel=5,
-        )
+        warn_caller(f"unmatched={unmatched!r} gives {unmatched} momentum to matrices whose role is not known: {names}")
     return assigned
 
 
@@ -112,10 +109,9 @@ def _warn_of_unused(rules: Mapping[str, str], assigned: Assigned) -> None:
     for root in assigned.roots.values():
         names += [f"{path}.{name}".lstrip(".") for path, around in walk(root) for name in parameters_of(around[0])]
     if unused := [pattern for pattern in rules if not is_met(pattern, names)]:
-        warnings.warn(
+        warn_caller(
             f"roles: no parameter has a name that {', '.join(map(repr, unused))} matches, so that nothing follows from"
-            f" it; names are such as {names[0]!r}",
-            stacklevel=6,
+            f" it; names are such as {names[0]!r}"
         )
 
 

@@ -1,7 +1,6 @@
 """Attention structure: head counts, and the rows of queries, keys and values in a fused weight."""
 
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral
@@ -9,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_adapm.roles.callers import warn_caller
 from lightning_adapm.roles.context import Named
 from lightning_adapm.roles.live import attribute
 from lightning_adapm.roles.piece import Piece
@@ -202,11 +202,10 @@ def _is_interleaved(item: Named, taught: str | None) -> bool:
     if taught or _matches(item, kinds, _IN_EITHER_WAY) or item.child not in dict(_IN_EITHER_WAY):
         return False
     if kinds:  # without a live module the name is that of checkpoints
-        warnings.warn(
+        warn_caller(
             f"{item.child} of {type(item.around[1]).__name__} is taken to hold query, key and value rows of one head"
             f" after another, as GPT-NeoX's does. Write roles={{{item.child!r}: 'qkv'}} if all queries come first,"
-            f" then all keys, then all values, or {INTERLEAVED!r} to say that this is right",
-            stacklevel=2,
+            f" then all keys, then all values, or {INTERLEAVED!r} to say that this is right"
         )
     return True
 

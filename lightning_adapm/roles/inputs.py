@@ -1,13 +1,13 @@
 """Names and tensors from the argument ``params`` of an optimizer."""
 
 import inspect
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_adapm.roles.callers import warn_caller
 from lightning_adapm.roles.piece import POLICIES, ROLES
 from lightning_adapm.roles.rules import FUSED
 from lightning_adapm.sharding.fsdp1 import names_parameters
@@ -106,9 +106,8 @@ def read_group(group: Mapping[str, Any]) -> Handed:
         if role in (*ROLES, *FUSED, *POLICIES):
             carried[id(param)] = role
     if len(named) < len(items):
-        warnings.warn(
-            f"a parameter group has duplicate parameters, {len(items) - len(named)} of them; each is trained once",
-            stacklevel=5,
+        warn_caller(
+            f"a parameter group has duplicate parameters, {len(items) - len(named)} of them; each is trained once"
         )
     handed = [param for _, param in named.values()], [name for name, _ in named.values()]
     return Handed(*handed, module, implied, group.get("role"), carried)

@@ -1,6 +1,5 @@
 """Saving and loading of state, in its own precision and in the form that the strategy saves."""
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_adapm.roles.callers import warn_caller
 from lightning_adapm.state.convert import restored_state
 from lightning_adapm.state.settings import AS_BUILT, as_built, kept_settings
 from lightning_adapm.state.sharded import export_state
@@ -105,10 +105,9 @@ class Checkpointed(Optimizer):
         ):
             super().load_state_dict(state_dict)
         if differing:
-            warnings.warn(
+            warn_caller(
                 f"{type(self).__name__} goes on with {', '.join(differing)}: hyperparameters come from the checkpoint"
-                " and may be set in param_groups after loading, what shapes the state comes from the code",
-                stacklevel=2,
+                " and may be set in param_groups after loading, what shapes the state comes from the code"
             )
 
 

@@ -1,6 +1,5 @@
 """Gradients for steps: in float32 at least, and zero where they are not finite."""
 
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from functools import reduce
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_adapm.moments.batches import Stacked
+from lightning_adapm.roles.callers import warn_caller
 from lightning_adapm.sharding.collectives import all_reduce
 from lightning_adapm.sharding.find import has_values
 from lightning_adapm.step.gradients import Gradients
@@ -127,7 +127,7 @@ class NonFiniteGradients:
             self._warned = self._warned or self._in_a_row == _WATCHED
         if self._warned:
             self._flaws.clear()
-            warnings.warn(_ALL_BROKEN.format(steps=_WATCHED), stacklevel=8)  # of whoever calls step()
+            warn_caller(_ALL_BROKEN.format(steps=_WATCHED))
 
     def _see(self, flaws: Tensor) -> None:
         if not self._warned:
