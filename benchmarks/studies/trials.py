@@ -157,8 +157,8 @@ def scaled(inner: Momentum, scale: float, residual: float | str = 1.0) -> Moment
 
 
 @dataclass(frozen=True)
-class ExactSVD(LowRankMomentum):
-    """The basis is the first right singular vectors of ``M~``, not one iteration towards them."""
+class Solved(LowRankMomentum):
+    """The basis of a refresh is solved for, not one iteration towards it."""
 
     def _next_basis(
         self,
@@ -173,12 +173,24 @@ class ExactSVD(LowRankMomentum):
         shipped = super()._next_basis(grad, left, right, states, step, reduction)
         if shipped is right:
             return right
-        exact = leading_rows(average(grad, left, right, self.beta1), right.shape[-2])
-        return torch.where(shipped.any(-1, keepdim=True).any(-2, keepdim=True), exact, shipped)
+        return self._solve(average(grad, left, right, self.beta1), left, right, shipped)
+
+    def _solve(self, mean: Tensor, left: Tensor, right: Tensor, shipped: Tensor) -> Tensor:
+        """The basis for the momentum ``mean``, from the factors before and the basis that AdaPM finds."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class GradientDescent(LowRankMomentum):
+class ExactSVD(Solved):
+    """The basis is the first right singular vectors of ``M~``."""
+
+    def _solve(self, mean: Tensor, left: Tensor, right: Tensor, shipped: Tensor) -> Tensor:
+        exact = leading_rows(mean, right.shape[-2])
+        return torch.where(lowrank.shows(shipped), exact, shipped)
+
+
+@dataclass(frozen=True)
+class GradientDescent(Solved):
     """The basis follows from a few steps of gradient descent on ``|M~ - L R|**2``, warm-started, as in the paper.
 
     The steps have the length 1 / (largest eigenvalue of the other factor's Gram matrix); then R is orthonormalized.
@@ -186,21 +198,8 @@ class GradientDescent(LowRankMomentum):
 
     iterations: ClassVar[int] = 5
 
-    def _next_basis(
-        self,
-        grad: Tensor | Stack,
-        left: Tensor,
-        right: Tensor,
-        states: Sequence[State],
-        step: int,
-        reduction: Reduction,
-    ) -> Tensor:
-        grad = join(grad) if isinstance(grad, Stack) else grad
-        shipped = super()._next_basis(grad, left, right, states, step, reduction)
-        if shipped is right:
-            return right
-        mean = average(grad, left, right, self.beta1)
-        warm = right.any(-1, keepdim=True).any(-2, keepdim=True)  # before the first there is nothing to start from
+    def _solve(self, mean: Tensor, left: Tensor, right: Tensor, shipped: Tensor) -> Tensor:
+        warm = lowrank.shows(right)  # before the first there is nothing to start from
         rows = torch.where(warm, right, shipped)
         loadings = torch.where(warm, left, mean @ rows.mT)
         for _ in range(self.iterations):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from finetuning import CONFIG as MODEL
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from trainers import quiet_trainer
@@ -14,19 +15,7 @@ from trainers import quiet_trainer
 from lightning_adapm.data import TextDataModule
 from lightning_adapm.litgpt.module import LitGPTModule
 
-CONFIG = {
-    "n_layer": 2,
-    "n_embd": 32,
-    "n_head": 4,
-    "n_query_groups": 2,
-    "intermediate_size": 48,
-    "mlp_class_name": "LLaMAMLP",
-    "norm_class_name": "RMSNorm",
-    "bias": False,
-    "vocab_size": 300,
-    "padding_multiple": 64,
-    "block_size": 16,
-}
+CONFIG = {**MODEL, "padded_vocab_size": None, "padding_multiple": 64, "block_size": 16}
 
 
 def data_module(corpus, tmp_path, **options):
