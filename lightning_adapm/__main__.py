@@ -60,6 +60,9 @@ def main(args: list[str] | None = None) -> None:
         return
     try:
         _run(words[0], words[1:], args)
+    except BrokenPipeError:  # of `| head`, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left at its end
+        sys.exit(1)
     except Exception as error:
         if os.environ.get(TRACEBACK) == "1" or not _is_about_input(error):
             raise

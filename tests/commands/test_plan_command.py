@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import yaml
-from commands import QUICKSTART, QUICKSTART_ADAMW, run
+from commands import QUICKSTART, QUICKSTART_ADAMW, RECIPES, run
 from models import PlainLM, tiny_gpt
 from torch import nn
 
@@ -24,6 +24,14 @@ class Gadget(nn.Module):
     def __init__(self, width: int = 4):
         super().__init__()
         self.gadget = nn.Parameter(torch.ones(width, 6))
+
+
+class Headless(nn.Module):
+    """Does not say how many heads its attention has."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("q_proj", "k_proj", "v_proj", "o_proj")})
 
 
 @pytest.fixture
@@ -263,7 +271,28 @@ def test_whether_a_step_fits(plan):
     assert (
         status == 0 and "activations are planned for LitGPTModule alone" in out and re.search(r"activations +0 B", out)
     )
-    assert "a size must be a number with KiB" in plan("--model", "models.PlainLM", "--fits=much")[0]
+    for size in ("much", "muchGiB"):
+        assert "a size must be a number with KiB" in plan("--model", "models.PlainLM", f"--fits={size}")[0]
+
+
+def test_whether_a_step_of_litgpts_own_commands_fits(plan):
+    """They have settings of their own for micro-batches, and cannot update in backward."""
+    words = ["--config", RECIPES / "litgpt" / "pretrain" / "quickstart.yaml", "--fits"]
+    status, out, *_ = plan(*words, "1TiB")
+    assert status == 0 and "at its peak, as planned: 8 x 256 tokens" in out
+    whole = float(re.findall(r"^  total +([\d.]+) MiB$", out, re.M)[-1])
+    status, out, *_ = plan(*words, f"{whole - 1}MiB")
+    assert status == 1 and re.search("^It fits with micro-batches of 1: .* for 1 x 256 tokens$", out, re.M)
+
+
+def test_a_module_that_names_partial_muon(plan):
+    status, out, *_ = plan("--config", QUICKSTART, "--model.adapm.optimizer=partial_muon")
+    assert status == 0 and "PartialMuon: optimizer state" in out
+
+
+def test_a_model_without_heads_has_no_plan_of_what_needs_them(plan):
+    status, out, *_ = plan("--model", f"{__name__}.Headless")
+    assert status == 0 and "No Adam-mini: no attention module has a number of heads" in out
 
 
 def test_a_mixture_of_experts_is_planned_without_activations(plan):

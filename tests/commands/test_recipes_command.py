@@ -1,5 +1,6 @@
 """Recipes by name: the table that lists them, and ``--config recipe:NAME`` of every command."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -101,3 +102,14 @@ def test_the_package_is_asked_before_the_clone(tmp_path, monkeypatch):
         recipes()
     shutil.copytree(RECIPES, package / "recipes")
     assert find_recipe(NAME) == package / "recipes" / "trainer" / f"{NAME}.yaml"
+
+
+def test_whoever_reads_may_stop(monkeypatch, capsys):
+    """As ``| head`` does."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w", buffering=1) as closed:
+        monkeypatch.setattr("sys.stdout", closed)
+        with pytest.raises(SystemExit) as ended:
+            main(["recipes"])
+    assert ended.value.code == 1 and not capsys.readouterr().err

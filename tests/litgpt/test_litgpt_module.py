@@ -136,3 +136,17 @@ def test_missing_litgpt_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "litgpt", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-adapm\[litgpt\]'"):
         LitGPTModule(config=CONFIG)
+
+
+def test_a_capped_head_has_the_same_loss_in_chunks():
+    """As Gemma 2's, whose cap litgpt applies to what the head returns."""
+    torch.manual_seed(0)
+    module = LitGPTModule(config={**CONFIG, "final_logit_softcapping": 0.1})
+    tokens, found = torch.randint(300, (2, 17)), []
+    for module.lm_head_chunk_size in (0, 5):
+        loss, count = module._loss(tokens)
+        found.append([loss.detach(), *torch.autograd.grad(loss, list(module.parameters()))])
+        assert count == 32
+    torch.testing.assert_close(*found)
+    module.model.config.final_logit_softcapping = None
+    assert not torch.isclose(module._loss(tokens)[0], found[0][0])

@@ -1,6 +1,7 @@
 """Weights of a checkpoint are read once, to where they are trained, and nothing is drawn or held in their place."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -179,6 +180,21 @@ def test_weights_of_training_are_loaded_in_their_own_dtype(base, tmp_path):
     run.save_checkpoint(tmp_path / "model.ckpt", weights_only=True)
     again = LitGPTModule.load_from_checkpoint(tmp_path / "model.ckpt", map_location="cpu")
     assert torch.equal(again.model.lm_head.weight, module.model.lm_head.weight)
+
+
+def test_a_file_that_is_not_what_was_mapped(tmp_path):
+    """Another file in its place is not read, and one that has become shorter is an error."""
+    path, saved = tmp_path / "lit_model.pth", torch.arange(1 << 20, dtype=torch.float32)
+    torch.save({"weight": saved}, path)
+    mapped = torch.load(path, mmap=True)["weight"]
+    place = torch.device("cpu"), torch.float32
+    path.rename(tmp_path / "before.pth")
+    torch.save({"weight": -saved}, path)
+    assert torch.equal(next(reading.placed([mapped], *place)), saved)
+    mapped = torch.load(path, mmap=True)["weight"]
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(EOFError, match=r"ends at byte \d+, in the middle of a tensor; copy it again"):
+        next(reading.placed([mapped], *place))
 
 
 _PEAKS = """

@@ -90,7 +90,19 @@ def test_bad_files_are_refused(tmp_path, content, error):
         PreferenceData(str(tmp_path / "pairs.json")).setup()
 
 
+def test_pairs_may_lie_in_lines(tmp_path):
+    path = write_preferences(tmp_path / "pairs.json")
+    lines = path.with_suffix(".jsonl")
+    lines.write_text("\n".join([*map(json.dumps, json.loads(path.read_text())), ""]))
+    one, other = PreferenceData(str(path)), PreferenceData(str(lines))
+    for data in (one, other):
+        data.setup()
+    assert (one._train, one._val) == (other._train, other._val)
+
+
 def test_bad_options_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="`val_split_fraction` must lie between 0 and 1, but got 1"):
+        PreferenceData(str(write_preferences(tmp_path / "pairs.json")), val_split_fraction=1)
     with pytest.raises(FileNotFoundError, match="`json_path`"):
         PreferenceData(str(tmp_path / "none.json"))
     with pytest.raises(ValueError, match="`beta` must be positive, but got 0"):

@@ -116,6 +116,30 @@ def test_a_fused_weight_that_cannot_be_cut_is_refused():
         AdaPM([("attn.qkv.weight", weight)])
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "taught"),
+    [
+        ("self_attn.kv_a_proj_with_mqa.weight", (40, 16), "kv"),  # how many rows are the rotary key's
+        ("self_attn.kv_b_proj.weight", (48, 16), "kv"),  # of how many heads
+        ("attn.fused.weight", (48, 16), "qkv_interleaved"),
+    ],
+)
+def test_rows_that_need_a_module_are_refused_by_name_alone(name, shape, taught):
+    with pytest.raises(ValueError, match=rf"{name} .*which rows are whose is not known"):
+        AdaPM([(name, nn.Parameter(torch.zeros(shape)))], roles={name: taught})
+
+
+def test_gpt2s_fused_weight_is_known_by_its_shape():
+    weights = {"h.0.attn.c_attn.weight": torch.zeros(16, 48), "h.0.attn.c_proj.weight": torch.zeros(16, 16)}
+    named = {name: nn.Parameter(weight) for name, weight in weights.items()}
+    pieces = AdaPM(named.items()).pieces[named["h.0.attn.c_attn.weight"]]
+    assert [(piece.role, piece.start, piece.transposed) for piece in pieces] == [
+        ("query", 0, True),
+        ("key", 16, True),
+        ("value", 32, True),
+    ]
+
+
 def test_tied_embedding_is_an_embedding_whatever_its_name():
     model = tiny_gpt()
     model.lm_head.weight = model.transformer.wte.weight

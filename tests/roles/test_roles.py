@@ -100,6 +100,18 @@ def test_fused_projections_of_another_order_are_refused(name):
     assert f"layers.1.att.{name}.weight" in refused(model)
 
 
+def test_a_fused_convolution_has_the_rows_of_a_fused_layer():
+    """As in the attention of diffusion models."""
+    attention = tree(norm=nn.GroupNorm(4, 16), qkv=nn.Conv1d(16, 48, 1), proj_out=nn.Conv1d(16, 16, 1))
+    model, weight = model_of(attn=attention), None
+    optimizer = AdaPM(model.parameters())
+    weight = model.layers[1].attn.qkv.weight
+    pieces = optimizer.pieces[weight]
+    assert [piece.role for piece in pieces] == ["query", "key", "value"]
+    for index, piece in enumerate(pieces):
+        assert torch.equal(piece.matrix(weight), weight[16 * index : 16 * (index + 1), :, 0])
+
+
 @pytest.mark.parametrize("name", ["fc_kv", "lin_kv", "proj_kv", "kv_layer", "kv_net"])
 def test_ways_to_call_fused_keys_and_values(name):
     model = model_of(att=tree(q=nn.Linear(16, 16), **{name: nn.Linear(16, 32), "out": nn.Linear(16, 16)}))
