@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -75,39 +75,47 @@ def step_bytes(
     for param in trained:
         param.grad = torch.empty_like(param) if accumulating or freed_late else None
     tracker = AllocationTracker()
-    handles = [
-        param.register_post_accumulate_grad_hook(partial(_complete, tracker, waiting, transients)) for param in trained
-    ]
     tracker.begin(
         {
             "weights": [*model.parameters(), *model.buffers()],
             "gradients": [param.grad for param in trained if param.grad is not None],
         }
     )
+    with (
+        _hooked(trained, partial(_complete, tracker, waiting, transients)),
+        Shortened(blocks, tracker, waiting) as shortened,
+        tracker.following(),
+        _FusedAttention(),
+        nullcontext() if autocast is None else _Autocast(autocast),
+    ):
+        with tracker.counting("activations"):
+            values = [loss()]
+        for param in trained if not accumulating else ():
+            param.grad = None
+        _run_backward(values.pop())
+        _allocate(transients)
+    peak = shortened.peak()
+    return StepBytes(peak["weights"], peak["gradients"], state, peak["activations"], peak["transient"])
+
+
+@contextmanager
+def _hooked(params: Sequence[Tensor], hook: Callable[[Tensor], None]) -> Iterator[None]:
+    """Within the context, call a hook with each parameter whose gradient is complete; none has a gradient later."""
+    handles = [param.register_post_accumulate_grad_hook(hook) for param in params]
     try:
-        with (
-            Shortened(blocks, tracker, waiting) as shortened,
-            tracker.following(),
-            _FusedAttention(),
-            nullcontext() if autocast is None else _Autocast(autocast),
-        ):
-            with tracker.counting("activations"):
-                value = loss()
-            for param in trained if not accumulating else ():
-                param.grad = None
-            # not value.backward(), which leaves the modes, so that blocks would be computed again without them
-            engine: Any = torch.autograd.Variable._execution_engine
-            ones = torch.ones_like(value)
-            engine.run_backward((value,), (ones,), False, False, (), allow_unreachable=True, accumulate_grad=True)
-            del value, ones
-            _allocate(transients)
+        yield
     finally:
         for handle in handles:
             handle.remove()
-        for param in trained:
+        for param in params:
             param.grad = None
-    peak = shortened.peak()
-    return StepBytes(peak["weights"], peak["gradients"], state, peak["activations"], peak["transient"])
+
+
+def _run_backward(value: Tensor) -> None:
+    # not value.backward(), which leaves the modes, so that blocks would be computed again without them
+    engine: Any = torch.autograd.Variable._execution_engine
+    ones = torch.ones_like(value)
+    engine.run_backward((value,), (ones,), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def _complete(tracker: AllocationTracker, waiting: Waiting | None, transients: int, param: Tensor) -> None:
