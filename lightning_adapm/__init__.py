@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_adapm.litgpt.checkpoint import LitGPTCheckpoint
     from lightning_adapm.optim.adam_mini import AdamMini
+    from lightning_adapm.optim.adamw import adamw_state_dict
     from lightning_adapm.optim.adapm import AdaPM
     from lightning_adapm.optim.lomo import AdaLomo, Lomo
     from lightning_adapm.optim.lora_pre import LoRAPre
@@ -34,6 +35,7 @@ __all__ = [
     "PartialMuon",
     "PartialMuonConfig",
     "ResidualNormMonitor",
+    "adamw_state_dict",
     "explain",
 ]
 
@@ -53,6 +55,7 @@ _MODULES = {
     "PartialMuon": "optim.partial_muon",
     "PartialMuonConfig": "trainer.config",
     "ResidualNormMonitor": "trainer.callbacks.monitors",
+    "adamw_state_dict": "optim.adamw",
     "explain": "report.explain",
 }
 

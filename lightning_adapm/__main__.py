@@ -22,6 +22,11 @@ _READ_INPUT = ("lightning_adapm", "jsonargparse")
 _READS_DEVICES = "lightning.pytorch.trainer.connectors.accelerator_connector"
 """The module of the Trainer's that reads its accelerator, devices, strategy and precision."""
 
+_WRITE_MODEL = (
+    "Give --config recipe:NAME (`lightning-adapm recipes` lists them), --config FILE with `model: {class_path: ...,"
+    " init_args: ...}`, or --model CLASS"
+)
+
 USAGE = f"""\
 usage: lightning-adapm {{{",".join(COMMANDS)}}} [--config FILE ...] [--OPTION VALUE ...]
 
@@ -123,6 +128,10 @@ def _misconfigurations() -> tuple[type[Exception], ...]:
 def _reason(error: Exception) -> str:
     """The error's text; where the parser lists all types that a value does not have, only what a class refused."""
     text = str(error)
+    if re.search(r'Key "(\w+\.)?model" is required', text):
+        return f"which model? {_WRITE_MODEL}"
+    if text.startswith("Unexpected config:"):
+        return f"a file after --config is empty or not a mapping. {_WRITE_MODEL}"
     if "Union subtypes" not in text:
         return " ".join(text.split()) if text.startswith("Parser key") else text
     found = re.findall(r"^ +- (.*)$", text, re.MULTILINE)
@@ -137,14 +146,18 @@ def _reason(error: Exception) -> str:
 
 
 def _hint(class_path: str, details: str) -> str:
-    """The argument of a class that a misspelled one may stand for."""
+    """The argument of a class, or the class of a module, that a misspelled one may stand for."""
     unexpected = re.search(r"Key '(\w+)' is not expected", details)
+    missing = "has no attribute" in details
     module, _, name = class_path.rpartition(".")
-    if unexpected is None:
+    if unexpected is None and not missing:
         return ""
     from lightning_adapm.optim.options import instead_of, options_of
 
-    return f"; {instead_of(unexpected[1], options_of(getattr(importlib.import_module(module), name)))}"
+    holder = importlib.import_module(module)
+    if unexpected is not None:
+        return f"; {instead_of(unexpected[1], options_of(getattr(holder, name)))}"
+    return f"; {instead_of(name, getattr(holder, '__all__', dir(holder)), 'names')}"
 
 
 if __name__ == "__main__":

@@ -85,6 +85,7 @@ def run(words: list[str]) -> int:
     if not sources and source.fits and not rest:
         return _list_fitting(parser, read_bytes(source.fits))
     if not sources and not source.help:
+        parser.parse_args(["--model=torch.nn.Identity", *rest], defaults=False)  # a misspelled option comes first
         parser.error("which model? Give --model_name NAME (of litgpt), --config FILE or --model CLASS")
     return _report(_read(parser, source, words), read_bytes(source.fits) if source.fits else None)
 
@@ -204,6 +205,9 @@ def _list_fitting(parser: ArgumentParser, limit: int) -> int:
         make, options = _chosen(found) or (AdaPM, {**model.adapm_options, **found.options})
         if row := first_fitting(model, Loop.of(recipe, model, options), make, options, limit):
             table.add_row(name, *row)
+    if not table.row_count:
+        print("No recipe fits. For another model, add --model_name NAME, --config FILE or --model CLASS.")
+        return 1
     print(as_text(table))
     return 0
 

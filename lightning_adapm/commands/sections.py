@@ -44,7 +44,8 @@ def merged(files: list[str]) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise ValueError(f"--config: {file} is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(recipe, dict):
-            raise ValueError(f"--config: {file} is not a recipe: its content is a {type(recipe).__name__}")
+            content = "the file is empty" if recipe is None else f"its content is a {type(recipe).__name__}"
+            raise ValueError(f"--config: {file} is not a recipe: {content}; write model: {{class_path: ...}}")
         found = _overlaid(found, recipe)
     return found
 

@@ -18,9 +18,9 @@ from lightning_adapm.roles.rules import FUSED
 from lightning_adapm.step.rounding import ROUNDINGS
 
 StateDtype = Mapping[str, str] | torch.dtype | str | None
+"""A dtype, its name, or names of dtypes by policy."""
 AUTO = "auto"
 """``state_dtype`` that stands for an optimizer's default, which may depend on other options."""
-"""A dtype, its name, or names of dtypes by policy."""
 
 STATE_DTYPES = (torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """Dtypes of the momentum: those that torch can compute with, and codes of :mod:`lightning_adapm.moments.quantized`."""
@@ -92,10 +92,11 @@ def options_of(optimizer: Callable[..., Any]) -> list[str]:
 
 
 def instead_of(name: str, known: Iterable[str], what: str = "options") -> str:
-    """Suggest a name instead of one that does not exist: the nearest one, or all of them."""
+    """Suggest a name instead of one that does not exist: the nearest one in whatever case, or all of them."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"the {what} are {', '.join(known)}"
+    by_lower = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return f"did you mean {by_lower[close[0]]!r}?" if close else f"the {what} are {', '.join(known)}"
 
 
 def advice(value: Any) -> str:

@@ -48,6 +48,8 @@ class Named:
     """Whether the attention of the block has its output projection in the same module."""
     holds_attention: bool = False
     """Whether the parameter's module contains an attention module."""
+    joins_heads: bool = False
+    """Whether the parameter projects the values of attention heads that lie in a list next to it."""
     in_stem: bool = False
     """Whether the parameter is next to transformer blocks, in the module that holds them."""
     is_head: bool = False
@@ -203,10 +205,11 @@ def link(items: Iterable[Named]) -> None:
     attentions = [path for path, children in modules.items() if rules.is_attention(children)]
     rules_met = ((item, rules.first_match(rules.NAME_RULES, item.path.lower())) for item in items)
     attentions += [item.parent for item, met in rules_met if met and met[0] in rules.FUSED]
-    blocks = {block for path in attentions if (block := _block_around(path))}
-    complete = {
-        _block_around(path) for path in attentions if "attn_out" in map(rules.child_role, modules.get(path, ()))
-    }
+    joined = _outputs_of_heads(attentions, modules)
+    heads = {path for path in attentions if _holder_of(path) in joined}
+    attentions += joined
+    blocks = {block for path in attentions if path not in heads and (block := _block_around(path))}
+    complete = {_block_around(path) for path in attentions if _has_output(modules.get(path, ()))}
     inside = {prefix for path in attentions for prefix in _prefixes(path)}
     stems = {prefix for block in blocks for prefix in ("", *_prefixes(block))}
     for item in items:
@@ -215,8 +218,35 @@ def link(items: Iterable[Named]) -> None:
         item.block_path = max(_prefixes(item.path) & blocks, key=len, default=None)
         item.output_found = item.block_path in complete
         item.holds_attention = item.parent in inside
+        item.joins_heads = joined.get(item.parent) is item
         item.in_stem = item.parent in stems
         item.is_head = item.block_path is None and len(item.shape) == 2 and _is_head(item.shape, embeddings)
+
+
+def _outputs_of_heads(attentions: Iterable[str], modules: Mapping[str, Mapping[str, Named]]) -> dict[str, Named]:
+    """Output projections of lists of attention heads that have none themselves, by the modules that hold the lists."""
+    values: dict[str, list[torch.Size]] = {}
+    for path in attentions:
+        children = modules.get(path, {})
+        if path.rpartition(".")[2].isdigit() and not _has_output(children):
+            shapes = [item.shape for child, item in children.items() if rules.child_role(child) == "value"]
+            values.setdefault(_holder_of(path), []).extend(shapes)
+    found: dict[str, Named] = {}
+    for path, shapes in values.items():
+        for child, item in modules.get(path, {}).items():
+            wanted = sum(rows for rows, *_ in shapes)
+            if len(shapes) > 1 and _has_output([child]) and item.shape == (shapes[0][-1], wanted):
+                found[path] = item
+    return found
+
+
+def _holder_of(path: str) -> str:
+    """Path of the module that holds the list of a numbered module."""
+    return path.rpartition(".")[0].rpartition(".")[0]
+
+
+def _has_output(children: Iterable[str]) -> bool:
+    return "attn_out" in map(rules.child_role, children)
 
 
 def _is_head(shape: torch.Size, embeddings: Mapping[int, int]) -> bool:

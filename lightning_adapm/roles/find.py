@@ -69,6 +69,8 @@ def _by_type(item: Named) -> tuple[str | None, str] | None:
 def _by_structure(item: Named) -> tuple[str | None, str] | None:
     if item.in_mixer:
         return None, rules.IN_MIXER
+    if item.joins_heads:
+        return "attn_out", "projects the values of attention heads"
     if not rules.is_attention(item.beside):
         return None
     role = rules.child_role(item.child)

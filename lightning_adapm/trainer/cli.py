@@ -18,6 +18,7 @@ from lightning.pytorch.cli import (
 )
 from torch.optim import Optimizer
 
+from lightning_adapm.optim.adamw import adamw_state_dict
 from lightning_adapm.trainer.mixin import AdaPMMixin
 from lightning_adapm.trainer.recipes import with_files
 
@@ -40,7 +41,7 @@ class RichProgress(RichProgressBar):
 class AdaPMCLI(LightningCLI):
     """LightningCLI for any LightningModule and data module, named in the configuration by their class paths.
 
-    It differs from LightningCLI in six points:
+    It differs from LightningCLI in seven points:
 
     - An optimizer chosen by ``--optimizer`` without ``--lr_scheduler`` follows the schedule in the model's settings, so
       that AdamW and AdaPM compare on equal terms.
@@ -48,6 +49,7 @@ class AdaPMCLI(LightningCLI):
     - The default precision is ``bf16-mixed`` on a CUDA device with bfloat16.
     - A run overwrites the configuration that an earlier run saved in the same folder.
     - ``--config recipe:NAME`` reads a recipe that comes with this package.
+    - ``torch.optim.AdamW`` goes on from checkpoints of this package's optimizers.
     - A run that goes on from a checkpoint has the settings of its configuration, not those that the checkpoint was
       trained with.
 
@@ -101,7 +103,9 @@ class AdaPMCLI(LightningCLI):
         optimizer: Optimizer,
         lr_scheduler: LRSchedulerTypeUnion | None = None,
     ) -> Any:
-        """Add the model's own schedule to an optimizer without one, and rebuild an optimizer of replaced parameters."""
+        """Add the model's own schedule to an optimizer without one. Optimizers of replaced parameters are built again,
+        and AdamW loads states of this package.
+        """
         held = {param for group in optimizer.param_groups for param in group["params"]}
         if not held.issuperset(lightning_module.parameters()):
             # FSDP replaces parameters, and LightningCLI builds optimizers before any strategy has seen the model
@@ -109,6 +113,8 @@ class AdaPMCLI(LightningCLI):
             optimizer = instantiate_class(lightning_module.parameters(), chosen.optimizer)
             if lr_scheduler is not None:
                 lr_scheduler = instantiate_class(optimizer, chosen.lr_scheduler)
+        if isinstance(optimizer, torch.optim.AdamW):
+            optimizer.register_load_state_dict_pre_hook(adamw_state_dict)
         if lr_scheduler is None and isinstance(lightning_module, AdaPMMixin):
             return lightning_module.schedule(optimizer)
         return LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)

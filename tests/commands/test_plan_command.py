@@ -194,6 +194,7 @@ def test_unmatched_matrices_end_with_status_1_and_what_to_write(plan):
     [
         ([], "which model? Give --model_name NAME"),
         (["--rank=3"], "which model?"),
+        (["--model_nme=pythia-14m"], "Unrecognized arguments: --model_nme"),
         (["--model_name=pythia-14m", "--dtype=float8"], "argument --dtype: invalid choice: 'float8'"),
         (["--model_name=pythia-14m", f"--config={QUICKSTART}"], "--model_name and --config each describe the model"),
         (["--model_name=pythia-14m", "--model=models.PlainLM"], "--model_name and --model each describe the model"),

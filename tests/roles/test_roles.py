@@ -126,17 +126,26 @@ def test_outputs_of_an_mlp_are_no_attention_outputs(child):
     assert role_of(model, "attn.o_proj") == "attn_out"
 
 
-def test_heads_as_modules_with_one_output_around_them():
-    class MultiHeadAttention(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.heads = nn.ModuleList(tree(**linear(key=(16, 4), query=(16, 4), value=(16, 4))) for _ in range(4))
-            self.proj = nn.Linear(16, 16)
+@pytest.mark.parametrize("kind", ["MultiHeadAttention", "Mix"])
+def test_heads_as_modules_with_one_output_around_them(kind):
+    def mixing():
+        module = type(kind, (nn.Module,), {})()
+        module.heads = nn.ModuleList(tree(**linear(key=(16, 4), query=(16, 4), value=(16, 4))) for _ in range(4))
+        module.proj = nn.Linear(16, 16)
+        return module
 
-    model = model_of(sa=MultiHeadAttention(), ffwd=tree(net=nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 16))))
+    model = model_of(sa=mixing(), ffwd=tree(net=nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 16))))
     assert role_of(model, "sa.proj") == "attn_out"
     assert role_of(model, "sa.heads.2.value") == "value"
     assert role_of(model, "ffwd.net.1") == "mlp"
+    blocks = AdaPM(model.parameters()).blocks
+    assert blocks[model.layers[1].sa.heads[2].value.weight] == "layers.1"
+
+
+def test_heads_and_an_mlp_in_one_block():
+    heads = nn.ModuleList(tree(**linear(key=(16, 4), query=(16, 4), value=(16, 4))) for _ in range(4))
+    model = model_of(heads=heads, **linear(proj=(16, 16), fc=(16, 64), fc2=(64, 16)))
+    assert [role_of(model, name) for name in ("proj", "fc", "fc2")] == ["attn_out", "mlp", "mlp"]
 
 
 def test_an_mlp_next_to_the_projections_in_one_module():

@@ -73,7 +73,7 @@ def test_adamw_twin_differs_in_the_optimizer_only(runs):
 def test_resume_from_the_command_line(corpus, tmp_path, in_process, monkeypatch):
     """Stopped at step 3 of 6 and resumed, the run ends with the weights of the uninterrupted one.
 
-    What is written for the resumed run counts, and not what the checkpoint was trained with.
+    What is written for the resumed run counts, and not what the checkpoint was trained with: another optimizer, too.
     """
     weights, dtypes = {}, {}
     for name, steps, options in (
@@ -81,6 +81,7 @@ def test_resume_from_the_command_line(corpus, tmp_path, in_process, monkeypatch)
         ("stopped", 3, []),
         ("resumed", 6, ["--ckpt_path", tmp_path / "stopped.ckpt"]),
         ("changed", 6, ["--ckpt_path", tmp_path / "stopped.ckpt", "--model.init_args.adapm.state_dtype=float16"]),
+        ("adamw", 6, ["--ckpt_path", tmp_path / "stopped.ckpt", "--optimizer=torch.optim.AdamW"]),
     ):
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
@@ -206,7 +207,7 @@ def test_help_names_the_commands_without_loading_lightning(in_process, capsys, m
         ("--ckpt_path=nowhere.ckpt", "error: `ckpt_path`: 'nowhere.ckpt' does not exist; give"),
         (
             "--optimizer=lightning_adapm.Adapm",
-            "error: lightning_adapm.Adapm: module 'lightning_adapm' has no",
+            "error: lightning_adapm.Adapm: module 'lightning_adapm' has no attribute 'Adapm'; did you mean 'AdaPM'?",
         ),
         ("--trainer.strategy=fsdp", "error: The strategy `fsdp` requires a GPU accelerator"),
         ("--trainer.strategy=deepspeed", "error: To use the `DeepSpeedStrategy`, you must have DeepSpeed installed"),
@@ -229,6 +230,21 @@ def test_a_configuration_in_another_encoding(in_process, tmp_path, monkeypatch, 
     with pytest.raises(SystemExit) as end:
         in_process(command, *words)
     assert "--config: utf16.yaml is not text in UTF-8; save it in that encoding" in end.value.code
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "which model? Give --config recipe:NAME"),
+        ("", "empty or not a mapping. Give"),
+    ],
+)
+def test_a_run_without_a_model(in_process, tmp_path, monkeypatch, content, message):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.joinpath("own.yaml").write_text(content or "")
+    with pytest.raises(SystemExit, match="lightning-adapm: error: ") as end:
+        in_process("fit", *([] if content is None else ["--config", "own.yaml"]))
+    assert message in end.value.code
 
 
 @pytest.mark.parametrize(
