@@ -23,10 +23,10 @@ from benchmarks.studies.optimizers import OURS, TRIALS, Parameters, build, missi
 from benchmarks.studies.store import Store
 
 PANELS = {
-    "GPT-2, 86 million parameters, bytes, 1600 steps": ("partial_muon", "at_size"),
     "GPT-2, 124 million parameters, tokens, 1500 steps": ("tokens_gpt2",),
-    "Llama, 130 million parameters, tokens, 1500 steps": ("tokens_llama_130m",),
     "Llama, 60 million parameters, tokens, 1500 steps": ("tokens_llama_60m",),
+    "Llama, 130 million parameters, tokens, 1500 steps": ("tokens_llama_130m",),
+    "GPT-2, 86 million parameters, bytes, 1600 steps": ("partial_muon", "at_size"),
     "GPT-2, 1.8 million parameters, bytes, 600 steps": ("convergence",),
 }
 """Models in the order in which they are worth a look, and the studies whose rows they show."""
