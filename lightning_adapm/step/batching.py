@@ -26,9 +26,9 @@ _UNCOPIED_NUMEL = {"cpu": 1 << 24, "cuda": 1 << 28}
 _REFRESHED_NUMEL = {"cpu": 1 << 24, "cuda": 1 << 27}
 # Whole matrices are copied in the dtype of products, and fill a device only by several.
 _WHOLE_NUMEL = {"cpu": 1 << 16, "cuda": 1 << 28}
-EXCHANGED = 8
+EXCHANGED = 4
 """Factor of the elements of rows that processes exchange for whole matrices: what is sent and received, there and back,
-is copies, and graphs have little room for them.
+is copies, and graphs have little room for them. Products of fewer matrices would not fill a GPU.
 """
 _IN_TILES = (NoSecondMoment, ElementwiseSecondMoment, BlockSecondMoment, FactoredSecondMoment)
 
