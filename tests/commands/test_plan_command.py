@@ -347,3 +347,11 @@ def test_a_recipe_with_a_neighbor_as_its_optimizer(plan, name, make):
     optimizer = make(on_meta(config=fields).named_parameters())
     assert re.split(r" {2,}", total.strip())[-1] == show_bytes(explain(optimizer).total.total)
     assert f"{make.__name__}: optimizer state" in out
+
+
+def test_the_optimizer_of_the_last_file_has_no_options_of_those_before(plan, tmp_path):
+    before = tmp_path / "before.yaml"
+    before.write_text("optimizer: {class_path: lightning_adapm.LoRAPre, init_args: {rank: 3}}")
+    files = (QUICKSTART, before, QUICKSTART.with_stem("quickstart-adalomo"))
+    status, out, *_ = plan(*(word for file in files for word in ("--config", file)))
+    assert status == 0 and "AdaLomo: optimizer state" in out

@@ -197,6 +197,8 @@ class TestLoRAPre:
             u, s, vh = torch.linalg.svd(found, full_matrices=False)
             torch.testing.assert_close(fewer["exp_avg_l"] @ fewer["exp_avg_r"], u[:, :3] * s[:3] @ vh[:3])
         train(model, narrow, token_batches(1))
+        with pytest.raises(ValueError, match=r"weight has no second moment, which exp_avg_sq cannot do without"):
+            AdaPM(model.parameters()).load_state_dict(narrow.state_dict())
 
 
 def test_adalomo_goes_on_with_the_second_moment_of_adamw():
