@@ -54,7 +54,7 @@ NAV = {
 """Pages in the order in which people need them; those that do not exist are left out."""
 
 API = {
-    "Optimizers": ["AdaPM", "PartialMuon", "AdamMini", "LoRAPre", "AdaLomo", "Lomo"],
+    "Optimizers": ["AdaPM", "PartialMuon", "AdamMini", "LoRAPre", "AdaLomo", "Lomo", "adamw_state_dict"],
     "Trainer": ["AdaPMMixin", "AdaPMConfig", "PartialMuonConfig"],
     "Callbacks": [
         "OptimizerSummary",
