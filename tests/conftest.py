@@ -6,6 +6,9 @@ import os
 # Tiny models gain nothing from threads and lose much where cores are shared; the commands that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Compiled loops round otherwise than torch: only their own tests take them, as plain Python unless this is 0.
+os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
+
 import pytest
 import torch
 

@@ -22,7 +22,7 @@ from lightning_adapm.roles.piece import Piece
 from lightning_adapm.sharding.find import local, local_grads
 from lightning_adapm.sharding.fsdp1 import gradients
 from lightning_adapm.state.state_dict import FORMAT_VERSION, Checkpointed
-from lightning_adapm.step import by_torch
+from lightning_adapm.step import by_loops, by_torch
 from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.engine import Engine
 from lightning_adapm.step.parts import Part, new_state
@@ -266,8 +266,9 @@ class RoleOptimizer(Checkpointed):
         return path_of(parts, grads, bool(group["maximize"]))
 
     def move(self, batch: Batch, group: Mapping[str, Any]) -> None:
-        """Move parts of one shape by torch's operations. Gradients are finite, or zero in their place."""
-        by_torch.step(batch, group, self.observer)
+        """Move parts of one shape on the host. Gradients are finite, or zero in their place."""
+        step = by_loops.step if batch.path.loops else by_torch.step
+        step(batch, group, self.observer)
 
     def parts(self, param: Tensor) -> tuple[Part, ...]:
         """Parts of a parameter, with their moments."""

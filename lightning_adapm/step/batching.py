@@ -104,7 +104,7 @@ def batches(bucket: Batch) -> Iterator[Batch]:
     part, grad = bucket.parts[0], bucket.grads[0]
     shard, path = part.shard, bucket.path
     numel = grad.numel() if shard is None else shard.most * shard.layout.shape[1:].numel()
-    uncopied = path.whole if shard is not None else path.kernels or _one_by_one(part, grad)
+    uncopied = path.whole if shard is not None else path.kernels or _one_by_one(part, grad, path)
     whole = part.second.whole_matrices and (path.kernels or shard is not None)  # the same on every process
     exchanged = shard is not None and part.second.whole_matrices
     numel *= EXCHANGED if exchanged else 1
@@ -121,13 +121,13 @@ def batches(bucket: Batch) -> Iterator[Batch]:
         yield Batch(parts, params, grads, bucket.step, path, reduction_of(parts))
 
 
-def _one_by_one(part: Part, grad: Tensor) -> bool:
+def _one_by_one(part: Part, grad: Tensor, path: Path) -> bool:
     """Whether torch's operations copy no gradient of parts like this one, and make nothing else of their size but
     tiles: :class:`lightning_adapm.step.gradients.Gradients` are multiplied one by one.
     """
     if part.is_shared or grad.device.type != "cpu" or grad.dtype != part.exact or type(part.second) not in _IN_TILES:
         return False
-    averaged_apart = isinstance(part.first, FullMomentum) and part.first.storage != EXACT
+    averaged_apart = isinstance(part.first, FullMomentum) and part.first.storage != EXACT and not path.loops
     return not averaged_apart and not unknown_moments(part)
 
 

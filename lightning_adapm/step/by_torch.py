@@ -58,7 +58,7 @@ def tiles(batch: Batch, direction: Direction) -> Iterator[tuple[Batch, Direction
         some, held = grads[first:last], params[first:last]
         if rows is not None:
             (grad,), (param,), (state,) = some, held, states
-            some, held, states = [grad[slice(*rows)]], [param[slice(*rows)]], [_Rows(state, *rows)]
+            some, held, states = [grad[slice(*rows)]], [param[slice(*rows)]], [Rows(state, *rows)]
         if known is None:
             denominators = second.denominators(some, states, step, reduction)
         else:
@@ -87,7 +87,7 @@ def _places(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Iterator[Place
             yield from ((first, last, rows) for rows in spans(grad))
 
 
-class _Rows:
+class Rows:
     """View of some rows of an elementwise state."""
 
     def __init__(self, state: State, first: int, last: int) -> None:

@@ -15,10 +15,11 @@ from lightning_adapm.moments.batches import Stacked
 from lightning_adapm.moments.cache import DeviceCache, using
 from lightning_adapm.roles.piece import Piece
 from lightning_adapm.sharding.collectives import Planned
-from lightning_adapm.step import by_kernels, exchange, graphs, refreshing
+from lightning_adapm.step import by_kernels, by_loops, exchange, graphs, refreshing
 from lightning_adapm.step.batching import Batch, batches, bucketed, put_back
 from lightning_adapm.step.counters import count_step
 from lightning_adapm.step.device_gradients import DeviceGradients
+from lightning_adapm.step.gradients import Gradients
 from lightning_adapm.step.graphs import Pool
 from lightning_adapm.step.interleaving import Task, interleave
 from lightning_adapm.step.nonfinite import NonFiniteGradients
@@ -173,7 +174,8 @@ class Engine:
 
     def _move_by_torch(self, batch: Batch, group: Mapping[str, Any], rule: Rule) -> None:
         # only now, batch by batch: copies of all gradients in float32 would be larger than the state that is saved
-        finite = self.nonfinite.replaced(batch.parts, batch.grads, bool(group["maximize"]))
+        wrapped = by_loops.wrapped(batch) if batch.path.loops else Gradients
+        finite = self.nonfinite.replaced(batch.parts, batch.grads, bool(group["maximize"]), wrapped)
         rule.move(batch._replace(grads=finite), group)
         put_back(batch)
 

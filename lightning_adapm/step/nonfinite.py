@@ -1,7 +1,7 @@
 """Gradients for steps: in float32 at least, and zero where they are not finite."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from typing import Any
 
@@ -134,8 +134,14 @@ class NonFiniteGradients:
             self._flaws.append(flaws)
             self._sizes[-1] += len(flaws)
 
-    def replaced(self, parts: Sequence[Part], grads: list[Tensor], maximize: bool) -> list[Tensor]:
-        """The gradients to descend along, of parts of one shape, dtype and device."""
+    def replaced(
+        self,
+        parts: Sequence[Part],
+        grads: list[Tensor],
+        maximize: bool,
+        wrapped: Callable[[Iterable[Tensor]], Gradients] = Gradients,
+    ) -> list[Tensor]:
+        """The gradients to descend along, of parts of one shape, dtype and device; on a CPU ``wrapped``."""
         exact = [grad if grad.dtype == torch.float64 else grad.float() for grad in grads]
         if maximize:
             exact = list(torch._foreach_neg(exact))
@@ -149,11 +155,13 @@ class NonFiniteGradients:
             finite = _finite(exact) if finite is None else finite
             self.count(parts, (~finite).to(torch.int32))
             return [torch.where(fine, grad, 0.0) for fine, grad in zip(finite.unbind(), exact, strict=True)]
-        return self._on_cpu(parts, exact)
+        return self._on_cpu(parts, exact, wrapped)
 
-    def _on_cpu(self, parts: Sequence[Part], grads: list[Tensor]) -> list[Tensor]:
+    def _on_cpu(
+        self, parts: Sequence[Part], grads: list[Tensor], wrapped: Callable[[Iterable[Tensor]], Gradients]
+    ) -> list[Tensor]:
         """Gradients of which those that are not finite are zero, where asking costs nothing."""
-        alone = list if parts[0].is_shared else Gradients  # shards may differ in shape
+        alone = list if parts[0].is_shared else wrapped  # shards may differ in shape
         found, finite = alone(grads), self.agreed_on(parts)
         if finite is None and isinstance(found, Gradients) and found.finite:
             self._see(_FINE)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_adapm.moments.first import FullMomentum, LowRankMomentum, NoMomentum
@@ -16,8 +17,9 @@ from lightning_adapm.moments.second import (
     NoSecondMoment,
     RelativeSecondMoment,
 )
+from lightning_adapm.moments.storage import EXACT
 from lightning_adapm.sharding.find import has_values
-from lightning_adapm.step import kernels
+from lightning_adapm.step import kernels, loops
 from lightning_adapm.step.launch import DTYPES
 from lightning_adapm.step.parts import Part
 
@@ -29,6 +31,7 @@ _SECOND_MOMENTS = (
     RelativeSecondMoment,
     Orthogonal,
 )
+_IN_LOOPS = (NoSecondMoment, ElementwiseSecondMoment, BlockSecondMoment, FactoredSecondMoment)
 
 
 class Path(NamedTuple):
@@ -50,7 +53,12 @@ class Path(NamedTuple):
     @property
     def moved_by_kernels(self) -> bool:
         """Kernels move the parameters, by whatever means the direction was found."""
-        return self.name != "torch"
+        return self.kernels or self.name == "torch and kernels"
+
+    @property
+    def loops(self) -> bool:
+        """Compiled loops move the parameters, on a CPU."""
+        return self.name == "torch and loops"
 
 
 class StepPath(NamedTuple):
@@ -62,7 +70,7 @@ class StepPath(NamedTuple):
     """Number of matrices or stacks of this shape that step together."""
     roles: tuple[str, ...]
     path: str
-    """``"kernels"``, ``"kernels and reductions"``, ``"torch and kernels"`` or ``"torch"``."""
+    """``"kernels"``, ``"kernels and reductions"``, ``"torch and kernels"``, ``"torch and loops"`` or ``"torch"``."""
     reason: str
     """Why it is not ``"kernels"``; empty where it is."""
     launches: str = ""
@@ -80,7 +88,7 @@ def path_of(parts: Sequence[Part], grads: Sequence[Tensor], maximize: bool) -> P
     part = parts[0]
     device = part.view.device
     if not kernels.runs_on(device):
-        return Path("torch", f"no kernels on {device.type}")
+        return _without_kernels(parts, grads)
     if reason := _unknown_layout(parts, grads):
         return Path("torch", reason)
     if maximize:
@@ -89,6 +97,40 @@ def path_of(parts: Sequence[Part], grads: Sequence[Tensor], maximize: bool) -> P
         return Path("torch and kernels", reason)
     reason = _needs_reductions(parts)
     return Path("kernels and reductions" if reason else "kernels", reason)
+
+
+def _without_kernels(parts: Sequence[Part], grads: Sequence[Tensor]) -> Path:
+    device = parts[0].view.device
+    reason = f"no kernels on {device.type}"
+    if not loops.runs_on(device):
+        return Path("torch", reason)
+    unknown = _unknown_to_loops(parts, grads)
+    return Path("torch", f"{reason}, {unknown}") if unknown else Path("torch and loops", reason)
+
+
+def _unknown_to_loops(parts: Sequence[Part], grads: Sequence[Tensor]) -> str:
+    """Why compiled loops cannot move parts along gradients; empty where they can."""
+    part = parts[0]
+    first, second = part.first, part.second
+    if len(part.shape) < 2:
+        return "no loops for vectors"
+    if part.shard is not None:  # rows are taken out of what this process holds later, without gaps
+        fit = has_values(part.view) and part.view.dtype == torch.float32 and not part.piece.transposed
+    else:
+        fit = all(loops.movable(each.view, grad) for each, grad in zip(parts, grads, strict=True))
+    if not fit:
+        return "no loops for this dtype or memory layout"
+    if type(first) not in (NoMomentum, FullMomentum, LowRankMomentum) or not isinstance(second, _IN_LOOPS):
+        return f"no loops for {type(first).__name__} with {type(second).__name__}"
+    if isinstance(first, LowRankMomentum) and not first.debias:
+        return "no loops for low-rank momentum without its residual"
+    if isinstance(second, BlockSecondMoment) and second.outputs != -2:
+        return "no loops for blocks of columns"
+    if isinstance(first, FullMomentum) and first.storage not in (EXACT, EightBits()):
+        return f"no loops for momentum in {first.storage}"
+    if isinstance(second, ElementwiseSecondMoment) and second.storage != EXACT:
+        return f"no loops for second moments in {second.storage}"
+    return ""
 
 
 def _needs_reductions(parts: Sequence[Part]) -> str:
