@@ -102,6 +102,8 @@ def move(
     are the ``factors``. An ``average`` takes the gradient and stands in its place. With ``beta2``, the roots are still
     to be taken, of averages which take the gradient first.
     """
+    if not param.numel():  # other processes hold all rows
+        return
     (root,), correction, eps, columns, _ = denominators
     values, beta1, scales = average or (None, 0.0, None)
     squares = None if beta2 is None else root

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_adapm import AdamMini, AdaPM, Lomo
 from lightning_adapm.moments import tiles
+from lightning_adapm.moments.base import Denominators
 from lightning_adapm.report.diagnostics import ResidualProbe
 from lightning_adapm.step import loops
 
@@ -101,6 +102,11 @@ def test_threads_share_rows(looped, monkeypatch):
     found = stepped(make, **options)
     assert relative_difference(found[0], expected[0]) < 2e-6
     assert relative_difference(found[1], expected[1]) < 1e-3
+
+
+def test_a_process_may_hold_no_row(looped):
+    rows, factors = torch.empty(0, 8), (torch.empty(1, 0, 2), torch.empty(1, 2, 8))
+    loops.move(rows, rows, Denominators([torch.empty(0, 1)], 1.0, 0.0), rate=1.0, keep=1.0, factors=factors)
 
 
 def test_a_step_by_loops_is_seen_by_autograd(looped):
