@@ -25,12 +25,16 @@ def losses_table(table: Table) -> list[str]:
     return lines
 
 
-def best_table(study: Study, table: Table) -> list[str]:
-    """Each variant at its best learning rate, compared seed by seed with the best of each baseline."""
+def best_table(study: Study, table: Table, timed: bool = True) -> list[str]:
+    """Each variant at its best learning rate, compared seed by seed with the best of each baseline.
+
+    Args:
+        timed: Whether there is a column of seconds.
+    """
     others = rivals(study, table)
     counted = any(cells[best(cells)].state is not None for cells in table.values())
     heads = ["best lr", "loss", *(f"minus {label}'s best" for label in others.values())]
-    heads += ["stable lr", "largest update / lr", *(["state"] if counted else []), "seconds"]
+    heads += ["stable lr", "largest update / lr", *(["state"] if counted else []), *(["seconds"] if timed else [])]
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for label, cells in table.items():
         lr = best(cells)
@@ -46,7 +50,8 @@ def best_table(study: Study, table: Table) -> list[str]:
         row += [f"{min(stable):g} to {max(stable):g}" if stable else "none", worst]
         if counted:
             row.append("" if cell.state is None else f"{cell.state:.2%}")
-        row.append(f"{seconds:.1f}")
+        if timed:
+            row.append(f"{seconds:.1f}")
         lines.append(f"| {label} | " + " | ".join(row) + " |")
     return lines
 
@@ -172,13 +177,14 @@ def not_run(study: Study, table: Table) -> list[str]:
     return ["Rows without results:", "", *lines, ""] if lines else []
 
 
-def section(study: Study, table: Table) -> list[str]:
-    """All about one text."""
+def section(study: Study, table: Table, timed: bool) -> list[str]:
+    """All about one text, with seconds where they are of one processor."""
     page = [*crossed_table(study, table), ""] if study.crossed else []
     page += [*losses_table(table), ""]
     page += ["Bold: each row's best learning rate, chosen on the same seeds for every row. There:", ""]
-    page += [*best_table(study, table), ""]
-    page += [f"Stable: no seed diverged and the mean is within {STABLE} of the row's best.", ""]
+    page += [*best_table(study, table, timed), ""]
+    words = "" if timed else " Seconds are left out, because the runs are of several processors."
+    page += [f"Stable: no seed diverged and the mean is within {STABLE} of the row's best.{words}", ""]
     page += not_run(study, table)
     if study.curves:
         page += steps_table(study, table)
@@ -206,7 +212,8 @@ def report(name: str, study: Study, store: Store) -> None:
         table = tabulate(study, entries)
         if not table:
             continue
-        page += [f"## {text}", "", *section(study, table)]
+        processors = {entry.session["hardware"].partition(",")[0] for entry in entries}
+        page += [f"## {text}", "", *section(study, table, timed=len(processors) == 1)]
         draw(study, table, store.path.with_name(f"{name}{index or ''}.svg"))
         sessions |= dict.fromkeys(
             "- {date}, {hardware}, {versions}: `{command}`".format_map(entry.session) for entry in entries

@@ -218,3 +218,7 @@ def test_the_report_compares_seed_by_seed_and_leaves_out_what_diverged(study, tm
     assert "**2.5000 ± 0.5000 (2)**" in page  # AdamW at 1e-3
     assert "1 of 2 diverged" in page
     assert "-0.3000 ± 0.1000 (2)" in page  # -0.2 and -0.4
+    assert "| seconds |" in page
+    store.add(dataclasses.replace(run, seed=2), result, {"command": "c", "date": "d", "hardware": "g", "versions": "v"})
+    report("study", study, Store(store.path))
+    assert "seconds |" not in (tmp_path / "study.md").read_text()  # of several processors
