@@ -6,6 +6,7 @@ import os
 import platform
 import shlex
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 
 import lightning_adapm
 from benchmarks.studies.setting import Run
+from lightning_adapm.step import loops
 
 
 class Entry(NamedTuple):
@@ -116,4 +118,5 @@ def versions() -> str:
     folder = Path(lightning_adapm.__file__).parent
     sources = b"".join(file.read_bytes() for file in sorted(folder.rglob("*.py")))
     digest = hashlib.sha256(sources).hexdigest()[:8]
-    return f"Python {platform.python_version()}, torch {torch.__version__}, lightning-adapm sources {digest}"
+    numba = f"numba {version('numba')}, " if loops.runs_on(torch.device("cpu")) else ""  # whose loops round otherwise
+    return f"Python {platform.python_version()}, torch {torch.__version__}, {numba}lightning-adapm sources {digest}"
