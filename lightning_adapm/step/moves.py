@@ -12,9 +12,14 @@ from lightning_adapm.step.kernels import Tile
 from lightning_adapm.step.launch import Matrices, aligned, launch
 from lightning_adapm.step.rounding import StochasticRounding
 
-MOVE, MOVE_ALONG, MOVE_ALONG_ELEMENTWISE = (1, 2048, 4, 3), (64, 64, 4, 4), (16, 128, 4, 3)
-"""Rows and columns of a tile, warps, stages: without products, and with them, by block and by elementwise second
-moments. The fastest of some on an H200, and within the 99 KiB of shared memory that a block has on smaller GPUs.
+MOVE, MOVE_CODES, MOVE_ALONG, MOVE_ALONG_ELEMENTWISE = (1, 2048, 4, 3), (1, 1024, 2, 3), (64, 64, 4, 4), (16, 128, 4, 3)
+"""Rows and columns of a tile, warps, stages: without products, of momentum in eight bits, and with products, by block
+and by elementwise second moments. The fastest of some on an H200, and within the 99 KiB of shared memory that a block
+has on smaller GPUs.
+"""
+HELD, HELD_COLUMNS, HELD_RANKS = (64, 64, 4, 3), 512, 128
+"""Tile of programs that hold their rows of up to so many ranks, and the columns that each moves. In two bytes, where
+reading a left factor again for each tile takes longer than reading gradients.
 """
 
 
@@ -81,15 +86,15 @@ def move(
     values, beta1, scales = average or (None, 0.0, None)
     left, right = factors or (None, None)
     columns, elementwise = divisors.columns, divisors.beta2 is not None
-    along = MOVE_ALONG_ELEMENTWISE if elementwise else MOVE_ALONG
-    tile = Tile(*(MOVE if factors is None else along)).narrowed(n)
+    held = HELD_COLUMNS if _holds(param, left, columns) else 0
+    tile = Tile(*_tile(factors is not None, held > 0, elementwise, scales is not None)).narrowed(n)
     # heads of a fused weight are one matrix of the gradient
     grouped = param.dim() > directions.like.dim()
     rows, stride = (param.shape[1], param.stride(0)) if grouped else (m, 0)
     k, width = (0, 0) if left is None or right is None else (right.shape[0], left.shape[-1])
     each = 1 if flaws is None else b // len(flaws)
     streams, step = (None, 0.0) if rounding is None else (rounding.table(m * n, b, param.device), rounding.step)
-    high, across, _ = tile.grid(m, n, b)
+    high, across, _ = tile._replace(columns=held or tile.columns).grid(m, n, b)
     launch(
         "move",
         (high * across, b, 1),
@@ -116,7 +121,23 @@ def move(
         EVEN=rounding is not None and rounding.is_even(n),
         RATED=rates is not None,
         CLOCKED=clock is not None,
-        BLOCK_K=32,
+        BLOCK_K=max(16, kernels.power_of_two(width)) if held else 32,
+        HELD=held,
+        STAGES=tile.stages,
         **tile.constants,
     )
     torch.autograd.graph.increment_version(params)  # as every operation in place, for whoever goes backward again
+
+
+def _holds(param: Tensor, left: Tensor | None, columns: Tensor | None) -> bool:
+    """Whether programs hold their rows of the left factor. Divisors that are products leave no registers for them."""
+    fits = left is not None and left.shape[-1] <= HELD_RANKS and columns is None
+    return fits and param.element_size() == 2 and kernels.has_large_blocks(param.device)
+
+
+def _tile(along: bool, held: bool, elementwise: bool, coded: bool) -> tuple[int, int, int, int]:
+    if not along:
+        return MOVE_CODES if coded else MOVE
+    if held:
+        return HELD
+    return MOVE_ALONG_ELEMENTWISE if elementwise else MOVE_ALONG

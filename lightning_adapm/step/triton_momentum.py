@@ -34,22 +34,26 @@ def averaged(
         average = tl.multiple_of(average, 16)
     average += wide * n + column[None, :]
     kept = tl.load(average, inside, 0).to(tl.float32)
-    if SPAN:
-        scale_of = tl.load(scales + which).to(tl.pointer_type(tl.float32)) + wide * tl.cdiv(n, SPAN)
-        kept = kept / 127
-        kept = kept * tl.abs(kept) * tl.load(scale_of + (column // SPAN)[None, :], inside, 0.0)
+    if SPAN:  # squares of codes are exact, and 127 * 127 times this number is 1
+        block = aside * (BLOCK_N // SPAN) + tl.arange(0, BLOCK_N // SPAN)[None, :]
+        known = (row[:, None] < m) & (block < tl.cdiv(n, SPAN))
+        scale = tl.load(scales + which).to(tl.pointer_type(tl.float32)) + wide * tl.cdiv(n, SPAN) + block
+        kept = (kept * tl.abs(kept) * 6.2000124e-05).reshape(BLOCK_M, BLOCK_N // SPAN, SPAN)
+        kept = (kept * tl.load(scale, known, 0.0)[:, :, None]).reshape(BLOCK_M, BLOCK_N)
     d = kept + (1 - beta1) * (d - kept)
     # an infinity would stay forever
     if SPAN:
         d = tl.minimum(tl.maximum(d, -3.4028234e38), 3.4028234e38)
-        size = tl.where(inside, tl.abs(d), 0.0).reshape(BLOCK_M, BLOCK_N // SPAN, SPAN)
+        size = tl.abs(d).reshape(BLOCK_M, BLOCK_N // SPAN, SPAN)  # zero outside
         largest = tl.max(size, 2)
-        share = tl.sqrt(size / tl.maximum(largest, 1.1754944e-38)[:, :, None]).reshape(BLOCK_M, BLOCK_N)
-        code = tl.where(d < 0, -1.0, 1.0) * tl.floor(share * 127 + 0.5)
+        # one division for a block
+        share = size * (1 / tl.maximum(largest, 1.1754944e-38))[:, :, None]
+        root = (tl.sqrt(share) * 127).reshape(BLOCK_M, BLOCK_N).to(tl.uint32, bitcast=True)
+        root |= d.to(tl.uint32, bitcast=True) & 0x80000000
+        # in this sum, the last byte of the mantissa is the nearest code
+        code = (root.to(tl.float32, bitcast=True) + 12582912.0).to(tl.int32, bitcast=True)
         tl.store(average, code.to(tl.int8), inside)
-        block = aside * (BLOCK_N // SPAN) + tl.arange(0, BLOCK_N // SPAN)[None, :]
-        largest = tl.where(largest < 1.1754944e-38, 0.0, largest)
-        tl.store(scale_of + block, largest, (row[:, None] < m) & (block < tl.cdiv(n, SPAN)))
+        tl.store(scale, tl.where(largest < 1.1754944e-38, 0.0, largest), known)
     else:
         kept = tl.minimum(tl.maximum(d, -65504.0), 65504.0) if tl.float16 == AVERAGE else d
         tl.store(average, kept.to(AVERAGE), inside)

@@ -36,3 +36,25 @@ def low_rank(
         b = tl.load(other, (inner[:, None] < k) & (column[None, :] < n), 0.0).to(FACTOR)
         product = tl.dot(a, b, product)
     return product
+
+
+@triton.jit
+def held(
+    own,
+    rights,
+    which,
+    column,
+    n,
+    k,
+    RIGHT: tl.constexpr,
+    FACTOR: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The same of rows ``own`` of the left factor that a program holds, all of its ``BLOCK_K`` columns."""
+    right = tl.load(rights + which).to(tl.pointer_type(RIGHT))
+    if ALIGNED:
+        right = tl.multiple_of(right, 16)
+    inner = tl.arange(0, BLOCK_K)
+    other = right + inner[:, None] * n + column[None, :]
+    return tl.dot(own, tl.load(other, (inner[:, None] < k) & (column[None, :] < n), 0.0).to(FACTOR))

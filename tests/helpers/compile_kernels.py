@@ -38,6 +38,8 @@ MOVED = dict.fromkeys(("PARAMETER", "DIRECTION", "AVERAGE"), tl.float32) | {
     "RATED": False,
     "CLOCKED": True,
     "BLOCK_K": 32,
+    "HELD": 0,
+    "STAGES": 1,
 }
 READ = {"grads": "*i64", "bases": "*i64", "projected": "*fp32", "squares": "*fp32", "flaws": "*i32"} | {"sums": "*fp32"}
 COMBINE = {"grads": "*i64", "weights": "*bf16", "flaws": "*i32", "combined": "*fp32"}
@@ -123,7 +125,7 @@ def main():
             triton_kernels.move,
             MOVE | {"roots": "*fp32"},
             averaged | ROUNDED | {"AVERAGE": tl.int8, "SPAN": BLOCK},
-            moves.MOVE,
+            moves.MOVE_CODES,
             capability,
         ),
         "direct": needed(triton_kernels.direct, DIRECT, {}, orthogonal.DIRECT_ALONG, capability),

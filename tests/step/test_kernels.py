@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -17,7 +18,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from lightning_adapm import AdaPM
 from lightning_adapm.moments import lowrank, tiles
 from lightning_adapm.report.diagnostics import ResidualProbe
-from lightning_adapm.step import averages, bases, kernels, reading
+from lightning_adapm.step import averages, bases, kernels, moves, reading
 from lightning_adapm.step.averages import advance
 from lightning_adapm.step.launch import Matrices
 from lightning_adapm.step.moves import Divisors, move
@@ -230,6 +231,32 @@ def test_the_same_numbers_are_rounded_as_without_kernels(interpreted, dtype, sha
     rounding.write(expected, [value.clone() for value in values])
     for param, other in zip(params, expected, strict=True):
         torch.testing.assert_close(param, other, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("elementwise", [False, True])
+def test_programs_that_hold_their_left_factor(interpreted, monkeypatch, elementwise):
+    """Rows and columns of several tiles and of a rest, moved by programs of some tiles each as by one for each tile."""
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    m, n, r = 40, 107, 6
+    grads, basis, left = [draw(m, n), draw(m, n)], draw(2, r, n), torch.zeros(2, m, kernels.padded(r))
+    left[..., :r] = draw(2, m, r)
+    for name in ("HELD", "MOVE_ALONG", "MOVE_ALONG_ELEMENTWISE"):
+        monkeypatch.setattr(moves, name, (16, 16, 4, 2))
+    monkeypatch.setattr(moves, "HELD_COLUMNS", 48)
+    found = []
+    for most in (moves.HELD_RANKS, 0):
+        monkeypatch.setattr(moves, "HELD_RANKS", most)
+        params = [torch.ones(m, n, dtype=torch.bfloat16) for _ in grads]
+        averages = [torch.ones(m, n) for _ in grads]
+        roots = Matrices.of(averages) if elementwise else torch.ones(2, m)
+        divisors = Divisors(roots, 1.0, 1e-8, 0.9 if elementwise else None)
+        flaws, factors = torch.tensor([0, 1], dtype=torch.int32), (left, Matrices.of([basis]))
+        move(params, Matrices.of(grads), divisors, lr=0.1, decay=0.1, flaws=flaws, factors=factors)
+        found.append(torch.stack([*map(torch.Tensor.float, params), *averages]))
+    assert torch.equal(found[0], found[1])
+    divisor = found[0][2].sqrt() if elementwise else 1.0
+    expected = 0.99 - 0.1 * (grads[0] + left[0, :, :r] @ basis[0]) / divisor
+    torch.testing.assert_close(found[0][0], expected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("second_moment", ["elementwise", "factored"])
