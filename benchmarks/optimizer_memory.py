@@ -19,7 +19,7 @@ OPTIMIZERS: dict[str, Callable[[Any], RoleOptimizer]] = {
     '`AdaPM(second_moment="block")`': lambda params: AdaPM(params, second_moment="block"),
     "`AdamMini`": AdamMini,
     "`PartialMuon`": PartialMuon,
-    '`PartialMuon(state_dtype="bfloat16")`': lambda params: PartialMuon(params, state_dtype="bfloat16"),
+    "`PartialMuon(rank=0.05)`": lambda params: PartialMuon(params, rank=0.05),
     '`PartialMuon(momentum="full")`': lambda params: PartialMuon(params, momentum="full"),
     "`LoRAPre`": LoRAPre,
     '`LoRAPre(variant="muon")`': lambda params: LoRAPre(params, variant="muon"),

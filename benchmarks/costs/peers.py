@@ -15,7 +15,9 @@ from torch.optim import Optimizer
 
 from benchmarks.costs.timing import time_steps
 from benchmarks.studies import optimizers
+from benchmarks.studies.base import fast, five_steps
 from benchmarks.studies.optimizers import OURS, Parameters, UnavailableError
+from lightning_adapm.moments.policy import DEFAULT_MOMENTUM
 
 Result = TypeVar("Result")
 
@@ -57,7 +59,6 @@ def _from_step_zero(optimizer: Optimizer) -> None:
 _BLOCK: dict[str, Any] = {"second_moment": "block"}
 _FACTORED: dict[str, Any] = {"second_moment": "factored"}
 _IN_BACKWARD: dict[str, Any] = {"update_in_backward": True}
-_FAST: dict[str, Any] = {"newton_schulz": "fast"}
 _PAPER: dict[str, Any] = {"momentum": "paper", "rank": 0.05, "state_dtype": None}
 _GAP: dict[str, Any] = {"update_proj_gap": 200, "proj_type": "std"}
 _RANDOM = _GAP | {"proj": "random"}
@@ -79,11 +80,12 @@ PEERS: tuple[Peer, ...] = (
     ),
     Peer("AdaPM, every step", "AdaPM", {"update_proj_gap": 1}),
     Peer("PartialMuon", "PartialMuon", interval=10),
-    Peer("PartialMuon, rank 5%", "PartialMuon", {"rank": 0.05, "state_dtype": None}, interval=10),
-    Peer("PartialMuon, 4 fast steps", "PartialMuon", _FAST, interval=10),
-    Peer("PartialMuon, 4 fast steps, rank 5%", "PartialMuon", _FAST | {"rank": 0.05, "state_dtype": None}, interval=10),
-    Peer("PartialMuon, 4 fast steps, refreshed every 20", "PartialMuon", _FAST | {"update_proj_gap": 20}, interval=20),
-    Peer("PartialMuon, 3 fast steps", "PartialMuon", _FAST | {"ns_steps": 3}, interval=10),
+    Peer("PartialMuon, refreshed every 20", "PartialMuon", {"update_proj_gap": 20}, interval=20),
+    Peer("PartialMuon, AdaPM's table", "PartialMuon", {"momentum": DEFAULT_MOMENTUM, "rank": 0.05}, interval=10),
+    Peer("PartialMuon, 3 fast steps", "PartialMuon", {"newton_schulz": "fast", "ns_steps": 3}, interval=10),
+    Peer("PartialMuon, Muon's steps", "PartialMuon", {"newton_schulz": "muon"}, interval=10),
+    Peer("PartialMuon, compact", *five_steps(), interval=10),
+    Peer("PartialMuon, compact, fast steps", *fast(), interval=10),
     Peer("AdamMini", "AdamMini"),
     Peer("LoRAPre", "LoRAPre"),
     Peer("LoRAPre, Muon", "LoRAPre", {"variant": "muon"}),

@@ -15,8 +15,10 @@ MODELS = {
 }
 """Panels of ``loss_and_bytes``, and the heads of their columns."""
 STEPS = "step_time-cuda-llama-3.2-1b-float32"
-"""Measurement of the last column, by page: the defaults', the former ones', PartialMuon's."""
-DEFAULTS, COMPACT, MUON = (f"{kind}-{STEPS}" for kind in ("defaults", "compact", "muon"))
+"""Measurement of the last column, by page: the defaults', the former ones', PartialMuon's former ones."""
+DEFAULTS, COMPACT, MUON = (f"{kind}-{STEPS}" for kind in ("defaults", "compact", "compact-muon"))
+ON_H200 = ""
+"""No page: another GPU's times are not comparable."""
 BASE = "AdamW, fused"
 
 
@@ -43,7 +45,7 @@ class Row:
 README_ROWS = (
     Row("AdaPM factored", "AdaPM factored"),
     Row("..., [compact](docs/choosing-a-policy.md), as before", "AdaPM factored, compact", COMPACT, "AdaPM factored"),
-    Row("PartialMuon", "PartialMuon", MUON),
+    Row("PartialMuon", "PartialMuon", ON_H200),
     Row("Muon", "Muon", MUON),
 )
 CHOICE_ROWS = (
@@ -59,7 +61,9 @@ CHOICE_ROWS = (
     Row("compact, elementwise", "AdaPM, compact", COMPACT, "AdaPM"),
     Row("compact, block", "AdaPM block, compact", COMPACT, "AdaPM block"),
     Row('`momentum="paper"`, rank 5 %, float32', "AdaPM, paper"),
-    Row("`PartialMuon`", "PartialMuon", MUON),
+    Row("`PartialMuon`", "PartialMuon", ON_H200),
+    Row('`PartialMuon(newton_schulz="muon")`', "PartialMuon, Muon's steps", ON_H200),
+    Row("compact, with Muon's steps", "PartialMuon, compact", MUON),
     Row('`PartialMuon(momentum="full")`, which is Muon', "Muon", MUON),
     Row("`AdamMini`", "Adam-mini"),
     Row("SCALE", "SCALE"),

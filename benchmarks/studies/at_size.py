@@ -16,6 +16,7 @@ from benchmarks.studies.base import (
     compact,
     muon,
     paper,
+    partial_muon,
 )
 from benchmarks.studies.decoder import Shape
 from lightning_adapm.moments.policy import PAPER_MOMENTUM
@@ -163,7 +164,7 @@ def at_size() -> Study:
 def at_size_llama() -> Study:
     return Study(
         "Does AdaPM reach AdamW's best on a Llama-like model of 100 million parameters, and PartialMuon Muon's?",
-        {**ROWS, "PartialMuon": ("PartialMuon", {}), "Muon": muon(momentum="full")},
+        {**ROWS, "PartialMuon": partial_muon(), "Muon": muon(momentum="full")},
         lrs=(1.2e-3, 6e-4, 1.8e-3),
         edge=(2.4e-3,),
         seeds=1,

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.studies.decoder import Shape
 from benchmarks.studies.setting import Setting
-from lightning_adapm.moments.policy import PAPER_MOMENTUM, PRESETS
+from lightning_adapm.moments.policy import HALF_FACTORS, PAPER_MOMENTUM, PRESETS
 
 GPT2_SMALL = Setting(Shape(layers=4, width=192, n_head=6, context=128))
 FINETUNED_SMALL = Setting(Shape(layers=2, width=128, n_head=4, context=128), steps=200, batch=8, val_windows=128)
@@ -112,14 +112,28 @@ def paper(**options: Any) -> tuple[str, Mapping[str, Any]]:
     return "AdaPM", as_published(**options)
 
 
-def five_steps(**options: Any) -> tuple[str, Mapping[str, Any]]:
-    """PartialMuon with Muon's five steps of Newton-Schulz, refreshed every 10: its defaults when it was compared."""
-    return "PartialMuon", {"newton_schulz": "muon", "ns_steps": 5, "update_proj_gap": 10, **options}
+def five_steps(momentum: Mapping[str, str] | str | None = None, **options: Any) -> tuple[str, Mapping[str, Any]]:
+    """PartialMuon with Muon's five steps of Newton-Schulz, refreshed every 10, rank 15 % and low-rank momentum wherever
+    the paper has some, embeddings included, but for some options: its defaults when most studies were run.
+    """
+    table = momentum if isinstance(momentum, str) else {**PAPER_MOMENTUM, "embedding": "low_rank", **(momentum or {})}
+    steps = {"newton_schulz": "muon", "ns_steps": 5, "update_proj_gap": 10}
+    return "PartialMuon", {"rank": 0.15, "state_dtype": HALF_FACTORS, **steps, **options, "momentum": table}
+
+
+def fast(**options: Any) -> tuple[str, Mapping[str, Any]]:
+    """The same with fast steps."""
+    return five_steps(**{"newton_schulz": "fast", "ns_steps": 4, **options})
 
 
 def muon(**options: Any) -> tuple[str, Mapping[str, Any]]:
-    """The same of rank 5 % in float32: its defaults when most studies were run."""
+    """The same of rank 5 % in float32: its defaults when the first studies were run."""
     return five_steps(**{"rank": 0.05, "state_dtype": None, **options})
+
+
+def partial_muon(**options: Any) -> tuple[str, Mapping[str, Any]]:
+    """PartialMuon with its defaults but for some options."""
+    return "PartialMuon", options
 
 
 def small(**options: Any) -> tuple[str, Mapping[str, Any]]:

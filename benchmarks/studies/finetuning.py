@@ -14,9 +14,9 @@ from benchmarks.studies.base import (
     adapm,
     compact,
     paper,
+    partial_muon,
 )
 from benchmarks.studies.decoder import Shape
-from benchmarks.studies.muon import OF_TABLES
 from benchmarks.studies.on_tokens import VOCAB
 from benchmarks.studies.setting import Setting
 
@@ -44,7 +44,7 @@ ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
     SMALL_CARD_20: compact(
         betas=BETAS95, second_moment="factored", rank=0.05, state_dtype="bfloat16", update_proj_gap=20
     ),
-    "PartialMuon": OF_TABLES["PartialMuon, tables full, int8, 4 fast steps"],
+    "PartialMuon": partial_muon(),
     "AdaPM block": adapm(betas=BETAS95, second_moment="block"),
     LORA: adamw(0.9, 0.95),
     "Adam-mini": paper(momentum="full", second_moment="block", betas=BETAS95),

@@ -18,7 +18,7 @@ from benchmarks.studies.stand_ins import standing_in
 from benchmarks.studies.trials import Trial
 from benchmarks.studies.updated import UpdatedLoRAPre
 from lightning_adapm import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre, PartialMuon
-from lightning_adapm.moments.policy import HALF_FACTORS, momentum_table, state_dtype_for
+from lightning_adapm.moments.policy import momentum_table
 from lightning_adapm.optim import partial_muon
 from lightning_adapm.optim.options import AUTO, options_of
 
@@ -223,8 +223,9 @@ def resolve(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
     if muon and not isinstance(momentum, str):
         momentum = {**partial_muon.DEFAULT_MOMENTUM, **(momentum or {})}
     resolved["momentum"] = momentum_table(momentum, "error")
-    if resolved["state_dtype"] == AUTO:
-        resolved["state_dtype"] = dict(HALF_FACTORS) if muon else state_dtype_for(resolved["momentum"])
+    for option, meaning in optimizer.automatic.items():
+        if resolved[option] == AUTO:
+            resolved[option] = meaning(resolved)
     resolved["betas"] = list(resolved["betas"])
     if muon:
         resolved["ns_steps"] = partial_muon.steps_of(resolved["newton_schulz"], resolved["ns_steps"])
@@ -273,8 +274,6 @@ def build(resolved: Mapping[str, Any], of: Parameters, lr: float) -> Optimizer:
     kind = options.pop("kind")
     if "betas" in options:
         options["betas"] = tuple(options["betas"])
-    if kind == "PartialMuon":
-        options = {"newton_schulz": "muon", **options}  # which resolve() leaves out
     if kind in OURS:
         return OURS[kind]([of.group], **options)
     return LIBRARIES[kind].use(load(LIBRARIES[kind]), of, **options)

@@ -155,11 +155,15 @@ def _iterated(found: Tensor, iteration: Iteration) -> Tensor:
     """Iterate on matrices of norm 1, in the form with less work."""
     if not found.numel():
         return found
+    gram: Tensor | None = None
     if iteration.by_gram:
-        size = torch.linalg.vector_norm(_gram(found), dim=(-2, -1), keepdim=True)
-        found = found / torch.where(size > 0, size, 1.0).sqrt()
+        gram = _gram(found)
+        size = torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True)
+        size = torch.where(size > 0, size, 1.0)
+        found, gram = found / size.sqrt(), gram / size
     for steps in parts_of(found.shape, found.dtype, iteration.steps):
-        found = _plain(found, *steps) if len(steps) == 1 else _by_gram(found, steps)
+        gram = _gram(found) if gram is None else gram
+        found, gram = _plain(found, gram, *steps) if len(steps) == 1 else _by_gram(found, gram, steps), None
     return found
 
 
@@ -211,12 +215,12 @@ def _added(found: Tensor, polynomial: Tensor, a: float) -> Tensor:
     return torch.baddbmm(found, left, right, beta=a)
 
 
-def _plain(found: Tensor, step: Coefficients) -> Tensor:
-    return _added(found, _polynomial(_gram(found), step), step[0])
+def _plain(found: Tensor, gram: Tensor, step: Coefficients) -> Tensor:
+    return _added(found, _polynomial(gram, step), step[0])
 
 
-def _by_gram(found: Tensor, steps: Sequence[Coefficients]) -> Tensor:
-    product = _product(_gram(found), steps)
+def _by_gram(found: Tensor, gram: Tensor, steps: Sequence[Coefficients]) -> Tensor:
+    product = _product(gram, steps)
     return product @ found if found.shape[-2] <= found.shape[-1] else found @ product
 
 

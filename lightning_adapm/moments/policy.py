@@ -67,14 +67,23 @@ def momentum_table(overrides: Mapping[str, str] | str | None, unmatched: str) ->
     return table
 
 
-def state_dtype_for(table: Mapping[str, str]) -> dict[str, str]:
-    """Dtypes that ``state_dtype="auto"`` means beside a ``table`` of policies.
+def state_dtype_of(group: Mapping[str, Any]) -> dict[str, str]:
+    """Dtypes that ``state_dtype="auto"`` means with the table of policies of a ``group``.
 
-    Presets, and one policy for every role, keep full momentum in float32, so that ``momentum="full"`` is AdamW.
+    Presets, and one policy for every role, keep full momentum in float32, so that ``momentum="full"`` is AdamW or Muon.
     """
-    policies = {role: table[role] for role in ROLES}
+    policies = _by_role(group)
     named = policies in PRESETS.values() or len(set(policies.values())) == 1
     return dict(HALF_FACTORS if named else DEFAULT_STATE_DTYPE)
+
+
+def is_full(group: Mapping[str, Any]) -> bool:
+    """Whether every role of a ``group`` keeps full momentum."""
+    return set(_by_role(group).values()) == {"full"}
+
+
+def _by_role(group: Mapping[str, Any]) -> dict[str, str]:
+    return {role: group["momentum"][role] for role in ROLES}
 
 
 def _named_table(name: str) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """AdaPM: AdamW whose momentum depends on a parameter's role in the transformer."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -103,6 +103,7 @@ class AdaPM(RoleOptimizer):
     """
 
     structure = ("rank", "second_moment", "momentum", "state_dtype", "basis")
+    automatic: ClassVar[options.Automatic] = {"state_dtype": policy.state_dtype_of}
 
     def __init__(
         self,
@@ -130,7 +131,6 @@ class AdaPM(RoleOptimizer):
     ) -> None:
         options.check_roles(roles, unmatched)
         table = policy.momentum_table(momentum, unmatched)
-        self._has_own_dtype = state_dtype != options.AUTO
         super().__init__(
             params,
             {
@@ -144,7 +144,7 @@ class AdaPM(RoleOptimizer):
                 "second_moment": second_moment,
                 "momentum": table,
                 "no_decay": no_decay,
-                "state_dtype": options.dtype_names(state_dtype, policy.state_dtype_for(table)),
+                "state_dtype": state_dtype,
                 "basis": basis,
                 "clip_threshold": clip_threshold,
                 "maximize": maximize,
@@ -156,13 +156,6 @@ class AdaPM(RoleOptimizer):
             left_over=left_over,
             roles_matter=len(set(table.values())) > 1,
         )
-
-    def filled(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        """Fill in the options that a group does not state; those of its own momentum include the dtype."""
-        found = super().filled(group)
-        if "momentum" in group and "state_dtype" not in group and not self._has_own_dtype:
-            found["state_dtype"] = policy.state_dtype_for(found["momentum"])
-        return found
 
     def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:
         """Choose the momentum of a piece by the table of roles."""

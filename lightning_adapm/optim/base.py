@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -82,6 +82,8 @@ class RoleOptimizer(Checkpointed):
     """
 
     foreign = options.FOREIGN
+    automatic: ClassVar[options.Automatic] = {}
+    """Options that may be ``"auto"``, each with its meaning beside the other options of a group."""
 
     def __init__(
         self,
@@ -98,6 +100,8 @@ class RoleOptimizer(Checkpointed):
         options.check_roles(roles, unmatched)
         options.check_option({"update_in_backward": update_in_backward}, "update_in_backward", *options.SWITCH)
         defaults = {"rounding": "stochastic", **defaults}
+        self._automatic = options.are_automatic(defaults, self.automatic)
+        defaults |= {option: self.automatic[option](defaults) for option in self._automatic}
         defaults = options.plain(defaults, defaults, unmatched) | {"format_version": FORMAT_VERSION}
         self.check_options(defaults)
         self.name_rules = dict(roles or {})
@@ -118,8 +122,9 @@ class RoleOptimizer(Checkpointed):
         self._add(read_groups(params))
 
     def filled(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        """Copy a parameter group with every option."""
-        return groups.fill(type(self).__name__, group, self.defaults, self.unmatched)
+        """Copy a parameter group with every option. Those that are automatic follow from its own others."""
+        name = type(self).__name__
+        return groups.fill(name, group, self.defaults, self.unmatched, self.automatic, self._automatic)
 
     def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:
         """Choose the momentum of a piece whose matrix has ``shape`` over all processes."""

@@ -1,6 +1,6 @@
 """Parameter groups of an optimizer: with every option, and without shared values."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,8 +16,23 @@ _CHANGE_RESULTS = ("amsgrad", "differentiable")
 """Keywords of ``torch.optim.AdamW`` that change the result of a step."""
 
 
-def fill(optimizer: str, group: Mapping[str, Any], defaults: Mapping[str, Any], unmatched: str) -> dict[str, Any]:
+def fill(
+    optimizer: str,
+    group: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    unmatched: str,
+    automatic: options.Automatic,
+    following: Collection[str],
+) -> dict[str, Any]:
     """Copy a parameter group with every option. Its lists are its own, and may be changed in place.
+
+    Args:
+        optimizer: Name for errors.
+        group: The group as stated.
+        defaults: The optimizer's options.
+        unmatched: As for the optimizer.
+        automatic: Options that may be automatic.
+        following: Those of them that are where a group states nothing.
 
     Raises:
         ValueError: An option of another optimizer that would change the result, or has another meaning here.
@@ -30,7 +45,10 @@ def fill(optimizer: str, group: Mapping[str, Any], defaults: Mapping[str, Any], 
                 " optimizer, or write the group's role"
             )
     filled = {key: list(value) if isinstance(value, list) else value for key, value in defaults.items()}
-    return filled | options.plain(group, defaults, unmatched)
+    asked = options.are_automatic(group, automatic)
+    filled |= options.plain({key: value for key, value in group.items() if key not in asked}, defaults, unmatched)
+    asked.update(option for option in following if option not in group)
+    return filled | {option: automatic[option](filled) for option in asked}
 
 
 def settings_of(group: Mapping[str, Any], keys: Iterable[str]) -> tuple[Any, ...]:

@@ -20,7 +20,9 @@ from lightning_adapm.step.rounding import ROUNDINGS
 StateDtype = Mapping[str, str] | torch.dtype | str | None
 """A dtype, its name, or names of dtypes by policy."""
 AUTO = "auto"
-"""``state_dtype`` that stands for an optimizer's default, which may depend on other options."""
+"""Value of an option that follows from others."""
+Automatic = Mapping[str, Callable[[Mapping[str, Any]], Any]]
+"""Options that may be :data:`AUTO`, each with its meaning beside the other options of a group."""
 
 STATE_DTYPES = (torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """Dtypes of the momentum: those that torch can compute with, and codes of :mod:`lightning_adapm.moments.quantized`."""
@@ -78,6 +80,11 @@ def plain(group: Mapping[str, Any], defaults: Mapping[str, Any], unmatched: str)
             value = _plain(value)
         found[option] = value
     return found
+
+
+def are_automatic(group: Mapping[str, Any], known: Iterable[str]) -> set[str]:
+    """Options of a group that are ``"auto"``, of the ``known`` ones that may be."""
+    return {option for option in known if isinstance(group.get(option), str) and group[option] == AUTO}
 
 
 def _plain(value: Any) -> Any:
@@ -196,14 +203,12 @@ def _no_role(option: str, found: Any) -> str:
     return f"{option}: {found!r} is neither a role ({roles}) nor a policy ({', '.join(POLICIES)}); write one of them"
 
 
-def dtype_names(dtype: StateDtype, default: Mapping[str, str] | None = None) -> str | dict[str, str] | None:
-    """Convert ``state_dtype`` to plain strings, as in checkpoints; ``"auto"`` to the ``default``, if there is one.
+def dtype_names(dtype: StateDtype) -> str | dict[str, str] | None:
+    """Convert ``state_dtype`` to plain strings, as in checkpoints.
 
     Raises:
         ValueError: A dtype is not supported, or a key is no policy.
     """
-    if default is not None and isinstance(dtype, str) and dtype == AUTO:
-        return dict(default)
     if not isinstance(dtype, Mapping):
         return dtype_name(dtype)
     for policy in dtype:

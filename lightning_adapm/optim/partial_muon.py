@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from lightning_adapm.state.settings import AS_BUILT
 HIDDEN = ("query", "key", "value", "attn_out", "mlp")
 """Roles whose matrices are moved by orthogonal updates."""
 
-DEFAULT_MOMENTUM: Mapping[str, str] = {**policy.PAPER_MOMENTUM, "embedding": "low_rank"}
+DEFAULT_MOMENTUM: Mapping[str, str] = {**policy.PAPER_MOMENTUM, "embedding": "full", "lm_head": "full"}
 DEFAULT_RANK = 0.15
 """More than AdaPM's: the loss goes on falling with the rank, and attention outputs keep no momentum."""
 
@@ -28,12 +28,18 @@ _SETTLED = 1000.0
 """Steps of a loaded Muon, which counts none: so many that its average has no bias left."""
 
 
+def kind_of(group: Mapping[str, Any]) -> str:
+    """Kind of iteration that ``newton_schulz="auto"`` means with the other options of a ``group``."""
+    return "muon" if group["ns_steps"] is not None or policy.is_full(group) else "fast"
+
+
 class PartialMuon(RoleOptimizer):
     """Muon whose momentum depends on the role: low-rank factors, all of it, or none, as in AdaPM.
 
     Matrices of hidden layers (queries, keys, values, attention outputs and MLPs) move along the nearest orthogonal
     matrix to their momentum: queries, keys and values of a fused weight each by itself, experts of a stack likewise.
-    Everything else takes Adam's update at the same learning rate. ``momentum="full"`` is Muon.
+    Everything else takes Adam's update at the same learning rate. ``momentum="full"`` is Muon, with its five steps of
+    Newton-Schulz and in float32.
 
     Args:
         params: Named parameters or parameter groups, as for :class:`~lightning_adapm.AdaPM`.
@@ -46,21 +52,22 @@ class PartialMuon(RoleOptimizer):
         weight_decay: Decoupled weight decay, as in AdamW.
         rank: Rank of low-rank momentum; see AdaPM.
         update_proj_gap: Steps between two refreshes of a subspace.
-        momentum: Policies by role that differ from the default, or one policy for every role; see AdaPM. By default
-            queries, keys, MLPs, embeddings and an untied head keep low-rank momentum, attention outputs none,
-            everything else all of it.
+        momentum: Policies by role that differ from the default, one policy for every role, or a preset; see AdaPM. By
+            default queries, keys and MLPs keep low-rank momentum, attention outputs none, everything else all of it.
         second_moment: Second moment for Adam's update: ``"block"``, ``"elementwise"`` or ``"factored"``.
         roles: Roles for names, as for AdaPM. A matrix with a policy instead of a role has Adam's update.
         unmatched: Policy of matrices without a known role, which have Adam's update; ``"error"`` refuses them.
         no_decay: Roles exempt from weight decay.
-        state_dtype: Dtype of the momentum, as for AdaPM: by default, ``{"low_rank": "bfloat16"}``.
+        state_dtype: Dtype of the momentum, as for AdaPM: by default, full momentum of matrices in eight bits and
+            factors in bfloat16. With a preset or one policy for every role, full momentum is in float32.
         basis: Placement of bases, as for AdaPM.
         convolutions: Whether weights of convolutions have orthogonal updates, too, as matrices of outputs by the rest.
             Their names tell no role: give them one, such as ``roles={"conv": "mlp"}``.
         ns_steps: Steps of the Newton-Schulz iteration that finds the orthogonal matrix; ``None`` for 5 of Muon's, or 4
             that are fast.
         newton_schulz: ``"muon"``, any number of Muon's steps, or ``"fast"``, 4 or 3 steps with fitted coefficients.
-            Three fast steps are shorter, for a higher loss.
+            Three fast steps are shorter, for a higher loss. ``"auto"`` is fast, but Muon's where every role keeps full
+            momentum, so that this is Muon, and where only ``ns_steps`` is given.
         maximize: Whether the objective is maximized.
         rounding: How bfloat16 and float16 parameters are rounded, ``"stochastic"`` or ``"nearest"``, as for AdaPM.
         update_in_backward: Whether parameters move inside backward, as for AdaPM.
@@ -74,12 +81,13 @@ class PartialMuon(RoleOptimizer):
     shape.
 
     - ``step``: number of steps, a float32 scalar on the CPU.
-    - ``exp_avg`` ``(m, n)``: full momentum, Muon's buffer, in ``state_dtype``, by default float32.
+    - ``exp_avg`` ``(m, n)``: full momentum, Muon's buffer, in ``state_dtype``: of vectors float32.
     - ``exp_avg_l`` ``(m, rank)``, ``exp_avg_r`` ``(rank, n)``, in ``state_dtype``, by default bfloat16, and the int
       ``seeded``: low-rank momentum, its orthonormal basis, and whether every matrix has a basis yet.
     - ``exp_avg_sq``, or ``exp_avg_sq_row`` and ``exp_avg_sq_col``, float32: second moment of what has Adam's update, as
       AdaPM's. Hidden matrices have none.
-    - Where ``state_dtype`` is int8, codes and scales take the place of a momentum, as in AdaPM.
+    - Where ``state_dtype`` is int8, by default for full momentum of matrices, codes and scales take the place of a
+      momentum, as in AdaPM.
 
     Numerics: arithmetic is in float32, or float64 for float64 parameters, whatever the dtype of parameters and state.
     The products of the Newton-Schulz iteration are in bfloat16 where the device has instructions for it, on CUDA from
@@ -97,6 +105,7 @@ class PartialMuon(RoleOptimizer):
     """
 
     structure = ("rank", "second_moment", "momentum", "state_dtype", "basis", "convolutions")
+    automatic: ClassVar[options.Automatic] = {"state_dtype": policy.state_dtype_of, "newton_schulz": kind_of}
 
     def __init__(
         self,
@@ -119,7 +128,7 @@ class PartialMuon(RoleOptimizer):
         basis: str = "auto",
         convolutions: bool = False,
         ns_steps: int | None = None,
-        newton_schulz: str = "muon",
+        newton_schulz: str = options.AUTO,
         maximize: bool = False,
         rounding: str = "stochastic",
         update_in_backward: bool = False,
@@ -143,10 +152,10 @@ class PartialMuon(RoleOptimizer):
                 "second_moment": second_moment,
                 "momentum": table,
                 "no_decay": no_decay,
-                "state_dtype": options.dtype_names(state_dtype, policy.HALF_FACTORS),
+                "state_dtype": state_dtype,
                 "basis": basis,
                 "convolutions": convolutions,
-                "ns_steps": steps_of(newton_schulz, ns_steps),
+                "ns_steps": ns_steps,
                 "newton_schulz": newton_schulz,
                 "clip_threshold": 1.0,  # of what takes Adam's update without full momentum, as in AdaPM
                 "maximize": maximize,
@@ -159,13 +168,19 @@ class PartialMuon(RoleOptimizer):
             roles_matter=len(set(table.values())) > 1,
         )
 
+    def filled(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """Fill in the options that a group does not state; the number of steps is that of its Newton-Schulz."""
+        found = super().filled(group)
+        return {**found, "ns_steps": steps_of(found["newton_schulz"], found["ns_steps"])}
+
     def check_options(self, group: Mapping[str, Any]) -> None:
         """Refuse options of a parameter group that are out of range."""
         super().check_options(group)
         options.check_option(group, "mu", "a number in [0, 1)", lambda mu: 0 <= mu < 1)
         options.check_option(group, "newton_schulz", f"one of {', '.join(ITERATIONS)}", ITERATIONS.__contains__)
-        options.check_option(group, "ns_steps", *options.COUNT)
-        _iteration(group)
+        if group["ns_steps"] is not None:  # as in the defaults, for the number of the group's kind
+            options.check_option(group, "ns_steps", *options.COUNT)
+            _iteration(group)
 
     def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:
         """Choose the momentum of a piece by its role. With ``nesterov``, that of hidden matrices looks ahead."""

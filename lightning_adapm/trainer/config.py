@@ -126,7 +126,7 @@ class PartialMuonConfig(OptimizerConfig):
     basis: str = "auto"
     convolutions: bool = False
     ns_steps: int | None = None
-    newton_schulz: str = "muon"
+    newton_schulz: str = options.AUTO
     maximize: bool = False
     rounding: str = "stochastic"
     update_in_backward: bool = False

@@ -27,6 +27,7 @@ def optimizer_of(group, make=AdaPM, **options):
         ("state_dtype", "torch.bfloat16"),
         ("state_dtype", {"low_rank": "float16"}),
         ("state_dtype", {"full": torch.int8}),
+        ("state_dtype", "auto"),
         ("no_decay", "norm"),
         ("no_decay", ("norm", "mlp")),
         ("no_decay", None),

@@ -12,6 +12,7 @@ from lightning_adapm import AdaPM, PartialMuon, explain
 from lightning_adapm.moments import orthogonal
 from lightning_adapm.moments.nesterov import NesterovLowRankMomentum, NesterovMomentum
 from lightning_adapm.moments.orthogonal import newton_schulz
+from lightning_adapm.moments.quantized import decoded_from
 
 HIDDEN = ("q_proj", "k_proj", "v_proj", "o_proj", "mlp.0", "mlp.2")
 WEIGHT = "layers.0.mlp.0.weight"
@@ -24,7 +25,7 @@ def hidden(name, param):
 def one_weight(m=24, n=16, dtype=torch.float64, **options):
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(m, n, dtype=dtype))
-    return weight, PartialMuon([(WEIGHT, weight)], lr=1e-2, **{"state_dtype": None, **options})
+    return weight, PartialMuon([(WEIGHT, weight)], lr=1e-2, **{"state_dtype": None, "newton_schulz": "muon", **options})
 
 
 def steps(weight, optimizer, count=12):
@@ -130,6 +131,25 @@ def test_goes_on_from_adapm():
     torch.testing.assert_close(ours.state[table]["exp_avg_sq"], adapm.state[table]["exp_avg_sq"].mean(1, keepdim=True))
     train(model, ours, token_batches(1))
     assert ours.state[weight]["step"] == 5
+
+
+def test_goes_on_from_the_former_defaults():
+    """Factors of a table become full momentum in eight bits, and Newton-Schulz is the checkpoint's."""
+    torch.manual_seed(0)
+    model = PlainLM()
+    tables = {"embedding": "low_rank", "lm_head": "low_rank"}
+    former = {"rank": 2, "momentum": tables, "state_dtype": {"low_rank": "bfloat16"}, "newton_schulz": "muon"}
+    before, ours = PartialMuon(model.parameters(), **former), PartialMuon(model.parameters(), rank=2)
+    train(model, before, token_batches(3))
+    with pytest.warns(UserWarning, match=r"newton_schulz=muon \(the code has fast\)"):
+        ours.load_state_dict(before.state_dict())
+    table = model.get_parameter("embed_tokens.weight")
+    old, new = before.state[table], ours.state[table]
+    momentum = decoded_from(new["exp_avg_codes"], new["exp_avg_scale"])
+    assert relative_difference(momentum, old["exp_avg_l"].float() @ old["exp_avg_r"].float()) < 0.02
+    assert all(group["ns_steps"] == 5 for group in ours.param_groups)
+    train(model, ours, token_batches(1))
+    assert new["step"] == 4
 
 
 def test_adapm_cannot_go_on_from_a_state_without_second_moments():
@@ -296,7 +316,11 @@ def test_convolutions_on_request():
     for wanted in (False, True):
         model = Convolutions()
         optimizer = PartialMuon(
-            [{"params": model.named_parameters(), "role": "mlp"}], lr=1e-2, momentum="none", convolutions=wanted
+            [{"params": model.named_parameters(), "role": "mlp"}],
+            lr=1e-2,
+            momentum="none",
+            convolutions=wanted,
+            newton_schulz="muon",
         )
         for param in model.parameters():
             param.grad = torch.randn_like(param)
@@ -351,16 +375,25 @@ def test_so_many_fast_steps_do_not_exist():
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("options", "group", "expected"),
     [
-        ({}, ("muon", 5)),
-        ({"ns_steps": 3}, ("muon", 3)),
-        ({"newton_schulz": "fast"}, ("fast", 4)),
-        ({"newton_schulz": "fast", "ns_steps": 3}, ("fast", 3)),
+        ({}, {}, ("fast", 4)),
+        ({"momentum": "paper"}, {}, ("fast", 4)),
+        ({"momentum": "full"}, {}, ("muon", 5)),
+        ({"ns_steps": 3}, {}, ("muon", 3)),
+        ({"newton_schulz": "muon"}, {}, ("muon", 5)),
+        ({"newton_schulz": "fast", "momentum": "full"}, {}, ("fast", 4)),
+        ({"newton_schulz": "fast", "ns_steps": 3}, {}, ("fast", 3)),
+        ({}, {"momentum": "full"}, ("muon", 5)),
+        ({"momentum": "full"}, {"momentum": {"mlp": "low_rank"}}, ("fast", 4)),
+        ({}, {"ns_steps": 2}, ("muon", 2)),
+        ({}, {"newton_schulz": "muon"}, ("muon", 5)),
+        ({"newton_schulz": "fast"}, {"newton_schulz": "auto", "momentum": "full"}, ("muon", 5)),
     ],
 )
-def test_each_kind_of_newton_schulz_has_its_steps(options, expected):
-    (group,) = PartialMuon(PlainLM().parameters(), **options).param_groups
+def test_each_kind_of_newton_schulz_has_its_steps(options, group, expected):
+    """Automatic, it is Muon's for Muon and for a given number of steps, else fast; each group has its own."""
+    (group,) = PartialMuon([{"params": PlainLM().named_parameters(), **group}], **options).param_groups
     assert (group["newton_schulz"], group["ns_steps"]) == expected
 
 

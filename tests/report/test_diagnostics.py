@@ -77,7 +77,8 @@ def test_probe_is_a_direct_computation():
 def test_probe_sees_the_direction_that_is_made_orthogonal():
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(12, 10, dtype=torch.float64))
-    optimizer = PartialMuon([("layers.0.mlp.weight", weight)], rank=2, update_proj_gap=50, state_dtype=None)
+    options = {"rank": 2, "update_proj_gap": 50, "state_dtype": None, "newton_schulz": "muon"}
+    optimizer = PartialMuon([("layers.0.mlp.weight", weight)], **options)
     probe = optimizer.observer = ResidualProbe()
     for step in range(3):
         weight.grad = torch.randn_like(weight)
