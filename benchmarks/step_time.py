@@ -9,7 +9,7 @@ import argparse
 import gc
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -146,22 +146,29 @@ def _count(row: Measured, optimizer: Optimizer, of: Parameters, plan: Plan) -> N
 
 def summarize(rows: Sequence[Measured], speed: float) -> dict[str, dict[str, Any]]:
     """Rows by name: milliseconds, the floor at a ``speed`` in bytes per second, ratios; or why it was skipped."""
-    means = {row.peer.name: row.mean for row in rows if row.skipped is None}
-    found: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        if row.skipped is not None:
-            found[row.peer.name] = {"skipped": row.skipped}
-            continue
+
+    def figures(row: Measured, means: Mapping[str, float]) -> dict[str, Any]:
         floor = row.counts["floor_bytes"] / speed
-        found[row.peer.name] = {
-            **row.milliseconds,
+        return {
             "worst_ms": 1e3 * max([*(taken for turn in row.turns for taken in turn), row.refresh or 0.0]),
             "floor_ms": 1e3 * floor,
             "over_floor": row.mean / floor,
             "ratios": {base: row.mean / means[base] for base in BASES if base in means},
             **row.counts,
         }
-    return found
+
+    return by_name(rows, figures)
+
+
+def by_name(
+    rows: Sequence[Measured], figures: Callable[[Measured, Mapping[str, float]], dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Rows by name: milliseconds and the ``figures`` of a row, given the means of all; or why it was skipped."""
+    means = {row.peer.name: row.mean for row in rows if row.skipped is None}
+    return {
+        row.peer.name: {"skipped": row.skipped} if row.skipped is not None else row.milliseconds | figures(row, means)
+        for row in rows
+    }
 
 
 def page(result: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ random tokens, and forward and backward are measured without any optimizer as we
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.costs.command import add_windows, begin, check_length, described, parser_of, skipped_cells
@@ -16,7 +16,7 @@ from benchmarks.costs.peers import BASES, Peer, select
 from benchmarks.costs.timing import time_steps
 from benchmarks.costs.training_step import Setting, Training, free
 from benchmarks.pages.page import provenance, session, stacked_bars, table, write
-from benchmarks.step_time import INTERVAL, Measured, Plan, mean_and_turns
+from benchmarks.step_time import INTERVAL, Measured, Plan, by_name, mean_and_turns
 from benchmarks.studies.decoder import Shape
 from lightning_adapm.report.tables import show_count
 
@@ -61,19 +61,15 @@ def _step(row: Measured, training: Training) -> Callable[[], None]:
 
 def summarize(rows: Sequence[Measured], tokens: int) -> dict[str, dict[str, Any]]:
     """Rows by name: milliseconds of a step of ``tokens``, the optimizer's share; or the reason for skipping."""
-    means = {row.peer.name: row.mean for row in rows if row.skipped is None}
-    found: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        if row.skipped is not None:
-            found[row.peer.name] = {"skipped": row.skipped}
-            continue
-        found[row.peer.name] = {
-            **row.milliseconds,
+
+    def figures(row: Measured, means: Mapping[str, float]) -> dict[str, Any]:
+        return {
             "added_ms": 1e3 * (row.mean - means[NOTHING.name]) if NOTHING.name in means else None,
             "ratio": row.mean / means[BASE] if BASE in means else None,
             "tokens_per_second": tokens / row.mean,
         }
-    return found
+
+    return by_name(rows, figures)
 
 
 def page(result: dict[str, Any]) -> str:

@@ -253,8 +253,9 @@ class RelativeSecondMoment(SecondMoment):
         return float(step**-0.8)
 
     def from_dense(self, dense: Tensor, state: dict[str, Any]) -> None:
-        for key, entry in self.entries(dense.shape).items():
-            self.storage.write([state], key, [_reduced(dense, entry.shape)])
+        for key in self.entries(dense.shape):
+            (stored,) = self.storage.read([state], key)
+            self.storage.write([state], key, [_reduced(dense, stored.shape)])
 
     def denominators(
         self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
