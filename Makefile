@@ -49,6 +49,7 @@ test: $(STAMP)
 # pytest ends with 5 when it selects no test, which is no failure here.
 test-slow: $(STAMP)
 	$(PYTEST) -m slow || [ $$? -eq 5 ]
+	NUMBA_DISABLE_JIT=0 $(BIN)/python -m pytest tests/step/test_loops.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
