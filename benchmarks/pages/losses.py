@@ -15,10 +15,8 @@ MODELS = {
 }
 """Panels of ``loss_and_bytes``, and the heads of their columns."""
 STEPS = "step_time-cuda-llama-3.2-1b-float32"
-"""Measurement of the last column, by page: the defaults', the former ones', PartialMuon's former ones."""
-DEFAULTS, COMPACT, MUON = (f"{kind}-{STEPS}" for kind in ("defaults", "compact", "compact-muon"))
-ON_H200 = ""
-"""No page: another GPU's times are not comparable."""
+"""Measurement of the last column, by page: AdaPM's defaults, its former ones, PartialMuon's, its former ones."""
+DEFAULTS, COMPACT, MUON, FORMER = (f"{kind}-{STEPS}" for kind in ("defaults", "compact", "muon", "compact-muon"))
 BASE = "AdamW, fused"
 
 
@@ -32,21 +30,35 @@ class Row:
     name: str = ""
 
     def time(self, results: Path) -> str:
-        """Its step relative to the fused AdamW's of the same page; empty where it was not measured."""
-        file = results / f"{self.page}.json"
-        rows = json.loads(file.read_text())["rows"] if file.exists() else {}
+        """Its step relative to the fused AdamW's of the same page; empty where it was not measured, or on another GPU
+        than the defaults.
+        """
+        page, defaults = measured(results, self.page), measured(results, DEFAULTS)
+        rows = page.get("rows", {})
         own, base = (rows.get(name, {}).get("mean_ms") for name in (self.name or self.label, BASE))
-        if not own or not base:
+        if not own or not base or processor(page) != processor(defaults):
             return ""
         ratio = own / base
         return f"{ratio:.2f} times" if ratio < 1.005 else f"**{ratio:.{2 if ratio < 2 else 1}f} times**"
 
 
+def measured(results: Path, page: str) -> Mapping[str, Any]:
+    """What a page was made of; empty where there is none."""
+    file = results / f"{page}.json"
+    found: Mapping[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return found
+
+
+def processor(page: Mapping[str, Any]) -> str:
+    """Name of the GPU that a page was measured on."""
+    return str(page.get("hardware", "")).partition(",")[0]
+
+
 README_ROWS = (
     Row("AdaPM factored", "AdaPM factored"),
     Row("..., [compact](docs/choosing-a-policy.md), as before", "AdaPM factored, compact", COMPACT, "AdaPM factored"),
-    Row("PartialMuon", "PartialMuon", ON_H200),
-    Row("Muon", "Muon", MUON),
+    Row("PartialMuon", "PartialMuon", MUON),
+    Row("Muon", "Muon", FORMER),
 )
 CHOICE_ROWS = (
     Row('`AdaPM(second_moment="factored")`', "AdaPM factored"),
@@ -61,10 +73,11 @@ CHOICE_ROWS = (
     Row("compact, elementwise", "AdaPM, compact", COMPACT, "AdaPM"),
     Row("compact, block", "AdaPM block, compact", COMPACT, "AdaPM block"),
     Row('`momentum="paper"`, rank 5 %, float32', "AdaPM, paper"),
-    Row("`PartialMuon`", "PartialMuon", ON_H200),
-    Row('`PartialMuon(newton_schulz="muon")`', "PartialMuon, Muon's steps", ON_H200),
-    Row("compact, with Muon's steps", "PartialMuon, compact", MUON),
-    Row('`PartialMuon(momentum="full")`, which is Muon', "Muon", MUON),
+    Row("`PartialMuon`", "PartialMuon", MUON),
+    Row('`PartialMuon(newton_schulz="muon")`', "PartialMuon, Muon's steps", MUON),
+    Row("with AdaPM's table and rank, Muon's steps", "PartialMuon, AdaPM's table", MUON),
+    Row("compact, with Muon's steps", "PartialMuon, compact", FORMER),
+    Row('`PartialMuon(momentum="full")`, which is Muon', "Muon", FORMER),
     Row("`AdamMini`", "Adam-mini"),
     Row("SCALE", "SCALE"),
     Row("APOLLO-Mini", "APOLLO-Mini (apollo-torch)"),

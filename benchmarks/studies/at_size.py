@@ -156,7 +156,7 @@ def at_size() -> Study:
             "best and 0.003 above Adam-mini's** (one seed). Both are best at 6e-4: they end at 0.808 and 0.811 at "
             "3e-4, at 0.778 and 0.849 at 1.2e-3. **With the paper's settings AdaPM ends 0.030 above AdamW's best** "
             "(one seed; 0.766 at 6e-4). With values in bfloat16, too, it is 0.0194 ± 0.0009 below. A damped "
-            "denominator gains nothing. Some runs shared a GPU, so seconds compare nothing."
+            "denominator gains nothing."
         ),
     )
 

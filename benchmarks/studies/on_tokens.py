@@ -160,7 +160,7 @@ def tokens_llama_60m() -> Study:
         "with five of Muon's steps ends 0.122 below AdamW **and 0.003 above Muon**, compact, which was the default, "
         "0.093 below and 0.032 above, with AdaPM's table 0.002 below Muon (0.025 worse at 4e-3) and with four fast "
         "steps 0.001 below, at the only rate that was tried but for that. The other rows have not "
-        "run. Seconds are of two kinds of GPU and compare nothing.",
+        "run.",
     )
 
 

@@ -24,9 +24,12 @@ def test_a_table_of_losses_says_what_is_against_a_row_and_what_is_not_known(tmp_
     }
     (tmp_path / "loss_and_bytes.json").write_text(json.dumps({"panels": panels}))
     step = {"rows": {"AdamW, fused": {"mean_ms": 10.0}, "PartialMuon, compact": {"mean_ms": 43.0}}}
-    (tmp_path / f"{losses.MUON}.json").write_text(json.dumps(step))
+    (tmp_path / f"{losses.FORMER}.json").write_text(json.dumps({**step, "hardware": "GPU, 2 cores"}))
+    (tmp_path / f"{losses.DEFAULTS}.json").write_text(json.dumps({"rows": {}, "hardware": "GPU, 4 cores"}))
     both = "0.014 ± 0.011 lower (3)"
     assert losses.section("all losses", tmp_path).splitlines()[2:] == [
         f'| `AdaPM(second_moment="factored")` | {both} | {both} | not run | 9.6 and 5.8 % |  |',
         "| compact, with Muon's steps | not run | **0.020 higher** (1) * | not run | 9.6 % | **4.3 times** |",
     ]
+    (tmp_path / f"{losses.DEFAULTS}.json").write_text(json.dumps({"rows": {}, "hardware": "another GPU, 4 cores"}))
+    assert "times" not in losses.section("all losses", tmp_path)
