@@ -7,7 +7,8 @@ it by matrix products alone. Of two forms of the same iteration, the one with le
 - plain: each step multiplies the matrix, ``20 m² n + 10 m³`` operations for ``m <= n``;
 - Gram: the steps are polynomials in ``X Xᵀ``, so that all of them are multiplied as ``m x m`` matrices and applied to
   ``X`` once. In bfloat16 that alone fails (rounding of the Gram matrix gives directions that are not there), and with
-  one restart, which forms it again from the matrix after three steps, it is as exact as the plain form.
+  one restart, which forms it again from the matrix after three steps, or after a first one that is steep, it is as
+  exact as the plain form.
 """
 
 from collections.abc import Mapping, Sequence
@@ -183,7 +184,7 @@ def gram_parts(coefficients: Sequence[Coefficients], dtype: torch.dtype) -> list
     if dtype.itemsize > 2 or steps < 2:
         return [coefficients] if steps else []
     if is_steep(coefficients):
-        return [[step] for step in coefficients]
+        return [coefficients[:1], coefficients[1:]]
     restart = steps - steps // 2
     return [coefficients[:restart], coefficients[restart:]]
 

@@ -111,7 +111,9 @@ def test_the_form_with_less_work_is_taken():
     assert gram(2048, 8192, torch.bfloat16) and gram(8192, 2048, torch.bfloat16)
     assert not gram(2048, 2048, torch.bfloat16) and not gram(2048, 2048, torch.float32)
     assert gram(1024, 2048, torch.float32)
-    assert len(orthogonal.parts_of((2048, 8192), torch.bfloat16, ITERATIONS["fast"].steps)) == 3
+    fast = orthogonal.FAST[4].steps  # whose first step is taken by itself
+    assert list(map(len, orthogonal.parts_of((2048, 8192), torch.bfloat16, fast))) == [1, 3]
+    assert len(orthogonal.parts_of((2048, 2048), torch.bfloat16, fast)) == 4
 
 
 @pytest.mark.parametrize(("steps", "begin"), [(3, 0.0101), (4, 0.0024)])
