@@ -66,8 +66,12 @@ def _check(old: Mapping[str, Any], version: int) -> None:
 
 
 def _built(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Saved hyperparameters as given in code; those of another optimizer as they were on saving."""
-    given = old.get(AS_BUILT) or {**old, "lr": old.get("initial_lr", old.get("lr"))}
+    """Saved hyperparameters as given in code; those of another optimizer as they were on saving.
+
+    A rate with another meaning, as of some of ``torch.optim.Muon``, is left out of ``old``.
+    """
+    of_start = {"lr": old["initial_lr"]} if "initial_lr" in old else {}
+    given = old.get(AS_BUILT) or {**old, **of_start}
     return {key: _plain(given[key]) for key in new[AS_BUILT] if key in given}
 
 

@@ -1,7 +1,6 @@
 """PartialMuon is what it says: Muon and AdamW where they apply, formulas of a few lines elsewhere."""
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -76,10 +75,11 @@ def test_goes_on_from_torch_muon(adjusted):
         pass
     ours = PartialMuon([(WEIGHT, other)], lr=5e-3, momentum="full")
     low_rank = PartialMuon([(WEIGHT, other)], lr=5e-3, rank=4, state_dtype=None)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they say that mu and the learning rate are the checkpoint's
-        ours.load_state_dict(muon.state_dict())
-        low_rank.load_state_dict(muon.state_dict())
+    for optimizer in (ours, low_rank):
+        with pytest.warns(UserWarning, match=r"goes on with .*mu=0.9 \(the code has 0.95\)") as said:
+            optimizer.load_state_dict(muon.state_dict())
+        (words,) = [str(each.message) for each in said]
+        assert ("lr=0.002" in words, "lr=" in words) == (adjusted, adjusted)
     (group,) = ours.param_groups
     assert (group["mu"], group["eps"], group["lr"]) == (0.9, 1e-8, 2e-3 if adjusted else 5e-3)
     buffer = muon.state[weight]["momentum_buffer"]
