@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_adapm.moments.base import Denominators
+from lightning_adapm.moments.tiles import tile_numel
 from lightning_adapm.sharding.find import has_values
 
 _FEWEST = 1 << 16
@@ -128,7 +129,7 @@ def _move_along(operands: list[Any], factors: tuple[Tensor, Tensor], threads: in
     """Move rows along products of factors, of as many at a time as the caches of cores hold."""
     lefts, rights = factors
     m, n = lefts.shape[1], rights.shape[2]
-    count = min(m, max(1, threads * _PRODUCT // n))
+    count = min(m, max(1, min(threads * _PRODUCT, tile_numel(lefts)) // n))
     buffer = lefts.new_empty(count, n)
     for index, (left, right) in enumerate(zip(lefts, rights, strict=True)):
         for first in range(0, m, count):

@@ -80,8 +80,8 @@ def test_as_without_loops(looped, monkeypatch, case):
 def test_a_monitor_keeps_every_bit(looped, monkeypatch, case):
     """And has the figures that it has of torch's step; tiles are smaller than matrices."""
     make, options = CASES[case]
-    plain = stepped(make, **options)
     monkeypatch.setattr(tiles, "TILE_NUMEL", 50)
+    plain = stepped(make, **options)
     probe, reference = ResidualProbe(), ResidualProbe()
     watched = stepped(make, observer=probe, **options)
     assert torch.equal(watched[0], plain[0]) and torch.equal(watched[1], plain[1])
