@@ -25,6 +25,16 @@ def test_the_three_ways_are_short():
         assert len([line for line in snippet.splitlines() if line.strip()]) <= 6
 
 
+def test_the_bytes_of_a_choice_are_those_of_the_tables():
+    """Weights, gradients and state in the first table, the budgets of the page, and the state of the plan."""
+    choice = README.partition("## Which optimizer when")[2].partition("![")[0]
+    sizes = re.findall(r"^\| ([\d.]+) GiB", choice, re.M)
+    budget = (DOCS / "choosing-an-optimizer.md").read_text().partition("<!-- budget -->")[2]
+    assert sizes[:3] == re.findall(r"([\d.]+) GiB \| `", budget)[:3]
+    state = [float(size) for size in re.search(r"^  total (.*)", README, re.M)[1].split()[::2]]
+    assert float(sizes[3]) == pytest.approx(float(sizes[0]) - state[0] + state[4], abs=0.11)
+
+
 def test_the_mixin(tmp_path):
     names = {}
     exec(SNIPPETS["python"][0], names)
