@@ -7,8 +7,7 @@ it by matrix products alone. Of two forms of the same iteration, the one with le
 - plain: each step multiplies the matrix, ``20 m² n + 10 m³`` operations for ``m <= n``;
 - Gram: the steps are polynomials in ``X Xᵀ``, so that all of them are multiplied as ``m x m`` matrices and applied to
   ``X`` once. In bfloat16 that alone fails (rounding of the Gram matrix gives directions that are not there), and with
-  one restart, which forms it again from the matrix after three steps, or after a first one that is steep, it is as
-  exact as the plain form.
+  one restart, which forms it again from the matrix after three steps, it is as exact as the plain form.
 """
 
 from collections.abc import Mapping, Sequence
@@ -156,15 +155,11 @@ def _iterated(found: Tensor, iteration: Iteration) -> Tensor:
     """Iterate on matrices of norm 1, in the form with less work."""
     if not found.numel():
         return found
-    gram: Tensor | None = None
     if iteration.by_gram:
-        gram = _gram(found)
-        size = torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True)
-        size = torch.where(size > 0, size, 1.0)
-        found, gram = found / size.sqrt(), gram / size
+        size = torch.linalg.vector_norm(_gram(found), dim=(-2, -1), keepdim=True)
+        found = found / torch.where(size > 0, size, 1.0).sqrt()
     for steps in parts_of(found.shape, found.dtype, iteration.steps):
-        gram = _gram(found) if gram is None else gram
-        found, gram = _plain(found, gram, *steps) if len(steps) == 1 else _by_gram(found, gram, steps), None
+        found = _plain(found, *steps) if len(steps) == 1 else _by_gram(found, steps)
     return found
 
 
@@ -184,7 +179,7 @@ def gram_parts(coefficients: Sequence[Coefficients], dtype: torch.dtype) -> list
     if dtype.itemsize > 2 or steps < 2:
         return [coefficients] if steps else []
     if is_steep(coefficients):
-        return [coefficients[:1], coefficients[1:]]
+        return [[step] for step in coefficients]
     restart = steps - steps // 2
     return [coefficients[:restart], coefficients[restart:]]
 
@@ -216,12 +211,12 @@ def _added(found: Tensor, polynomial: Tensor, a: float) -> Tensor:
     return torch.baddbmm(found, left, right, beta=a)
 
 
-def _plain(found: Tensor, gram: Tensor, step: Coefficients) -> Tensor:
-    return _added(found, _polynomial(gram, step), step[0])
+def _plain(found: Tensor, step: Coefficients) -> Tensor:
+    return _added(found, _polynomial(_gram(found), step), step[0])
 
 
-def _by_gram(found: Tensor, gram: Tensor, steps: Sequence[Coefficients]) -> Tensor:
-    product = _product(gram, steps)
+def _by_gram(found: Tensor, steps: Sequence[Coefficients]) -> Tensor:
+    product = _product(_gram(found), steps)
     return product @ found if found.shape[-2] <= found.shape[-1] else found @ product
 
 
