@@ -39,6 +39,8 @@ VARIED = (
     "but for",
     "attn_out",
     "fast steps",
+    "Muon's steps",
+    "PartialMuon, compact",
     "refreshed",
     "rank ",
     "float32",
