@@ -85,6 +85,7 @@ def _relative(rows: Mapping[str, Mapping[str, Any]], names: tuple[str, ...]) -> 
 
 SECTIONS: dict[str, tuple[tuple[str, ...], Callable[[Result], Cells]]] = {
     "defaults-step_time": (STEP, step_times),
+    "h200-step_time": (STEP, step_times),
     "training_time": (TRAINING, training_times),
     "peak_memory": ((BASE, *OURS, BACKWARD), peaks),
     "step_time_sharded": (SHARDED, sharded_steps),
@@ -92,7 +93,7 @@ SECTIONS: dict[str, tuple[tuple[str, ...], Callable[[Result], Cells]]] = {
 }
 """Benchmarks, with the columns of their tables and the cells of a result."""
 PAGES = {
-    PAGE: ("defaults-step_time", "training_time", "peak_memory", "recipe_training"),
+    PAGE: ("defaults-step_time", "h200-step_time", "training_time", "peak_memory", "recipe_training"),
     PAGE_OF_PROCESSES: ("step_time_sharded",),
     README: ("losses",),
     PAGE_OF_CHOICE: ("all losses",),
