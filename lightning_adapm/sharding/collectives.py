@@ -103,24 +103,19 @@ def begin_and_wait(begun: Pending | None, awaited: Pending | None) -> None:
     _run(bound)
 
 
-def _communicate(call: Callable[..., object], *tensors: Tensor) -> None:
-    """Run a collective over tensors, and count the bytes of the first one."""
+def all_reduce(tensor: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
+    """Reduce ``tensor`` over the group in place."""
 
     def bound(borrowed: Borrowing) -> Collective:
-        kept = [borrowed(tensor) for tensor in tensors]
+        kept = borrowed(tensor)
 
         def run() -> None:
-            TRAFFIC.add(kept[0].nbytes)
-            call(*kept)
+            TRAFFIC.add(kept.nbytes)
+            dist.all_reduce(kept, op, group=group)
 
         return run
 
     _run(bound)
-
-
-def all_reduce(tensor: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
-    """Reduce ``tensor`` over the group in place."""
-    _communicate(lambda kept: dist.all_reduce(kept, op, group=group), tensor)
 
 
 def gathering(whole: Tensor, part: Tensor, group: dist.ProcessGroup) -> Planned:

@@ -210,7 +210,7 @@ def _moving(batch: Batch, group: Mapping[str, Any], rule: Rule) -> Iterator[Sequ
 
 
 def _found(moved: Sequence[Batch]) -> list[Found]:
-    """What kernels have found out about the gradients of batches."""
+    """Flaws and sums of squares that kernels have found in the gradients of batches."""
     readings = [(batch, batch.grads.reading) for batch in moved if isinstance(batch.grads, DeviceGradients)]
     return [Found(batch.parts, reading.flaws, [reading.squares]) for batch, reading in readings]
 

@@ -12,7 +12,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_adapm import AdaPM, PartialMuon
 from lightning_adapm.report.diagnostics import ResidualProbe
-from lightning_adapm.sharding import collectives
 from lightning_adapm.step import kernels, paths
 
 pytest.importorskip("triton", reason="the kernels are Triton's")
@@ -83,13 +82,19 @@ def test_an_expert_elsewhere_has_no_deviation_here(last_of_four):
 @pytest.mark.parametrize("second_moment", ["factored", "block"])
 def test_collectives_come_in_one_order_by_either_path(interpreted, monkeypatch, last_of_four, second_moment):
     """Torch moves what other processes move by kernels; with a monitor, they would wait for each other forever."""
-    communicate, met = collectives._communicate, []
+    met = []
 
-    def listed(call, *tensors):
-        met.append([tensor.numel() for tensor in tensors])
-        communicate(call, *tensors)
+    def list_calls(name):
+        call = getattr(dist, name)
 
-    monkeypatch.setattr(collectives, "_communicate", listed)
+        def listed(*tensors, **options):
+            met.append((name, [tensor.numel() for tensor in tensors if isinstance(tensor, torch.Tensor)]))
+            return call(*tensors, **options)
+
+        monkeypatch.setattr(dist, name, listed)
+
+    for name in {"all_reduce", "all_gather_into_tensor", "all_gather_single"} & set(dir(dist)):
+        list_calls(name)
     trained(second_moment=second_moment, basis="shard")
     by_kernels = met.copy()
     met.clear()
