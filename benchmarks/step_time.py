@@ -23,14 +23,12 @@ from benchmarks.costs.command import LATE, begin, described, parser_of, skipped_
 from benchmarks.costs.memory import held_bytes, state_bytes, tensors_in
 from benchmarks.costs.models import DTYPES, MODELS, free_bytes, materialize, numel, shorten
 from benchmarks.costs.peers import BASES, Peer, Result, attempt, build, select
-from benchmarks.costs.timing import bandwidth, launched, time_steps, transient_bytes
-from benchmarks.pages.page import provenance, session, stacked_bars, table, write
+from benchmarks.costs.timing import INTERVAL, bandwidth, launched, time_steps, transient_bytes
+from benchmarks.pages.page import mean_and_turns, provenance, session, stacked_bars, table, write
 from benchmarks.studies.decoder import Decoder, Shape
 from benchmarks.studies.optimizers import Parameters
 from lightning_adapm.report.tables import show_bytes, show_count
 
-INTERVAL = 10
-"""Steps of a turn of those that refresh as often: each of their bases is refreshed once in as many."""
 ELEMENTS = 6
 """Per parameter, what AdamW needs: parameter, gradient, two moments, temporaries, and room to spare."""
 
@@ -197,11 +195,6 @@ def page(result: dict[str, Any]) -> str:
     rows = [[name, *_cells(row, base, len(header) + 2)] for name, row in result["rows"].items()]
     lines += table([*header, counted, "transient", "state"], rows)
     return "\n".join(lines) + "\n"
-
-
-def mean_and_turns(row: dict[str, Any]) -> str:
-    """The cell of the mean, with the fastest and the slowest turn."""
-    return f"{row['mean_ms']:.2f} ({min(row['turns_ms']):.2f} to {max(row['turns_ms']):.2f})"
 
 
 def _cells(row: dict[str, Any], base: Sequence[float], count: int) -> list[str]:

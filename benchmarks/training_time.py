@@ -13,10 +13,10 @@ from typing import Any
 from benchmarks.costs.command import add_windows, begin, check_length, described, parser_of, skipped_cells
 from benchmarks.costs.models import DTYPES, MODELS
 from benchmarks.costs.peers import BASES, Peer, select
-from benchmarks.costs.timing import time_steps
+from benchmarks.costs.timing import INTERVAL, time_steps
 from benchmarks.costs.training_step import Setting, Training, free
-from benchmarks.pages.page import provenance, session, stacked_bars, table, write
-from benchmarks.step_time import INTERVAL, Measured, Plan, by_name, mean_and_turns
+from benchmarks.pages.page import mean_and_turns, provenance, session, stacked_bars, table, write
+from benchmarks.step_time import Measured, Plan, by_name
 from benchmarks.studies.decoder import Shape
 from lightning_adapm.report.tables import show_count
 

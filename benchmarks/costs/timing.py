@@ -11,6 +11,8 @@ from torch.autograd import DeviceType
 from benchmarks.costs.memory import AllocationTracker
 
 Step = Callable[[], object]
+INTERVAL = 10
+"""Steps in a turn of an optimizer that refreshes that often: each of its bases is refreshed once in a turn."""
 
 
 def time_steps(step: Step, steps: int, device: str) -> list[float]:

@@ -33,6 +33,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return lines + [f"| {' | '.join(row)} |" for row in rows]
 
 
+def mean_and_turns(row: dict[str, Any]) -> str:
+    """The cell of the mean, with the fastest and the slowest turn."""
+    return f"{row['mean_ms']:.2f} ({min(row['turns_ms']):.2f} to {max(row['turns_ms']):.2f})"
+
+
 def write(file: Path, result: Mapping[str, Any], page: str) -> None:
     """Write the JSON to ``file`` and the page next to it."""
     file.parent.mkdir(parents=True, exist_ok=True)

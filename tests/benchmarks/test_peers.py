@@ -15,7 +15,8 @@ from benchmarks.costs import peers
 from benchmarks.costs.memory import state_bytes
 from benchmarks.costs.models import MODELS, materialize, numel, shorten
 from benchmarks.costs.peers import PEERS, Peer, attempt, build, chosen, select
-from benchmarks.step_time import INTERVAL, Measured, Plan, measure, summarize
+from benchmarks.costs.timing import INTERVAL
+from benchmarks.step_time import Measured, Plan, measure, summarize
 from benchmarks.studies.decoder import Decoder, Shape
 from benchmarks.studies.optimizers import OURS, Parameters, UnavailableError
 from lightning_adapm import AdaPM, explain
