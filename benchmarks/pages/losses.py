@@ -56,7 +56,7 @@ def processor(page: Mapping[str, Any]) -> str:
 
 README_ROWS = (
     Row("AdaPM factored", "AdaPM factored"),
-    Row("..., [compact](docs/choosing-a-policy.md), as before", "AdaPM factored, compact", COMPACT, "AdaPM factored"),
+    Row("AdaPM factored, [compact](docs/choosing-a-policy.md)", "AdaPM factored, compact", COMPACT, "AdaPM factored"),
     Row("PartialMuon", "PartialMuon", MUON),
     Row("Muon", "Muon", FORMER),
 )
