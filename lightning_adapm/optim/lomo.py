@@ -133,8 +133,8 @@ class AdaLomo(RoleOptimizer):
     - ``exp_avg_sq`` in place of both where the parameter is not a matrix, in its shape.
 
     Numerics: arithmetic is in float32, or float64 for float64 parameters, and parameters are rounded once. On CUDA,
-    kernels move matrices, and torch's operations vectors and shards. A gradient with an infinity or a NaN is taken as
-    zero, for the whole piece.
+    kernels move parameters, and torch's operations shards. A gradient with an infinity or a NaN is taken as zero, for
+    the whole piece.
 
     Example::
 

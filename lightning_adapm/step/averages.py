@@ -132,28 +132,33 @@ def _weigh(
 def factor(
     reading: Reading,
     sums: Tensor,
-    averages: tuple[Matrices, Matrices],
+    averages: tuple[Matrices | None, Matrices],
     shape: torch.Size,
     height: int,
     beta2: float,
     extra: float = 0.0,
+    clock: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Take a reading of gradients of ``shape`` ``(m, n)`` and their ``sums`` over columns, which are overwritten, into
     ``averages`` of means of squares, plus ``extra``, over rows ``(m, 1)`` and columns ``(1, n)``. The sums are of
-    columns of ``height`` rows, of which other processes may hold some.
+    columns of ``height`` rows, of which other processes may hold some. Vectors have averages of columns alone, which
+    are elementwise. A ``clock`` on the device replaces ``beta2``.
 
     Returns:
-        Factors of the roots of the second moments: of the averages of rows over their mean ``(b, m)``, and ``(b, n)``.
+        Factors of the roots of the second moments: of the averages of rows over their mean ``(b, m)``, which are 1 for
+        vectors, and ``(b, n)``.
     """
     squares, flaws, _ = reading
-    (m, n), shares = shape, torch.empty_like(squares)
-    rows, columns = averages
+    (m, n), (rows, columns) = shape, averages
+    shares = torch.ones_like(squares) if rows is None else torch.empty_like(squares)
     launch(
         "factor",
         (len(squares), 1, 1),
-        (squares, sums, flaws, rows, columns, shares),
+        (squares, sums, flaws, rows, columns, shares, clock),
         (m, n, len(squares) // len(flaws)),
         (height, n, _LARGEST, _TINY, beta2, extra),
+        ROWS=rows is not None,
+        CLOCKED=clock is not None,
         BLOCK=FACTORED,
         num_warps=8,
     )

@@ -182,8 +182,6 @@ def unknown_moments(part: Part) -> str:
         return f"no kernels for {type(second).__name__}"
     if isinstance(second, BlockSecondMoment) and second.outputs != -2:
         return "no kernels for blocks of columns"
-    if isinstance(second, RelativeSecondMoment) and len(part.shape) < 2:
-        return "no kernels for updates of vectors relative to their size"
     momentum = first.entries(part.shape)
     for key, entry in part.entries.items():
         storage = entry.storage

@@ -1,6 +1,6 @@
 """AdaLomo's step by kernels: updates relative to the size of their matrix, without copies of it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,8 +9,10 @@ from lightning_adapm.moments.second import ADDED, RelativeSecondMoment
 from lightning_adapm.step.averages import factor, relate
 from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.device_gradients import DeviceGradients
+from lightning_adapm.step.divisors import matrices_of
 from lightning_adapm.step.launch import Matrices
 from lightning_adapm.step.moves import Divisors, move
+from lightning_adapm.step.parts import Part
 from lightning_adapm.step.rounding import rounding_of
 
 SMALLEST = 1e-3
@@ -23,9 +25,8 @@ def step(batch: Batch, grads: DeviceGradients, group: Mapping[str, Any]) -> None
     m, n = matrices.shape
     second = parts[0].second
     assert isinstance(second, RelativeSecondMoment)
-    rows, columns = (Matrices.of([part[key] for part in parts]) for key in ("exp_avg_sq_row", "exp_avg_sq_col"))
     decay = 1 - second.weight(batch.step)
-    shares, roots = factor(reading, grads.columns, (rows, columns), grads.shape[1:], m, decay, extra=ADDED)
+    shares, roots = factor(reading, grads.columns, _averages(parts), grads.shape[1:], m, decay, ADDED, grads.clock)
     lengths = (relate(matrices, shares, roots, reading.flaws) / (m * n)).sqrt_()
     shares *= (lengths / float(group["clip_threshold"])).clamp_min_(1.0).unsqueeze(-1)
     stacks = matrices.like.dim() == 3
@@ -40,4 +41,12 @@ def step(batch: Batch, grads: DeviceGradients, group: Mapping[str, Any]) -> None
         flaws=reading.flaws,
         rounding=rounding_of(parts, batch.step, group),
         rates=sizes.clamp_min_(SMALLEST),
+        clock=grads.clock,
     )
+
+
+def _averages(parts: Sequence[Part]) -> tuple[Matrices | None, Matrices]:
+    """Averages by row and by column; a vector is a row, each of whose columns is an entry."""
+    if len(parts[0].shape) < 2:
+        return None, matrices_of(parts, "exp_avg_sq")
+    return matrices_of(parts, "exp_avg_sq_row"), matrices_of(parts, "exp_avg_sq_col")

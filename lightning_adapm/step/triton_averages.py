@@ -152,6 +152,7 @@ def factor(
     row_averages,
     column_averages,
     shares,
+    clock,
     m,
     n,
     each,
@@ -161,6 +162,8 @@ def factor(
     tiny,
     beta2,
     extra,
+    ROWS: tl.constexpr,
+    CLOCKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Take sums of squares of rows, ``squares`` ``(b, m)``, and of columns, ``sums`` ``(b, n)``, into averages of their
@@ -168,8 +171,12 @@ def factor(
     ``n``, are in floating point.
 
     ``shares`` ``(b, m)`` are the roots of the averages of rows over their mean, which is that of columns, whoever holds
-    the rows. The roots of the averages of columns overwrite the sums.
+    the rows; without averages of ``ROWS``, they are left as they are. The roots of the averages of columns overwrite
+    the sums. Where ``CLOCKED``, ``beta2`` is read from the :class:`~lightning_adapm.step.clock.Clock` at ``clock``.
     """
+    if CLOCKED:
+        beta2 = tl.load(clock + 5)
+    beta2 = tl.full((1,), 1.0, tl.float32) * beta2  # numbers of the host have float64's digits in the interpreter
     which = tl.program_id(0).to(tl.int64)
     counts = tl.load(flaws + which // each) == 0
     averages = tl.load(column_averages + which).to(tl.pointer_type(tl.float32))
@@ -183,12 +190,13 @@ def factor(
         tl.store(averages + column, value, column < n)
         tl.store(at, tl.sqrt(value), column < n)
         total += tl.where(column < n, value, 0.0)
-    whole = tl.maximum(tl.sum(total, 0) / columns, tiny)
-    averages = tl.load(row_averages + which).to(tl.pointer_type(tl.float32))
-    for start in range(0, m, BLOCK):
-        row = start + tl.arange(0, BLOCK)
-        mean = tl.where(counts, tl.load(squares + which * m + row, row < m, 0.0), 0.0) / columns
-        mean = tl.minimum(mean, largest) + extra
-        value = beta2 * tl.load(averages + row, row < m, 0.0) + (1 - beta2) * mean
-        tl.store(averages + row, value, row < m)
-        tl.store(shares + which * m + row, tl.sqrt(value / whole), row < m)
+    if ROWS:
+        whole = tl.maximum(tl.sum(total, 0) / columns, tiny)
+        averages = tl.load(row_averages + which).to(tl.pointer_type(tl.float32))
+        for start in range(0, m, BLOCK):
+            row = start + tl.arange(0, BLOCK)
+            mean = tl.where(counts, tl.load(squares + which * m + row, row < m, 0.0), 0.0) / columns
+            mean = tl.minimum(mean, largest) + extra
+            value = beta2 * tl.load(averages + row, row < m, 0.0) + (1 - beta2) * mean
+            tl.store(averages + row, value, row < m)
+            tl.store(shares + which * m + row, tl.sqrt(value / whole), row < m)

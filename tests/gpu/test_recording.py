@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from on_gpu import NEEDED, gradients, model, step_without_waiting
+from on_gpu import NEEDED, NEIGHBORS, gradients, model, step_without_waiting
 from torch import nn
 
 from lightning_adapm import AdaPM, PartialMuon
@@ -23,7 +23,8 @@ def recorded_kinds(optimizer):
 def twins_trained(dtype, steps, before=lambda step, optimizers: None, make=AdaPM, **options):
     """Weights and state with recorded steps and without, after each step, and the optimizer that records."""
     nets = [model(dtype).cuda() for _ in range(2)]
-    optimizers = [make(net.named_parameters(), **{"rank": 3, "update_proj_gap": 4} | options) for net in nets]
+    low_rank = {"rank": 3, "update_proj_gap": 4} if make in (AdaPM, PartialMuon) else {}
+    optimizers = [make(net.named_parameters(), **low_rank | options) for net in nets]
     optimizers[0].most_recorded_bytes, optimizers[1].most_recorded_bytes = MOST_BYTES, 0
     elsewhere = []
     for step in range(steps):
@@ -110,6 +111,14 @@ def test_recorded_orthogonal_updates():
     """Descriptors of tiles are part of a graph."""
     optimizer = twins_trained(torch.float32, 28, make=PartialMuon)
     assert {row.launches for row in optimizer.step_paths()} == {"replayed"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["AdaLomo", "Lomo"])
+def test_all_of_a_neighbor_s_step_is_recorded(name, dtype):
+    make, options = NEIGHBORS[name]
+    optimizer = twins_trained(dtype, 12, make=make, **options)
+    assert {(row.path, row.launches) for row in optimizer.step_paths()} == {("kernels", "replayed")}
 
 
 def test_recorded_steps_after_loading_a_state():

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_adapm import AdaPM, PartialMuon
+from lightning_adapm import AdaLomo, AdaPM, Lomo, PartialMuon
 from lightning_adapm.report.diagnostics import ResidualProbe
 from lightning_adapm.step import graphs, kernels, launch, norms
 
@@ -99,13 +99,9 @@ class Twins:
 
     def __init__(self, dtype=torch.float32, make=AdaPM, **options):
         self.nets = [model(dtype), model(dtype)]
-        options = {
-            "rank": 2,
-            "state_dtype": None,
-            "update_proj_gap": 4,
-            "lr": 1e-2,
-            "roles": {"q_proj": "query"},
-        } | options
+        options = {"lr": 1e-2, "roles": {"q_proj": "query"}, "update_in_backward": False} | options
+        if make in (AdaPM, PartialMuon):
+            options = {"rank": 2, "state_dtype": None, "update_proj_gap": 4} | options
         if make is AdaPM:
             options = {"momentum": "compact"} | options
         groups = [{"params": net.named_parameters(), "n_head": 2} for net in self.nets]
@@ -169,6 +165,20 @@ def test_replays_are_the_steps_that_launches_would_take(recorded, options):
         twins.step(in_place=step % 3 == 0, spoiled={"embed.weight"} if step == 7 else ())
     assert [graph.replays for graph in recorded] == [5, 2, 2]  # ordinary steps, and refreshes of either phase
     assert [optimizer.nonfinite_gradients() for optimizer in twins.optimizers] == [{"embed.weight": 1}] * 2
+
+
+@pytest.mark.parametrize(("make", "dtype"), [(AdaLomo, torch.float32), (Lomo, torch.bfloat16)])
+def test_all_of_a_neighbor_s_step_is_replayed(recorded, make, dtype):
+    """Vectors as well, with another rate and decay in every step."""
+    twins = Twins(dtype, make, weight_decay=0.1)
+    for step in range(5):
+        for optimizer in twins.optimizers:
+            optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step)
+        twins.step(spoiled={"layers.0.mlp.weight", "layers.1.q_proj.bias"} if step == 3 else ())
+    assert [graph.replays for graph in recorded] == [4]
+    assert {(row.path, row.launches) for row in twins.optimizers[0].step_paths()} == {("kernels", "replayed")}
+    found = [optimizer.nonfinite_gradients() for optimizer in twins.optimizers]
+    assert found == [{"layers.0.mlp.weight": 1, "layers.1.q_proj.bias": 1}] * 2
 
 
 def test_parameters_that_move_together_inside_backward_are_replayed(recorded, monkeypatch):
