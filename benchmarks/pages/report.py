@@ -212,7 +212,7 @@ def report(name: str, study: Study, store: Store) -> None:
         table = tabulate(study, entries)
         if not table:
             continue
-        processors = {entry.session["hardware"].partition(",")[0] for entry in entries}
+        processors = {entry.session["hardware"] for entry in entries}
         page += [f"## {text}", "", *section(study, table, timed=len(processors) == 1)]
         draw(study, table, store.path.with_name(f"{name}{index or ''}.svg"))
         sessions |= dict.fromkeys(

@@ -84,11 +84,22 @@ def best(cells: Mapping[float, Cell]) -> float:
 
 
 def edge_of(cells: Mapping[float, Cell]) -> str:
-    """Words for a best learning rate with no other tried on one side; empty where there is one on both."""
+    """Words for a best learning rate with no worse one on one side; empty where there is one on both, or no other."""
     lr = best(cells)
     if len(cells) == 1:
         return ""
-    return "the highest tried" if lr == max(cells) else "the lowest tried" if lr == min(cells) else ""
+    worse = [other for other in cells if _is_worse(cells[other], cells[lr])]
+    if not any(other > lr for other in worse):
+        return "the highest tried" if lr == max(cells) else "none worse above"
+    if not any(other < lr for other in worse):
+        return "the lowest tried" if lr == min(cells) else "none worse below"
+    return ""
+
+
+def _is_worse(cell: Cell, than: Cell) -> bool:
+    """Whether a cell has the higher loss, in the seeds that both have."""
+    common = cell.losses.keys() & than.losses.keys()
+    return sum(cell.losses[seed] for seed in common) > sum(than.losses[seed] for seed in common)
 
 
 def rivals(study: Study, table: Table) -> dict[str, str]:

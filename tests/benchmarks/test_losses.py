@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
+
 from benchmarks.pages import losses
+from benchmarks.pages.table import Cell, edge_of
 
 
 def test_a_table_of_losses_says_what_is_against_a_row_and_what_is_not_known(tmp_path):
@@ -33,3 +36,21 @@ def test_a_table_of_losses_says_what_is_against_a_row_and_what_is_not_known(tmp_
     ]
     (tmp_path / f"{losses.DEFAULTS}.json").write_text(json.dumps({"rows": {}, "hardware": "another GPU, 4 cores"}))
     assert "times" not in losses.section("all losses", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tried", "words"),
+    [
+        ({1: [0.5, 0.3]}, ""),
+        ({1: [0.5, 0.3], 2: [0.6]}, "the lowest tried"),
+        ({1: [0.4], 2: [0.5, 0.2], 4: [0.6]}, "none worse below"),
+        ({1: [0.6], 2: [0.5, 0.7], 4: [0.4]}, "none worse above"),
+        ({1: [0.6], 2: [0.5, 0.3], 4: [0.6]}, ""),
+    ],
+)
+def test_a_rate_is_the_best_between_worse_ones_of_the_same_seeds(tried, words):
+    def result(loss):
+        return {"val_loss": loss, "diverged": False}
+
+    cells = {lr: Cell(dict(enumerate(map(result, losses)))) for lr, losses in tried.items()}
+    assert edge_of(cells) == words
