@@ -52,7 +52,7 @@ activations and transients of a training step are planned, too.
 
 
 class Described(NamedTuple):
-    """A model on the meta device and an optimizer, as the words of a command line describe them."""
+    """A model on the meta device and an optimizer, as a command line describes them."""
 
     model: nn.Module
     label: str

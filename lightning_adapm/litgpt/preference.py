@@ -93,7 +93,7 @@ def dpo_margins(policy: Tensor, reference: Tensor, beta: float) -> Tensor:
     Args:
         policy: The policy's log-probabilities of all chosen answers, then of all rejected ones, in the same order.
         reference: The reference's log-probabilities, in the same order.
-        beta: Strength of the bond to the reference.
+        beta: Strength of the pull towards the reference.
     """
     chosen, rejected = (policy - reference).chunk(2)
     return beta * (chosen - rejected)

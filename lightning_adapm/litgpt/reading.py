@@ -23,7 +23,7 @@ _THREADS = 8
 _BLOCK = 1 << 23
 """Bytes that a thread reads at a time."""
 _AHEAD = 1 << 28
-"""Bytes that are read before they are taken: tensors may have to be converted, one by one."""
+"""Bytes that are read ahead, because tensors may have to be converted one by one."""
 
 _buffers = threading.local()
 
@@ -32,7 +32,7 @@ Read = Callable[[Iterable[Tensor], torch.device, torch.dtype], Iterator[Tensor]]
 
 
 def unread(tensors: Iterable[Tensor], device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Make memory for tensors on a device, in a dtype, and leave their values where they are."""
+    """Allocate memory for tensors on a device, in a dtype, without reading their values."""
     return (torch.empty(tensor.shape, dtype=dtype, device=device) for tensor in tensors)
 
 

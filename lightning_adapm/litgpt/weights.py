@@ -45,7 +45,7 @@ def matching_weights(model: nn.Module, path: Path, tie_embeddings: bool) -> dict
     """Map a checkpoint's weights, and check that the model has the same names and shapes.
 
     Raises:
-        ValueError: It has others.
+        ValueError: Its parameters have other names or shapes.
     """
     saved = map_weights(path)
     own = {key.replace(".linear.", "."): value for key, value in model.state_dict().items() if "lora_" not in key}
@@ -62,7 +62,7 @@ def matching_weights(model: nn.Module, path: Path, tie_embeddings: bool) -> dict
 
 
 def attach_weights(model: nn.Module, path: Path, tie_embeddings: bool) -> None:
-    """Make a checkpoint's weights, mapped from the file, the parameters of a model, which may also have LoRA's.
+    """Make a checkpoint's weights, mapped from the file, the parameters of a model; LoRA's stay as they are.
 
     Raises:
         ValueError: The model's parameters have other names or shapes.

@@ -23,7 +23,7 @@ class Direction(NamedTuple):
     clamp: float | None
     """Factor of the bound ``clip_threshold`` on entries, which may be far larger than AdamW's; None for no bound."""
     factors: tuple[Tensor, Tensor] | None = None
-    """Factors ``(b, m, k)`` and ``(b, k, n)`` over all matrices; multiplied late, so that parts of them can be."""
+    """Factors ``(b, m, k)`` and ``(b, k, n)`` over all matrices; multiplied late, so that it can be done in parts."""
 
     def some(self, first: int, last: int) -> "Direction":
         """Select the tensors ``first`` to ``last``."""
@@ -72,7 +72,7 @@ class Direction(NamedTuple):
 
 
 class Moment:
-    """Memory of the gradients of one matrix, declared once.
+    """What is remembered of the gradients of one matrix, declared once.
 
     Allocation, byte counts, sharding, saving and loading follow from :meth:`entries`. Loading a state that another
     moment saved goes through a dense tensor of the matrix's shape: :meth:`dense` of the one, :meth:`from_dense` of the
@@ -80,8 +80,8 @@ class Moment:
     """
 
     keys: ClassVar[frozenset[str]] = frozenset()
-    """Keys by which a saved state is recognized as this moment's. Of several with the same keys, the one that was
-    defined first is taken."""
+    """Keys that identify a saved state as this moment's. Of several moments with the same keys, the first one defined
+    is taken."""
 
     def entries(self, shape: torch.Size) -> dict[str, Entry]:
         """Declare the state of a matrix of ``shape``, of a stack of matrices, or of a tensor that is neither."""
@@ -98,7 +98,7 @@ class Moment:
         return made
 
     def numbers(self, state: Mapping[str, Any]) -> dict[str, int]:
-        """The numbers that go with the values of a state: processes that hold some matrices have numbers of their own.
+        """Compute the numbers that belong to the values of a state, for processes that hold only some of its matrices.
 
         Raises:
             NotImplementedError: There are numbers, and the moment does not define this method.
@@ -107,12 +107,12 @@ class Moment:
 
     @classmethod
     def fits(cls, saved: Mapping[str, Any], shape: torch.Size) -> bool:
-        """Whether the values that were saved under :attr:`keys` can be of a matrix of ``shape``."""
+        """Whether the values saved under :attr:`keys` can belong to a matrix of ``shape``."""
         return True
 
     @classmethod
     def dense(cls, saved: Mapping[str, Any], shape: torch.Size) -> Tensor:
-        """Convert saved values of this moment to the tensor of ``shape`` that they stand for.
+        """Convert saved values of this moment to the tensor of ``shape`` that they represent.
 
         Raises:
             ValueError: They cannot be converted.
@@ -123,12 +123,12 @@ class Moment:
         """Fill a new ``state`` from what another moment remembered.
 
         Raises:
-            ValueError: It has no meaning here.
+            ValueError: This moment cannot be made from it.
         """
         raise ValueError(f"a {type(self).__name__} cannot be made from the state of another moment")
 
     def resized(self, saved: Mapping[str, Any], state: dict[str, Any]) -> bool:
-        """Fill a new ``state`` from one of this moment in other shapes, if that needs no dense tensor."""
+        """Fill a new ``state`` from a saved one of other shapes if that needs no dense tensor; return whether so."""
         return False
 
     @classmethod
@@ -149,15 +149,15 @@ class Momentum(Moment):
 
     @property
     def share(self) -> float:
-        """Share of the average in the direction; the rest is the gradient, as if another such came."""
+        """Weight of the average in the direction; the gradient has the rest, as with Nesterov's momentum."""
         return 1.0
 
     def basis(self, state: State) -> Tensor | None:
-        """The basis ``(r, n)``, or those of a stack, where there is one."""
+        """Return the basis ``(r, n)``, or the bases of a stack; None without one."""
         return None
 
     def due(self, step: int) -> bool:
-        """Whether this step does what only some steps do; the pieces of one call agree in it."""
+        """Whether this step refreshes a basis. All pieces of one call agree in that."""
         return False
 
     def direction(
@@ -179,9 +179,9 @@ class Denominators(NamedTuple):
     """Correction of the bias: ``sqrt(1 - beta2**t)``."""
     eps: float
     columns: list[Tensor] | None = None
-    """Factors ``(1, n)`` of roots ``(m, 1)``, which are multiplied late, so that parts of them can be."""
+    """Factors ``(1, n)`` of roots ``(m, 1)``; multiplied late, so that it can be done in parts."""
     squared: bool = False
-    """The roots are still to be taken, which a kernel does itself."""
+    """Whether the square roots are still to be taken, which a kernel does itself."""
 
     def some(self, first: int, last: int) -> "Denominators":
         """Select those of the tensors ``first`` to ``last``."""
@@ -208,7 +208,7 @@ class Denominators(NamedTuple):
         return root / self.correction + self.eps
 
     def settle(self, as_adamw: bool) -> tuple[list[Tensor], float]:
-        """Divisors, and a factor for the quotients; overwrites the roots.
+        """Return divisors and a factor for the quotients; overwrites the roots.
 
         The operations are AdamW's in AdamW's order, or save one pass over the roots.
         """
@@ -237,9 +237,9 @@ class SecondMoment(Moment):
     """A second moment: turns gradients into denominators."""
 
     whole_matrices: ClassVar[bool] = False
-    """Each matrix is worked on as a whole, by one process: directions are :meth:`applied`."""
+    """Whether each matrix needs one process that has all of it; directions are then :meth:`applied`."""
     elementwise: ClassVar[bool] = False
-    """State and denominators have the gradients' shapes and need no other entry: they may be worked on in parts."""
+    """Whether each entry of state and denominators depends on its own gradient alone, so that parts can be computed."""
 
     def denominators(
         self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
@@ -251,5 +251,5 @@ class SecondMoment(Moment):
         raise NotImplementedError
 
     def applied(self, direction: Direction, reduction: Reduction = ONE_PROCESS) -> Direction:
-        """Replace a direction by what its matrices become, where the moment works on :attr:`whole_matrices`."""
+        """Transform the matrices of a direction, for moments that need :attr:`whole_matrices`."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Batches of matrices: lists of tensors of one shape that a step works on as one, without a copy where it can."""
+"""Batches of matrices: lists of tensors of one shape that a step treats as one tensor, without a copy if possible."""
 
 from abc import abstractmethod
 

@@ -1,4 +1,4 @@
-"""Device tensors that are kept from step to step because making them again takes longer: each optimizer's own."""
+"""Device tensors that each optimizer keeps between steps, because making them again would take longer."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator

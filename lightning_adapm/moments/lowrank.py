@@ -22,11 +22,11 @@ from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
 # A direction is noise if its part independent of the others is below this share of its length.
 _DEPENDENT = 1e-5
 _SOLVED_TOGETHER, _MOST_SOLVED = 9, 64
-"""Triangular matrices that a GPU inverts together at least, because torch takes fewer of them one after another, and
-rows that they have at most.
+"""Minimum number of triangular matrices that a GPU inverts together, because torch inverts fewer of them one by one,
+and maximum number of rows of each.
 """
 _ALIGNED = 8
-"""Factor of the numbers of many rows in float64, whose products take an H100 a quarter longer otherwise."""
+"""Multiple to which many rows in float64 are padded; otherwise their products take an H100 a quarter longer."""
 
 
 def starting_rows(rank: int, n: int, like: Tensor, columns: slice = slice(None)) -> Tensor:
@@ -57,9 +57,10 @@ def orthonormal_rows(rows: Tensor) -> Tensor:
 
 
 def orthonormalize(stacks: Sequence[Tensor], reduction: Reduction = ONE_PROCESS) -> tuple[list[Tensor], Tensor]:
-    """:func:`orthonormal_rows` of each of some ``stacks`` of any shapes, whose small matrices are factorized together.
+    """Apply :func:`orthonormal_rows` to several ``stacks`` of any shapes, and factorize their small matrices together.
 
-    And for each matrix of all stacks whether it is finite, ``(sum of b, 1, 1)``; what comes of others means nothing.
+    Also return for each matrix of all stacks whether it is finite, ``(sum of b, 1, 1)``; results of others are
+    meaningless.
     Processes that share the columns of bases do the work for their own columns, ``r²n / N`` instead of ``r²n``.
 
     Cholesky-QR, twice, in float64 (never TF32): the first pass is shifted so that it cannot fail and shows which rows
@@ -79,7 +80,7 @@ def orthonormalize(stacks: Sequence[Tensor], reduction: Reduction = ONE_PROCESS)
 
 
 def _in_float64(rows: Tensor) -> Tensor:
-    """A copy ``(b, r, n)``; many rows are followed by some of zero."""
+    """Copy to float64, ``(b, r, n)``; many rows are padded with zeros."""
     b, r, n = rows.shape
     missing = -r % _ALIGNED if r > _MOST_SOLVED else 0
     if not missing:
@@ -90,7 +91,7 @@ def _in_float64(rows: Tensor) -> Tensor:
 
 
 def _gram(stacks: Sequence[Tensor]) -> Tensor:
-    """``rows rowsᵀ`` of all of them, with rows of zero up to the largest number of rows."""
+    """Compute ``rows rowsᵀ`` of every stack, padded with zeros to the largest number of rows."""
     if len(stacks) == 1:
         return stacks[0] @ stacks[0].mT
     most = max(stack.shape[-2] for stack in stacks)
@@ -106,8 +107,10 @@ def _parts(squares: Tensor, stacks: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _multiply(weights: Tensor, stacks: list[Tensor], like: Sequence[Tensor] = ()) -> None:
-    """Multiply each of the stacks by its part of ``weights`` from the left, one after another, so that only one of them
-    is there twice; the products have the rows and the dtype of those that they are to be ``like``.
+    """Multiply each stack by its part of ``weights`` from the left, in place.
+
+    Stacks are multiplied one after another, so that only one of them is held twice. With ``like``, the products have
+    the numbers of rows and the dtypes of those tensors.
     """
     for place, part in enumerate(_parts(weights, stacks)):
         stack = stacks[place]
@@ -149,7 +152,7 @@ def _inverse(lower: Tensor) -> Tensor:
 
 
 class Multiplied(Protocol):
-    """``b`` matrices ``m x n`` that are only multiplied: a tensor, or what stands for one."""
+    """A batch of ``b`` matrices ``m x n`` that is only multiplied: a tensor, or an object in its place."""
 
     def __matmul__(self, columns: Tensor, /) -> Tensor: ...
 

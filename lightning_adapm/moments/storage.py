@@ -1,4 +1,4 @@
-"""Storage of entries of optimizer state: the only door through which moments read and write them."""
+"""Storage of optimizer state, through which alone moments read and write their entries."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -122,7 +122,7 @@ class Entry:
     storage: Storage = EXACT
 
     def make(self, key: str, like: Tensor, kept: tuple[int, int] | None = None) -> dict[str, Any]:
-        """Zeros; of an entry with ``columns`` only those ``kept``, the first and the one after the last."""
+        """Make zeros; of an entry with ``columns`` only those from ``kept[0]`` up to ``kept[1]``."""
         if self.shape is None:
             return {key: 0}
         shape = self.shape if kept is None or not self.columns else (*self.shape[:-1], kept[1] - kept[0])

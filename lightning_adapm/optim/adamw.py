@@ -59,7 +59,7 @@ def adamw_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[s
 
 
 def _named(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of a group, with the names that it has for them."""
+    """The parameters of a group, with their names in it."""
     return {key: group[key] for key in ("params", "param_names") if key in group}
 
 

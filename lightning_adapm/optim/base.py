@@ -38,8 +38,8 @@ _NO_GRADIENT = "{}.step() found no gradient on any of its parameters, so nothing
 class RoleOptimizer(Checkpointed):
     """An optimizer that treats every parameter by its role in the transformer.
 
-    It finds names and roles, cuts fused weights into pieces, and takes pieces of one shape through a step together.
-    Sharded parameters, gradients that are not finite, updates inside backward, saving and loading are its work, too.
+    It finds names and roles, cuts fused weights into pieces, and updates pieces of one shape together. It also handles
+    sharded parameters, gradients that are not finite, updates inside backward, saving and loading.
     A subclass specifies the moments of each piece:
 
     - :meth:`momentum_for` and :meth:`second_moment_for` choose the moments of a piece;
@@ -77,13 +77,14 @@ class RoleOptimizer(Checkpointed):
     observer: Observer | None = None
     """Monitor of the steps."""
     most_recorded_bytes = MOST_BYTES
-    """On a GPU, steps whose temporaries take no more are recorded and replayed as CUDA graphs, which keep that memory;
-    0 for none. Where processes share rows, a twentieth of the GPU's memory is as good.
+    """Limit on the bytes of a step's temporaries up to which the step is recorded on a GPU, and then replayed as a CUDA
+    graph, which keeps that memory. 0 records no step. Where processes share rows, a twentieth of the GPU's memory is
+    allowed in any case.
     """
 
     foreign = options.FOREIGN
     automatic: ClassVar[options.Automatic] = {}
-    """Options that may be ``"auto"``, each with its meaning beside the other options of a group."""
+    """Options that may be ``"auto"``, each with a function that derives it from the other options of a group."""
 
     def __init__(
         self,
@@ -122,7 +123,7 @@ class RoleOptimizer(Checkpointed):
         self._add(read_groups(params))
 
     def filled(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        """Copy a parameter group with every option. Those that are automatic follow from its own others."""
+        """Copy a parameter group, with the defaults of options that it lacks; automatic ones follow from the others."""
         name = type(self).__name__
         return groups.fill(name, group, self.defaults, self.unmatched, self.automatic, self._automatic)
 
@@ -142,11 +143,12 @@ class RoleOptimizer(Checkpointed):
         """Refuse pieces of a parameter that this optimizer cannot treat, by raising a ValueError."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as ``torch.optim`` does, of anything that the constructor takes. Roles are those that the
-        parameters have in the whole model. A group that is refused changes nothing.
+        """Add a parameter group, as in ``torch.optim``; it may hold anything that the constructor accepts.
+
+        Roles are those that the parameters have in the whole model. A group that is refused changes nothing.
 
         Raises:
-            TypeError: It is no dict, or its parameters lack names and roles.
+            TypeError: The group is not a dict, or its parameters lack names and roles.
             ValueError: An option is out of range, or a matrix has no role.
         """
         if not isinstance(param_group, dict):
@@ -178,7 +180,7 @@ class RoleOptimizer(Checkpointed):
         return {**super().__getstate__(), **{key: value for key, value in vars(self).items() if self._is_own(key)}}
 
     def _is_own(self, attribute: str) -> bool:
-        """Whether a copy has the attribute, too: not hooks, wrapped methods, monitors and what is found again."""
+        """Whether a copy keeps the attribute. Hooks, wrapped methods, monitors and what can be rebuilt are left out."""
         if attribute.startswith("_optimizer_") or attribute in ("_table", "observer"):
             return False
         return not callable(getattr(type(self), attribute, None))
@@ -192,7 +194,7 @@ class RoleOptimizer(Checkpointed):
         """Norm of the last step's gradients, where it updated in backward and left none to measure."""
         return torch.linalg.vector_norm(torch.stack(self._norms)) if self._norms else None
 
-    @torch._disable_dynamo  # as torch.optim does with all that cannot be compiled
+    @torch._disable_dynamo  # torch.optim does the same where a step cannot be compiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; ``closure`` reevaluates the model and returns the loss."""
@@ -207,7 +209,7 @@ class RoleOptimizer(Checkpointed):
         selected: Selection = [(index, group["params"]) for index, group in enumerate(self.param_groups)]
         moved, _ = self._take(selected if early is None else in_backward.left_over(selected, self.state))
         self._engine.nonfinite.finish_step()
-        skipped = closure is not None and loss is None  # as Lightning skips a batch
+        skipped = closure is not None and loss is None  # how Lightning skips a batch
         if not moved and not self._norms and not skipped and not self._has_moved():
             warn_caller(_NO_GRADIENT.format(type(self).__name__))
         return loss
@@ -220,11 +222,11 @@ class RoleOptimizer(Checkpointed):
         return in_backward.armed(self.param_groups, self.blocks, table.modules(), closure, table.turns, self._take)
 
     def _has_moved(self) -> bool:
-        """Whether any parameter ever took a step: gradients that are left out later are so on purpose."""
+        """Whether any parameter ever took a step. After that, missing gradients are deliberate."""
         return any(self.state[param].get("step") for param in self.pieces if param in self.state)
 
     def _take(self, selected: Selection) -> tuple[list[Work], Sequence[Found]]:
-        """Move parameters, given group by group; return what has moved, and what kernels found of its gradients."""
+        """Move the selected parameters of each group; return the work, and what kernels found out about gradients."""
         for index, _ in selected:
             self._table.retune(index, self)
         joined = groups.joined(selected, self.param_groups, self.defaults)
@@ -233,7 +235,7 @@ class RoleOptimizer(Checkpointed):
         return works, self._engine.move(works, self) if works else ()
 
     def _found(self, asked: Asked) -> list[Work]:
-        """Find what moves of parameters."""
+        """Collect the parameters that have gradients, and make the state of those that have none yet."""
         for param in chain.from_iterable(params for _, params in asked):
             if (param.requires_grad or param.grad is not None) and "step" not in self.state.get(param, ()):
                 self._make_state(param)
@@ -245,10 +247,10 @@ class RoleOptimizer(Checkpointed):
         parts = self.parts(param)
         for part in parts:
             options.check_trainable(type(self).__name__, part.name, part.piece, param, self.unmatched)
-        self.state[param].update(new_state(parts, local(param).device))  # wrappers keep theirs in it too
+        self.state[param].update(new_state(parts, local(param).device))  # wrappers may have entries of their own
 
     def _work(self, group: Mapping[str, Any], params: list[Tensor]) -> Work:
-        """The parameters that have a gradient, or part of one on another process, and an element on any."""
+        """Collect the parameters that have a gradient here or on another process, and an element on any process."""
         parts = [self.parts(param) for param in params]
         grads = gradients(params, [each[0].layout for each in parts])
         moving = []
@@ -260,7 +262,7 @@ class RoleOptimizer(Checkpointed):
         return Work.of(group, moving)
 
     def _with_number(self, index: int) -> Mapping[str, Any]:
-        """A group whose learning rate is a number: a tensor on a device, which a step waits for, is read once."""
+        """Return a group with its learning rate as a number. A tensor, perhaps on a device, is read once a step."""
         group = self.param_groups[index]
         if index not in self._rates:
             self._rates[index] = float(group["lr"])
@@ -271,7 +273,7 @@ class RoleOptimizer(Checkpointed):
         return path_of(parts, grads, bool(group["maximize"]))
 
     def move(self, batch: Batch, group: Mapping[str, Any]) -> None:
-        """Move parts of one shape on the host. Gradients are finite, or zero in their place."""
+        """Move parts of one shape without kernels. Gradients that are not finite have been replaced by zeros."""
         step = by_loops.step if batch.path.loops else by_torch.step
         step(batch, group, self.observer)
 
@@ -282,7 +284,7 @@ class RoleOptimizer(Checkpointed):
         return self._table.parts(param, self)
 
     def follow_groups(self) -> None:
-        """Let names and roles follow the lists of parameters, which callers may change in place.
+        """Bring names and roles into line with the groups' lists of parameters, which callers may change in place.
 
         Raises:
             TypeError: A parameter was not added with :meth:`add_param_group`, and no live module holds it.
@@ -296,7 +298,7 @@ class RoleOptimizer(Checkpointed):
             self._forget(self.param_groups)
 
     def _take_in(self, groups: list[dict[str, Any]]) -> None:
-        """Add groups that callers have put into ``param_groups`` themselves, as callbacks do in a run that resumes."""
+        """Register groups that callers appended to ``param_groups`` themselves, as callbacks do in a resumed run."""
         held = self.param_groups
         self.param_groups = [each for each in held if all(each is not group for group in groups)]
         try:
@@ -312,18 +314,18 @@ class RoleOptimizer(Checkpointed):
             self.param_groups = held
 
     def _let_go(self) -> None:
-        """Forget parameters that callers have taken out of the groups, so that their memory is given back."""
+        """Forget parameters that callers have removed from the groups, so that their memory is freed."""
         if len(self._table.held) != len(self.pieces):
             self._registry.let_go(set(self._table.held))
             self._engine.nonfinite.let_go(set(self._registry.numbers.values()))
 
     def _forget(self, groups: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Drop all that is found again from the registry and the parameter groups."""
+        """Drop everything that can be rebuilt from the registry and the parameter groups."""
         self._table = PartTable(self._registry, groups)
         self._engine.forget()
 
     def cached_bytes(self) -> int:
-        """Bytes that are kept from step to step for speed, besides the state, and freed with the optimizer."""
+        """Bytes that are kept between steps for speed, in addition to the state; they are freed with the optimizer."""
         return self._engine.cached_bytes
 
     def step_paths(self) -> list[StepPath]:
@@ -343,7 +345,7 @@ class RoleOptimizer(Checkpointed):
     def nonfinite_gradients(self) -> dict[str, int]:
         """Parameters whose gradient was not finite since this optimizer was built, with the number of steps.
 
-        The pieces of a fused weight are counted by themselves, as ``"attn.qkv.weight (query)"``. The call waits for the
+        The pieces of a fused weight are counted separately, as ``"attn.qkv.weight (query)"``. The call waits for the
         device.
         """
         return self._engine.nonfinite.steps()

@@ -1,4 +1,4 @@
-"""Clipping and hooks after backward, which come too late for updates inside backward."""
+"""Checks for clipping and hooks after backward, which come too late for updates inside backward."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Parameter groups of an optimizer: with every option, and without shared values."""
+"""Parameter groups of an optimizer: filling in their options, comparing and joining them."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from lightning_adapm.roles.callers import warn_caller
 _LEFT_OVER = ("amsgrad", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay")
 """Keywords of ``torch.optim.AdamW`` without a meaning here."""
 _OF_ALL = ("roles", "unmatched", "update_in_backward")
-"""Options that are no group's. ``roles`` in a group of another optimizer of the package are a list."""
+"""Options of the whole optimizer, not of a group. Groups of built optimizers have a list under ``roles``, though."""
 _CHANGE_RESULTS = ("amsgrad", "differentiable")
 """Keywords of ``torch.optim.AdamW`` that change the result of a step."""
 
@@ -24,7 +24,7 @@ def fill(
     automatic: options.Automatic,
     following: Collection[str],
 ) -> dict[str, Any]:
-    """Copy a parameter group with every option. Its lists are its own, and may be changed in place.
+    """Copy a parameter group, with the defaults of the options that it lacks. Lists are copied, too.
 
     Args:
         optimizer: Name for errors.
@@ -32,10 +32,10 @@ def fill(
         defaults: The optimizer's options.
         unmatched: As for the optimizer.
         automatic: Options that may be automatic.
-        following: Those of them that are where a group states nothing.
+        following: Those of them that are automatic where a group does not state them.
 
     Raises:
-        ValueError: An option of another optimizer that would change the result, or has another meaning here.
+        ValueError: An option belongs to another optimizer and would change the result, or means something else here.
     """
     _refuse_counterparts(optimizer, group)
     for key in _OF_ALL:
@@ -67,7 +67,7 @@ def joined(
         defaults: Names of the options.
 
     Returns:
-        The same, by the first of the groups that are joined.
+        Their parameters, under the index of the first of the groups that were joined.
     """
     found: dict[Any, tuple[int, list[Tensor]]] = {}
     for index, params in selected:
@@ -87,8 +87,8 @@ def check_left_over(optimizer: type, given: Mapping[str, Any]) -> None:
     """Warn of keywords of ``torch.optim.AdamW`` that change no result, and refuse all others.
 
     Raises:
-        ValueError: A keyword that would change the result.
-        TypeError: An unknown keyword. The error names the nearest option of ``optimizer``.
+        ValueError: A keyword would change the result.
+        TypeError: A keyword is unknown. The error names the nearest option of ``optimizer``.
     """
     name = optimizer.__name__
     for key in given:
@@ -96,7 +96,7 @@ def check_left_over(optimizer: type, given: Mapping[str, Any]) -> None:
             raise TypeError(f"{name} has no option {key!r}; {options.instead_of(key, options.options_of(optimizer))}")
     _refuse_counterparts(name, given)
     if ignored := [f"{key}={value!r}" for key, value in given.items() if key in _LEFT_OVER]:
-        warn_caller(f"{name} ignores {', '.join(ignored)}: torch.optim's, without a meaning here")
+        warn_caller(f"{name} ignores {', '.join(ignored)}: options of torch.optim without a meaning here")
 
 
 def _refuse_counterparts(optimizer: str, given: Mapping[str, Any]) -> None:

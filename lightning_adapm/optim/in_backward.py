@@ -1,4 +1,4 @@
-"""Updates inside backward: blocks of parameters move, and their gradients are freed, once these are complete.
+"""Updates inside backward: blocks of parameters move, and their gradients are freed, as soon as these are complete.
 
 The method is LOMO's (arXiv 2306.09782), which moves each parameter by itself. Hooks act only while :func:`armed`,
 inside ``step(closure)``. A backward pass outside of it (gradient accumulation, a gradient scaler, litgpt's loop) leads
@@ -48,7 +48,7 @@ class EarlyUpdates:
     Args:
         params: All parameters that require a gradient.
         clip: Bound on the entries of gradients, None for no bound.
-        take: Function that moves parameters by their gradients, and returns what has moved and what was found out.
+        take: Function that moves parameters along their gradients, and returns the work and what kernels found.
     """
 
     def __init__(self, params: Sequence[Tensor], clip: float | None, take: Take) -> None:
@@ -57,17 +57,17 @@ class EarlyUpdates:
         self._moved: list[Tensor] = []
         self._norms: list[Tensor] = []
         self._kept: Tensor | None = None
-        """A moved parameter with a gradient, until the next one comes: torch's clip_grad_value_, which the Trainer
-        still calls after backward, fails without any."""
+        """A moved parameter that still has its gradient: torch's clip_grad_value_, which the Trainer calls after
+        backward, fails if no parameter has one."""
         self._seen: tuple[Tensor, Tensor, int] | None = None
-        """A parameter, the last gradient that it had in backward, and the version of that."""
+        """A parameter, its last gradient in backward, and the version counter of that gradient."""
 
     def hooks(self) -> Iterable[tuple[Tensor, Hook]]:
-        """Parameters, each with what is to be called when its gradient is complete."""
+        """Pair parameters with the hooks to call when their gradients are complete."""
         raise NotImplementedError
 
     def finish(self, turns: Turns) -> None:
-        """Let the next steps know what this one has found out."""
+        """Save what this step has found out for the steps after it."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -97,10 +97,10 @@ class EarlyUpdates:
             self._kept = None
 
     def check_unchanged(self) -> None:
-        """Refuse gradients that have come, or were changed as by clipping, after their parameters had moved.
+        """Refuse gradients that arrived, or were changed (by clipping, for instance), after their parameters had moved.
 
         Raises:
-            RuntimeError: There is one.
+            RuntimeError: There is such a gradient.
         """
         if self._clip is None and self._moved and self._seen is not None:
             param, grad, version = self._seen
@@ -110,7 +110,7 @@ class EarlyUpdates:
             raise RuntimeError(_TWICE)
 
     def norms(self) -> list[Tensor]:
-        """Norms of all gradients of this step, with those that are still to be taken; none without early gradients."""
+        """Norms of all gradients of this step, those still to be used included; empty if no gradient came early."""
         if not self._began or len(self._moved) == len(self._params):
             return self._norms
         return self._norms + norms_of([param.grad for param in self._params if param.grad is not None])
@@ -120,7 +120,7 @@ class OneByOne(EarlyUpdates):
     """A step that notices when each gradient is complete.
 
     Args:
-        waiting: Collection of those that wait for others.
+        waiting: Collection of the parameters that wait for others.
     """
 
     def __init__(self, params: Sequence[Tensor], clip: float | None, take: Take, waiting: Waiting) -> None:
@@ -129,7 +129,7 @@ class OneByOne(EarlyUpdates):
         self._arrived: set[Tensor] = set()
         self._turns: list[Turn] = []
         self._held_before = 0
-        """Bytes of gradients from before this backward pass, which adds to them, without the first one's."""
+        """Bytes of gradients that were there before this backward pass added to them, without the first parameter's."""
 
     def hooks(self) -> Iterable[tuple[Tensor, Hook]]:
         return ((param, self._complete) for param in self._params)

@@ -22,7 +22,7 @@ StateDtype = Mapping[str, str] | torch.dtype | str | None
 AUTO = "auto"
 """Value of an option that follows from others."""
 Automatic = Mapping[str, Callable[[Mapping[str, Any]], Any]]
-"""Options that may be :data:`AUTO`, each with its meaning beside the other options of a group."""
+"""Options that may be :data:`AUTO`, each with a function that derives it from the other options of a group."""
 
 STATE_DTYPES = (torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """Dtypes of the momentum: those that torch can compute with, and codes of :mod:`lightning_adapm.moments.quantized`."""
@@ -51,7 +51,7 @@ def check(group: Mapping[str, Any]) -> None:
 
 
 def plain(group: Mapping[str, Any], defaults: Mapping[str, Any], unmatched: str) -> dict[str, Any]:
-    """Bring options of a parameter group into the form that checkpoints hold, whatever the caller wrote.
+    """Normalize the options of a parameter group to the plain values that checkpoints hold.
 
     Args:
         group: The parameter group, or the defaults themselves. Keys that are not among ``defaults`` are the caller's.
@@ -59,7 +59,7 @@ def plain(group: Mapping[str, Any], defaults: Mapping[str, Any], unmatched: str)
         unmatched: As for the optimizer.
 
     Raises:
-        ValueError: A role, policy or dtype that does not exist.
+        ValueError: A role, policy or dtype does not exist.
     """
     found = dict(group)
     for option in group.keys() & defaults.keys():
@@ -83,17 +83,17 @@ def plain(group: Mapping[str, Any], defaults: Mapping[str, Any], unmatched: str)
 
 
 def are_automatic(group: Mapping[str, Any], known: Iterable[str]) -> set[str]:
-    """Options of a group that are ``"auto"``, of the ``known`` ones that may be."""
+    """Select those of the ``known`` options that a group sets to ``"auto"``."""
     return {option for option in known if isinstance(group.get(option), str) and group[option] == AUTO}
 
 
 def _plain(value: Any) -> Any:
-    """Python's number for a number of numpy's, which ``torch.load`` refuses by default; anything else as it is."""
+    """Convert a NumPy number, which ``torch.load`` refuses by default, to Python's; return other values unchanged."""
     return value.item() if isinstance(value, Number) and hasattr(value, "item") else value
 
 
 def options_of(optimizer: Callable[..., Any]) -> list[str]:
-    """Names of the parameters of an optimizer's constructor, without the one that catches left-over keywords."""
+    """Names of the parameters of an optimizer's constructor, without the one that collects other keywords."""
     found = inspect.signature(optimizer).parameters.values()
     return [parameter.name for parameter in found if parameter.kind is not parameter.VAR_KEYWORD]
 
@@ -155,7 +155,7 @@ _RANGES: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
 """Options with their condition, in words and as a test."""
 
 FOREIGN = frozenset({*_RANGES, "momentum", "state_dtype", "mu", "ns_steps", "newton_schulz"})
-"""Options of some optimizers of the package."""
+"""Options that at least one optimizer of the package has."""
 
 
 def check_option(group: Mapping[str, Any], option: str, wanted: str, holds: Callable[[Any], Any]) -> None:

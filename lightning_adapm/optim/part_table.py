@@ -1,4 +1,4 @@
-"""The parts of an optimizer's parameters, with the moments that the options of their groups mean."""
+"""The parts of an optimizer's parameters, with the moments that the options of their groups select."""
 
 import weakref
 from collections.abc import Mapping, Sequence
@@ -25,18 +25,16 @@ _GRAD, _DTYPE = attrgetter("grad"), attrgetter("dtype")
 States = Mapping[Tensor, dict[str, Any]]
 """States of parameters."""
 Asked = Sequence[tuple[Mapping[str, Any], list[Tensor]]]
-"""Options that a step asks for, each with the parameters that are to move by them."""
+"""Options of a step, each set with the parameters that it applies to."""
 
 
 class Moved:
-    """All that moved in a step, which a few calls compare with what moves in another step.
-
-    Neither gradients nor states are kept.
+    """The work of one step, in a form that is quickly compared with a later step; keeps no gradients and no states.
 
     Args:
-        asked: Parameters, with the options that they move by.
-        works: What moved of them: all.
-        states: The states.
+        asked: Parameters, with the options that apply to them.
+        works: The work of the step, which covers all of these parameters.
+        states: States of the optimizer's parameters.
     """
 
     def __init__(self, asked: Asked, works: Sequence[Work], states: States) -> None:
@@ -50,7 +48,7 @@ class Moved:
         self._unmoved = object()
 
     def again(self, asked: Asked, states: States) -> list[Work] | None:
-        """Return what moves in this step, if it is what was remembered; else None."""
+        """Return this step's work if it is that of the remembered step, with other gradients; else None."""
         params = params_of(asked)
         same = (
             [len(each) for _, each in asked] == [len(parts) for parts, _ in self._found]
@@ -77,7 +75,7 @@ class Moved:
         ]
 
     def _follow(self, states: Sequence[dict[str, Any]]) -> bool:
-        """Give steps another token if states have been replaced or moved; return whether they are states at all."""
+        """Renew the token of steps if states were replaced or moved; return whether all of them are initialized."""
         objects = list(chain.from_iterable(map(dict.values, states)))
         if self._states.matches(objects):
             return True
@@ -99,24 +97,25 @@ def _properties(params: Sequence[Tensor]) -> list[Any] | None:
 
 
 def _shows_gradients(layout: Layout | None) -> bool:
-    """Whether a process has a gradient wherever others have one: not under FSDP1."""
+    """Whether a process has a gradient wherever others have one, which FSDP1 does not grant."""
     return layout is None or layout.mesh is not None
 
 
 def tune(part: Part, rule: Rule, group: Mapping[str, Any]) -> Part:
-    """Give a part the moments and the weight decay that the options of a parameter group mean."""
+    """Give a part the moments and the weight decay that the options of its parameter group select."""
     first = rule.momentum_for(part.piece, part.shape, group)
     return part.tune(first, rule.second_moment_for(part.piece, part.shape, group), group)
 
 
 class PartTable:
-    """The parts of every parameter as groups list them now; built anew when lists of parameters change.
+    """The parts of every parameter, for the present lists of the parameter groups.
 
-    It depends on process groups and modules, and is not copied with its optimizer.
+    A table is replaced when these lists change. It depends on process groups and modules, so it is not copied with its
+    optimizer.
 
     Args:
-        registry: What the parameters are.
-        groups: The parameter groups; none before they are known.
+        registry: Names, roles and pieces of the parameters.
+        groups: The parameter groups; empty before they are known.
     """
 
     def __init__(self, registry: Registry, groups: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -145,9 +144,9 @@ class PartTable:
         return named and are(held, self.held)
 
     def remember(self, asked: Asked, works: Sequence[Work], states: States) -> None:
-        """Remember what moves, if all that was ``asked`` for does, and no process hides what it has a gradient of.
+        """Remember the work of a step if it covers all that was ``asked`` for and every process shows its gradients.
 
-        Elsewhere than on a GPU, no step waits for the host.
+        Only on a GPU, because only there does a step wait for the host.
         """
         if not works or not graphs.can_capture(works[0].device):
             return
@@ -158,7 +157,7 @@ class PartTable:
             self._moved.pop(_first(asked), None)
 
     def again(self, asked: Asked, states: States) -> list[Work] | None:
-        """Return what moves in this step, if only gradients differ from the step that was remembered; else None."""
+        """Return this step's work if only gradients differ from the remembered step; else None."""
         moved = self._moved.get(_first(asked))
         return None if moved is None else moved.again(asked, states)
 
@@ -178,7 +177,7 @@ class PartTable:
         return known[1]
 
     def retune(self, index: int, rule: Rule) -> None:
-        """Let parts follow the options of their group, the one with this ``index``, where these have changed."""
+        """Tune the parts of the group with this ``index`` again if its options have changed."""
         group = rule.param_groups[index]
         settings = settings_of(group, (key for key in rule.defaults if key != "lr"))
         if settings != self._settings.get(index):

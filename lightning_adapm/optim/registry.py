@@ -1,4 +1,4 @@
-"""Knowledge of an optimizer's parameters by identity: names, roles, pieces, and the modules that hold them."""
+"""What is known of an optimizer's parameters: names, roles, pieces, and the modules that hold them."""
 
 from collections.abc import Collection, Sequence
 from copy import copy
@@ -13,9 +13,10 @@ from lightning_adapm.sharding.find import shape_of
 
 
 class Registry:
-    """Names, roles and pieces of an optimizer's parameters, by identity; copied with it, and in no checkpoint.
+    """Names, roles and pieces of an optimizer's parameters, keyed by the tensors themselves.
 
-    The optimizer has the same dictionaries as attributes; see :class:`lightning_adapm.optim.base.RoleOptimizer`.
+    It is copied with its optimizer, and is not part of a checkpoint. The optimizer has the same dictionaries as
+    attributes; see :class:`lightning_adapm.optim.base.RoleOptimizer`.
     """
 
     def __init__(self) -> None:
@@ -25,7 +26,7 @@ class Registry:
         self.reasons: dict[Tensor, str] = {}
         self.blocks: dict[Tensor, str | None] = {}
         self.numbers: dict[Tensor, int] = {}
-        """Numbers of the parameters in the order of their coming: the same on every process."""
+        """Numbers of the parameters, in the order in which they were added: the same on every process."""
         self.built: dict[Tensor, Built] = {}
         """Names, shapes and options that the pieces and the state of every parameter were made for."""
         self.places: Sequence[Places] | None = []
@@ -50,13 +51,13 @@ class Registry:
             self.places = [*self.places, Places(assigned.roots.values(), assigned.names)]
 
     def let_go(self, held: Collection[Tensor]) -> None:
-        """Forget all parameters except ``held``, so that their memory is given back."""
+        """Forget all parameters except ``held``, so that their memory is freed."""
         for known in (self.names, self.roles, self.pieces, self.reasons, self.blocks, self.built, self.numbers):
             for param in known.keys() - held:
                 del known[param]
 
     def label(self, group: dict[str, Any]) -> None:
-        """Let the names and roles in a parameter group follow its parameters, each of which is trained once."""
+        """Update the names and roles in a parameter group to its parameters, and drop duplicates of these."""
         params = group["params"]
         if len(set(params)) != len(params):
             params = group["params"] = list(dict.fromkeys(params))

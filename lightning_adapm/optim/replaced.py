@@ -1,4 +1,4 @@
-"""Parameters that were replaced or changed after their optimizer was built, and would silently be trained wrong."""
+"""Checks for parameters that were replaced or changed after their optimizer was built, which would train wrongly."""
 
 import gc
 import weakref

@@ -1,4 +1,4 @@
-"""Parameters that move together inside backward: found out as their gradients come, and kept for the next steps."""
+"""Parameters that move together inside backward: found as their gradients arrive, and kept for later steps."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 Selection = Sequence[tuple[int, list[Tensor]]]
-"""Indices of parameter groups, each with parameters of it."""
+"""Indices of parameter groups, each with some of the group's parameters."""
 
 
 def params_of(selected: Iterable[tuple[Any, list[Tensor]]]) -> list[Tensor]:
@@ -26,9 +26,9 @@ class Turn(NamedTuple):
 
     selected: Selection
     first: Tensor
-    """The one whose gradient comes first."""
+    """The parameter whose gradient comes first."""
     last: Tensor
-    """The one whose gradient comes last."""
+    """The parameter whose gradient comes last."""
 
     @property
     def params(self) -> list[Tensor]:
@@ -37,7 +37,7 @@ class Turn(NamedTuple):
 
 
 class Turns:
-    """The turns of one step, for the steps after it, as long as the same parameters are trained."""
+    """The turns of one step, valid for later steps while the same parameters are trained."""
 
     def __init__(self) -> None:
         self._trained: list[Tensor] = []
@@ -45,23 +45,23 @@ class Turns:
         self._change = False
 
     def of(self, trained: Sequence[Tensor]) -> Sequence[Turn]:
-        """Return the turns of parameters, none while these are not known."""
+        """Return the turns of the ``trained`` parameters; empty while these are unknown."""
         return self._found if are(trained, self._trained) else []
 
     def keep(self, trained: Sequence[Tensor], turns: Sequence[Turn]) -> None:
-        """Keep the turns of a step that has moved all parameters that are ``trained``."""
+        """Keep the turns of a step that has moved all ``trained`` parameters."""
         if not self._change:
             self._trained, self._found = list(trained), list(turns)
 
     def give_up(self) -> None:
-        """Keep no turns from now on, because gradients have come in another order."""
+        """Stop keeping turns, because gradients came in another order."""
         self._trained, self._found, self._change = [], [], True
 
 
 class Waiting:
     """Parameters whose gradients are complete and wait for others, so that pieces of one shape move together.
 
-    They wait as long as any gradient that is still to come fits into :attr:`bound` with them.
+    They wait as long as the smallest gradient that is still to come would fit into :attr:`bound` with theirs.
 
     Args:
         groups: The parameter groups.
@@ -76,19 +76,19 @@ class Waiting:
             if param.requires_grad
         }
         self._to_come = Counter(param.nbytes for param in self._places)
-        """Number of gradients that are still to come, by their bytes."""
+        """Number of gradients that are still to come, by their size in bytes."""
         self._sizes = sorted(self._to_come, reverse=True)
-        """Their different bytes; the smallest come last."""
+        """The sizes in bytes, in descending order."""
         together: Counter[str | Tensor] = Counter()
         for param in self._places:
             together[blocks[param] or param] += param.nbytes
         self.bound = max(together.values(), default=0)
-        """Bytes of the gradients of the largest transformer block or parameter. No more wait when a gradient comes."""
+        """Bytes of the gradients of the largest transformer block or parameter: the most that wait for another."""
         self._params: list[Tensor] = []
         self._bytes = 0
 
     def add(self, param: Tensor) -> bool:
-        """Add a parameter whose gradient is complete, and return whether it is time to take all that wait."""
+        """Add a parameter whose gradient is complete; return whether all that wait should move now."""
         self._params.append(param)
         self._bytes += param.nbytes
         self._to_come[param.nbytes] -= 1

@@ -1,4 +1,4 @@
-"""Tracking of allocations: bytes of every tensor that operations make, as long as it is alive."""
+"""Tracking of allocations: the bytes of every tensor that operations create, while it is alive."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -34,7 +34,7 @@ class AllocationTracker(TorchDispatchMode):
         self.begin(known or {})
 
     def begin(self, known: Mapping[str, Iterable[Tensor]]) -> None:
-        """Forget everything but the tensors that are there now, by category."""
+        """Start anew with the ``known`` tensors, by category."""
         self.operations = 0
         self.peak: Counter[str] = Counter()
         self._alive: Counter[str] = Counter()
@@ -59,13 +59,13 @@ class AllocationTracker(TorchDispatchMode):
         return Counter(self._alive)
 
     def end_section(self) -> Counter[str]:
-        """The peak since the last section ended; that of the next one starts from what is alive now."""
+        """Return the peak since the last section ended; the next one starts from what is alive now."""
         peak, self.peak = self.peak, self.alive()
         return peak
 
     @contextmanager
     def following(self) -> Iterator[None]:
-        """Follow what happens meanwhile; what would be compiled runs operation by operation, to be seen."""
+        """Track within the context; compiled code runs operation by operation there, so that each is seen."""
         with torch.compiler.set_stance("force_eager"), self:
             yield
 

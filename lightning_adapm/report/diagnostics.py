@@ -66,7 +66,7 @@ class StateReport:
                 for role, ours, theirs in split:
                     held[role] = held.get(role, StateBytes()) + ours
                     adamw[role] = adamw.get(role, StateBytes()) + theirs
-            if rest:  # of no parameter that the optimizer still has
+            if rest:  # state of parameters that the optimizer no longer has
                 held[OTHER] = sum(map(state_bytes, rest.values()), held.get(OTHER, StateBytes()))
         order = [role for role in (*ROLES, OTHER) if role in held]
         return cls({role: held[role] for role in order}, {role: adamw.get(role, StateBytes()) for role in order})
@@ -153,12 +153,12 @@ class Reading(NamedTuple):
 
 @dataclass
 class _Seen:
-    """Sums over what has been shown of a piece in one step, of what this process holds."""
+    """Sums over what a probe has seen of a piece in one step, on this process."""
 
     reading: Reading
     key: tuple[int, int]
     shared: Layout | None
-    """Processes whose sums are still to be added; None where this one holds all of the piece."""
+    """Layout over the processes whose sums are still to be added; None where this one holds all of the piece."""
     largest: Tensor
     """Largest entry of updates."""
     clamped: Tensor
@@ -203,7 +203,7 @@ class ResidualProbe:
         if basis is not None:
             basis = reduction_of([part]).columns(join([basis]), grad.shape[-1])
             seen.residual = _residual(part, grad, basis.to(part.exact))
-        if part.second.whole_matrices and (part.shard is not None or part.held_numel):  # of stacks, perhaps no matrix
+        if part.second.whole_matrices and (part.shard is not None or part.held_numel):  # perhaps no matrix of a stack
             seen.deviation = Deviation(part)
         self._seen.append(seen)
         self._latest[part.key] = seen

@@ -136,7 +136,7 @@ def compare(model: nn.Module, **adapm_options: Any) -> dict[str, Explanation]:
 
 
 def _stated(model: nn.Module) -> dict[str, Any]:
-    """Settings of a module with the mixin that are not the defaults of its optimizer: those are not another one's."""
+    """Settings of a module with the mixin, without its optimizer's defaults, which another optimizer does not share."""
     settings: Any = model
     if not hasattr(model, "adapm_options"):
         return {}

@@ -1,4 +1,4 @@
-"""Memory of a whole training step, planned by running it on the meta device, where tensors have sizes and no values."""
+"""Memory of a whole training step, planned by running it on the meta device, where tensors have no values."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _IN_LOW_PRECISION = (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, t
 
 @dataclass(frozen=True)
 class StepBytes:
-    """Bytes at the moment of a training step when most is held.
+    """Bytes at the moment of a training step when the most memory is held.
 
     Args:
         weights: Parameters and buffers.
         gradients: Gradients of parameters.
         state: State of the optimizer.
-        activations: What the forward pass has made and the backward pass still needs.
-        transients: All else: what backward works on, blocks that are computed again, and the optimizer's step.
+        activations: Tensors that the forward pass has made and the backward pass still needs.
+        transients: Everything else: tensors of the backward pass, recomputed blocks, and the optimizer's step.
     """
 
     weights: int = 0

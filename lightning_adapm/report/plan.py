@@ -20,7 +20,7 @@ from lightning_adapm.step.parts import Part, new_state
 from lightning_adapm.step.transients import held_by_recorded_steps
 
 _AROUND_GRAPHS = 1 << 26
-"""Workspace that cuBLAS has for captures, and blocks of the allocator that graphs do not fill. An assumption."""
+"""Assumed bytes of cuBLAS's workspace for captures, and of the allocator's blocks that graphs do not fill."""
 
 # How optimizers of torch and the peers call their first and second moments.
 _MOMENTUM = ("exp_avg", "momentum_buffer", "m", "mu", "mu_product", "state1")

@@ -1,4 +1,4 @@
-"""Memory of a model with many equal blocks, from a step of a few of them: what every further block adds is known."""
+"""Memory of a model with many equal blocks, from a step of a few of them and what every further block adds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FEW = 3
 
 
 class Shortened:
-    """Within the context, a model has only some of its blocks, if they are alike.
+    """Within the context, leave a model only some of its blocks, if they are alike.
 
     The step has a section before the backward pass, and one for each block in it, each with its own peak. In the first
     of them, every missing block would hold its activations; in the last ones, its gradients. Between them, memory rises
@@ -82,7 +82,7 @@ class Shortened:
 
 
 def _alike(blocks: Iterable[nn.Module]) -> bool:
-    """Whether blocks have the same parameters, all of them trained alike."""
+    """Whether all blocks have the same parameters, of which the same are trained."""
     kinds = {
         (type(block), tuple((name, param.shape, param.requires_grad) for name, param in block.named_parameters()))
         for block in blocks
@@ -99,5 +99,5 @@ def _difference(one: Counter[str], other: Counter[str]) -> Counter[str]:
 
 
 def _sum(one: Counter[str], other: Counter[str], times: int = 1) -> Counter[str]:
-    """Sum of bytes by category, of which some may be negative."""
+    """Sum of bytes by category; the summands may be negative."""
     return Counter({key: one[key] + times * other[key] for key in {*one, *other}})

@@ -57,7 +57,7 @@ def assign_roles(
     roles_matter: bool,
     check: Callable[[Named, tuple[Piece, ...], Mapping[str, Any]], None],
 ) -> Assigned:
-    """Give every parameter a name, a role and its pieces, without changing the arguments.
+    """Find the name, the role and the pieces of every parameter, without changing the arguments.
 
     Args:
         groups: Parameter groups of the caller, with every option.

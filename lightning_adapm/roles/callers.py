@@ -1,4 +1,4 @@
-"""Warnings of the line that called the package."""
+"""Warnings that point to the line that called the package."""
 
 import contextlib
 import os
@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 _BETWEEN = (str(Path(__file__).parents[1]) + os.sep, str(Path(torch.__file__).parent) + os.sep, contextlib.__file__)
-"""Beginnings of the files whose lines are not the caller's: torch wraps steps, and contexts are entered in one."""
+"""Prefixes of files whose lines are not the caller's: torch wraps steps, contextlib enters contexts."""
 
 
 def warn_caller(message: str) -> None:
-    """Warn of the innermost line outside the package and torch. Python shows the same words once for each line.
+    """Warn, pointing to the innermost line outside the package and torch.
 
+    Python shows the same message once for each line.
     From Python 3.12 on, ``warnings.warn(message, skip_file_prefixes=...)`` is the same.
     """
     frame, level = sys._getframe(), 1

@@ -72,7 +72,7 @@ class Named:
         own = re.sub(r"((?<=to_out)\.0)?\.weight$", "", plain(self.name))
         beside = children_of(self.around[1]) if len(self.around) > 1 else ()
         if rules.is_attention(name.lower() for name in beside):
-            return own  # else what an adapter is wrapped around is called linear
+            return own  # without adapters, whose wrapped layer would be called linear
         return re.sub(r"\.(linear|inner_linear)$", "", own)
 
     @property

@@ -33,7 +33,7 @@ def parameters_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def is_module(thing: object) -> bool:
-    """Whether something is a module by its type; lazy objects import or compute when they are asked themselves."""
+    """Whether something is a module, by its type: lazy objects may import or compute when they are inspected."""
     return issubclass(type(thing), nn.Module)
 
 
@@ -41,7 +41,7 @@ def attribute(thing: object, name: str) -> Any:
     """Read an attribute of a module or its configuration; None where it is missing or fails."""
     try:
         return getattr(thing, name, None)
-    except Exception:  # a property of the user's, which nobody asked for
+    except Exception:  # a property of the user's that fails
         return None
 
 
@@ -62,7 +62,7 @@ def walk(root: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, ...]]]:
 
 
 def find_roots(tensors: Iterable[Tensor]) -> list[nn.Module]:
-    """The fewest outermost modules that hold ``tensors``, as far as live modules do; those that hold most come first.
+    """Find the fewest outermost modules that hold ``tensors``; those that hold most come first.
 
     A LightningModule goes before a module around it, and of several that hold the same tensors, the one that is being
     trained, then the smallest. Wrappers are not counted as outermost.
@@ -103,7 +103,7 @@ class _Candidate:
 
 
 def _holders(wanted: set[int]) -> tuple[set[int], list[nn.Module], list[nn.Module]]:
-    """Tensors that live modules hold, all modules that hold some at any depth, and those that no other one holds."""
+    """Return the held tensors, all modules that hold some at any depth, and the outermost of these modules."""
     held: set[int] = set()
     parents: dict[int, list[nn.Module]] = {}
     above: dict[int, nn.Module] = {}

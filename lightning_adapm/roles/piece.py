@@ -69,7 +69,7 @@ class Piece:
 
 
 def as_one_matrix(shape: torch.Size) -> torch.Size:
-    """Shape of a stack of one matrix, or of a vector of three dimensions, as a matrix; any other as it is."""
+    """Reduce the shape of a stack of one matrix, or of a vector with three dimensions, to a matrix's."""
     if len(shape) == 3 and (shape[0] == 1 or shape[1] == shape[2] == 1):
         return torch.Size((shape[0] * shape[1], shape[2]))
     return shape

@@ -1,4 +1,4 @@
-"""Collectives of a step, which are counted, and which whoever records the step may run in every replay instead."""
+"""Collectives of a step. They are counted, and a recorder of the step may take them over to run in every replay."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,15 +10,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 Collective = Callable[[], None]
-"""A collective with its tensors, or the end of one, which may be run again when these have other values."""
+"""Runs a collective over its tensors, or waits for one; may be called again when the tensors have other values."""
 Borrowing = Callable[[Tensor], Tensor]
-"""Gives the tensor that a collective keeps for one of the step, whose memory may be used again after it."""
+"""Returns the tensor that a collective keeps for a tensor of the step, whose memory may be reused after the step."""
 Taker = Callable[[Callable[[Borrowing], Collective]], None]
-"""Takes a collective that is still to be bound to its tensors."""
+"""Takes over a collective that is not yet bound to its tensors."""
 
 
 class Traffic:
-    """Bytes that a process gave to collectives or received from gathering ones, and the number of collectives."""
+    """Bytes that a process sent to collectives or received from gathers, and the number of collectives."""
 
     def __init__(self) -> None:
         self.bytes = self.collectives = 0
@@ -33,7 +33,7 @@ TRAFFIC = Traffic()
 """Traffic of all optimizers' steps in this process."""
 
 
-_taken: ContextVar[Taker | None] = ContextVar("whoever takes collectives", default=None)
+_taken: ContextVar[Taker | None] = ContextVar("taker of collectives", default=None)
 
 
 @contextmanager
@@ -59,9 +59,9 @@ class Planned(NamedTuple):
 
 
 class Pending:
-    """Collectives that begin together and are waited for together. The device goes on meanwhile.
+    """Collectives that begin together and are waited for together, while the device continues with other work.
 
-    Until they have been waited for, the memory of their tensors must not be used again.
+    The memory of their tensors must not be reused before :meth:`wait`.
     """
 
     def __init__(self, planned: Sequence[Planned]) -> None:
@@ -69,7 +69,7 @@ class Pending:
         self._begun: list[dist.Work] = []
 
     def bind(self, borrowed: Borrowing) -> Collective:
-        """Give what begins them, with their tensors, which are not kept here any longer."""
+        """Return a function that begins them; it keeps their tensors, and this object no longer does."""
         planned, self._planned = self._planned, ()
         kept = [(each.call, [borrowed(tensor) for tensor in each.tensors]) for each in planned]
 
@@ -131,7 +131,7 @@ def summing(tensor: Tensor, group: dist.ProcessGroup) -> Planned:
 
 
 def exchanging(received: Tensor, sent: Tensor, taken: list[int], given: list[int], group: dist.ProcessGroup) -> Planned:
-    """Plan to send so many rows as are ``given`` of ``sent`` to each process, and receive so many as are ``taken``."""
+    """Plan to send ``given[i]`` rows of ``sent`` to process ``i``, and to receive ``taken[i]`` rows from it."""
 
     def call(rows: Tensor, into: Tensor) -> dist.Work:
         return dist.all_to_all_single(into, rows, taken, given, group=group, async_op=True)

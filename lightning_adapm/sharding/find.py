@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def is_dtensor(tensor: object) -> "TypeGuard[DTensor]":
-    """Whether a tensor is a DTensor. There is none before its module was imported, which takes most of a second."""
+    """Whether a tensor is a DTensor. Does not import the module of DTensors, which takes most of a second."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def layout_of(param: Tensor, name: str = "a parameter") -> Layout | None:
-    """Find which elements of a parameter each process holds; an error calls it by ``name``.
+    """Find which elements of a parameter each process holds; errors mention its ``name``.
 
     Returns:
         The layout, or None where every process holds the whole parameter.
@@ -39,7 +39,7 @@ def layout_of(param: Tensor, name: str = "a parameter") -> Layout | None:
 
 
 def shape_of(param: Tensor, name: str = "a parameter") -> torch.Size:
-    """Shape of the whole parameter, however little of it this process holds; an error calls it by ``name``."""
+    """Shape of the whole parameter, however little of it this process holds; errors mention its ``name``."""
     layout = layout_of(param, name)
     return param.shape if layout is None else layout.shape
 
@@ -72,14 +72,14 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def locals_of(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """This process's parts of tensors, which takes no time for each of them where none is a DTensor."""
+    """This process's parts of tensors. Where none is a DTensor, the tensors are not looked at one by one."""
     return list(map(local, tensors)) if _has_dtensors(tensors) else tensors
 
 
 def local_grads(grads: Sequence[Tensor], params: Sequence[Tensor]) -> Sequence[Tensor]:
     """This process's parts of gradients, sharded as their parameters.
 
-    Tensor parallelism leaves some gradients otherwise: whole on every process, or as summands on each.
+    Tensor parallelism leaves some gradients in other forms: whole on every process, or as partial sums.
     """
     if not _has_dtensors(grads):
         return grads

@@ -1,7 +1,7 @@
-"""Layouts of FSDP1's parameters, and gradients of those of which a process holds nothing.
+"""Layouts of FSDP1's parameters, and gradients of parameters of which a process holds no element.
 
-FSDP1 shows its layout in private attributes only. All code that reads them is in this file. FSDP1 is imported by those
-who use it, which takes most of a second, and not from here.
+FSDP1 has its layout in private attributes only, and this file is the one place that reads them. It does not import
+FSDP1, which takes most of a second: whoever uses FSDP1 has imported it.
 """
 
 import gc
@@ -67,7 +67,7 @@ def layout_of_view(param: Tensor) -> Layout | None:
 
 
 def _find_views() -> None:
-    """Search memory for all handles; an optimizer has the views only, and nothing leads from a view to its handle."""
+    """Search memory for all handles, because an optimizer has views only, and a view has no reference to its handle."""
     for handle in gc.get_objects():
         if type(handle) is _fsdp1().FlatParamHandle and handle.flat_param._params is not None:
             for view in handle.flat_param._params:

@@ -12,13 +12,13 @@ from lightning_adapm.sharding.collectives import Pending, Planned, begin_and_wai
 from lightning_adapm.sharding.rows import RowShard
 
 LARGE = 1 << 24
-"""Bytes of a matrix from which on it has an exchange of its own, which puts its rows where they belong. Smaller ones
-share an exchange, because the host takes as long for it as a device for copies of their rows.
+"""Bytes of a matrix above which it has an exchange of its own, which writes its rows to their final places. Smaller
+matrices share an exchange, because launching one takes the host as long as copying their rows takes the device.
 """
 
 
 class Exchange(NamedTuple):
-    """Matrices that are exchanged together: those of each process, and the place of this one's among all of its own."""
+    """Matrices that are exchanged together: those of each process, and the position of this process's among its own."""
 
     dealt: list[range]
     place: slice
@@ -31,8 +31,8 @@ class Exchange(NamedTuple):
 class Owners:
     """Assignment of a batch's matrices to the processes that hold their rows, with one exchange in each direction.
 
-    Each of ``N`` processes sends its rows of every matrix and receives one matrix in ``N``. Its traffic shrinks with
-    ``N`` like its share of the rows, and no work is done twice. The device goes on while they are exchanged.
+    Each of ``N`` processes sends its rows of every matrix and receives one matrix of every ``N``. Its traffic shrinks
+    with ``N``, as its share of the rows does, and no work is done twice. The device continues during an exchange.
 
     Args:
         shards: Shards of the batch's matrices, in order; all of one group and one shape.
@@ -142,7 +142,7 @@ class Owners:
         return planned, given_back
 
     def _in_place(self, exchange: Exchange) -> bool:
-        """Whether the rows of this process's matrices lie as they are exchanged."""
+        """Whether the rows of this process's matrices lie in memory in the order of the exchange."""
         return len(exchange.dealt[self._rank]) < 2 and not self._cut
 
     def _sent(self, exchange: Exchange) -> list[int]:

@@ -15,7 +15,7 @@ _Tensors = TypeVar("_Tensors", bound=Sequence[Tensor] | Tensor)
 
 
 class Reduction:
-    """Completion of sums over rows; this base class is for matrices held by one process, which need none.
+    """Completes sums over rows with those of other processes; in this base class there are none.
 
     Arguments are one tensor per matrix, or one batch for several matrices. They are changed in place and returned.
     """
@@ -46,7 +46,7 @@ class Reduction:
         return None
 
     def columns(self, values: Tensor, n: int) -> Tensor:
-        """All columns ``(b, r, n)`` of what processes may keep some columns each of, by :func:`column_range`."""
+        """Gather all columns ``(b, r, n)`` of a tensor whose columns processes may share, by :func:`column_range`."""
         return self.columns_of([values], [n])[0]
 
     def columns_of(self, stacks: Sequence[Tensor], widths: Sequence[int]) -> list[Tensor]:
@@ -96,11 +96,11 @@ ONE_PROCESS = Reduction()
 
 
 class ProcessReduction(Reduction):
-    """Completion of sums over the rows held by a group of processes, with one collective for a whole batch.
+    """Completes sums over the rows that a group of processes holds, with one collective for a whole batch.
 
     Args:
         shards: Shards of the batch's matrices, in order; all of one group.
-        columns_shared: Each process keeps some columns only of what :meth:`columns` gathers.
+        columns_shared: Whether each process keeps only some columns of what :meth:`columns` gathers.
     """
 
     def __init__(self, shards: Sequence[RowShard], columns_shared: bool = False) -> None:

@@ -19,15 +19,15 @@ Parts = tuple[Part, ...]
 def restored_state(
     groups: Iterable[Mapping[str, Any]], parts_of: Callable[[Tensor], Parts], saved: Mapping[str, Any]
 ) -> dict[Tensor, dict[str, Any]]:
-    """New state for every parameter that the saved optimizer had state for. Nothing is changed here.
+    """Make new state for every parameter that the saved optimizer had state for, without changing anything.
 
     Args:
         groups: Parameter groups of this optimizer.
-        parts_of: What it makes of a parameter.
-        saved: State dict of another one.
+        parts_of: Function that returns the parts of a parameter.
+        saved: State dict of the saved optimizer.
 
     Raises:
-        ValueError: A state of another optimizer, of another shape, or for parameters in another order.
+        ValueError: The state is another optimizer's, has another shape, or is for parameters in another order.
     """
     groups = list(groups)
     restored: dict[Tensor, dict[str, Any]] = {}
@@ -52,7 +52,7 @@ def restored_state(
 
 
 def _whole_state(parts: Parts, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of a whole parameter, whatever this process holds of it."""
+    """Make the state of a whole parameter, however little of it this process holds."""
     device, state = local(parts[0].param).device, new_state((), parts[0].param.device)
     state["step"].fill_(float(entry["step"]))
     for part in parts:
@@ -67,7 +67,7 @@ def _whole_state(parts: Parts, entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _saved(part: Part, entry: Mapping[str, Any], shape: torch.Size) -> dict[str, Any]:
-    """The entries of a part, by key without prefix: its own, or its rows of an entry for the whole parameter."""
+    """Select the saved entries of a part, by key without prefix: its own, or its rows of the whole parameter's."""
     piece = part.piece
     whole = {
         key: piece.matrix(v).reshape(part.shape)
@@ -102,9 +102,9 @@ def _unlike(part: Part, entries: Mapping[str, Entry], values: Mapping[str, Any])
 
 
 def _fill(part: Part, moment: Moment, family: type[Moment], saved: Mapping[str, Any], new: dict[str, Any]) -> None:
-    """Fill the new state of a moment of a part from what a moment of the same family has saved."""
+    """Fill the new state of a part's moment from the saved state of a moment of the same family."""
     values = decoded(saved)
-    # an AdamW state comes first: torch.distributed.checkpoint may have filled it up with new entries of this optimizer
+    # AdamW's kinds are defined first: torch.distributed.checkpoint may have added this optimizer's own new entries
     known = [kind for kind in family.kinds() if kind.keys and kind.keys <= values.keys()]
     sources = [kind for kind in known if kind.fits(values, part.shape)]
     if known and not sources:
@@ -134,10 +134,10 @@ def _fill(part: Part, moment: Moment, family: type[Moment], saved: Mapping[str, 
 def _check_nothing_lost(
     part: Part, family: type[Moment], entries: Mapping[str, Entry], values: Mapping[str, Any], new: Iterable[str]
 ) -> None:
-    """Refuse to begin a moment from zero where some of it was saved. A second moment never begins so.
+    """Refuse to start a moment from zero if some of it was saved. A second moment never starts from zero.
 
     Raises:
-        ValueError: Naming what was saved, or what is missing.
+        ValueError: State would be lost, or a second moment is missing.
     """
     if entries.keys() & values.keys():
         raise _unlike(part, entries, values)
@@ -156,7 +156,7 @@ def _check_nothing_lost(
 
 
 def _written(values: Mapping[str, Any], entries: Mapping[str, Entry], new: dict[str, Any]) -> bool:
-    """Write the values of entries through their storages, if all of them are there in the right shapes; whether so."""
+    """Write values through the storages of their entries if all have the right shapes; return whether they did."""
     if any(key not in values or getattr(values[key], "shape", None) != entry.shape for key, entry in entries.items()):
         return False
     for key, entry in entries.items():
@@ -168,7 +168,7 @@ def _written(values: Mapping[str, Any], entries: Mapping[str, Entry], new: dict[
 
 
 def _copied(saved: Mapping[str, Any], new: dict[str, Any]) -> bool:
-    """Copy entries that are the same ones, stored in the same shapes; whether they are."""
+    """Copy entries if the same ones were saved in the same shapes; return whether they were."""
     shapes = {key: value.shape if isinstance(value, Tensor) else None for key, value in new.items()}
     if not new.keys() <= saved.keys() or shapes != {key: getattr(saved[key], "shape", None) for key in new}:
         return False
@@ -181,7 +181,7 @@ def _copied(saved: Mapping[str, Any], new: dict[str, Any]) -> bool:
 
 
 def _check_order(saved: Iterable[Mapping[str, Any]], groups: Iterable[Mapping[str, Any]]) -> None:
-    """Refuse parameters in another order, in a group or over all of them: states are found by place."""
+    """Refuse parameters in another order, within a group or over all groups, because states are found by position."""
     before: list[str] = []
     now: list[str] = []
     for old, group in zip(saved, groups, strict=True):
@@ -196,10 +196,10 @@ def _check_order(saved: Iterable[Mapping[str, Any]], groups: Iterable[Mapping[st
 
 
 def _others(parts: Parts, entry: Mapping[str, Any], ours: bool) -> dict[str, Any]:
-    """Entries that wrappers keep in the state of a parameter, as Lookahead does; ``ours`` is all else around them.
+    """Select the entries that wrappers such as Lookahead keep in a parameter's state, if the rest is ``ours``.
 
     Raises:
-        ValueError: A state of another optimizer, or of other roles.
+        ValueError: The state is another optimizer's, or that of other roles.
     """
     kinds = (*Momentum.kinds(), *SecondMoment.kinds())
     moments = _in_any_storage(key for kind in kinds for key in kind.keys)
@@ -216,6 +216,6 @@ def _others(parts: Parts, entry: Mapping[str, Any], ours: bool) -> dict[str, Any
 
 
 def _in_any_storage(keys: Iterable[str]) -> set[str]:
-    """Keys of entries, and of the tensors that any storage keeps in their place."""
+    """Keys of entries, and of the tensors that other storages keep in place of them."""
     found = set(keys)
     return found | {key + suffix for kind in Storage.kinds() for key in found for suffix in kind.suffixes}

@@ -34,17 +34,17 @@ def shares_columns(part: Part, entry: Entry) -> bool:
 
 
 def stored(part: Part, key: str, entry: Entry) -> dict[str, Tensor]:
-    """Tensors on the meta device as those that an entry of the whole parameter is stored in, by key."""
+    """Tensors on the meta device like those in which an entry of the whole parameter is stored, by key."""
     return entry.storage.make(key, entry.shape or torch.Size(()), torch.empty((), dtype=part.exact, device=_META))
 
 
 def valued(part: Part, key: str, entry: Entry) -> dict[str, Tensor]:
-    """A tensor on the meta device as the value of an entry of the whole parameter, by its key."""
+    """A tensor on the meta device like the value of an entry of the whole parameter, by key."""
     return {key: torch.empty(entry.shape or (), dtype=entry.storage.dtype or part.exact, device=_META)}
 
 
 def whole_shapes(parts: Parts) -> dict[str, Tensor]:
-    """Tensors on the meta device as the values of the whole parameter's entries, by key."""
+    """Tensors on the meta device like the values of all entries of the whole parameter, by key."""
     shapes: dict[str, Tensor] = {}
     for part, key, entry in entries_of(parts):
         shapes |= valued(part, key, entry)

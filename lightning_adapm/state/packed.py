@@ -31,7 +31,7 @@ PACKED = "packed_"
 def pack(
     parts: Parts, values: Mapping[str, Any], layout: Layout, all_parts: Callable[[], Iterable[Parts]]
 ) -> dict[str, Tensor]:
-    """This process's part of all state of a parameter."""
+    """Pack this process's part of all state of a parameter into tensors."""
     vectors: dict[str, Tensor] = {}
     for part, key, entry in entries_of(parts):
         vectors[key] = values[key]
@@ -50,7 +50,7 @@ def pack(
 
 
 def unpack(parts: Parts, packed: Tensor) -> dict[str, Any]:
-    """The state of a whole parameter, as values, from the vector of all of it.
+    """Unpack the values of a whole parameter's state from its vector.
 
     Raises:
         ValueError: It was packed with other settings.
@@ -82,7 +82,7 @@ def _count(all_parts: Iterable[Parts]) -> int:
 
 
 def put_together(parts: Parts, entry: Mapping[str, Any] | None, layout: Layout) -> dict[str, Any] | None:
-    """Put together again what FSDP1 has cut up.
+    """Reassemble what FSDP1 has cut up.
 
     Whatever a saved tensor's shape, FSDP1 gives each process the elements at the process's places in the parameter, in
     row-major order. Nothing is lost, because no entry is larger than its parameter.

@@ -10,7 +10,7 @@ AS_BUILT = "as_built"
 """Entry of a parameter group with the hyperparameters given in code, which schedules do not change."""
 
 _OWN = ("roles", "param_names", "no_decay", "format_version")
-"""Group entries that stay this optimizer's own, like its ``structure``."""
+"""Group entries that keep this optimizer's values, like those in ``structure``."""
 
 _FOREIGN = ("amsgrad", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
 """Options of torch's optimizers without a meaning here."""
@@ -66,7 +66,7 @@ def _check(old: Mapping[str, Any], version: int) -> None:
 
 
 def _built(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Saved hyperparameters as given in code; those of another optimizer as they were on saving.
+    """Saved hyperparameters as they were given in code; another optimizer's as they were when it was saved.
 
     A rate with another meaning, as of some of ``torch.optim.Muon``, is left out of ``old``.
     """

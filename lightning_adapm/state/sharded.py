@@ -64,7 +64,7 @@ def export_state(parts: Parts, state: Mapping[str, Any], all_parts: Callable[[],
 
 
 def form_of(part: Part, key: str, entry: Entry) -> dict[str, Tensor]:
-    """Tensors on the meta device as those of the whole parameter's entry in the state dict of a sharded one."""
+    """Tensors on the meta device like those of a sharded parameter's entry in a state dict, of whole shapes."""
     return (stored if entry.storage.rowwise else valued)(part, key, entry)
 
 

@@ -32,7 +32,7 @@ class Checkpointed(Optimizer):
         raise NotImplementedError
 
     def follow_groups(self) -> None:
-        """Let everything known of parameters follow the lists of the groups, which callers may change in place."""
+        """Bring what is known of parameters into line with the groups' lists, which callers may change in place."""
 
     def all_parts(self) -> Iterator[tuple[Part, ...]]:
         """The parts of every parameter."""
@@ -73,7 +73,7 @@ class Checkpointed(Optimizer):
         saved with other settings is converted. One warning names the options that differ, and the values used.
 
         Raises:
-            ValueError: The state has no meaning here. Nothing has been changed then.
+            ValueError: The state cannot be loaded. Nothing has been changed then.
         """
         self.follow_groups()
         loaded: dict[Any, Any] = {}

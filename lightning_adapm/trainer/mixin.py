@@ -139,9 +139,9 @@ class AdaPMMixin(_Module):
             if config.schedule == "constant":
                 reason = f"warmup_steps: {config.warmup_steps} (a share of all steps)"
             raise MisconfigurationException(
-                f"adapm has {reason}, which needs the number of steps, but this run has no end that the Trainer knows"
+                f"adapm has {reason}, which needs the number of steps, but the Trainer cannot know it for this run"
                 " (max_steps=-1, and max_epochs=-1 or data without a length). Set Trainer(max_steps=...), or use"
-                " schedule: constant, with warm-up as a number of steps"
+                " schedule: constant, with the warm-up as a number of steps"
             )
         return steps
 
@@ -169,7 +169,7 @@ class AdaPMMixin(_Module):
 
 
 def check_strategy(strategy: strategies.Strategy) -> None:
-    """Refuse strategies under which an optimizer would not be the one that it is on one device.
+    """Refuse strategies under which an optimizer would not train as on one device.
 
     Raises:
         MisconfigurationException: The strategy is one of those.

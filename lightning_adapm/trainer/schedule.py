@@ -86,7 +86,7 @@ class Schedule(LambdaLR):
         return factor.keywords
 
     def follow(self, trainer: L.Trainer) -> None:
-        """Span the true number of steps where a callback changed it before the first one; warn where one did later."""
+        """Adopt the number of steps that a callback set before the first step; warn where one changes it later."""
         span, pace = self._span, Pace.of(trainer)
         if span.pace is None or span.pace.max_steps != pace.max_steps:
             return
@@ -102,9 +102,9 @@ class Schedule(LambdaLR):
             return
         span.pace = None
         rank_zero_warn(
-            f"the schedule of the learning rate has {span.steps} steps, but the run now takes another number: an epoch"
-            f" has {pace.batches} batches, a step {pace.accumulated} of them. Change that by"
-            " GradientAccumulationScheduler alone, which the schedule knows, or set Trainer(max_steps=...)"
+            f"the learning-rate schedule has {span.steps} steps, but the run now takes another number: an epoch"
+            f" has {pace.batches} batches, and a step {pace.accumulated} of them. Change accumulation only with"
+            " GradientAccumulationScheduler, which the schedule follows, or set Trainer(max_steps=...)"
         )
 
     def rebase(self, lr: float) -> None:
@@ -142,7 +142,7 @@ class Schedule(LambdaLR):
         now = self.settings
         changed = [f"{key}={now[key]} (was {saved[key]})" for key in saved if saved[key] != now[key]]
         if changed:
-            rank_zero_warn(f"the learning rate goes on by its own schedule, not the checkpoint's: {', '.join(changed)}")
+            rank_zero_warn(f"the learning rate follows this run's schedule, not the checkpoint's: {', '.join(changed)}")
 
 
 def lr_factor(step: int, *, warmup: int, total: int | None, min_ratio: float) -> float:
