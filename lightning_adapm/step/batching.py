@@ -17,18 +17,18 @@ from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
 from lightning_adapm.step.parts import Part, reduction_of
 from lightning_adapm.step.paths import Path, unknown_moments
 
-# Parts of one shape are taken through a step together while their gradients hold at most this many elements: small
-# matrices share kernels, large ones (which fill a device alone) are not copied and bound the temporaries.
+# Parts of one shape step together as long as their gradients have at most this many elements in total: small matrices
+# share kernels, and large ones, each of which fills a device, are not copied and bound the temporaries.
 _BATCH_NUMEL = {"cpu": 1 << 16, "cuda": 1 << 26}
-# Where nothing is copied, temporaries are projections, a small share of that, and several of them in a refresh. Graphs
+# Where nothing is copied, temporaries are projections, which are much smaller; a refresh has several of them. Graphs
 # keep them.
 _UNCOPIED_NUMEL = {"cpu": 1 << 24, "cuda": 1 << 28}
 _REFRESHED_NUMEL = {"cpu": 1 << 24, "cuda": 1 << 27}
-# Whole matrices are copied in the dtype of products, and fill a device only by several.
+# Whole matrices are copied in the dtype of products, and only several of them fill a device.
 _WHOLE_NUMEL = {"cpu": 1 << 16, "cuda": 1 << 28}
 EXCHANGED = 4
-"""Factor of the elements of rows that processes exchange for whole matrices: what is sent and received, there and back,
-is copies, and graphs have little room for them. Products of fewer matrices would not fill a GPU.
+"""Factor by which elements count that processes exchange for whole matrices: these are copied when they are sent and
+received, in both directions, and graphs have little room for copies. Products of fewer matrices would not fill a GPU.
 """
 _IN_TILES = (NoSecondMoment, ElementwiseSecondMoment, BlockSecondMoment, FactoredSecondMoment)
 
@@ -36,24 +36,24 @@ _IN_TILES = (NoSecondMoment, ElementwiseSecondMoment, BlockSecondMoment, Factore
 class Batch(NamedTuple):
     """Parts that go through a step together, as the moments of the first of them declare.
 
-    As buckets, they are all that are alike. These are cut into batches, which are worked on one at a time, and where
-    torch's operations move parameters tile by tile.
+    The same type is used at three sizes: a bucket has all parts that are alike; it is cut into batches, which are
+    processed one at a time; and torch's operations cut these into tiles.
     """
 
     parts: list[Part]
     params: list[Tensor]
-    """Tensors that move: views of the parameters. Of shards, buckets have all that this process holds of the
-    parameters, and batches the rows, which may be copies."""
+    """Tensors that move: views of the parameters. For shards, a bucket has everything that this process holds of the
+    parameters, and a batch only the rows of its parts, which may be copies."""
     grads: list[Tensor]
-    """Gradients as matrices; of shards as ``params``."""
+    """Gradients as matrices; for shards like ``params``."""
     step: int
     path: Path
     reduction: Reduction
     """Completes sums over rows that other processes hold."""
     start: int = 0
-    """Place of a tile's first part in its batch."""
+    """Index in its batch of a tile's first part."""
     rows: tuple[int, int] | None = None
-    """Rows of a single part that a tile has: the first, and the one after the last."""
+    """Rows of its single part that a tile has: the first, and the one after the last; None for all."""
 
     @property
     def first(self) -> int:
@@ -85,8 +85,10 @@ def bucketed(
 
 
 def most_together(numel: int, device: str, uncopied: bool, due: bool, whole: bool) -> int:
-    """Number of matrices of ``numel`` elements in a batch, where a step copies gradients or not, refreshes bases, or
-    works on whole matrices.
+    """Maximum number of matrices of ``numel`` elements in a batch.
+
+    It depends on whether a step leaves gradients ``uncopied``, is ``due`` to refresh bases, and needs ``whole``
+    matrices.
     """
     limits = _BATCH_NUMEL
     if whole:
@@ -97,9 +99,9 @@ def most_together(numel: int, device: str, uncopied: bool, due: bool, whole: boo
 
 
 def batches(bucket: Batch) -> Iterator[Batch]:
-    """A bucket in batches of a bounded size, the same on every process that holds a part of them.
+    """Cut a bucket into batches of a bounded size, the same on every process that holds a part of them.
 
-    Shards are taken out of the parameters, which may copy them: :func:`put_back` returns what has moved.
+    The rows of shards are taken out of the parameters, which may copy them; :func:`put_back` writes them back.
     """
     part, grad = bucket.parts[0], bucket.grads[0]
     shard, path = part.shard, bucket.path
@@ -122,8 +124,9 @@ def batches(bucket: Batch) -> Iterator[Batch]:
 
 
 def _one_by_one(part: Part, grad: Tensor, path: Path) -> bool:
-    """Whether torch's operations copy no gradient of parts like this one, and make nothing else of their size but
-    tiles: :class:`lightning_adapm.step.gradients.Gradients` are multiplied one by one.
+    """Whether torch's operations need no temporaries of the size of gradients for parts like this one, except tiles.
+
+    :class:`lightning_adapm.step.gradients.Gradients` are then multiplied one by one, without a copy.
     """
     if part.is_shared or grad.device.type != "cpu" or grad.dtype != part.exact or type(part.second) not in _IN_TILES:
         return False
@@ -132,7 +135,7 @@ def _one_by_one(part: Part, grad: Tensor, path: Path) -> bool:
 
 
 def put_back(batch: Batch) -> None:
-    """Write the rows of shards that have moved into the parameters."""
+    """Write the moved rows of shards back into the parameters."""
     for part, moved in zip(batch.parts, batch.params, strict=True):
         if part.shard is not None:
             part.shard.put(part.view, moved)

@@ -1,4 +1,4 @@
-"""Numbers that change from step to step without a gradient's doing."""
+"""Numbers that change from step to step, whatever the gradients are."""
 
 from typing import NamedTuple
 

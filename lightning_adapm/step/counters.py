@@ -1,4 +1,4 @@
-"""Counters of the steps that parameters have taken, one tensor for each."""
+"""Counters of the steps that parameters have taken: a view of one tensor for each parameter."""
 
 from collections.abc import MutableMapping, Sequence
 from operator import is_, itemgetter

@@ -1,4 +1,4 @@
-"""A step of parameters along their gradients: sorted into buckets of parts, and moved batch by batch on one path."""
+"""The order of a step: parts are sorted into buckets, and each bucket moves batch by batch, on one path."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,7 +34,7 @@ _UNRECORDED = "launched: steps are recorded on a GPU, where their caller does no
 
 
 class Rule(Protocol):
-    """Decisions of an optimizer about its parts and their steps."""
+    """What the engine asks of an optimizer: its state, its groups, and its decisions about parts and their steps."""
 
     param_groups: list[dict[str, Any]]
     defaults: dict[str, Any]
@@ -54,14 +54,14 @@ class Rule(Protocol):
 
 
 class Engine:
-    """Moves parameters along their gradients, and keeps what that needs from step to step."""
+    """Moves parameters along their gradients, and keeps what is needed between steps."""
 
     def __init__(self) -> None:
         self.nonfinite = NonFiniteGradients()
         self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"nonfinite": self.nonfinite}  # caches are a process's own
+        return {"nonfinite": self.nonfinite}  # caches are left out: they belong to a process
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
@@ -74,9 +74,9 @@ class Engine:
         self._cache = DeviceCache()
         self._pool = Pool()
         self._recorders: defaultdict[Tensor, Recorder] = defaultdict(partial(Recorder, self._pool))
-        """Recorders, by the first of the parameters that move together: all, or those of one update inside backward."""
+        """Recorders, by the first of the parameters that move together: all, or those of one turn inside backward."""
         self._latest: list[Recorder] = []
-        """Recorders of the latest step."""
+        """Recorders that the latest step used."""
 
     @property
     def cached_bytes(self) -> int:
@@ -91,14 +91,14 @@ class Engine:
         return next((each for each in found if each != REPLAYED), REPLAYED)
 
     def move(self, works: Sequence[Work], rule: Rule) -> Sequence[Found]:
-        """Count one more step of parameters, and move them.
+        """Move parameters along their gradients, and count one more step for each.
 
         Args:
-            works: The parameters, at least one by the options of each group.
-            rule: The optimizer's decisions.
+            works: The parameters, with the options of their group; none of them is empty.
+            rule: The optimizer.
 
         Returns:
-            What kernels have found out about the gradients, of parts that they move.
+            What kernels found out about the gradients of the parts that they moved.
         """
         device, works = works[0].device, [work._replace(counts=self._count(work)) for work in works]
         with _without_autocast(device.type), using(self._cache):
@@ -113,7 +113,7 @@ class Engine:
     def _recorder(self, first: Tensor) -> Recorder:
         """The recorder of the parameters that move together with the ``first`` of them."""
         recorder = self._recorders[first]
-        if recorder in self._latest:  # parameters move once in a step
+        if recorder in self._latest:  # a new step, because parameters move once in each
             self._latest.clear()
         self._latest.append(recorder)
         return recorder
@@ -128,7 +128,7 @@ class Engine:
         return counts
 
     def _launched(self, works: Sequence[Work], rule: Rule, recorder: Recorder | None) -> Sequence[Found]:
-        """Take a step launch by launch, and return what kernels have found out about the gradients that they read."""
+        """Take a step by launching its kernels one by one; return what they found out about gradients."""
         planned: list[tuple[Mapping[str, Any], list[Batch]]] = []
         bound = [part for work in works for part in work.bound()]
         try:
@@ -136,7 +136,7 @@ class Engine:
                 moving = zip(work.grads, work.parts, work.counts, strict=True)
                 planned.append((work.group, bucketed(moving, partial(rule.path_for, group=work.group))))
             every = [bucket for _, buckets in planned for bucket in buckets]
-            # whole rows of matrices are read first: kernels find out on their way
+            # left out: whole rows of sharded matrices, whose kernels check gradients as they read them
             apart = (bucket for bucket in every if bucket.parts[0].shard is None or not bucket.path.whole)
             self.nonfinite.agree(pair for bucket in apart for pair in zip(bucket.parts, bucket.grads, strict=True))
 
@@ -173,14 +173,14 @@ class Engine:
         return found + _found(together)
 
     def _move_by_torch(self, batch: Batch, group: Mapping[str, Any], rule: Rule) -> None:
-        # only now, batch by batch: copies of all gradients in float32 would be larger than the state that is saved
+        # batch by batch, because float32 copies of all gradients would be larger than the state that is saved
         wrapped = by_loops.wrapped(batch) if batch.path.loops else Gradients
         finite = self.nonfinite.replaced(batch.parts, batch.grads, bool(group["maximize"]), wrapped)
         rule.move(batch._replace(grads=finite), group)
         put_back(batch)
 
     def paths(self, work: Work, rule: Rule) -> list[StepPath]:
-        """List the paths that parameters will take, given gradients that lie in memory as the parameters do."""
+        """List the paths that parameters will take if their gradients have the parameters' memory layout."""
         alike: defaultdict[Alike, list[Part]] = defaultdict(list)
         for part in work.bound():
             alike[part.alike].append(part)
@@ -195,7 +195,7 @@ class Engine:
 
 
 def _moving_in_rounds(together: Sequence[Batch], group: Mapping[str, Any], rule: Rule) -> Iterator[Task]:
-    """Tasks that move batches, each while others wait for collectives. Those of a round are read before its first."""
+    """Yield tasks that move batches while others wait for collectives. A round is read before its first batch moves."""
     for some in exchange.rounds(together):
         exchange.begin(some)
         refreshing.refresh(some)
@@ -210,18 +210,18 @@ def _moving(batch: Batch, group: Mapping[str, Any], rule: Rule) -> Iterator[Sequ
 
 
 def _found(moved: Sequence[Batch]) -> list[Found]:
-    """Flaws and sums of squares that kernels have found in the gradients of batches."""
+    """Collect the flaws and sums of squares that kernels found in the gradients of batches."""
     readings = [(batch, batch.grads.reading) for batch in moved if isinstance(batch.grads, DeviceGradients)]
     return [Found(batch.parts, reading.flaws, [reading.squares]) for batch, reading in readings]
 
 
 def records(rule: Rule, device: torch.device) -> bool:
-    """Whether an optimizer's steps on a device are recorded, where they are alike."""
+    """Whether an optimizer's steps on a device may be recorded."""
     return bool(rule.most_recorded_bytes) and rule.observer is None and graphs.can_capture(device)
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Keep a caller's autocast, which would take products to half precision, out of a step."""
+    """Disable a caller's autocast during a step, because it would compute products in half precision."""
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
-    return nullcontext()  # mostly; the meta device has none
+    return nullcontext()  # the usual case; the meta device has no autocast

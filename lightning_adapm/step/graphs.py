@@ -1,4 +1,4 @@
-"""Work on a device that is captured once and replayed, as CUDA graphs."""
+"""Work on a device, captured once as CUDA graphs and then replayed."""
 
 import warnings
 import weakref
@@ -12,17 +12,17 @@ from torch import Tensor
 from lightning_adapm.sharding.collectives import Borrowing, Collective, taken_by
 
 _LARGEST_BLOCK = 1 << 29
-"""Bytes that are set aside for temporaries at most. More are taken as they are needed."""
+"""Maximum number of bytes set aside for temporaries in advance. More are allocated as needed."""
 
 
 class Graph(Protocol):
-    """Captured work, whose launches are given to the device together."""
+    """Captured work, which is launched on the device as a whole."""
 
     def replay(self) -> None: ...
 
 
 def can_capture(device: torch.device) -> bool:
-    """Whether work on a device can be captured now: it is a GPU of this machine, and nobody is capturing its work."""
+    """Whether work on a device can be captured now: it is a real GPU, and no other capture is in progress."""
     on_gpu = device.type == "cuda" and torch.cuda.is_initialized()  # under FakeTensorMode any machine has GPUs
     return on_gpu and not torch.cuda.is_current_stream_capturing()
 
@@ -41,13 +41,13 @@ class Pool:
         self._bytes = self._most = 0
 
     def need(self, nbytes: int) -> int:
-        """Note that a graph would take ``nbytes``, and return the most that any would."""
+        """Note that a graph would take ``nbytes``, and return the largest such number so far."""
         self._most = max(self._most, nbytes)
         return self._most
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it has taken for graphs that are still kept."""
+        """Bytes that it has allocated for graphs that are still kept."""
         return self._bytes if self._graphs else 0
 
     def captured(self, work: Callable[[], None], device: torch.device) -> Graph:
@@ -79,8 +79,8 @@ class Section(Graph, Protocol):
 class Sections:
     """A graph with collectives, which run between graphs.
 
-    Processes that replay a step and processes that launch it understand each other, because a collective is the same
-    for both: none has to know what the others do. Nor does a graph keep a communicator from being destroyed.
+    Some processes may replay a step that others launch: a collective is the same in both cases, so none has to know
+    what the others do. Nor does a graph keep a communicator from being destroyed.
     """
 
     def __init__(self) -> None:

@@ -1,18 +1,18 @@
-"""Interleaved tasks, so that a device works on one while the collectives of others are in flight."""
+"""Interleaving of tasks, so that a device works on one while the collectives of others are in flight."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
 from lightning_adapm.sharding.collectives import Pending, Planned, begin_and_wait
 
 Task = Iterator[Sequence[Planned]]
-"""Yields the collectives that have to be done before it goes on."""
+"""Yields the collectives that must be done before it can continue."""
 
 
 def interleave(tasks: Iterable[Task]) -> None:
-    """Do all of some tasks, each of which waits for collectives in between.
+    """Complete all tasks, each of which waits for collectives now and then.
 
-    Each begins before those before it go on, which have waited for longer. So the device does it while these wait, and
-    no more than a few are in progress. On every process, tasks go on in the same order.
+    A new task begins before the earlier ones continue, so that the device works on it while their collectives are in
+    flight. Only a few tasks are in progress at a time, and they continue in the same order on every process.
     """
     coming = iter(tasks)
     waiting: list[tuple[Task, Pending]] = []  # the newest first

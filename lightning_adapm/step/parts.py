@@ -1,4 +1,4 @@
-"""One object per piece of a parameter: what it is, where it lies, what is remembered of it."""
+"""One object per piece of a parameter: what it is, where it lies in memory, and which moments it has."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +17,7 @@ from lightning_adapm.sharding.rows import RowShard, column_range
 
 
 class Alike:
-    """Token for everything that must be equal in parts that step together; compared by identity."""
+    """Token shared by parts that may step together, in place of all that must be equal; compared by identity."""
 
     __slots__ = ("__weakref__",)
 
@@ -68,9 +68,9 @@ class Part:
     kept: tuple[int, int] | None
     """Columns that this process keeps of entries whose columns processes share; None for all."""
     alike: "Alike"
-    """Parts with the same one may go through a step together."""
+    """Parts with the same token may go through a step together."""
     view: Tensor
-    """The piece in the parameter's memory; for a shard all that this process holds of the parameter."""
+    """View of the piece in the parameter's memory; of a sharded parameter, everything that this process holds."""
     state: dict[str, Any]
     """State of the parameter."""
 
@@ -87,7 +87,7 @@ class Part:
                 self.shard = RowShard(layout, piece.start, piece.stop, piece.groups, piece.transposed)
 
     def tune(self, first: Momentum, second: SecondMoment, group: Mapping[str, Any]) -> "Part":
-        """Give the part its moments, and what other options of its parameter group mean."""
+        """Set the part's moments, and what follows from other options of its parameter group."""
         self.first, self.second = first, second
         self.decay = 0.0 if self.piece.role in group["no_decay"] else float(group["weight_decay"])
         self.kept = None
@@ -101,7 +101,7 @@ class Part:
         self.state = state
 
     def release(self) -> None:
-        """Give the memory back: callers may free it or put other memory in its place before the next step."""
+        """Drop references to memory, which callers may free or replace before the next step."""
         del self.view, self.state
 
     def __getitem__(self, key: str) -> Any:
@@ -161,7 +161,7 @@ class Part:
     def moments_made(self, device: torch.device, whole: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
         """Zero state of the first and of the second moment, by key without prefix.
 
-        It is of what this process holds, or of the ``whole`` matrix.
+        It covers what this process holds, or the ``whole`` matrix.
         """
         like, shape = torch.empty((), dtype=self.exact, device=device), self.shape if whole else self.held_shape
         kept = None if whole else self.kept
@@ -195,7 +195,7 @@ def parts_of(number: int, name: str, param: Tensor, pieces: Sequence[Piece]) -> 
         pieces: Its pieces.
 
     Raises:
-        TypeError: It is sharded in a way that is not supported.
+        TypeError: The parameter is sharded in a way that is not supported.
     """
     layout = layout_of(param)
     return tuple(Part((number, index), name, param, piece, layout) for index, piece in enumerate(pieces))
@@ -204,7 +204,7 @@ def parts_of(number: int, name: str, param: Tensor, pieces: Sequence[Piece]) -> 
 def new_state(parts: Iterable[Part], device: torch.device, whole: bool = False) -> dict[str, Any]:
     """Zero state of a parameter: every key that it will ever have.
 
-    It is of what this process holds of the parameter, or of the ``whole`` parameter.
+    It covers what this process holds of the parameter, or the ``whole`` parameter.
     """
     state: dict[str, Any] = {"step": torch.tensor(0.0, dtype=torch.float32)}
     for part in parts:

@@ -1,4 +1,4 @@
-"""Path of a bucket of parts through a step, by kernels or by torch's operations. Decided here and nowhere else."""
+"""The path of a bucket of parts through a step, by kernels or by torch's operations; decided only here."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -42,22 +42,22 @@ class Path(NamedTuple):
 
     @property
     def kernels(self) -> bool:
-        """Gradients are read as they are, by kernels; otherwise they are copied in the dtype of the arithmetic."""
+        """Whether kernels read gradients as they are; otherwise these are copied in the dtype of the arithmetic."""
         return self.name in ("kernels", "kernels and reductions")
 
     @property
     def whole(self) -> bool:
-        """Kernels do all of the step; otherwise moments and reductions do some of it."""
+        """Whether kernels do all of the step; otherwise moments and reductions do a part of it."""
         return self.name == "kernels"
 
     @property
     def moved_by_kernels(self) -> bool:
-        """Kernels move the parameters, by whatever means the direction was found."""
+        """Whether kernels move the parameters, however their direction was computed."""
         return self.kernels or self.name == "torch and kernels"
 
     @property
     def loops(self) -> bool:
-        """Compiled loops move the parameters, on a CPU."""
+        """Whether compiled loops move the parameters, on a CPU."""
         return self.name == "torch and loops"
 
 
@@ -82,8 +82,8 @@ def path_of(parts: Sequence[Part], grads: Sequence[Tensor], maximize: bool) -> P
 
     Args:
         parts: The parts.
-        grads: Their gradients as matrices; of shards all that this process holds of the parameter's.
-        maximize: Gradients are to be negated.
+        grads: Their gradients as matrices; of sharded parameters, everything that this process holds.
+        maximize: Whether gradients are negated.
     """
     part = parts[0]
     device = part.view.device

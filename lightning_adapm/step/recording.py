@@ -41,7 +41,7 @@ class Found(NamedTuple):
 
 
 class NotRecordableError(RuntimeError):
-    """Why a step cannot be recorded."""
+    """A step cannot be recorded, for the reason in the message."""
 
 
 class Timed(NamedTuple):

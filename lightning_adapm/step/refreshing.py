@@ -33,7 +33,7 @@ def refresh(batches: Sequence[Batch]) -> None:
 
 
 def _groups(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
-    """Batches whose bases are made orthonormal together: of a bounded size, but for the last one of each."""
+    """Group batches whose bases are made orthonormal together; the last batch of a group may exceed the bound."""
     together, numel = list[Batch](), 0
     for batch in batches:
         if together and (numel > TOGETHER_NUMEL or together[0].reduction.scope != batch.reduction.scope):

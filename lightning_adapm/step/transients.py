@@ -1,4 +1,4 @@
-"""Bounds of what a step on a GPU allocates and frees again, computed from shapes."""
+"""Bounds of the temporary memory of a step on a GPU, computed from shapes."""
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
@@ -20,13 +20,13 @@ from lightning_adapm.step.reading import ROWS_OF_A_TILE, rows_of_a_product
 from lightning_adapm.step.refreshing import TOGETHER_NUMEL
 
 _FACTORS, _BASES = 8, 9
-"""Copies of the left factors of matrices that step together, and of their bases, all in float32, in a first step."""
+"""Float32 copies of left factors and bases of matrices that step together, in a first step."""
 
 _SQUARES_IN_FLOAT64 = 7
-"""Products of a basis with itself, by which it is made orthonormal."""
+"""Products of a basis with itself, which make it orthonormal."""
 
 _BLOCKS = 4096
-"""Bytes that an allocator adds to the small tensors of a part."""
+"""Bytes that the allocator adds to the small tensors of a part."""
 
 _COPIES = 2
 """Copies in float32 of matrices that step together by torch's operations. An assumption."""
@@ -46,7 +46,7 @@ _TILES = 6
 
 
 def step_transients(parts: Iterable[Part], in_backward: bool = False) -> int:
-    """Bound of the bytes that a step on one GPU holds for a moment, besides weights, gradients and state.
+    """Bound of the temporary bytes of a step on one GPU, in addition to weights, gradients and state.
 
     It is that of docs/training.md, for gradients in the dtype of their parameters, with a monitor.
 

@@ -1,4 +1,4 @@
-"""View of a step for an observer: in tiles of a bounded size, computed next to the step, which stays as it is."""
+"""View of a step for an observer, in tiles of a bounded size; the step itself is unchanged."""
 
 from collections.abc import Iterator, Sequence
 from typing import Protocol

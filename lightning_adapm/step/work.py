@@ -10,19 +10,19 @@ from lightning_adapm.step.parts import Part
 
 
 class Work(NamedTuple):
-    """Parameters that move in a step by the options of one group, as this process holds them."""
+    """Parameters that move in a step under the options of one group, as this process holds them."""
 
     group: Mapping[str, Any]
     parts: Sequence[tuple[Part, ...]]
-    """Parts of each parameter; the lists below have an entry for each parameter, too."""
+    """Parts of each parameter. The lists below have one entry for each parameter, too."""
     held: Sequence[Tensor]
     grads: Sequence[Tensor]
     states: Sequence[dict[str, Any]]
     counts: Sequence[int] = ()
-    """Numbers of their steps, once they are counted."""
+    """Numbers of the parameters' steps, once counted."""
     unmoved: object = None
-    """Token of the steps whose parameters and states lie in the same places, with gradients of the same kinds; None
-    where that was not found out.
+    """Token shared by steps whose parameters and states lie at the same addresses, and whose gradients have the same
+    dtypes and strides; None if that was not checked.
     """
 
     @classmethod
@@ -42,14 +42,14 @@ class Work(NamedTuple):
         return self.held[0].device
 
     def bound(self) -> Iterator[Part]:
-        """Let the parts find themselves in the parameters and their states, until they are released."""
+        """Yield the parts, bound to the memory of their parameters and states until they are released."""
         for parts, held, state in zip(self.parts, self.held, self.states, strict=True):
             for part in parts:
                 part.bind(held, state)
                 yield part
 
     def settle(self) -> None:
-        """Bring scalars of the states to the devices of the parameters.
+        """Move scalars of the states to the devices of the parameters.
 
         ZeroRedundancyOptimizer loads all scalars to the CPU, where torch's optimizers have only counters of steps.
         """
