@@ -18,56 +18,56 @@ from lightning_adapm.roles.piece import Piece
 class AdaPM(RoleOptimizer):
     """AdamW with partial momentum (AdaPM, arXiv 2510.09103).
 
-    MLPs, most of a transformer, keep low-rank factors with the paper's residual correction, and everything else all of
-    it, in eight bits. In the paper, queries and keys are low-rank, too, and embeddings and attention outputs keep none.
-    Its settings are ``AdaPM(momentum="paper", rank=0.05, state_dtype=None)``.
+    MLPs, which are most of a transformer, keep low-rank momentum with the paper's residual correction. Everything else
+    keeps full momentum, in eight bits. In the paper, queries and keys have low-rank momentum, too, and embeddings and
+    attention outputs have none; its settings are ``AdaPM(momentum="paper", rank=0.05, state_dtype=None)``.
 
     Args:
-        params: ``model.named_parameters()``, or ``model.parameters()`` itself (names and heads are then read from the
-            module), an iterable of ``(name, tensor)``, or parameter groups whose ``params`` are one of these or
-            which state a ``role``. A group may also state ``n_head``, ``n_query_groups`` and ``head_size`` where only
-            names are given.
+        params: ``model.named_parameters()``, ``model.parameters()`` (names and head counts are then read from the
+            module), an iterable of ``(name, tensor)``, or parameter groups whose ``params`` are one of these, or
+            which state a ``role``. Where only names are given, a group may also state ``n_head``, ``n_query_groups``
+            and ``head_size``.
         lr: Learning rate.
         betas: Decay of the first and the second moment.
         eps: Constant added to the denominator, outside the root.
         weight_decay: Decoupled weight decay, as in AdamW.
         rank: Rank of the low-rank momentum: an int, or a float in (0, 1] for a share of the smaller dimension of the
-            unfused matrix. A piece that factors would not make smaller keeps full momentum.
+            unfused matrix. A piece whose factors would not be smaller keeps full momentum.
         update_proj_gap: Steps between two refreshes of a subspace. Transformer blocks take turns: half of them refresh
             together, or a quarter where matrices are large.
         debias: Whether the residual correction is added to the low-rank momentum.
         second_moment: ``"elementwise"`` (AdamW), ``"factored"`` (Adafactor) or ``"block"`` (Adam-mini). Where memory is
-            short, choose factored: on tokens it ended 0.014 +- 0.011 below AdamW's best, at its learning rate (three
-            seeds; ``benchmarks/results/tokens_llama_60m.md``). With the compact table on 86 million parameters it ended
-            0.0188 below, and block, with as much state, 0.034 above (``benchmarks/results/at_size.md``).
-        momentum: Policies by role that differ from the default, ``{"mlp": "full", "lm_head": "none"}``, or one policy
-            for every role. The policies are ``"none"``, ``"low_rank"`` and ``"full"``. ``"paper"`` is the published
-            table, in which embeddings and attention outputs keep none, ``"compact"`` has low-rank momentum for
-            everything but values and vectors.
+            short, choose factored: on tokens it ended 0.014 +- 0.011 nats below AdamW's best, at AdamW's learning rate
+            (three seeds; ``benchmarks/results/tokens_llama_60m.md``). With the compact table on 86 million parameters
+            it ended 0.0188 below, and block, which keeps as much, 0.034 above (``benchmarks/results/at_size.md``).
+        momentum: Policies that differ from the default, by role, such as ``{"mlp": "full", "lm_head": "none"}``; or
+            one policy for every role. The policies are ``"none"``, ``"low_rank"`` and ``"full"``. There are two
+            presets: ``"paper"`` is the published table, in which embeddings and attention outputs keep no momentum,
+            and ``"compact"`` has low-rank momentum for everything but values and vectors.
         roles: Roles for names, ``{regular expression: role or policy}``, searched in order before any built-in rule.
         unmatched: Policy of matrices without a known role. ``"error"`` refuses and lists them.
         no_decay: Roles exempt from weight decay, for instance ``("norm", "bias")``.
-        state_dtype: Dtype of the momentum, or of a policy's, as in ``{"full": "int8", "low_rank": "bfloat16"}``, which
-            is the default. With a preset or one policy for every role, the default is ``{"low_rank": "bfloat16"}``, so
-            that ``momentum="full"`` is AdamW. None, and a policy that is not named: float32 (float64
-            for float64 parameters). ``"int8"`` stores codes with a scale for each 256 values of a row, and bases in
+        state_dtype: Dtype of the momentum, or dtypes by policy. The default is ``{"full": "int8", "low_rank":
+            "bfloat16"}``, and with a preset or one policy for every role ``{"low_rank": "bfloat16"}``, so that
+            ``momentum="full"`` is AdamW. None means float32 (float64 for float64 parameters), and so does a policy
+            that is left out. ``"int8"`` stores codes with a scale for each 256 values of a row, and bases in
             bfloat16; norms, biases, adapters and rows of fewer than 8 values stay in float32. The second moment is
             never kept below float32.
-        basis: Where processes that share the rows of a matrix keep the basis of its low-rank momentum.
-            ``"replicate"`` keeps all of it on each of them, ``"shard"`` a part, gathered in every step; ``"auto"``
-            replicates on up to two processes. Without sharding there is nothing to choose.
-        clip_threshold: Bound on each entry of the update in units of ``lr``, where the momentum is not full: a low-rank
-            average mixes columns, so that entries can exceed AdamW's by orders of magnitude. Embeddings without
-            momentum have ``1 / (1 - beta1)`` times that bound: the one step of a rare token is all of its update,
-            which AdamW spreads over as many. None: no bound.
+        basis: How processes that share the rows of a matrix keep the basis of its low-rank momentum.
+            ``"replicate"`` keeps the whole basis on each process. ``"shard"`` keeps a part on each, and gathers the
+            basis in every step. ``"auto"`` replicates on up to two processes. Without sharding it has no effect.
+        clip_threshold: Bound on each entry of the update in units of ``lr``, for parameters without full momentum: a
+            low-rank average mixes columns, so that entries can exceed AdamW's by orders of magnitude. The bound of
+            embeddings without momentum is ``1 / (1 - beta1)`` times as large, because a rare token moves in one step,
+            where AdamW spreads the move over as many. None means no bound.
         maximize: Whether the objective is maximized.
         rounding: How bfloat16 and float16 parameters are rounded after their update in float32: ``"stochastic"``, up
             or down at random with the right mean, so that updates below half a unit in the last place are not lost;
             or ``"nearest"``.
-        update_in_backward: In ``step(closure)``, move parameters and free their gradients while backward still runs.
-            When a gradient arrives, those that wait are together no larger than those of the largest transformer block
-            or parameter. Several processes, and backward passes outside of ``step`` (accumulation, a gradient scaler),
-            get an ordinary step, with a warning.
+        update_in_backward: Whether ``step(closure)`` moves parameters and frees their gradients while backward still
+            runs. Gradients that wait for others take no more memory than those of the largest transformer block or
+            parameter. With several processes, or a backward pass outside of ``step`` (accumulation, a gradient
+            scaler), the step is an ordinary one, with a warning.
 
     Raises:
         ValueError: An option is out of range, or a matrix has no role.
@@ -78,7 +78,7 @@ class AdaPM(RoleOptimizer):
     ``query.exp_avg_l``; a stack of matrices ``(b, m, n)`` has ``b`` in front of every shape.
 
     - ``step``: number of steps, a float32 scalar on the CPU.
-    - ``exp_avg`` ``(m, n)``: full momentum, in ``state_dtype``: of vectors float32.
+    - ``exp_avg`` ``(m, n)``: full momentum, in ``state_dtype``; float32 for vectors.
     - ``exp_avg_l`` ``(m, rank)``, ``exp_avg_r`` ``(rank, n)``, in ``state_dtype``, by default bfloat16, and the int
       ``seeded``: low-rank momentum, its orthonormal basis, and whether every matrix has a basis yet.
     - ``exp_avg_codes`` in int8 and ``exp_avg_scale`` ``(m, n / 256)`` instead of ``exp_avg`` where ``state_dtype`` is
@@ -90,8 +90,7 @@ class AdaPM(RoleOptimizer):
     Bases are made orthonormal in float64, never in TF32. Kernels of a CUDA step read gradients in their own dtype and
     multiply bases in bfloat16 with float32 sums; the gradient itself is added in float32.
 
-    A gradient with an infinity or a NaN is taken as zero, for the whole piece, and counted: see
-    :meth:`nonfinite_gradients`.
+    A gradient with an infinity or a NaN counts as zero for the whole piece; :meth:`nonfinite_gradients` counts these.
 
     Example::
 

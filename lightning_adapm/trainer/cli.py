@@ -49,9 +49,8 @@ class AdaPMCLI(LightningCLI):
     - The default precision is ``bf16-mixed`` on a CUDA device with bfloat16.
     - A run overwrites the configuration that an earlier run saved in the same folder.
     - ``--config recipe:NAME`` reads a recipe that comes with this package.
-    - ``torch.optim.AdamW`` goes on from checkpoints of this package's optimizers.
-    - A run that goes on from a checkpoint has the settings of its configuration, not those that the checkpoint was
-      trained with.
+    - ``torch.optim.AdamW`` resumes from checkpoints of this package's optimizers.
+    - A resumed run has the settings of its own configuration, not those that its checkpoint was trained with.
 
     Args:
         args: Command-line words; ``None`` for those of this process.
@@ -73,19 +72,19 @@ class AdaPMCLI(LightningCLI):
         return super().init_parser(**kwargs, exit_on_error=False)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse the words of the command line, with the files of recipes in the place of their names."""
+        """Parse the command line, with the names of recipes replaced by their files."""
         if args is None:
             self.config = parser.parse_args(with_files(sys.argv[1:], "trainer"))
         else:
             super().parse_arguments(parser, with_files(args, "trainer") if isinstance(args, list) else args)
 
     def _parse_ckpt_path(self) -> None:
-        """Leave the configuration as it is written. Lightning would replace the model's part of it by the settings of
-        the checkpoint, without a word, so that no change of a resumed run would have an effect.
+        """Keep the configuration as written. Lightning would silently replace the model's settings by those in the
+        checkpoint, so that changed settings would have no effect in a resumed run.
         """
 
     def before_instantiate_classes(self) -> None:
-        """Refuse a checkpoint that is not there before any work, and choose a precision if the user has not."""
+        """Refuse a missing checkpoint before any work, and choose a precision if the user has not."""
         _check_checkpoint(self.config[str(self.subcommand)].get("ckpt_path"))
         trainer = self.config[str(self.subcommand)].trainer
         if trainer.precision is None and trainer.accelerator in ("auto", "gpu", "cuda") and _cuda_has_bf16():
@@ -103,8 +102,9 @@ class AdaPMCLI(LightningCLI):
         optimizer: Optimizer,
         lr_scheduler: LRSchedulerTypeUnion | None = None,
     ) -> Any:
-        """Add the model's own schedule to an optimizer without one. Optimizers of replaced parameters are built again,
-        and AdamW loads states of this package.
+        """Add the model's own schedule to an optimizer without one.
+
+        An optimizer whose parameters were replaced is built again. AdamW gets a hook that loads states of this package.
         """
         held = {param for group in optimizer.param_groups for param in group["params"]}
         if not held.issuperset(lightning_module.parameters()):
@@ -121,7 +121,7 @@ class AdaPMCLI(LightningCLI):
 
 
 def _check_checkpoint(path: str | None) -> None:
-    """Refuse a file that is not there; "best", "last" and the like, and addresses, are looked up by the Trainer."""
+    """Refuse a missing file; the Trainer itself looks up URLs, and "best", "last" and the like."""
     if path is not None and Path(path).suffix == ".ckpt" and "://" not in path and not Path(path).exists():
         raise FileNotFoundError(
             f"`ckpt_path`: {path!r} does not exist; give a checkpoint such as runs/.../checkpoints/last.ckpt"

@@ -58,10 +58,10 @@ class AdaPMMixin(_Module):
 
     @property
     def lr(self) -> float:
-        """The learning rate: what was assigned here, else the one of ``adapm``.
+        """The learning rate: the one assigned to this attribute, or else that of ``adapm``.
 
-        An assignment wins over ``adapm["lr"]``, and one warning says so. While the module trains, it changes what the
-        schedule multiplies, as ``LearningRateFinder`` wants it.
+        An assignment takes precedence over ``adapm["lr"]``, with a warning. While the module trains, it changes the
+        rate that the schedule multiplies, as ``LearningRateFinder`` expects.
         """
         assigned: float | None = self.__dict__.get("_adapm_lr")
         return OptimizerConfig.resolve(self.adapm).lr if assigned is None else assigned
@@ -86,10 +86,10 @@ class AdaPMMixin(_Module):
         return OptimizerConfig.resolve(self.adapm).make
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdaPM or PartialMuon over all parameters of the module, with the schedule of its settings.
+        """Build AdaPM or PartialMuon over all parameters of the module, with the schedule of its settings.
 
         Raises:
-            MisconfigurationException: A strategy that is not supported, or a schedule over an endless run.
+            MisconfigurationException: The strategy is not supported, or an endless run has a schedule over its length.
             ValueError: A setting is out of range, or a matrix has no role.
         """
         config = dataclasses.replace(OptimizerConfig.resolve(self.adapm), lr=self.lr)
@@ -103,14 +103,14 @@ class AdaPMMixin(_Module):
         return self.schedule(optimizer)
 
     def schedule(self, optimizer: Optimizer) -> OptimizerLRScheduler:
-        """Any optimizer with the warm-up and schedule of ``adapm``, as ``configure_optimizers`` returns it.
+        """Add the warm-up and the schedule of ``adapm`` to any optimizer; return what ``configure_optimizers`` should.
 
         The schedule multiplies the optimizer's own learning rates and is stepped once per optimizer step; with manual
-        optimization that is up to the module (``self.lr_schedulers().step()``). A resumed run takes the rate that is
-        multiplied and the number of the step from its checkpoint, and warm-up, length and end from its own settings.
+        optimization, the module does that (``self.lr_schedulers().step()``). A resumed run takes the base rate and the
+        number of the step from its checkpoint, and the warm-up, length and final rate from its own settings.
 
         Returns:
-            The optimizer itself where nothing changes its learning rate, else Lightning's dict.
+            The optimizer itself if nothing changes its learning rate, else Lightning's dict.
 
         Raises:
             MisconfigurationException: The schedule needs the number of steps, and the Trainer has none.

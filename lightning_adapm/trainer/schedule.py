@@ -20,7 +20,7 @@ class Pace(NamedTuple):
     batches: float
     accumulated: int
     max_steps: int
-    """Limit of the run; another one than before means that a finder is trying something."""
+    """Limit of the run. While a finder makes a trial run, it differs."""
 
     @classmethod
     def of(cls, trainer: L.Trainer) -> Pace:
@@ -57,12 +57,12 @@ class Schedule(LambdaLR):
     follow the schedule from there.
 
     Args:
-        optimizer: Its learning rates are multiplied.
+        optimizer: Optimizer whose learning rates are multiplied.
         warmup: Steps of the warm-up; a float in [0, 1) is a share of ``steps``.
         cosine: Whether the rates fall after the warm-up.
         min_ratio: Factor at the end of the cosine.
         steps: Steps of the run; needed by the cosine and by a warm-up given as a share.
-        pace: The Trainer's, for which ``steps`` are counted.
+        pace: The Trainer's settings for which ``steps`` were counted.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Schedule(LambdaLR):
         )
 
     def rebase(self, lr: float) -> None:
-        """Multiply ``lr`` from the next step on, whatever a learning-rate finder writes into the groups until then."""
+        """Make ``lr`` the base rate from the next step on, whatever a finder writes into the groups before it."""
         self.base_lrs = [lr] * len(self.optimizer.param_groups)
         self.lr_lambdas = self.lr_lambdas[:1] * len(self.base_lrs)
 
@@ -121,7 +121,7 @@ class Schedule(LambdaLR):
         handle = self.optimizer.register_step_pre_hook(write)
 
     def get_lr(self) -> list[Any]:
-        """The learning rates of this step; groups added since the last one join in at the rate that they have."""
+        """Learning rates of this step; groups added since the last step join the schedule at their present rate."""
         now = self.lr_lambdas[0](self.last_epoch - 1)
         for group in self.optimizer.param_groups[len(self.base_lrs) :]:
             self.base_lrs.append(group.setdefault("initial_lr", group["lr"] / now if now else group["lr"]))
@@ -129,7 +129,7 @@ class Schedule(LambdaLR):
         return super().get_lr()
 
     def state_dict(self) -> dict[str, Any]:
-        """Base rates and the number of the step; the settings are kept to be compared."""
+        """Base rates and the number of the step, and the settings for comparison on loading."""
         state = super().state_dict()
         del state["_span"]
         return {**state, "lr_lambdas": [None] * len(self.lr_lambdas), "settings": self.settings}
