@@ -12,7 +12,7 @@ import argparse
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -77,7 +77,10 @@ class Job:
     """Leave out training steps, which take longer than all else."""
     peers: tuple[Peer, ...]
     profiled: tuple[Peer, ...]
-    profile: Path
+    described: dict[str, Any]
+    """What the page has besides what is measured."""
+    output: Path
+    """File of the result."""
 
 
 @dataclass
@@ -127,8 +130,11 @@ class Replica:
         optimizer.step()
 
 
-def work(job: Job) -> dict[str, Any]:
-    """Measure every optimizer on this process, together with the others; rows by name."""
+def work(job: Job) -> None:
+    """Measure every optimizer on this process, together with the others.
+
+    The first process writes the page after every turn, so that a run which is cut off leaves what it has measured.
+    """
     replica = Replica(job)
     replica.gradients()
     of = Parameters.of(replica.decoder)
@@ -136,22 +142,29 @@ def work(job: Job) -> dict[str, Any]:
     for row in rows:
         _say(f"{row.peer.name}: first steps")
         time_steps(row.optimizer.step, WARM, job.device)
-    _take_turns(job, rows, lambda row: row.optimizer.step, "alone")
     for row in rows:
         row.counts = _count(row.optimizer, job.device)
+    for _ in _turns_of(job, rows, lambda row: row.optimizer.step, "alone"):
+        _write(job, rows)
     _profile(job, [row for row in rows if row.peer in job.profiled])
     if job.step_only:
-        return {"rows": {row.peer.name: _summarized(row) for row in rows}}
+        return
     time_steps(replica.gradients, 2, job.device)
-    _take_turns(
-        job, [row for row in rows if row.trains], lambda row: lambda: replica.training_step(row.optimizer), "training"
-    )
     nothing = _seconds_by_step([time_steps(replica.gradients, INTERVAL, job.device)])
-    found = {row.peer.name: _summarized(row) for row in rows}
-    return {"forward_and_backward_ms": 1e3 * fmean(nothing[0]), "rows": found}
+    trained = [row for row in rows if row.trains]
+    for _ in _turns_of(job, trained, lambda row: lambda: replica.training_step(row.optimizer), "training"):
+        _write(job, rows, forward_and_backward_ms=1e3 * fmean(nothing[0]))
 
 
-def _take_turns(job: Job, rows: Sequence[Row], step_of: Callable[[Row], Callable[[], None]], kind: str) -> None:
+def _write(job: Job, rows: Sequence[Row], **more: float) -> None:
+    """Write the result and the page of what has been measured."""
+    found = {row.peer.name: _summarized(row) for row in rows}  # by all processes
+    if dist.get_rank() == 0:
+        result = job.described | more | {"rows": found}
+        write(job.output, result, page(result))
+
+
+def _turns_of(job: Job, rows: Sequence[Row], step_of: Callable[[Row], Callable[[], None]], kind: str) -> Iterator[None]:
     """Whole refresh intervals of every optimizer in turn; what no time is left for after the first turn is left out."""
     for turn in range(job.repeats):
         if turn and _late(job.deadline):
@@ -161,6 +174,7 @@ def _take_turns(job: Job, rows: Sequence[Row], step_of: Callable[[Row], Callable
             taken = time_steps(step_of(row), INTERVAL, job.device)
             getattr(row, kind).append(taken)
             _say(f"{row.peer.name}, {kind}: {1e3 * fmean(taken):.2f} ms, at most {1e3 * max(taken):.2f}")
+        yield
 
 
 def _late(deadline: float) -> bool:
@@ -220,7 +234,7 @@ def _profile(job: Job, rows: Sequence[Row]) -> None:
             ops = profile.key_averages()
             sorts = ["self_cpu_time_total", *(["self_device_time_total"] if job.device == "cuda" else [])]
             tables = [ops.table(sort_by=by, row_limit=40, max_name_column_width=70) for by in sorts]
-            with job.profile.open("a") as file:
+            with job.output.with_name(f"{job.output.stem}-profile.txt").open("a") as file:
                 file.write("\n".join([f"{row.peer.name}: {PROFILED + 1} steps", *tables, ""]))
 
 
@@ -260,6 +274,14 @@ def run(args: argparse.Namespace) -> None:
     if args.strategy == "ddp":  # where every process has all of every basis
         peers = tuple(peer for peer in peers if peer.options.get("basis") != "shard")
     args.output.mkdir(parents=True, exist_ok=True)
+    about = session("step_time_sharded", args.device) | {
+        **described(args.device, args.model, args.dtype, shape, MODELS[args.model].layers),
+        "strategy": args.strategy,
+        "processes": args.processes,
+        "batch": args.batch,
+        "length": args.length,
+        "repeats": args.repeats,
+    }
     job = Job(
         args.device,
         args.strategy,
@@ -272,18 +294,10 @@ def run(args: argparse.Namespace) -> None:
         args.step_only,
         peers,
         select(args.profile, PEERS),
-        args.output / f"{stem}-profile.txt",
+        about,
+        args.output / f"{stem}.json",
     )
-    result = session("step_time_sharded", args.device) | {
-        **described(args.device, args.model, args.dtype, shape, MODELS[args.model].layers),
-        "strategy": args.strategy,
-        "processes": args.processes,
-        "batch": args.batch,
-        "length": args.length,
-        "repeats": args.repeats,
-        **run_on(args.processes, args.device, work, job),
-    }
-    write(args.output / f"{stem}.json", result, page(result))
+    run_on(args.processes, args.device, work, job)
     print((args.output / f"{stem}.md").read_text(), flush=True)
 
 
