@@ -53,7 +53,8 @@ def scaling(optimizer: RoleOptimizer, world_size: int, basis: str) -> Scaling:
             momentum += size * rank * kept
             refresh += size * (rank * n + rank * rank + 2 * rank)
             if shared:
-                step += size * rank * world_size * kept
+                stored = entry.storage.dtype
+                step += (size if stored is None else stored.itemsize) * rank * world_size * kept
                 # made orthonormal by parts: two sums of products in float64, and the parts put together
                 refresh += size * (4 * rank * rank + rank * world_size * kept)
     return Scaling(world_size, basis, momentum, adamw, step, refresh, gradients)

@@ -2,12 +2,13 @@
 
 import pytest
 
-from benchmarks.step_time_on_paper import GPUS, SHAPES, Links, page, planned, rates, row
+from benchmarks.step_time_on_paper import GPUS, MEASURED, SHAPES, Links, page, planned, rates, row
 
 
 def test_shapes_are_those_of_the_models():
     counts = {"llama-3-8b": 8.030e9, "llama-3-70b": 70.554e9, "llama-3.1-405b": 405.85e9}
-    for model in SHAPES:
+    assert counts.keys() | {MEASURED} == SHAPES.keys()
+    for model in counts:
         assert sum(param.numel() for param in planned(model).pieces) == pytest.approx(counts[model], rel=1e-4)
 
 
@@ -22,8 +23,19 @@ def test_rows_and_page():
     assert share * first["kernels"] < last["kernels"] < first["kernels"]
     assert first["exchange"] < last["exchange"] < 0.05 * last["gradients"]
     made = {"date": "d", "hardware": "h", "versions": "v", "command": "c", "rows": rows}
+    made |= {"measured_model": first, "measured_ms": 1.0}
     text = page(made | {"rates": measured._asdict(), "links": vars(links)})
-    assert "| llama-3-8b | 1,024 |" in text
+    assert "| llama-3-8b | 1,024 |" in text and "only for llama-3-8b on 8 GPUs." in text
+
+
+def test_the_arithmetic_gives_what_was_measured_on_one_gpu_and_nearly_that_on_two():
+    """On one, from which it has its rates, without links; on two, steps took 4.8 ms."""
+    measured, links = rates(), Links(latency=0.0, inside=float("inf"))
+    one = row(MEASURED, 1, measured, links)
+    assert 1e3 * (one["kernels"] + one["exchange"]) == pytest.approx(8.165, rel=1e-3)
+    assert 1e3 * one["adamw"] == pytest.approx(13.02, rel=1e-3)
+    two = row(MEASURED, 2, measured, Links())
+    assert 1e3 * (two["kernels"] + two["exchange"]) == pytest.approx(4.82, rel=0.15)
 
 
 def test_collectives_take_their_latency():
