@@ -4,7 +4,7 @@ Full momentum and elementwise second moments take gradients in where they move t
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -15,7 +15,15 @@ from lightning_adapm.moments.base import Denominators, Direction, Momentum, Seco
 from lightning_adapm.moments.batches import join
 from lightning_adapm.moments.first import FullMomentum, LowRankMomentum
 from lightning_adapm.moments.quantized import CODES, SCALE, EightBits, decoded_from
-from lightning_adapm.moments.second import ElementwiseSecondMoment, FactoredSecondMoment, bias_correction
+from lightning_adapm.moments.second import (
+    BlockSecondMoment,
+    ElementwiseSecondMoment,
+    FactoredSecondMoment,
+    bias_correction,
+    block_means,
+    largest,
+)
+from lightning_adapm.moments.storage import EXACT
 from lightning_adapm.moments.tiles import spans
 from lightning_adapm.step import loops, watching
 from lightning_adapm.step.batching import Batch
@@ -25,19 +33,13 @@ from lightning_adapm.step.loops import Average, Reading
 from lightning_adapm.step.parts import Part
 from lightning_adapm.step.watching import Observer
 
-_LARGEST_BASIS = 1 << 17
-"""Most elements of a basis that loops multiply by, which a core's cache is to hold; the library takes larger ones."""
-
 
 def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> None:
     """Take gradients that are finite into the moments of a batch, and move its parameters."""
-    grads, parts, first, second = batch.grads, batch.parts, batch.parts[0].first, batch.parts[0].second
-    if isinstance(first, FullMomentum):  # taken further where it is used
-        direction = Direction(grads, 1 / (1 - first.beta1**batch.step), scratch=False, clamp=None)
-    else:
-        direction = first.direction(grads, parts, batch.step, batch.reduction)
+    parts, first, second = batch.parts, batch.parts[0].first, batch.parts[0].second
+    direction = _direction(batch)
     beta2 = second.beta2 if isinstance(second, ElementwiseSecondMoment) else None
-    known = None if beta2 is not None else second.denominators(grads, parts, batch.step, batch.reduction)
+    known = None if beta2 is not None else _denominators(batch)
     if observer is not None:
         watching.see_gradients(observer, batch)
     lr, clip = float(group["lr"]), group.get("clip_threshold")
@@ -45,18 +47,79 @@ def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> N
     for tile in _tiles(batch, direction, known, in_parts=observer is not None and isinstance(first, FullMomentum)):
         seen = None if observer is None else tile.taken
         loops.move(
-            tile.param,
-            tile.grad,
+            tile.params,
+            tile.along.tensors,
             tile.denominators,
             rate=lr * direction.scale,
-            keep=1 - lr * tile.part.decay,
+            keep=1 - lr * parts[0].decay,
             bound=None if clip is None else lr * clip,
             average=tile.average,
             factors=tile.along.factors,
             beta2=beta2,
         )
         if observer is not None and seen is not None:
-            watching.see_updates(observer, [tile.part], seen, seen, tile.denominators, clip, tile.start)
+            watching.see_updates(observer, tile.parts, seen, seen, tile.denominators, clip, tile.start)
+
+
+def _direction(batch: Batch) -> Direction:
+    """Take gradients into momentum, but for full momentum, which is taken further where it is used."""
+    first, grads, parts = batch.parts[0].first, batch.grads, batch.parts
+    if isinstance(first, FullMomentum):
+        return Direction(grads, 1 / (1 - first.beta1**batch.step), scratch=False, clamp=None)
+    if isinstance(first, LowRankMomentum) and isinstance(grads, ReadGradients) and first.storage.plain:
+        lefts, factors = first.storage.read(parts, "exp_avg_l"), grads.factors
+        if factors is not None and loops.advancing(lefts):
+            loops.advance(factors[0], lefts, first.beta1, 1 - first.beta1**batch.step)
+            return Direction(grads, 1.0, scratch=False, clamp=first.clamp, factors=factors)
+    return first.direction(grads, parts, batch.step, batch.reduction)
+
+
+def _denominators(batch: Batch) -> Denominators:
+    """Take gradients into a second moment that is not elementwise: for all parts at once, where they were read so."""
+    second, grads, parts, number = batch.parts[0].second, batch.grads, batch.parts, batch.step
+    if isinstance(grads, ReadGradients):
+        if isinstance(second, BlockSecondMoment) and second.storage == EXACT:
+            return _by_block(second, grads, [part["exp_avg_sq"] for part in parts], number)
+        if isinstance(second, FactoredSecondMoment) and second.storage == EXACT:
+            rows, columns = ([part[key] for part in parts] for key in ("exp_avg_sq_row", "exp_avg_sq_col"))
+            return _factored(second, grads, rows, columns, number)
+    return second.denominators(grads, parts, number, batch.reduction)
+
+
+def _by_block(second: BlockSecondMoment, grads: "ReadGradients", kept: list[Tensor], number: int) -> Denominators:
+    """:meth:`BlockSecondMoment.denominators`."""
+    means = _means(grads.squares_of_rows, grads[0].shape[-1])
+    if second.blocks is not None:
+        means = block_means(means, second.blocks, -1)
+    roots = _averaged(kept, means, second.beta2).sqrt_()
+    if second.blocks is not None:
+        roots = roots.repeat_interleave(grads[0].shape[-2] // second.blocks, dim=-1)
+    return Denominators(grads.by_part(roots[..., None]), bias_correction(second.beta2, number), second.eps)
+
+
+def _factored(
+    second: FactoredSecondMoment, grads: "ReadGradients", rows: list[Tensor], columns: list[Tensor], number: int
+) -> Denominators:
+    """:meth:`FactoredSecondMoment.denominators`."""
+    m, n = grads[0].shape[-2:]
+    by_row = _averaged(rows, _means(grads.squares_of_rows, n), second.beta2)
+    by_column = _averaged(columns, _means(grads.squares_of_columns, m), second.beta2).sqrt_()
+    mean = by_row.mean(dim=-1, keepdim=True).clamp_min_(torch.finfo(by_row.dtype).tiny)
+    shares = grads.by_part((by_row / mean).sqrt_()[..., None])
+    correction = bias_correction(second.beta2, number)
+    return Denominators(shares, correction, second.eps, grads.by_part(by_column[:, None]))
+
+
+def _means(sums: Tensor, count: int) -> Tensor:
+    return (sums / count).clamp_max_(largest(sums.dtype))
+
+
+def _averaged(kept: list[Tensor], means: Tensor, beta2: float) -> Tensor:
+    """Take means ``(b, k)`` into averages of the parts; return a copy of these, ``(b, k)``."""
+    averages = torch.stack(kept)
+    averages.view(means.shape).mul_(beta2).add_(means, alpha=1 - beta2)  # as :mod:`moments.second` does
+    torch._foreach_copy_(kept, list(averages.unbind()))
+    return averages.view(means.shape)
 
 
 class ReadGradients(Gradients):
@@ -74,48 +137,68 @@ class ReadGradients(Gradients):
 
     @cached_property
     def _reading(self) -> Reading:
-        matrices = [matrix for grad in self for matrix in (grad if grad.dim() == 3 else (grad,))]
-        return loops.read(matrices, self._bases, self._columns)
+        return loops.read(self._matrices, self._bases, self._columns)
 
     @property
     def finite(self) -> bool:
         return math.isfinite(float(self._reading.squares.sum()))
 
+    @property
+    def squares_of_rows(self) -> Tensor:
+        """Sums of squares of the rows of all matrices, ``(b, m)``."""
+        return self._reading.squares
+
+    @property
+    def squares_of_columns(self) -> Tensor:
+        """Sums of squares of their columns, ``(b, n)``."""
+        assert self._reading.columns is not None
+        return self._reading.columns
+
     def squares(self, dim: int | None) -> list[Tensor]:
-        sums = self._reading.columns if dim == -2 else self._reading.squares
-        assert sums is not None
-        if dim is None:
-            return [part.sum() for part in sums.chunk(len(self))]
-        shape = list(self[0].shape)
-        shape[dim] = 1
-        return [part.view(shape) for part in sums.chunk(len(self))]
+        if dim == -2:
+            return self.by_part(self.squares_of_columns[:, None])
+        rows = self.by_part(self.squares_of_rows[..., None])
+        return rows if dim == -1 else [row.sum() for row in rows]
+
+    def by_part(self, values: Tensor) -> list[Tensor]:
+        """The values ``(b, ...)`` of the matrices of each gradient, which has as many dimensions as those."""
+        return list((values if self[0].dim() == 2 else values.unflatten(0, (len(self), -1))).unbind())
+
+    @cached_property
+    def _matrices(self) -> list[Tensor]:
+        return [matrix for grad in self for matrix in (grad if grad.dim() == 3 else (grad,))]
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """Their products with the transposed bases, and the bases; None if these are not known."""
+        projected = self._reading.projected
+        return None if projected is None or self._bases is None else (projected, self._bases)
 
     def __matmul__(self, columns: Tensor) -> Tensor:
-        projected = self._reading.projected
-        if projected is None or self._bases is None or not torch.equal(columns.mT, self._bases):
-            return super().__matmul__(columns)
-        return projected
+        return loops.multiply(self._matrices, columns)
+
+    def __rmatmul__(self, weights: Tensor) -> Tensor:
+        return loops.multiply_left(self._matrices, weights)
 
 
 def wrapped(batch: Batch) -> Callable[[Iterable[Tensor]], Gradients]:
     """How to wrap the gradients of a batch, whose moments determine what will be asked for."""
     first, second, bases = batch.parts[0].first, batch.parts[0].second, None
+    if batch.parts[0].is_shared:  # shards may differ in shape
+        return Gradients
     if isinstance(first, LowRankMomentum) and not first.due(batch.step) and all(part["seeded"] for part in batch.parts):
         kept = first.bases(batch.parts)
-        if kept[0].shape[-2:].numel() <= _LARGEST_BASIS:
-            bases = join(kept).float().contiguous()
-    columns = isinstance(second, FactoredSecondMoment)
-    return Gradients if bases is None and not columns else partial(ReadGradients, bases=bases, columns=columns)
+        bases = join(kept).float().contiguous()
+    return partial(ReadGradients, bases=bases, columns=isinstance(second, FactoredSecondMoment))
 
 
 class _Tile(NamedTuple):
-    """Some rows of a part, or matrices of a stack."""
+    """Parts that loops move together, or some rows of a part, or matrices of a stack."""
 
-    part: Part
+    parts: list[Part]
     start: int
-    """The first of them."""
-    param: Tensor
-    grad: Tensor
+    """The first of the rows."""
+    params: list[Tensor]
     along: Direction
     average: Average | None
     denominators: Denominators
@@ -128,34 +211,44 @@ class _Tile(NamedTuple):
         if self.average is None:
             return self.along
         values, beta1, scales = self.average
-        before = values if scales is None else decoded_from(values, scales)
-        return self.along._replace(tensors=[torch.lerp(before, self.grad, 1 - beta1)])
+        before = values if scales is None else list(map(decoded_from, values, scales))
+        return self.along._replace(tensors=list(torch._foreach_lerp(before, self.along.tensors, 1 - beta1)))
 
 
 def _tiles(batch: Batch, direction: Direction, known: Denominators | None, in_parts: bool) -> Iterator[_Tile]:
-    """Cut a batch into parts, and these into tiles of a bounded size where a monitor is shown averages in advance."""
-    for index, (part, grad, param) in enumerate(zip(batch.parts, batch.grads, batch.params, strict=True)):
-        along, whole = direction.some(index, index + 1), param.view(grad.shape)
+    """Cut a batch where parts hold different numbers of rows, and into tiles of a bounded size where a monitor is shown
+    averages in advance.
+    """
+    parts, grads = batch.parts, batch.grads
+    params = [param.view(grad.shape) for param, grad in zip(batch.params, grads, strict=True)]
+    if not in_parts and all(grad.shape == grads[0].shape for grad in grads):
+        denominators = _squares(parts[0].second, parts, batch.step) if known is None else known
+        yield _Tile(parts, 0, params, direction, _average(parts[0].first, parts), denominators)
+        return
+    for index, (part, grad, param) in enumerate(zip(parts, grads, params, strict=True)):
+        along = direction.some(index, index + 1)
         for rows in spans(grad) if in_parts else ((0, len(grad)),):
-            span, state = slice(*rows), Rows(part, *rows)
+            state = [Rows(part, *rows)]
             if known is None:
                 denominators = _squares(part.second, state, batch.step)
             else:
                 denominators = known.some(index, index + 1).part(*rows, grad)
             average = _average(part.first, state)
-            yield _Tile(part, rows[0], whole[span], grad[span], along.part(*rows), average, denominators)
+            yield _Tile([part], rows[0], [param[slice(*rows)]], along.part(*rows), average, denominators)
 
 
-def _average(first: Momentum, state: State) -> Average | None:
-    """The average as it is stored: the loop takes the gradient into it."""
+def _average(first: Momentum, states: Sequence[State]) -> Average | None:
+    """The averages as they are stored: the loop takes the gradients into them."""
     if not isinstance(first, FullMomentum):
         return None
-    if isinstance(first.storage, EightBits):
-        return Average(state["exp_avg" + CODES], first.beta1, state["exp_avg" + SCALE])
-    return Average(state["exp_avg"], first.beta1)
+    if not isinstance(first.storage, EightBits):
+        return Average([state["exp_avg"] for state in states], first.beta1)
+    codes, scales = ([state["exp_avg" + suffix] for state in states] for suffix in (CODES, SCALE))
+    return Average(codes, first.beta1, scales)
 
 
-def _squares(second: SecondMoment, state: State, number: int) -> Denominators:
-    """The averages themselves, which the loop updates with the gradient."""
+def _squares(second: SecondMoment, states: Sequence[State], number: int) -> Denominators:
+    """The averages themselves, which the loop updates with the gradients."""
     assert isinstance(second, ElementwiseSecondMoment)
-    return Denominators([state["exp_avg_sq"]], bias_correction(second.beta2, number), second.eps, squared=True)
+    averages = [state["exp_avg_sq"] for state in states]
+    return Denominators(averages, bias_correction(second.beta2, number), second.eps, squared=True)

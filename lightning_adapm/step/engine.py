@@ -15,7 +15,7 @@ from lightning_adapm.moments.batches import Stacked
 from lightning_adapm.moments.cache import DeviceCache, using
 from lightning_adapm.roles.piece import Piece
 from lightning_adapm.sharding.collectives import Planned
-from lightning_adapm.step import by_kernels, by_loops, exchange, graphs, refreshing
+from lightning_adapm.step import by_kernels, by_loops, exchange, graphs, loops, refreshing
 from lightning_adapm.step.batching import Batch, batches, bucketed, put_back
 from lightning_adapm.step.counters import count_step
 from lightning_adapm.step.device_gradients import DeviceGradients
@@ -173,11 +173,12 @@ class Engine:
         return found + _found(together)
 
     def _move_by_torch(self, batch: Batch, group: Mapping[str, Any], rule: Rule) -> None:
-        # batch by batch, because float32 copies of all gradients would be larger than the state that is saved
-        wrapped = by_loops.wrapped(batch) if batch.path.loops else Gradients
-        finite = self.nonfinite.replaced(batch.parts, batch.grads, bool(group["maximize"]), wrapped)
-        rule.move(batch._replace(grads=finite), group)
-        put_back(batch)
+        with loops.threads_for_loops() if batch.path.loops else nullcontext():
+            # batch by batch, because float32 copies of all gradients would be larger than the state that is saved
+            wrapped = by_loops.wrapped(batch) if batch.path.loops else Gradients
+            finite = self.nonfinite.replaced(batch.parts, batch.grads, bool(group["maximize"]), wrapped)
+            rule.move(batch._replace(grads=finite), group)
+            put_back(batch)
 
     def paths(self, work: Work, rule: Rule) -> list[StepPath]:
         """List the paths that parameters will take if their gradients have the parameters' memory layout."""

@@ -3,9 +3,11 @@
 import importlib
 import math
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,8 +21,8 @@ from lightning_adapm.sharding.find import has_values
 _FEWEST = 1 << 16
 """Fewest elements that are worth another thread."""
 
-_PRODUCT = 1 << 17
-"""Most elements of a product of factors for each thread, which its core's cache is to hold."""
+_CACHED = 1 << 17
+"""Most elements of rows that each thread multiplies at once, which its core's cache is to hold; together a tile."""
 
 
 def runs_on(device: torch.device) -> bool:
@@ -39,6 +41,7 @@ def _found() -> bool:
     return True
 
 
+@cache
 def _loops() -> Any:
     return importlib.import_module("lightning_adapm.step.numba_loops")
 
@@ -48,6 +51,33 @@ def movable(param: Tensor, grad: Tensor) -> bool:
     if not has_values(param) or grad.dim() not in (2, 3) or param.numel() != grad.numel() or not param.numel():
         return False
     return param.dtype == torch.float32 and param.is_contiguous() and grad.is_contiguous()
+
+
+class _Local(threading.local):
+    threads: int | None = None
+    """Torch's number of threads, while the loops have them."""
+
+
+_LOCAL = _Local()
+
+
+@contextmanager
+def threads_for_loops() -> Iterator[None]:
+    """Leave torch a single thread, and the loops all the others.
+
+    After each of torch's operations, OpenMP's threads go on spinning for up to 10 ms, on cores that the loops need.
+    """
+    threads = torch.get_num_threads()
+    if _LOCAL.threads is not None or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    _LOCAL.threads = threads
+    try:
+        yield
+    finally:
+        _LOCAL.threads = None
+        torch.set_num_threads(threads)
 
 
 class Reading(NamedTuple):
@@ -64,30 +94,87 @@ class Reading(NamedTuple):
 def read(matrices: Sequence[Tensor], bases: Tensor | None, columns: bool) -> Reading:
     """Read matrices ``(m, n)`` once, with their products with ``bases`` ``(b, r, n)`` if there are any."""
     b, (m, n) = len(matrices), matrices[0].shape
-    threads = _threads(m, m * n)
-    squares, sums = torch.empty(b, m), torch.zeros(b, threads, n) if columns else None
+    squares = torch.empty(b, m)
+    cut = _Cut(squares, b, m, n)
+    sums = torch.zeros(cut.threads, b, n) if columns else None
     projected = None if bases is None else torch.empty(b, m, bases.shape[-2])
-    for index, matrix in enumerate(matrices):
-        own = [None if each is None else each[index] for each in (bases, projected, squares, sums)]
-        _shared(partial(_read, *map(_array, (matrix, *own))), (0, m), threads)
-    return Reading(squares, None if sums is None else sums.sum(dim=1), projected)
+    # the library multiplies by transposed matrices slowly where their rows lie a power of two apart
+    transposed = None if bases is None else bases.mT.contiguous()
+    read_rows, grads = _loops().read, _arrays(matrices)
+    found, added = squares.numpy(), None if sums is None else sums.numpy()
+
+    def work(thread: int, index: int, first: int, last: int) -> None:
+        column = None if added is None else added[thread, index]
+        for start, stop in cut.cached(first, last):
+            read_rows(grads[index], found[index], column, start, stop)
+            if projected is not None and transposed is not None:
+                rows = slice(start, stop)
+                torch.mm(matrices[index][rows], transposed[index], out=projected[index, rows])
+
+    cut.share(work)
+    return Reading(squares, None if sums is None else sums.sum(dim=0), projected)
 
 
-def _read(grad: Any, basis: Any, projected: Any, squares: Any, sums: Any, thread: int, first: int, last: int) -> None:
-    _loops().read(grad, basis, projected, squares, None if sums is None else sums[thread], first, last)
+def multiply(matrices: Sequence[Tensor], others: Tensor) -> Tensor:
+    """Products of matrices ``(m, n)`` with ``others`` ``(b, n, r)``, ``(b, m, r)``."""
+    b, (m, n) = len(matrices), matrices[0].shape
+    product, others = others.new_empty(b, m, others.shape[-1]), others.contiguous()
+    cut = _Cut(product, b, m, n)
+
+    def work(thread: int, index: int, first: int, last: int) -> None:
+        for start, stop in cut.cached(first, last):
+            torch.mm(matrices[index][start:stop], others[index], out=product[index, start:stop])
+
+    cut.share(work)
+    return product
+
+
+def multiply_left(matrices: Sequence[Tensor], others: Tensor) -> Tensor:
+    """Products of ``others`` ``(b, r, m)`` with matrices ``(m, n)``, ``(b, r, n)``."""
+    b, (m, n) = len(matrices), matrices[0].shape
+    product = others.new_empty(b, others.shape[-2], n)
+
+    def work(thread: int, index: int, first: int, last: int) -> None:
+        torch.mm(others[index], matrices[index][:, first:last], out=product[index, :, first:last])
+
+    _Cut(product, b, n, m, in_threads=True).share(work)
+    return product
+
+
+def advancing(lefts: Sequence[Tensor]) -> bool:
+    """Whether the loops support left factors of momentum: without gaps, in float32 or bfloat16."""
+    return all(left.dtype in (torch.float32, torch.bfloat16) and left.is_contiguous() for left in lefts)
+
+
+def advance(projected: Tensor, lefts: Sequence[Tensor], beta1: float, correction: float) -> None:
+    """Take products of gradients ``(b, m, r)`` into ``lefts``, left factors of averages of matrices or stacks, and let
+    the products become ``left / correction`` less themselves.
+    """
+    halves = lefts[0].dtype == torch.bfloat16
+    kept = _arrays([left.view(torch.int16) for left in lefts] if halves else lefts)
+    numbers = np.float32(1 - beta1), np.float32(1 / correction)
+    b, m, r = projected.shape
+    advance_rows, products = _loops().advance, projected.reshape(b, -1).numpy()
+
+    def work(thread: int, index: int, first: int, last: int) -> None:
+        left = kept[index].reshape(-1)
+        own = (None, left) if halves else (left, None)
+        advance_rows(products[index], *own, *numbers, first * r, last * r)
+
+    _Cut(projected, b, m, r).share(work)
 
 
 class Average(NamedTuple):
-    """Full momentum, which takes the gradient: values, or codes with their ``scales``."""
+    """Full momentum, which takes the gradients: values, or codes with their ``scales``."""
 
-    values: Tensor
+    values: list[Tensor]
     beta1: float
-    scales: Tensor | None = None
+    scales: list[Tensor] | None = None
 
 
 def move(
-    param: Tensor,
-    grad: Tensor,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
     denominators: Denominators,
     *,
     rate: float,
@@ -99,75 +186,96 @@ def move(
 ) -> None:
     """``param = keep param - clamp(rate (grad + left right) / (roots / correction + eps))``, with torch's threads.
 
-    All are of some rows of a matrix, or of some matrices of a stack; ``left`` ``(b, m, k)`` and ``right`` ``(b, k, n)``
-    are the ``factors``. An ``average`` takes the gradient and stands in its place. With ``beta2``, the roots are still
-    to be taken, of averages which take the gradient first.
+    All are of matrices or stacks of one shape, or of some rows of them; ``left`` ``(b, m, k)`` and ``right``
+    ``(b, k, n)`` are the ``factors``. An ``average`` takes the gradient and stands in its place. With ``beta2``, the
+    roots are still to be taken, of averages which take the gradient first.
     """
-    if not param.numel():  # other processes hold all rows
+    if not params[0].numel():  # other processes hold all rows
         return
-    (root,), correction, eps, columns, _ = denominators
+    roots, correction, eps, columns, _ = denominators
     values, beta1, scales = average or (None, 0.0, None)
-    squares = None if beta2 is None else root
+    moved = _arrays(params)
+    b, (m, n) = len(moved), moved[0].shape
+    none: list[Any] = [None] * b
+    squares = none if beta2 is None else _arrays(roots)
     # an array in any case, because Numba types branches that are never taken
-    roots = root.expand(*param.shape[:-1], 1).reshape(-1) if squares is None else root.new_empty(0)
-    by_column = None if columns is None else columns[0].flatten(0, -2)
-    matrices = [each if each is None else each.flatten(0, -2) for each in (param, grad, values, scales, squares)]
-    rows = param.shape[:-1].numel()
-    height = rows if by_column is None else rows // len(by_column)
+    by_row = [np.empty(0, np.float32)] * b if beta2 is not None else _rows(roots, params[0], m)
+    by_column = none if columns is None else [each for part in columns for each in part.reshape(-1, n).numpy()]
+    parts = (moved, _arrays(grads), *(none if each is None else _arrays(each) for each in (values, scales)))
+    operands = list(zip(*parts, squares, by_row, by_column, strict=True))
     decay, bound = beta2 or 0.0, math.inf if bound is None else bound
-    numbers = beta1, 1 - beta1, decay, 1 - decay, rate, correction, eps, keep, bound
-    operands = [*map(_array, (*matrices, roots, by_column)), height, *map(np.float32, numbers)]
-    threads = _threads(rows, param.numel())
-    if factors is None:
-        _shared(partial(_move, operands, None, 0), (0, rows), threads)
-    else:
-        _move_along(operands, factors, threads)
-    torch.autograd.graph.increment_version(param)  # as every operation in place
+    numbers = tuple(map(np.float32, (beta1, 1 - beta1, decay, 1 - decay, rate, correction, eps, keep, bound)))
+    move_rows, cut = _loops().move, _Cut(params[0], b, m, n)
+    left, right = factors or (None, None)
+    products = None if left is None else left.new_empty(cut.threads, cut.count, n)
+
+    def work(thread: int, index: int, first: int, last: int) -> None:
+        if left is None or right is None or products is None:
+            move_rows(None, first, last, *operands[index], *numbers)
+            return
+        for start, stop in cut.cached(first, last):
+            product = torch.mm(left[index, start:stop], right[index], out=products[thread, : stop - start])
+            move_rows(product.numpy(), start, stop, *operands[index], *numbers)
+
+    cut.share(work)
+    torch.autograd.graph.increment_version(params)  # as every operation in place
 
 
-def _move_along(operands: list[Any], factors: tuple[Tensor, Tensor], threads: int) -> None:
-    """Move rows along products of factors, of as many at a time as the caches of cores hold."""
-    lefts, rights = factors
-    m, n = lefts.shape[1], rights.shape[2]
-    count = min(m, max(1, min(threads * _PRODUCT, tile_numel(lefts)) // n))
-    buffer = lefts.new_empty(count, n)
-    for index, (left, right) in enumerate(zip(lefts, rights, strict=True)):
-        for first in range(0, m, count):
-            some = left[first : first + count]
-            product = torch.mm(some, right, out=buffer[: len(some)])
-            origin = index * m + first
-            work = partial(_move, operands, product.numpy(), origin)
-            _shared(work, (origin, origin + len(some)), threads)
+def _arrays(tensors: Sequence[Tensor]) -> list[Any]:
+    """The memory of matrices and of those of stacks, as Numba sees it."""
+    arrays = (tensor.detach().numpy() for tensor in tensors)
+    return [matrix for array in arrays for matrix in (array if array.ndim == 3 else (array,))]
 
 
-def _move(operands: list[Any], product: Any, origin: int, thread: int, first: int, last: int) -> None:
-    _loops().move(product, origin, first, last, *operands)
+def _rows(roots: Sequence[Tensor], param: Tensor, m: int) -> list[Any]:
+    """Roots for each row of each matrix."""
+    shape = (*param.shape[:-1], 1)
+    return [each for root in roots for each in root.expand(shape).reshape(-1, m).numpy()]
 
 
-def _array(tensor: Tensor | None) -> Any:
-    """The memory of a tensor, as Numba sees it."""
-    return None if tensor is None else tensor.detach().numpy()
-
-
-def _threads(rows: int, numel: int) -> int:
-    """Number of threads for so many rows, at most torch's."""
-    return max(1, min(torch.get_num_threads(), rows, numel // _FEWEST))
-
-
-def _shared(work: Callable[[int, int, int], None], rows: tuple[int, int], threads: int) -> None:
-    """Share rows, the first and the one after the last, among threads: ``work`` is given the number of a thread and
-    its rows.
+class _Cut:
+    """Cut of ``b`` matrices ``(m, n)`` into rows for threads. Products of the same rows are computed together on any
+    number of threads, because their last bits may depend on it.
     """
-    first, last = rows
-    if threads == 1:
-        work(0, first, last)
-        return
-    ends = [first + (last - first) * index // threads for index in range(threads + 1)]
-    pool = _pool(os.getpid(), threads - 1)  # a child process has no threads of its parent
-    others = [pool.submit(work, index, *ends[index : index + 2]) for index in range(1, threads)]
-    work(0, *ends[:2])
-    for other in others:
-        other.result()
+
+    def __init__(self, like: Tensor, b: int, m: int, n: int, in_threads: bool = False) -> None:
+        most = _LOCAL.threads or torch.get_num_threads()
+        largest = min(_CACHED, tile_numel(like) // most) // n
+        self.count = min(m, max(1, -(-m // -(-most // b)) if in_threads else largest))
+        self._high, self._rows = -(-m // self.count), m
+        self._pieces = b * self._high
+        self.threads = max(1, min(most, self._pieces, b * m * n // _FEWEST))
+
+    def cached(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Cut rows of a matrix, the first and the one after the last, into those that a cache holds."""
+        for start in range(first, last, self.count):
+            yield start, min(start + self.count, last)
+
+    def share(self, work: Callable[[int, int, int, int], None]) -> None:
+        """Share rows among threads: ``work`` is given the number of a thread, that of a matrix, and its rows."""
+        if self.threads == 1:
+            self._do(work, 0)
+            return
+        pool = _pool(os.getpid(), self.threads - 1)  # a child process has no threads of its parent
+        others = [pool.submit(self._do_alone, work, thread) for thread in range(1, self.threads)]
+        try:
+            self._do(work, 0)
+        finally:
+            for other in others:
+                other.result()
+
+    def _do_alone(self, work: Callable[[int, int, int, int], None], thread: int) -> None:
+        if torch.get_num_threads() > 1:  # the thread's own
+            torch.set_num_threads(1)
+        self._do(work, thread)
+
+    def _do(self, work: Callable[[int, int, int, int], None], thread: int) -> None:
+        first, last = (self._pieces * each // self.threads for each in (thread, thread + 1))
+        while first < last:
+            index, piece = divmod(first, self._high)
+            end = min(self._high, piece + last - first)
+            work(thread, index, piece * self.count, min(end * self.count, self._rows))
+            first += end - piece
 
 
 @cache

@@ -12,72 +12,61 @@ from lightning_adapm.moments.quantized import BLOCK
 
 _F = np.float32
 _ONE, _TOP, _LARGEST, _TINY = _F(1), _F(127), _F(3.4028234e38), _F(1.1754944e-38)
-_WORD = np.int32(0x7FFFFFFF)
+_WORD, _HALF = np.int32(0x7FFFFFFF), np.int32(0x7FFF)
 
 # a value that is not finite keeps its meaning, and sums may be added up in any order
 _compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "nsz", "reassoc"})
 
 
 @_compiled
-def read(grads, basis, projected, squares, columns, first, last):
-    """Read the rows ``first`` to ``last`` once: ``squares`` ``(rows,)`` are their sums of squares, to which ``columns``
-    ``(n,)`` add those of columns, and ``projected`` ``(rows, r)`` their products with the ``basis`` ``(r, n)``.
-
-    Four rows are multiplied by four at a time, which is what registers hold.
+def read(grads, squares, columns, first, last):
+    """Read the rows ``first`` to ``last``: ``squares`` ``(rows,)`` become their sums of squares, to which ``columns``
+    ``(n,)`` add those of columns.
     """
     n = grads.shape[1]
-    for row in range(first, last, 4):
-        row1, row2, row3 = min(row + 1, last - 1), min(row + 2, last - 1), min(row + 3, last - 1)
-        g0, g1, g2, g3 = grads[row], grads[row1], grads[row2], grads[row3]
-        sum0 = sum1 = sum2 = sum3 = _F(0)
+    for row in range(first, last):
+        grad = grads[row]
+        total = _F(0)
         for i in range(n):
-            sum0 += g0[i] * g0[i]
-            sum1 += g1[i] * g1[i]
-            sum2 += g2[i] * g2[i]
-            sum3 += g3[i] * g3[i]
-        squares[row], squares[row1], squares[row2], squares[row3] = sum0, sum1, sum2, sum3
+            total += grad[i] * grad[i]
+        squares[row] = total
         if columns is not None:
-            for other in range(row, row3 + 1):
-                grad = grads[other]
-                for i in range(n):
-                    columns[i] += grad[i] * grad[i]
-        if basis is not None:
-            r = basis.shape[0]
-            for rank in range(0, r, 4):
-                rank1, rank2, rank3 = min(rank + 1, r - 1), min(rank + 2, r - 1), min(rank + 3, r - 1)
-                b0, b1, b2, b3 = basis[rank], basis[rank1], basis[rank2], basis[rank3]
-                p00 = p01 = p02 = p03 = p10 = p11 = p12 = p13 = _F(0)
-                p20 = p21 = p22 = p23 = p30 = p31 = p32 = p33 = _F(0)
-                for i in range(n):
-                    p00 += g0[i] * b0[i]
-                    p01 += g0[i] * b1[i]
-                    p02 += g0[i] * b2[i]
-                    p03 += g0[i] * b3[i]
-                    p10 += g1[i] * b0[i]
-                    p11 += g1[i] * b1[i]
-                    p12 += g1[i] * b2[i]
-                    p13 += g1[i] * b3[i]
-                    p20 += g2[i] * b0[i]
-                    p21 += g2[i] * b1[i]
-                    p22 += g2[i] * b2[i]
-                    p23 += g2[i] * b3[i]
-                    p30 += g3[i] * b0[i]
-                    p31 += g3[i] * b1[i]
-                    p32 += g3[i] * b2[i]
-                    p33 += g3[i] * b3[i]
-                for out, q0, q1, q2, q3 in (
-                    (projected[row], p00, p01, p02, p03),
-                    (projected[row1], p10, p11, p12, p13),
-                    (projected[row2], p20, p21, p22, p23),
-                    (projected[row3], p30, p31, p32, p33),
-                ):
-                    out[rank], out[rank1], out[rank2], out[rank3] = q0, q1, q2, q3
+            for i in range(n):
+                columns[i] += grad[i] * grad[i]
+
+
+@_compiled
+def advance(projected, left, halves, weight1, inverse, first, last):
+    """Take the products ``first`` to ``last`` into ``left``, by ``weight1``, and let these become what ``left``, times
+    ``inverse``, differs in from them. All are flat; ``halves`` are the bits of a ``left`` in bfloat16.
+    """
+    taken = np.empty(BLOCK, np.float32)
+    bits = taken.view(np.int32)
+    for start in range(first, last, BLOCK):
+        stop = min(last, start + BLOCK)
+        count = stop - start
+        product = projected[start:stop]
+        if left is not None:
+            values = left[start:stop]
+            for i in range(count):
+                value = values[i] + weight1 * (product[i] - values[i])
+                values[i] = value
+                product[i] = value * inverse - product[i]
+        if halves is not None:
+            half = halves[start:stop]
+            for i in range(count):
+                bits[i] = np.int32(half[i]) << 16
+            for i in range(count):
+                value = taken[i] + weight1 * (product[i] - taken[i])
+                taken[i] = value
+                product[i] = value * inverse - product[i]
+            for i in range(count):  # to the nearest, of two as near to the even one
+                half[i] = np.int16((bits[i] + _HALF + ((bits[i] >> 16) & 1)) >> 16)
 
 
 @_compiled
 def move(
     product,
-    origin,
     first,
     last,
     params,
@@ -87,7 +76,6 @@ def move(
     squares,
     roots,
     columns,
-    height,
     beta1,
     weight1,
     beta2,
@@ -100,10 +88,10 @@ def move(
 ):
     """``param = keep param - clamp(rate (grad + product) / (root / correction + eps))`` in rows ``first`` to ``last``.
 
-    The ``product`` begins with the row ``origin``. ``averages`` take the gradient first and stand in its place, by
+    The ``product`` begins with the row ``first``. ``averages`` take the gradient first and stand in its place, by
     ``weight1``; with ``scales`` they are codes of :mod:`lightning_adapm.moments.quantized`. Roots are those of
     ``squares``, averages of the squared gradient that take it first, by ``weight2``; without these ``roots``
-    ``(rows,)``, where there are ``columns`` ``(matrices, n)`` times those of the matrix, which has ``height`` rows.
+    ``(rows,)``, where there are ``columns`` ``(n,)`` times those.
     """
     n = grads.shape[1]
     taken = np.empty(BLOCK, np.float32)
@@ -121,7 +109,7 @@ def move(
                     for i in range(count):
                         taken[i] = grad[i]
                 else:
-                    more = product[row - origin, start:stop]
+                    more = product[row - first, start:stop]
                     for i in range(count):
                         taken[i] = grad[i] + more[i]
             elif scales is None:
@@ -140,7 +128,8 @@ def move(
                     value += weight1 * (grad[i] - value)
                     value = min(max(value, -_LARGEST), _LARGEST)
                     taken[i] = value
-                    most = max(most, bits[i] & _WORD)  # the bits of magnitudes are in their order
+                for i in range(count):  # apart, because loops that write what they read are not vectorized
+                    most = max(most, np.int32(bits[i] & _WORD))  # the bits of magnitudes are in their order
                 largest_bits[0] = most
                 scales[row, block] = largest[0] if largest[0] >= _TINY else _F(0)
                 inverse = _TOP * _TOP / max(largest[0], _TINY)
@@ -156,7 +145,7 @@ def move(
                     update = -bound if update < -bound else bound if update > bound else update
                     param[i] = keep * param[i] - update
             elif columns is not None:
-                root, column = roots[row] / correction, columns[row // height, start:stop]
+                root, column = roots[row] / correction, columns[start:stop]
                 for i in range(count):
                     update = rate * taken[i] / (root * column[i] + eps)
                     update = -bound if update < -bound else bound if update > bound else update

@@ -97,8 +97,9 @@ def test_threads_share_rows(looped, monkeypatch):
     make, options = CASES["factored"]
     expected = stepped(make, **options)
     monkeypatch.setattr(loops, "_FEWEST", 1)
-    monkeypatch.setattr(loops, "_PRODUCT", 24)
+    monkeypatch.setattr(loops, "_CACHED", 24)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     found = stepped(make, **options)
     assert relative_difference(found[0], expected[0]) < 2e-6
     assert relative_difference(found[1], expected[1]) < 1e-3
@@ -106,7 +107,7 @@ def test_threads_share_rows(looped, monkeypatch):
 
 def test_a_process_may_hold_no_row(looped):
     rows, factors = torch.empty(0, 8), (torch.empty(1, 0, 2), torch.empty(1, 2, 8))
-    loops.move(rows, rows, Denominators([torch.empty(0, 1)], 1.0, 0.0), rate=1.0, keep=1.0, factors=factors)
+    loops.move([rows], [rows], Denominators([torch.empty(0, 1)], 1.0, 0.0), rate=1.0, keep=1.0, factors=factors)
 
 
 def test_a_step_by_loops_is_seen_by_autograd(looped):
