@@ -19,7 +19,7 @@ from benchmarks.costs.memory import state_bytes
 from benchmarks.pages.page import RESULTS, provenance, session, table, write
 from benchmarks.pages.table import Table, best, edge_of, plotting, rivals, select, tabulate
 from benchmarks.studies import STUDIES, Study
-from benchmarks.studies.optimizers import OURS, TRIALS, Parameters, build, missing, resolve
+from benchmarks.studies.optimizers import TRIALS, Parameters, build, missing, resolve
 from benchmarks.studies.store import Store
 
 PANELS = {
@@ -51,6 +51,8 @@ VARIED = (
     "weight decay",
 )
 """Parts of labels of rows that only vary an option: they are in the table, not in the picture."""
+COLORS = {"AdamW": "black", "AdaPM": "tab:blue", "PartialMuon": "tab:purple", "": "tab:gray"}
+"""By the beginning of a label."""
 NOTES = (
     "Validation loss minus AdamW's best, in nats per byte or, where the model reads tokens, per token. The bars are"
     " standard errors over seeds.",
@@ -69,7 +71,6 @@ class Point:
 
     label: str
     study: str
-    ours: bool
     lr: float
     edge: str
     seeds: int
@@ -111,7 +112,6 @@ def _point(study: Study, name: str, rows: Table, label: str, rival: str, state: 
     return Point(
         label=label,
         study=name,
-        ours=study.variants[label][0] in OURS,
         lr=lr,
         edge="the only one tried" if len(rows[label]) == 1 else edge_of(rows[label]),
         seeds=len(differences),
@@ -161,24 +161,19 @@ def draw(panels: dict[str, list[Point]], file: Path) -> bool:
         return False
     figure, all_axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 5.2), layout="constrained", squeeze=False)
     for axes, (title, found) in zip(all_axes[0], panels.items(), strict=True):
-        heights = label_heights(found)
-        for point in found:
-            color = "tab:blue" if point.ours else "black" if point.label.startswith("AdamW") else "tab:gray"
+        for point, (x, height) in zip(found, label_places(found), strict=True):
+            family = next((family for family in COLORS if point.label.startswith(family)), "")
+            color, name = COLORS[family], "AdamW" if family == "AdamW" else point.label.partition(" (")[0]
             axes.errorbar(
                 100 * point.state, point.difference, point.error, marker="o", ms=6, capsize=2, color=color, zorder=4
             )
-            side, name = 1.15 if point.state < 0.01 else 0.87, point.label.partition(" (")[0]
-            name = "AdamW" if name.startswith("AdamW") else name
             axes.text(
-                100 * point.state * side, heights[point.label], f"{name} *" if point.edge else name, color=color,
-                bbox={"color": "white", "pad": 0.5}, fontsize=8, va="center", ha="left" if side > 1 else "right",
-                zorder=3.5,
+                100 * x, height, f"{name} *" if point.edge else name, color=color, bbox={"color": "white", "pad": 0.5},
+                fontsize=8, va="center", ha="left" if x > point.state else "right", zorder=3.5,
             )  # fmt: skip
         border = front(found)
-        axes.plot(
-            [100 * point.state for point in border], [point.difference for point in border], color="tab:orange", lw=1,
-            zorder=3,
-        )  # fmt: skip
+        states, lowest = zip(*((100 * point.state, point.difference) for point in border), strict=True)
+        axes.plot((*states, 1000), (*lowest, lowest[-1]), color="tab:orange", lw=1.5, drawstyle="steps-post", zorder=3)
         axes.axhline(0, color="black", lw=0.8, ls=":")
         axes.set(xscale="log", title=title, xlabel="optimizer state, % of AdamW's in float32")
         axes.set_xlim(0.4, 140)
@@ -187,8 +182,8 @@ def draw(panels: dict[str, list[Point]], file: Path) -> bool:
         axes.grid(alpha=0.3)
     all_axes[0][0].set_ylabel("validation loss minus AdamW's [nats]\nlower is better")
     figure.supxlabel(
-        "Each at its own best learning rate; * no worse one was tried on one side. Blue: this package."
-        " Orange: no optimizer has less loss and less state.",
+        "Each at its own best learning rate; * no worse one was tried on one side. Blue: AdaPM. Purple: PartialMuon."
+        " Orange: the lowest loss with at most so much state.",
         fontsize=8,
     )
     figure.savefig(file, metadata={"Date": None})
@@ -214,8 +209,12 @@ def chosen(panels: Mapping[str, list[Point]]) -> dict[str, list[Point]]:
     }
 
 
-def label_heights(points: Sequence[Point]) -> dict[str, float]:
-    """Heights of labels that do not cover each other; points of much and of little state are apart anyway."""
+def label_places(points: Sequence[Point]) -> list[tuple[float, float]]:
+    """Where labels begin or end, as state and height: left of points, or right of those with least state.
+
+    They cover neither each other nor points with a little less state. Points of much and of little state are apart
+    anyway.
+    """
     gap = 0.04 * (max(point.difference for point in points) - min(point.difference for point in points))
     heights: dict[str, float] = {}
     for much in (False, True):
@@ -223,7 +222,18 @@ def label_heights(points: Sequence[Point]) -> dict[str, float]:
         for point in sorted(points, key=lambda point: point.difference):
             if (point.state > 0.3) == much:
                 heights[point.label] = last = max(point.difference, last + gap)
-    return heights
+    places = []
+    for point in points:
+        height = heights[point.label]
+        in_the_way = [
+            other.state
+            for other in points
+            if point.state / 2 < other.state <= point.state and abs(other.difference - height) < gap / 2
+        ]
+        places.append(
+            (1.15 * point.state if point.state < 0.01 else 0.87 * min(in_the_way, default=point.state), height)
+        )
+    return places
 
 
 def page(panels: dict[str, list[Point]], line: str, image: str | None) -> str:

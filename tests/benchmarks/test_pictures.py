@@ -52,13 +52,21 @@ def test_a_row_of_a_package_that_is_not_here_stays_where_its_state_is_known(monk
 
 
 def point(label, height, state, **options):
-    others = {"study": "s", "ours": True, "lr": 1.0, "edge": "", "seeds": 1, "error": None, "optimizer": {}}
+    others = {"study": "s", "lr": 1.0, "edge": "", "seeds": 1, "error": None, "optimizer": {}}
     return loss_and_bytes.Point(label=label, difference=height, state=state, **{**others, **options})
 
 
-def test_labels_of_points_at_one_height_are_apart():
-    points = [point("a", 0.0, 0.5), point("b", 0.0, 0.5), point("c", 1.0, 0.5), point("d", 0.0, 0.1)]
-    assert loss_and_bytes.label_heights(points) == {"a": 0.0, "b": 0.04, "c": 1.0, "d": 0.0}
+def test_labels_cover_neither_each_other_nor_points():
+    points = [
+        point("a", 0.0, 0.6),
+        point("b", 0.0, 0.5),
+        point("c", 1.0, 0.5),
+        point("d", 0.0, 0.1),
+        point("e", 1.0, 0.001),
+    ]
+    places = loss_and_bytes.label_places(points)
+    assert [height for _, height in places] == [0.0, 0.04, 1.0, 0.0, 1.0]
+    assert [x for x, _ in places] == pytest.approx([0.87 * 0.5, 0.87 * 0.5, 0.87 * 0.5, 0.87 * 0.1, 1.15 * 0.001])
 
 
 def test_the_front_has_the_points_that_none_beats_in_loss_and_in_bytes():
