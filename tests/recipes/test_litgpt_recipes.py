@@ -57,8 +57,9 @@ def workplace(tmp_path_factory):
 def test_adamw_twin_differs_in_the_optimizer_only(workplace):
     twin = optimizer_config("torch.optim.AdamW", lr=1e-3, weight_decay=0.1)
     words = ["litgpt", "pretrain", "--config", LITGPT / "pretrain" / "quickstart.yaml", *SMALL, twin]
-    run_litgpt(workplace, *words, "--out_dir=out/adamw", module="lightning_adapm")
-    assert falls(workplace / "out" / "adamw", 1.0)
+    short = ["--train.max_tokens=10240", "--out_dir=out/adamw"]  # 20 steps
+    run_litgpt(workplace, *words, *short, module="lightning_adapm")
+    assert falls(workplace / "out" / "adamw", 0.2)
     first = losses(workplace / "out" / "adamw")[:2], losses(workplace / "out" / "quickstart" / "pretrain")[:2]
     assert first[0] == first[1]  # the learning rate of the first step is 0
 

@@ -40,6 +40,8 @@ def test_quickstart_leaves_logs_and_checkpoints(runs):
         folder = runs / name / "version_0"
         assert (folder / "checkpoints" / "last.ckpt").is_file()
         assert (folder / "config.yaml").is_file()
+        first, *_, last = map(float, logged(folder, "val_loss"))
+        assert last < first
         assert len(logged(folder, "val_loss")) == 3
         assert list((runs / "tensorboard" / name / "version_0").glob("events.*"))
 
@@ -313,6 +315,7 @@ def test_the_recipes_for_two_processes_train_as_one_device(corpus, tmp_path):
         (tmp_path / name).mkdir()
         run(tmp_path / name, "fit", "--config", QUICKSTART, *recipe, *small)
         losses[name] = [float(loss) for loss in logged(tmp_path / name / "runs/quickstart/adapm/version_0", "val_loss")]
+    assert losses["single"][-1] < losses["single"][0]
     assert losses["ddp"] == pytest.approx(losses["single"], rel=1e-4)
     assert losses["fsdp2"] == pytest.approx(losses["single"], rel=1e-4)
 
