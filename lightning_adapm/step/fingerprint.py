@@ -1,4 +1,4 @@
-"""Fingerprints of the objects of a step, which a few calls compare with those of another step.
+"""Fingerprints of the objects of a step, which are quickly compared with those of another step.
 
 This is done for hundreds of parameters in every step, so that nothing but C runs for each of them.
 """
@@ -28,7 +28,7 @@ class Fingerprint:
         self._found = self._find(objects)
 
     def matches(self, objects: Sequence[Any]) -> bool:
-        """Whether objects are the same, and tensors lie where those lay."""
+        """Whether other objects are the same ones, with their tensors at the same addresses."""
         try:
             return len(objects) == len(self._are_tensors) and self._find(objects) == self._found
         except TypeError:  # another object in the place of a tensor

@@ -17,10 +17,10 @@ from lightning_adapm.step.gradients import Gradients
 from lightning_adapm.step.parts import Part
 
 _WATCHED = 3
-"""Number of consecutive steps with only broken gradients before a warning."""
+"""Number of consecutive steps without a finite gradient before a warning."""
 
 _FINE = torch.zeros(1, dtype=torch.int32)
-"""Flaws of gradients that have none, of which one is as good as many."""
+"""Flaws of gradients that have none; a single one serves for any number of gradients."""
 
 _COPIED_TOGETHER = 8
 """Number of steps whose flaws are copied from a device together."""
@@ -36,7 +36,7 @@ Key = tuple[int, int]
 
 
 class NonFiniteGradients:
-    """Counts per piece of the steps whose gradient held an infinity or a NaN; such a gradient counts as zero.
+    """Counts, per piece, the steps whose gradient held an infinity or a NaN; such a gradient counts as zero.
 
     The counts are on the gradient's device, so that no step waits for them. Nor does one wait for the warning after
     some steps in a row whose gradients are all broken: flaws on a device are copied to the host for several steps at
@@ -49,7 +49,7 @@ class NonFiniteGradients:
         """Counts of all pieces of a batch, and the place of this one among them."""
         self._agreed: dict[Key, Tensor] = {}
         self._in_a_row = 0
-        """Number of the latest steps with only broken gradients, as far as their flaws have arrived."""
+        """Number of latest steps without a finite gradient, as far as their flaws have arrived."""
         self._warned = False
         self._forget_steps()
 
@@ -71,7 +71,7 @@ class NonFiniteGradients:
         self._forget_steps()
 
     def steps(self) -> dict[str, int]:
-        """Number of steps by name, for names with any; waits for the device."""
+        """Number of such steps by name, where there were any; waits for the device."""
         whole = {id(counts): counts for counts, _ in self._counts.values()}
         numbers = {key: counts.tolist() for key, counts in whole.items()}
         steps: Counter[str] = Counter()
@@ -106,7 +106,7 @@ class NonFiniteGradients:
                 del known[key]
 
     def finish_step(self) -> None:
-        """Finish a step, after :meth:`count` for every batch. Warn once, where several in a row were broken."""
+        """Finish a step, after :meth:`count` for every batch. Warn once if several steps had no finite gradient."""
         if self._warned or not self._flaws:
             return
         device = self._flaws[0].device
@@ -121,7 +121,7 @@ class NonFiniteGradients:
             self._watch(flaws.split(sizes))
 
     def _watch(self, steps: Iterable[Tensor]) -> None:
-        """Warn, once, where the flaws of ``steps`` make several in a row whose gradients are all broken."""
+        """Warn once if, with the flaws of ``steps``, several steps in a row had no finite gradient."""
         for flaws in steps:
             self._in_a_row = self._in_a_row + 1 if len(flaws) and flaws.all() else 0
             self._warned = self._warned or self._in_a_row == _WATCHED
@@ -141,7 +141,7 @@ class NonFiniteGradients:
         maximize: bool,
         wrapped: Callable[[Iterable[Tensor]], Gradients] = Gradients,
     ) -> list[Tensor]:
-        """The gradients to descend along, of parts of one shape, dtype and device; on a CPU ``wrapped``."""
+        """The gradients to use for parts of one shape, dtype and device; on a CPU, ``wrapped``."""
         exact = [grad if grad.dtype == torch.float64 else grad.float() for grad in grads]
         if maximize:
             exact = list(torch._foreach_neg(exact))
@@ -160,7 +160,7 @@ class NonFiniteGradients:
     def _on_cpu(
         self, parts: Sequence[Part], grads: list[Tensor], wrapped: Callable[[Iterable[Tensor]], Gradients]
     ) -> list[Tensor]:
-        """Gradients of which those that are not finite are zero, where asking costs nothing."""
+        """Gradients on a CPU, where checking costs no synchronization; those that are not finite become zero."""
         alone = list if parts[0].is_shared else wrapped  # shards may differ in shape
         found, finite = alone(grads), self.agreed_on(parts)
         if finite is None and isinstance(found, Gradients) and found.finite:
@@ -182,13 +182,13 @@ class NonFiniteGradients:
         return Stacked(grads.masked_fill_(~finite.view(-1, *(1,) * (grads.dim() - 1)), 0.0))
 
     def agreed_on(self, parts: Sequence[Part]) -> Tensor | None:
-        """Flags ``(parts,)``: finite, as far as processes have agreed on it."""
+        """Flags ``(parts,)`` of finite gradients, as far as the processes have agreed on them."""
         if not self._agreed or parts[0].key not in self._agreed:
             return None
         return torch.stack([self._agreed[part.key] for part in parts])
 
     def count(self, parts: Sequence[Part], flaws: Tensor) -> None:
-        """Add a step to those whose number in ``flaws`` ``(parts,)`` is 1, not 0."""
+        """Count a step for the parts whose entry in ``flaws`` ``(parts,)`` is 1, not 0."""
         if self._latest is None or self._latest[0] is not parts:
             counts = self._together([part.key for part in parts])
             self._latest = parts, self._gathered(parts, flaws) if counts is None else counts
@@ -196,7 +196,7 @@ class NonFiniteGradients:
         self._see(flaws)
 
     def _together(self, keys: list[Key]) -> Tensor | None:
-        """Counts of pieces that were counted together in this order last time; None for others."""
+        """Counts of pieces, if they were counted together in this order last time; else None."""
         found = [self._counts.get(key) for key in keys]
         if found[0] is None or len(found[0][0]) != len(keys):
             return None
@@ -205,7 +205,7 @@ class NonFiniteGradients:
         return counts if same else None
 
     def _gathered(self, parts: Sequence[Part], like: Tensor) -> Tensor:
-        """The counts of pieces that were not, as one tensor from now on."""
+        """Counts of pieces that were not counted together, joined into one tensor from now on."""
         found = [self._counts.get(part.key) for part in parts]
         counts = torch.stack([like.new_zeros(()) if each is None else each[0][each[1]].to(like) for each in found])
         for place, part in enumerate(parts):

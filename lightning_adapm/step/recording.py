@@ -1,4 +1,4 @@
-"""One step's launches as CUDA graphs, which are replayed for other gradients and other numbers of steps.
+"""The launches of one step as CUDA graphs, which are replayed in later steps, with other gradients.
 
 Kernels find gradients through tables of addresses on the device, and what the host knows of a step in
 :class:`~lightning_adapm.step.clock.Clock`. Before a replay, both are written by copies that nobody waits for.
@@ -23,19 +23,19 @@ from lightning_adapm.step.parts import Part
 from lightning_adapm.step.work import Work
 
 _WIDTH = 4
-"""Room for a clock, in elements of eight bytes, so that each is aligned as an allocation is."""
+"""Room for a clock, in elements of eight bytes, so that each clock is aligned like an allocation."""
 _TABLES_OF_A_PART = 64
 
 Clocks = Callable[[Batch, float], Tensor]
-"""Gives a batch, at a learning rate, its clock on the device."""
+"""Returns the clock on the device for a batch and its learning rate."""
 
 
 class Found(NamedTuple):
-    """Findings of kernels about the gradients of some parts."""
+    """What kernels found out about the gradients of some parts."""
 
     parts: Sequence[Part]
     flaws: Tensor
-    """For each part a number that is not 0 where its gradient was not finite."""
+    """One number for each part, which is not 0 if its gradient was not finite."""
     squares: Sequence[Tensor]
     """Sums of squares of the rows of all gradients, in no order."""
 
@@ -51,7 +51,7 @@ class Timed(NamedTuple):
     work: int
     """Index of the group's work."""
     place: int
-    """Place of the parameter in it."""
+    """Index of the parameter in that work."""
 
     def clock(self, works: Sequence[Work]) -> Clock:
         """The numbers of a step."""
@@ -83,10 +83,10 @@ class StaticTensors(DeviceCache):
         room, clocks = _TABLES_OF_A_PART * len(self._timed), _WIDTH * len(self._timed)
         self._fixed = torch.empty(room, dtype=torch.int64, device=self.device)
         self._changing = torch.empty(clocks + room, dtype=torch.int64, device=self.device)
-        """Clocks, and behind them tables of gradients, which one copy fills."""
+        """Clocks, followed by tables of gradients, so that one copy fills all."""
         self._clocks, self._moving = self._changing.split((clocks, room))
         self._held_fast: list[Any] = []
-        """Tensors that the graph reads, however long others keep them."""
+        """Tensors that the graph reads, kept alive here."""
         self._tables: dict[Addresses, tuple[Tensor, bool]] = {}
         self._addresses: list[int] = []
         self._places: list[tuple[int, int]] = []
@@ -109,7 +109,7 @@ class StaticTensors(DeviceCache):
         return found
 
     def clock(self, batch: Batch, lr: float) -> Tensor:
-        """A clock for a batch, whose learning rate :meth:`update` will find."""
+        """Return the clock of a batch; :meth:`update` will write its learning rate."""
         if any(self._in_gradients(grad.data_ptr()) is None for grad in batch.grads if grad.numel()):
             raise NotRecordableError("a gradient is copied before kernels read it")
         self._clocked.append(self._timed[batch.parts[0].key])
@@ -134,12 +134,12 @@ class StaticTensors(DeviceCache):
         return (index, address - start) if address < start + size else None
 
     def settle(self) -> None:
-        """Write what stays, after a capture."""
+        """Write, after a capture, what does not change between steps."""
         _write(self._fixed, self._addresses)
         self._tables.clear()
 
     def update(self, works: Sequence[Work], places: Sequence[int]) -> None:
-        """Write what is other in every step: clocks, and the ``places`` of gradients."""
+        """Write what changes in every step: clocks, and the ``places`` of gradients."""
         rest = [0.0] * (2 * _WIDTH - len(Clock._fields))
         clocks = array("f", chain.from_iterable((*timed.clock(works), *rest) for timed in self._clocked)).tobytes()
         moving = array("q", [places[index] + distance for index, distance in self._places])
@@ -150,7 +150,7 @@ class StaticTensors(DeviceCache):
 
 
 def _extent(tensor: Tensor) -> int:
-    """Bytes from the first element of a tensor to behind its last one."""
+    """Bytes from the first element of a tensor to the end of its last one."""
     distances = ((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (1 + sum(distances)) * tensor.element_size()
 
@@ -165,7 +165,7 @@ def _put(table: Tensor, held: list[Any], added: Sequence[Any], count: int) -> Te
 
 
 def _write(table: Tensor, values: Sequence[float]) -> None:
-    """Begin to copy values to the front of a ``table``; the host may forget them at once."""
+    """Begin to copy values to the front of a ``table``; the host need not keep them."""
     table[: len(values)].copy_(pinned(values, table.dtype, table.device), non_blocking=True)
 
 
@@ -208,11 +208,11 @@ class Recording:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it holds on the device, besides its temporaries."""
+        """Bytes that it holds on the device, without its temporaries."""
         return self._static.nbytes + self._flaws.nbytes + self._order.nbytes
 
     def play(self, works: Sequence[Work], places: Sequence[int]) -> list[Found]:
-        """Take a step, whose gradients are at these ``places``."""
+        """Replay the step for gradients at these ``places``."""
         self._static.update(works, places)
         self._graph.replay()
         torch.autograd.graph.increment_version([held for work in works for held in work.held])

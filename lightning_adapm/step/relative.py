@@ -16,7 +16,7 @@ from lightning_adapm.step.parts import Part
 from lightning_adapm.step.rounding import rounding_of
 
 SMALLEST = 1e-3
-"""Least root mean square of a matrix that its updates are relative to."""
+"""Lower bound of a matrix's root mean square, by which its updates are scaled."""
 
 
 def step(batch: Batch, grads: DeviceGradients, group: Mapping[str, Any]) -> None:

@@ -52,16 +52,16 @@ class Stream(NamedTuple):
 
     first: int
     second: int
-    """The two words of its key."""
+    """The two words of the stream's key."""
     start: int
-    """Place in the matrix, row by row, of the first element that this process holds."""
+    """Index in the matrix, row by row, of the first element that this process holds."""
 
     @classmethod
     def of(cls, part: Part) -> "Stream":
         return cls(*_words(part.name, part.prefix), part.first_element)
 
     def bits(self, place: int, count: int, step: int, device: torch.device | None = None) -> Tensor:
-        """Bits, in int64, for so many elements from ``place`` on, counted from the first one here, in a step."""
+        """Bits of a step, in int64, for so many elements from ``place`` on, counted from this process's first one."""
         first, second = scattered(step, self.first, self.second), scattered(step, self.second, self.first)
         place += self.start
         pairs = torch.arange(place >> 1, (place + count + 1) >> 1, device=device) & (_WORD >> 1)
