@@ -1,1 +1,1 @@
-"""Measurements behind what the documentation claims; see README.md."""
+"""The measurements behind the documentation's claims; see README.md."""

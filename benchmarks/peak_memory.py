@@ -57,7 +57,7 @@ def deepest(shape: Shape, peer: Peer, setting: Setting, checkpointing: bool, bud
 
 
 def _between(peaks: dict[int, float], low: int, high: int, budget: int) -> int:
-    """A number of layers above ``low`` and below ``high`` (0: not known yet), near where the budget is used up."""
+    """A number of layers above ``low`` and below ``high`` (0: unknown), near where the budget is used up."""
     known = sorted(layers for layers in peaks if math.isfinite(peaks[layers]))[-2:]
     if len(known) < 2:
         return low + 1

@@ -74,7 +74,7 @@ class Job:
     repeats: int
     deadline: float
     step_only: bool
-    """Leave out training steps, which take longer than all else."""
+    """Whether to leave out training steps, which take the longest."""
     peers: tuple[Peer, ...]
     profiled: tuple[Peer, ...]
     described: dict[str, Any]

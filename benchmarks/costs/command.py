@@ -16,7 +16,7 @@ from benchmarks.studies.decoder import Shape
 from benchmarks.studies.optimizers import UnavailableError
 
 LATE = "no time left (--time-limit)"
-"""Why a peer is skipped once time has run out."""
+"""Reason to skip a peer once time has run out."""
 
 
 def parser_of(module: str, description: str | None, peers: Sequence[Peer] = PEERS) -> argparse.ArgumentParser:
@@ -39,7 +39,7 @@ def parser_of(module: str, description: str | None, peers: Sequence[Peer] = PEER
 
 
 def add_windows(parser: argparse.ArgumentParser, batch: int) -> None:
-    """The options that say what a training step sees."""
+    """Add the options for the size of a training step's input."""
     parser.add_argument("--batch", type=int, default=batch, help="windows of a step")
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
 
@@ -51,7 +51,7 @@ def check_length(parser: argparse.ArgumentParser, length: int, model: str, shape
 
 
 def begin(peer: Peer, deadline: float) -> None:
-    """Say what is measured next.
+    """Print what is measured next.
 
     Raises:
         UnavailableError: It is too late, by ``time.monotonic()``.
@@ -74,5 +74,5 @@ def described(device: str, name: str, dtype: str, shape: Shape, all_layers: int)
 
 
 def skipped_cells(reason: str, columns: int) -> list[str]:
-    """Cells after the name in the row of what has no numbers."""
+    """Cells after the name in a row without numbers."""
     return [f"skipped: {reason}".replace("|", "/"), *[""] * (columns - 1)]

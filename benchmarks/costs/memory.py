@@ -12,7 +12,7 @@ __all__ = ["AllocationTracker", "held_bytes", "state_bytes", "storages", "tensor
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Plain tensors in a state, however deep: in containers, in objects of a package, in quantized tensors."""
+    """Find the plain tensors in a state, also inside containers, objects of packages and quantized tensors."""
     if isinstance(value, Tensor):
         yield from plain_tensors(value)
     elif isinstance(value, Mapping):

@@ -12,7 +12,7 @@ from benchmarks.studies.decoder import Decoder, Shape
 
 @dataclass(frozen=True)
 class Exact(Shape):
-    """A shape whose MLP, head and positions are said, not derived; see :class:`Shape` for the rest."""
+    """A shape with explicit MLP, head and positions; see :class:`Shape` for the rest."""
 
     hidden: int = 0
     tied: bool = False
@@ -66,14 +66,14 @@ def free_bytes(device: str) -> int:
 
 
 def shorten(shape: Shape, bytes_per_parameter: float, budget: int) -> Shape | None:
-    """The shape with as many of its layers as ``budget`` bytes hold; None if not even one fits."""
+    """Reduce the shape to as many layers as fit into ``budget`` bytes; None if not even one fits."""
     one, two = numel(replace(shape, layers=1)), numel(replace(shape, layers=2))
     layers = 1 + int((budget / bytes_per_parameter - one) // (two - one))
     return replace(shape, layers=min(layers, shape.layers)) if layers > 0 else None
 
 
 def materialize(shape: Shape, device: str, dtype: torch.dtype) -> Decoder:
-    """A decoder with random weights, made where and as it stays: no copy in float32, none on the host."""
+    """Build a decoder with random weights on its device and in its dtype, without a copy in float32 or on the host."""
     with torch.device("meta"):
         model = Decoder(shape).to(dtype)
     model.to_empty(device=device)

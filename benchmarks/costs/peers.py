@@ -1,7 +1,7 @@
-"""The optimizers that are measured side by side, as rows of the tables: torch's, other packages', ours.
+"""The optimizers that are measured side by side, as rows of the tables: torch's, other packages' and ours.
 
-A peer that cannot be had where it is asked for raises :class:`benchmarks.optimizers.UnavailableError` with the reason,
-which the tables show in its row.
+A peer that is not available raises :class:`benchmarks.studies.optimizers.UnavailableError` with the reason, which the
+tables show in its row.
 """
 
 import argparse
@@ -27,12 +27,12 @@ OUT_OF_MEMORY = "out of memory"
 
 @dataclass(frozen=True)
 class Peer:
-    """An optimizer with a name in the tables: ``kind`` and ``options`` are of :func:`benchmarks.optimizers.build`.
+    """An optimizer with a name in the tables.
 
-    ``interval``: steps from one refresh of what it does not compute in every step to the next. ``restart`` makes the
-    next step a refresh, for intervals too long to be timed. ``in_backward``: it updates inside backward unless built
-    with ``update_in_backward=False``. ``svd``: a refresh decomposes every hidden matrix.
-    ``training_only``: differs from another peer only in a whole training step.
+    ``kind`` and ``options`` are arguments of :func:`benchmarks.studies.optimizers.build`. ``interval``: steps between
+    two refreshes of what is not computed in every step. ``restart`` makes the next step a refresh, for intervals too
+    long to be timed. ``in_backward``: updates inside backward unless built with ``update_in_backward=False``. ``svd``:
+    a refresh decomposes every hidden matrix. ``training_only``: differs from another peer only in a training step.
     """
 
     name: str

@@ -18,7 +18,7 @@ _PATIENCE = timedelta(minutes=5)
 
 
 def run_on(processes: int, device: str, work: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function on as many processes, which are gone afterwards.
+    """Call a function on several processes, which end afterwards.
 
     Args:
         processes: Number of processes.

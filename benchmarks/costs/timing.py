@@ -57,7 +57,7 @@ def launched(step: Step, steps: int, device: str, held: Sequence[Tensor]) -> flo
 
 
 def transient_bytes(step: Step, steps: int, device: str, held: Sequence[Tensor]) -> int:
-    """The most that is allocated at once during a step beyond what is there before it.
+    """Maximum number of bytes allocated at once during a step, in addition to those before it.
 
     On a GPU by the allocator, on a CPU of the tensors that operations return (:class:`AllocationTracker`).
     """

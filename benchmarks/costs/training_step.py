@@ -1,4 +1,4 @@
-"""One training step of a decoder, which can be followed byte by byte through forward, backward and the optimizer."""
+"""One training step of a decoder, whose memory can be tracked through forward, backward and the optimizer."""
 
 import gc
 import math
@@ -40,7 +40,7 @@ class Setting:
 
 
 def _claim(tracker: AllocationTracker, param: Tensor) -> None:
-    """A hook, which must not hold the model: no garbage collector sees a circle through a hook."""
+    """Make a hook. It must not hold the model, because the garbage collector sees no cycle through a hook."""
     assert param.grad is not None
     tracker.claim(param.grad, "gradients")
 
@@ -104,7 +104,7 @@ class Followed(Training):
             return super().forward()
 
     def _allocated(self) -> int:
-        """The most bytes at once that the GPU's allocator gives out in a step."""
+        """Maximum number of bytes that the GPU's allocator has handed out at once in a step."""
         self.optimizer.zero_grad()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -138,7 +138,7 @@ def measure(shape: Shape, peer: Peer, setting: Setting, checkpointing: bool) -> 
 
 
 def free(device: str) -> None:
-    """Give back what nothing refers to."""
+    """Free unreferenced memory."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()

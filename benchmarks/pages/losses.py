@@ -1,4 +1,4 @@
-"""Tables of losses, state and time in README.md and docs/choosing-an-optimizer.md, from the results that there are."""
+"""Tables of losses, state and time in README.md and docs/choosing-an-optimizer.md, from the results."""
 
 import json
 from collections.abc import Mapping
@@ -43,7 +43,7 @@ class Row:
 
 
 def measured(results: Path, page: str) -> Mapping[str, Any]:
-    """What a page was made of; empty where there is none."""
+    """The JSON behind a page; empty if there is none."""
     file = results / f"{page}.json"
     found: Mapping[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     return found

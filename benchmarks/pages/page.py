@@ -23,7 +23,7 @@ def session(module: str, device: str) -> dict[str, Any]:
 
 
 def provenance(result: Mapping[str, Any]) -> str:
-    """The line of a page that says how to get its numbers again."""
+    """Line of a page that states how to reproduce its numbers."""
     return f"{result['date']}, {result['hardware']}, {result['versions']}: `{result['command']}`"
 
 

@@ -29,7 +29,8 @@ def find_role(item: Named, taught: Mapping[str, str] | None = None) -> tuple[str
             roles, which apply to matrices, or policies.
 
     Returns:
-        One of :data:`ROLES` or :data:`FUSED`, or None without a match; and the reason.
+        One of :data:`~lightning_adapm.roles.piece.ROLES` or :data:`~lightning_adapm.roles.rules.FUSED`, or None without
+        a match; and the reason.
     """
     for pattern, role in (taught or {}).items():
         if is_met(pattern, {item.name, item.label}) and fits(role, item.shape):

@@ -1,7 +1,7 @@
 """The tables by which :mod:`lightning_adapm.roles.find` finds roles. New architectures belong here.
 
 All patterns are regular expressions on lower-case names without ``.weight``; roles are those of
-:data:`lightning_adapm.roles.find.ROLES` and :data:`FUSED`.
+:data:`lightning_adapm.roles.piece.ROLES` and :data:`FUSED`.
 """
 
 import re
