@@ -138,12 +138,12 @@ def attempt(peer: Peer, work: Callable[[], Result]) -> tuple[Result | None, str 
 
 
 def chosen(word: str, peers: Sequence[Peer] = PEERS) -> tuple[Peer, ...]:
-    """Those of ``peers`` whose names contain ``word``: the type of a ``--peers`` option.
+    """Those of ``peers`` whose names contain ``word``, or end in it before a ``$``: the type of a ``--peers`` option.
 
     Raises:
         argparse.ArgumentTypeError: no name contains it.
     """
-    found = tuple(peer for peer in peers if word in peer.name)
+    found = tuple(peer for peer in peers if word in f"{peer.name}$")
     if not found:
         names = ", ".join(repr(peer.name) for peer in peers)
         raise argparse.ArgumentTypeError(f"{word!r} is in none of the names {names}")

@@ -94,6 +94,7 @@ def move(
     ``(rows,)``, where there are ``columns`` ``(n,)`` times those.
     """
     n = grads.shape[1]
+    scaled_rate, scaled_eps = rate * correction, eps * correction  # a division less
     taken = np.empty(BLOCK, np.float32)
     bits = taken.view(np.int32)
     largest = np.empty(1, np.float32)
@@ -141,7 +142,7 @@ def move(
                 for i in range(count):
                     value = beta2 * square[i] + weight2 * (grad[i] * grad[i])
                     square[i] = value
-                    update = rate * taken[i] / (np.sqrt(value) / correction + eps)
+                    update = scaled_rate * taken[i] / (np.sqrt(value) + scaled_eps)
                     update = -bound if update < -bound else bound if update > bound else update
                     param[i] = keep * param[i] - update
             elif columns is not None:

@@ -54,7 +54,7 @@ LOW_RANK = {"update_proj_gap": 3, "rank": 5, "clip_threshold": 0.7}
 CASES = {
     "elementwise": (AdaPM, LOW_RANK),
     "block": (AdaPM, LOW_RANK | {"second_moment": "block"}),
-    "factored": (AdaPM, LOW_RANK | {"second_moment": "factored"}),
+    "factored": (AdaPM, LOW_RANK | {"second_moment": "factored", "state_dtype": None}),
     "AdamW": (AdaPM, {"momentum": "full"}),
     "AdamMini": (AdamMini, {}),
     "Lomo": (Lomo, {}),
@@ -103,6 +103,18 @@ def test_threads_share_rows(looped, monkeypatch):
     found = stepped(make, **options)
     assert relative_difference(found[0], expected[0]) < 2e-6
     assert relative_difference(found[1], expected[1]) < 1e-3
+
+
+def test_torch_has_its_threads_back(looped, monkeypatch):
+    """Meanwhile it has one: its others would spin where the loops run."""
+    threads, seen = torch.get_num_threads(), []
+    monkeypatch.setattr(loops, "move", lambda *_, **__: seen.append(torch.get_num_threads()))
+    try:
+        torch.set_num_threads(2)
+        stepped(steps=1)
+        assert set(seen) == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_process_may_hold_no_row(looped):
