@@ -1,6 +1,8 @@
 """The package's architecture: imports point one way, and AdaPM needs torch alone."""
 
 import ast
+import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -129,3 +131,32 @@ def test_adapm_loads_nothing_of_lightning_and_fsdp():
 def test_rich_is_imported_where_tables_are_drawn():
     trees = modules()
     assert not [path for path, tree in trees.items() if any(n.split(".")[0] == "rich" for n in imported(tree.body))]
+
+
+def exists(reference):
+    """Whether a dotted name is a module, or something in one: an attribute, an annotated field."""
+    parts = reference.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:count]))
+        except ModuleNotFoundError as error:
+            if not str(error.name).startswith("lightning_adapm"):  # a package that is not installed, such as Triton
+                return True
+            continue
+        for part in parts[count:]:
+            if part in getattr(found, "__annotations__", {}):
+                return True
+            if not hasattr(found, part):
+                return False
+            found = getattr(found, part)
+        return True
+    return False
+
+
+def test_references_in_docstrings_name_what_exists():
+    pattern = re.compile(r":(?:class|func|mod|meth|data|attr):`~?(lightning_adapm\.[\w.]+)`")
+    references = {
+        reference: path for path in ROOT.rglob("*.py") for reference in pattern.findall(path.read_text("utf-8"))
+    }
+    assert len(references) > 20
+    assert not [f"{path.name}: {reference}" for reference, path in references.items() if not exists(reference)]
