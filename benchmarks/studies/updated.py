@@ -9,7 +9,6 @@ from torch import Tensor
 from benchmarks.studies.trials import fields_of
 from lightning_adapm import LoRAPre
 from lightning_adapm.moments.base import Momentum, SecondMoment, State
-from lightning_adapm.moments.batches import join
 from lightning_adapm.moments.regression import LowRankRegression, LowRankSecondMoment, Regressor
 from lightning_adapm.roles.piece import Piece
 from lightning_adapm.sharding.reduction import Reduction
@@ -20,26 +19,26 @@ MOMENTS = ("first", "second")
 class UpdatedRegressor(Regressor):
     """A regressor that predicts with the factors fitted to the targets of this step."""
 
-    def fit(self, targets: Tensor, states: Sequence[State], reduction: Reduction) -> Tensor:
-        super().fit(targets, states, reduction)
-        left, right = (join(self.storage.read(states, f"{self.prefix}_{side}")) for side in "lr")
-        return (left.to(targets.dtype) @ right.to(targets.dtype)).nan_to_num_(0.0, 0.0, 0.0)
+    def predict_and_fit(self, targets: Tensor, states: Sequence[State], reduction: Reduction) -> Tensor:
+        super().predict_and_fit(targets, states, reduction)
+        left, right = self.factors(states, targets.dtype)
+        return (left @ right).nan_to_num_(0.0, 0.0, 0.0)
 
 
 class UpdatedMomentum(LowRankRegression):
     """``beta1 left right + (1 - beta1) grad`` with the new factors, so that the gradient is in both terms."""
 
     @property
-    def _regressor(self) -> Regressor:
-        return UpdatedRegressor(**fields_of(super()._regressor))
+    def regressor(self) -> Regressor:
+        return UpdatedRegressor(**fields_of(super().regressor))
 
 
 class UpdatedSecondMoment(LowRankSecondMoment):
     """``beta2 (left right)**2 + (1 - beta2) grad**2`` with the new factors."""
 
     @property
-    def _regressor(self) -> Regressor:
-        return UpdatedRegressor(**fields_of(super()._regressor))
+    def regressor(self) -> Regressor:
+        return UpdatedRegressor(**fields_of(super().regressor))
 
 
 class UpdatedLoRAPre(LoRAPre):

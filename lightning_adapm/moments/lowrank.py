@@ -124,10 +124,10 @@ def _whitening(gram: Tensor, scale: Tensor, shift: Tensor | float) -> Tensor:
     gram.diagonal(dim1=-2, dim2=-1).add_(shift)
     factor, _ = torch.linalg.cholesky_ex(gram)  # the variant that reports failure on the device
     del gram
-    return _inverse(factor).mul_(scale.unsqueeze(-2))
+    return inverted(factor).mul_(scale.unsqueeze(-2))
 
 
-def _inverse(lower: Tensor) -> Tensor:
+def inverted(lower: Tensor) -> Tensor:
     """Inverse of lower triangular matrices ``(b, r, r)``: of blocks on the diagonal, put together by products.
 
     To solve for 205 rows, an H100 takes 1 ms, however few matrices there are.
@@ -142,7 +142,7 @@ def _inverse(lower: Tensor) -> Tensor:
     if r % 2:
         lower = pad(lower, (0, 1, 0, 1))
         lower[:, -1, -1] = 1.0
-    first, last = _inverse(torch.cat([lower[:, :half, :half], lower[:, half:, half:]])).chunk(2)
+    first, last = inverted(torch.cat([lower[:, :half, :half], lower[:, half:, half:]])).chunk(2)
     below = last @ lower[:, half:, :half]
     del lower
     inverse = below.new_zeros((b, 2 * half, 2 * half))

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_adapm.moments import lowrank
 from lightning_adapm.moments.base import Denominators, Direction, Momentum, SecondMoment, State
 from lightning_adapm.moments.batches import join, split
+from lightning_adapm.moments.lowrank import Multiplied
 from lightning_adapm.moments.storage import EXACT, Entry, Storage
 from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
 
@@ -39,15 +40,25 @@ class Regressor:
             f"{self.prefix}_r": Entry(torch.Size((*batch, self.rank, n)), storage=self.storage),
         }
 
-    def fit(self, targets: Tensor, states: Sequence[State], reduction: Reduction) -> Tensor:
+    def predict_and_fit(self, targets: Tensor, states: Sequence[State], reduction: Reduction) -> Tensor:
         """Predict ``targets`` ``(b, m, n)`` with the factors, then fit the factors to them."""
-        lefts, rights = (self.storage.read(states, f"{self.prefix}_{side}") for side in "lr")
-        left, right = join(lefts).to(targets.dtype), join(rights).to(targets.dtype)
-        start = lowrank.kept_starting_rows(self.rank, targets.shape[-1], right) * (_SPREAD * 3**0.5)
-        right = torch.where(right.any(-1, keepdim=True).any(-2, keepdim=True), right, start)
+        left, right = self.factors(states, targets.dtype)
         predicted = left @ right
         if self.order == "jacobi":  # both factors may have met one huge gradient at once
             predicted.nan_to_num_(0.0, 0.0, 0.0)
+        self.fit(targets, states, left, right, reduction)
+        return predicted
+
+    def factors(self, states: Sequence[State], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Factors ``(b, m, r)`` and ``(b, r, n)``, which may be the state's own memory."""
+        left, right = (join(self.storage.read(states, f"{self.prefix}_{side}")).to(dtype) for side in "lr")
+        start = lowrank.kept_starting_rows(self.rank, right.shape[-1], right) * (_SPREAD * 3**0.5)
+        return left, torch.where(right.any(-1, keepdim=True).any(-2, keepdim=True), right, start)
+
+    def fit(
+        self, targets: Multiplied, states: Sequence[State], left: Tensor, right: Tensor, reduction: Reduction
+    ) -> None:
+        """Fit the :meth:`factors` ``left`` and ``right`` to ``targets`` ``(b, m, n)``."""
         seen = targets @ right.mT
         reduction.rows(seen)
         new_left = torch.lerp(_over_gram(seen, right @ right.mT), left, self.decay)
@@ -59,9 +70,9 @@ class Regressor:
         new_right = torch.lerp(_over_gram(fresh.mT, gram).mT / size, right, self.decay)
         finite = new_right.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)  # 1e-30 may come before 1e30
         new_right = torch.where(finite, new_right, right)
-        self.storage.write(states, f"{self.prefix}_l", split(new_left, lefts))
-        self.storage.write(states, f"{self.prefix}_r", split(new_right, rights))
-        return predicted
+        for side, fitted in (("l", new_left), ("r", new_right)):
+            key = f"{self.prefix}_{side}"
+            self.storage.write(states, key, split(fitted, self.storage.read(states, key)))
 
 
 def _over_gram(rows: Tensor, gram: Tensor) -> Tensor:
@@ -73,7 +84,7 @@ def _over_gram(rows: Tensor, gram: Tensor) -> Tensor:
     damped = exact + damping * identity
     factor, _ = torch.linalg.cholesky_ex(damped)
     # of the small matrix alone: solving for all rows takes a GPU many times longer than a product
-    half = torch.linalg.solve_triangular(factor, identity, upper=False)
+    half = lowrank.inverted(factor)
     return (rows.double() @ (half.mT @ half)).to(rows.dtype)
 
 
@@ -94,11 +105,19 @@ class LowRankRegression(Momentum):
     keys: ClassVar[frozenset[str]] = frozenset({"exp_avg_l", "exp_avg_r"})
 
     @property
-    def _regressor(self) -> Regressor:
+    def regressor(self) -> Regressor:
+        """The regressor of gradients."""
         return Regressor(self.rank, self.beta1**0.5, self.order, "exp_avg", self.storage)
 
+    def due(self, step: int) -> bool:
+        return True  # as many temporaries as a refresh, in every step
+
+    def scale(self, step: int) -> float:
+        """Share of the gradient in the direction, with the correction of its bias."""
+        return (1 - self.beta1) / (1 - self.beta1**step)
+
     def entries(self, shape: torch.Size) -> dict[str, Entry]:
-        return self._regressor.entries(shape)
+        return self.regressor.entries(shape)
 
     @classmethod
     def fits(cls, saved: Mapping[str, Any], shape: torch.Size) -> bool:
@@ -125,10 +144,10 @@ class LowRankRegression(Momentum):
     ) -> Direction:
         grad = join(grads)
         if not self.summed:
-            used = torch.lerp(grad, self._regressor.fit(grad, states, reduction), self.beta1)
+            used = torch.lerp(grad, self.regressor.predict_and_fit(grad, states, reduction), self.beta1)
             return Direction(split(used, grads), 1 / (1 - self.beta1**step), scratch=True, clamp=None)
         # a sum, not an average: what the factors are fitted to has to be of the size that they stand for
-        predicted = self._regressor.fit(grad / (1 - self.beta1), states, reduction)
+        predicted = self.regressor.predict_and_fit(grad / (1 - self.beta1), states, reduction)
         used = torch.add(grad, predicted, alpha=self.beta1)
         return Direction(split(used, grads), 1.0, scratch=True, clamp=None)
 
@@ -145,11 +164,12 @@ class LowRankSecondMoment(SecondMoment):
     keys: ClassVar[frozenset[str]] = frozenset({"exp_avg_sq_l", "exp_avg_sq_r"})
 
     @property
-    def _regressor(self) -> Regressor:
+    def regressor(self) -> Regressor:
+        """The regressor of absolute values."""
         return Regressor(self.rank, self.beta2**0.25, self.order, "exp_avg_sq", self.storage)
 
     def entries(self, shape: torch.Size) -> dict[str, Entry]:
-        return self._regressor.entries(shape)
+        return self.regressor.entries(shape)
 
     @classmethod
     def fits(cls, saved: Mapping[str, Any], shape: torch.Size) -> bool:
@@ -164,7 +184,7 @@ class LowRankSecondMoment(SecondMoment):
         self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
     ) -> Denominators:
         grad = join(grads)
-        predicted = self._regressor.fit(grad.abs(), states, reduction)
+        predicted = self.regressor.predict_and_fit(grad.abs(), states, reduction)
         # not lerp: infinity minus infinity would be NaN
         root = predicted.square_().mul_(self.beta2).add_(grad.square(), alpha=1 - self.beta2).sqrt_()
         return Denominators(split(root, grads), (1 - self.beta2**step) ** 0.5, self.eps)

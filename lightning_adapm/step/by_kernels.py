@@ -20,9 +20,10 @@ from lightning_adapm.moments.batches import join, split
 from lightning_adapm.moments.first import FullMomentum, LowRankMomentum, NoMomentum
 from lightning_adapm.moments.orthogonal import Orthogonal
 from lightning_adapm.moments.quantized import CODES, SCALE, EightBits
+from lightning_adapm.moments.regression import LowRankRegression
 from lightning_adapm.moments.second import BlockSecondMoment, RelativeSecondMoment
 from lightning_adapm.sharding.collectives import Planned
-from lightning_adapm.step import kernels, moves, orthogonal, relative, watching
+from lightning_adapm.step import kernels, moves, orthogonal, regression, relative, watching
 from lightning_adapm.step.averages import Refreshed, advance
 from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.device_gradients import DeviceGradients
@@ -44,6 +45,10 @@ def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> I
     assert isinstance(grads, DeviceGradients)
     if isinstance(second_moment, RelativeSecondMoment):
         relative.step(batch, grads, group)
+        return ()
+    if isinstance(momentum, LowRankRegression):
+        direction, divisors = regression.step(batch, grads)
+        _move(batch, direction, direction, divisors, group, None, observer)
         return ()
     factors, roots = _advanced(batch, grads)
     direction = _along(momentum, grads, batch.step)._replace(factors=factors)
@@ -276,4 +281,10 @@ def _move(
     if average is not None:  # which has taken the gradients in
         momentum = direction = direction._replace(tensors=taken)
         flaws = None
-    watching.see_updates(observer, parts, momentum, direction, by_part(divisors, len(parts)), clip, flaws=flaws)
+    denominators: watching.Denominating
+    if divisors.factors is None:
+        denominators = by_part(divisors, len(parts))
+    else:
+        assert isinstance(batch.grads, DeviceGradients)
+        denominators = regression.FittedDivisors(batch.grads, divisors)
+    watching.see_updates(observer, parts, momentum, direction, denominators, clip, flaws=flaws)

@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_adapm.moments.first import FullMomentum, LowRankMomentum, NoMomentum
 from lightning_adapm.moments.nesterov import NesterovLowRankMomentum, NesterovMomentum
 from lightning_adapm.moments.orthogonal import Orthogonal, scale_of
+from lightning_adapm.moments.regression import LowRankRegression, LowRankSecondMoment
 from lightning_adapm.moments.second import (
     BlockSecondMoment,
     ElementwiseSecondMoment,
@@ -33,7 +34,9 @@ class Clock(NamedTuple):
     first: float
     """Adam's correction of the first moment, ``1 - beta1**t``."""
     scale: float
-    """Factor of the direction before the second moment divides it: the correction of a full average."""
+    """Factor of the direction before the second moment divides it: the correction of a full average, or that of a
+    regression with the share of the gradient.
+    """
     second: float
     """Correction of the roots of the second moment."""
     beta2: float = 0.0
@@ -44,6 +47,8 @@ class Clock(NamedTuple):
         """The numbers for a part, whose moments have ``beta1`` and ``beta2``, if any."""
         momentum, second_moment = part.first, part.second
         first = 1 - momentum.beta1**step if isinstance(momentum, FullMomentum | LowRankMomentum) else 1.0
+        if isinstance(momentum, LowRankRegression) and isinstance(second_moment, LowRankSecondMoment):
+            return cls(lr, float(step), first, momentum.scale(step), bias_correction(second_moment.beta2, step))
         if isinstance(second_moment, Orthogonal):
             return cls(lr, float(step), first, scale_of(part.shape), 1.0)
         scale = 1 / first if isinstance(momentum, FullMomentum) else 1.0
@@ -61,4 +66,6 @@ def is_clocked(part: Part) -> bool:
     """Whether a clock shows all that changes from step to step in the kernels of a part's moments."""
     if type(part.second) is Orthogonal:
         return type(part.first) in (*_MOMENTA, NesterovMomentum, NesterovLowRankMomentum)
+    if type(part.first) is LowRankRegression:
+        return type(part.second) is LowRankSecondMoment
     return type(part.first) in _MOMENTA and type(part.second) in _SECOND_MOMENTS

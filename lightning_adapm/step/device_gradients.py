@@ -76,14 +76,21 @@ class DeviceGradients(Stack):
         self._agreed = flaws
         self._reading = self.reading._replace(flaws=flaws, columns=columns)
 
-    def read(self, bases: Matrices) -> Tensor:
-        """Products of the gradients with the transposed ``bases``, ``(b, m, width)``, finite or not."""
-        product, _ = self._read(bases, bases.like.shape[-2])
+    def read(self, bases: Matrices, exactly: bool = False, absolute: bool = False) -> Tensor:
+        """Products of the gradients with the transposed ``bases``, ``(b, m, width)``, finite or not; with those in
+        float32 nearly ``exactly``, and of ``absolute`` values.
+        """
+        product, _ = self._read(bases, bases.like.shape[-2], exactly, absolute)
         assert product is not None
         return product
 
-    def _read(self, bases: Matrices | None, r: int) -> tuple[Tensor | None, Reading]:
-        product, found = reading.read(self.matrices, len(self), bases, r, self._reading, self._columns)
+    def _read(
+        self, bases: Matrices | None, r: int, exactly: bool = False, absolute: bool = False
+    ) -> tuple[Tensor | None, Reading]:
+        known = self._reading
+        product, found = reading.read(
+            self.matrices, len(self), bases, r, known, self._columns, exactly=exactly, absolute=absolute
+        )
         self._reading = found if self._agreed is None else found._replace(flaws=self._agreed)
         return product, self._reading
 
@@ -117,6 +124,10 @@ class DeviceGradients(Stack):
 
     def __matmul__(self, columns: Tensor) -> Tensor:
         product = self.read(Matrices.of([columns.mT.to(kernels.FACTOR).contiguous()]))[..., : columns.shape[-1]]
+        return self.without_flaws(product)
+
+    def without_flaws(self, product: Tensor) -> Tensor:
+        """Zero, in a product ``(b, m, width)``, what comes of gradients with a flaw."""
         return product.masked_fill_(~self._counting[..., None], 0.0)
 
     def __rmatmul__(self, weights: Tensor) -> Tensor:

@@ -80,7 +80,8 @@ def matrices_of(states: Sequence[State], key: str) -> Matrices:
 
 def by_part(divisors: Divisors, parts: int) -> Denominators:
     """Denominators of kernels as tensors by part."""
-    roots, correction, eps, beta2, columns = divisors
+    roots, correction, eps, beta2, columns, _ = divisors
+    assert roots is not None
     by_part = list(roots.tensors) if isinstance(roots, Matrices) else _by_part(roots[..., None], parts)
     by_column = None if columns is None else _by_part(columns[:, None], parts)
     return Denominators(by_part, correction, eps, by_column, squared=beta2 is not None)

@@ -17,6 +17,8 @@ MOVE, MOVE_CODES, MOVE_ALONG, MOVE_ALONG_ELEMENTWISE = (1, 2048, 4, 3), (1, 1024
 and by elementwise second moments. The fastest of some on an H200, and within the 99 KiB of shared memory that a block
 has on smaller GPUs.
 """
+MOVE_FITTED = (64, 64, 4, 3)
+"""Tile of parameters whose direction and divisors are products in float32's precision."""
 HELD, HELD_COLUMNS, HELD_RANKS = (64, 64, 4, 3), 512, 128
 """Tile of programs that hold their rows of up to so many ranks, and the columns that each moves. In two bytes, where
 reading a left factor again for each tile takes longer than reading gradients.
@@ -27,19 +29,26 @@ class Divisors(NamedTuple):
     """Denominators of a step, ``roots / correction + eps``, with roots ``(b, m)`` or matrices that broadcast.
 
     With ``beta2``, they are elementwise averages of the squared direction, which they take before anything else. With
-    ``columns`` ``(b, n)``, they are their products with these.
+    ``columns`` ``(b, n)``, they are their products with these. With ``factors`` ``(b, m, width)`` and ``(k, n)``, the
+    averages are the squares of their product, and there are no roots.
     """
 
-    roots: Tensor | Matrices
+    roots: Tensor | Matrices | None
     correction: float
     eps: float
     beta2: float | None = None
     columns: Tensor | None = None
+    factors: tuple[Tensor, Matrices] | None = None
+
+    @property
+    def are_averages(self) -> bool:
+        """Whether they are averages in memory that take the squared direction."""
+        return self.beta2 is not None and self.factors is None
 
     @property
     def strides(self) -> tuple[int, int]:
         """Elements from one row and one column of roots to the next, 0 where they broadcast; of matrices only."""
-        if isinstance(self.roots, Tensor):
+        if not isinstance(self.roots, Matrices):
             return 0, 0
         (m, n), like = self.roots.shape, self.roots.like
         return 0 if m == 1 else self.roots.stride, 0 if n == 1 else like.stride(-1)
@@ -85,9 +94,11 @@ def move(
     moved = Matrices.of(params, stacks=directions.like.dim() == 3)
     values, beta1, scales = average or (None, 0.0, None)
     left, right = factors or (None, None)
-    columns, elementwise = divisors.columns, divisors.beta2 is not None
-    held = HELD_COLUMNS if _holds(param, left, columns) else 0
-    tile = Tile(*_tile(factors is not None, held > 0, elementwise, scales is not None)).narrowed(n)
+    columns, elementwise = divisors.columns, divisors.are_averages
+    root_left, root_right = divisors.factors or (None, None)
+    held = HELD_COLUMNS if _holds(param, left, divisors) else 0
+    fitted = divisors.factors is not None
+    tile = Tile(*_tile(factors is not None, held > 0, elementwise, scales is not None, fitted)).narrowed(n)
     # heads of a fused weight are one matrix of the gradient
     grouped = param.dim() > directions.like.dim()
     rows, stride = (param.shape[1], param.stride(0)) if grouped else (m, 0)
@@ -98,7 +109,10 @@ def move(
     launch(
         "move",
         (high * across, b, 1),
-        (moved, directions, divisors.roots, flaws, values, left, right, columns, streams, scales, rates, clock),
+        (
+            *(moved, directions, divisors.roots, flaws, values, left, right),
+            *(columns, root_left, root_right, streams, scales, rates, clock),
+        ),
         (m, n, k, width, rows, stride, moved.stride, directions.stride, *divisors.strides, each),
         # steps are counted in float32: exact
         (beta1, scale, divisors.correction, divisors.eps, divisors.beta2 or 0.0, lr, decay, clip or 0.0, step),
@@ -107,7 +121,7 @@ def move(
         AVERAGE=(values or moved).dtype,
         RIGHT=(right or moved).dtype,
         FACTOR=kernels.FACTOR,
-        ALIGNED=aligned(moved, directions, values, right) and (not elementwise or divisors.are_aligned),
+        ALIGNED=aligned(moved, directions, values, right, root_right) and (not elementwise or divisors.are_aligned),
         GROUPED=grouped,
         CHECKED=flaws is not None,
         DENSE=isinstance(divisors.roots, Tensor),
@@ -117,6 +131,7 @@ def move(
         SPAN=0 if scales is None else min(BLOCK, tile.columns),
         CLAMP=clip is not None,
         FACTORS=factors is not None,
+        FITTED=fitted,
         STOCHASTIC=rounding is not None,
         EVEN=rounding is not None and rounding.is_even(n),
         RATED=rates is not None,
@@ -129,13 +144,15 @@ def move(
     torch.autograd.graph.increment_version(params)  # as every operation in place, for whoever goes backward again
 
 
-def _holds(param: Tensor, left: Tensor | None, columns: Tensor | None) -> bool:
+def _holds(param: Tensor, left: Tensor | None, divisors: Divisors) -> bool:
     """Whether programs hold their rows of the left factor. Divisors that are products leave no registers for them."""
-    fits = left is not None and left.shape[-1] <= HELD_RANKS and columns is None
+    fits = left is not None and left.shape[-1] <= HELD_RANKS and divisors.columns is None and divisors.factors is None
     return fits and param.element_size() == 2 and kernels.has_large_blocks(param.device)
 
 
-def _tile(along: bool, held: bool, elementwise: bool, coded: bool) -> tuple[int, int, int, int]:
+def _tile(along: bool, held: bool, elementwise: bool, coded: bool, fitted: bool) -> tuple[int, int, int, int]:
+    if fitted:
+        return MOVE_FITTED
     if not along:
         return MOVE_CODES if coded else MOVE
     if held:

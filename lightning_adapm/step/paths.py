@@ -10,6 +10,7 @@ from lightning_adapm.moments.first import FullMomentum, LowRankMomentum, NoMomen
 from lightning_adapm.moments.nesterov import NesterovLowRankMomentum, NesterovMomentum
 from lightning_adapm.moments.orthogonal import Orthogonal
 from lightning_adapm.moments.quantized import EightBits
+from lightning_adapm.moments.regression import LowRankRegression, LowRankSecondMoment
 from lightning_adapm.moments.second import (
     BlockSecondMoment,
     ElementwiseSecondMoment,
@@ -173,6 +174,8 @@ def _unknown_layout(parts: Sequence[Part], grads: Sequence[Tensor]) -> str:
 def unknown_moments(part: Part) -> str:
     """Why the kernels cannot take the moments of a part; empty where they can."""
     first, second = part.first, part.second
+    if type(first) is LowRankRegression and type(second) is LowRankSecondMoment:
+        return _unknown_regression(part)
     known = (NesterovMomentum, NesterovLowRankMomentum) if second.whole_matrices else ()
     if type(first) not in (NoMomentum, FullMomentum, LowRankMomentum, *known):
         return f"no kernels for {type(first).__name__}"
@@ -190,3 +193,11 @@ def unknown_moments(part: Part) -> str:
         if not storage.plain or (storage.dtype is not None and storage.dtype not in DTYPES):
             return f"no kernels for state in {storage}"
     return ""
+
+
+def _unknown_regression(part: Part) -> str:
+    """Why the kernels cannot fit the factors of a part, in whatever storage these are; empty where they can."""
+    assert isinstance(part.first, LowRankRegression)
+    if part.first.order != "gauss_seidel":
+        return f"no kernels for order={part.first.order!r}"
+    return "no kernels for regressions on rows that processes share" if part.shard is not None else ""

@@ -19,6 +19,8 @@ PROJECT_FAR_COLUMNS = (128, 64, 8, 3)
 """Rows and columns of a tile, warps, stages: of sums with products above 128 ranks in a tile, and over columns as well.
 Warps add columns up together once for each tile, so it is wider, for which only gradients of two bytes leave room.
 """
+READ_EXACTLY, COMBINE_EXACTLY = (64, 32, 8, 3), (32, 128, 8, 3)
+"""Tiles of sums with products, and of a combination, in float32's precision. Operands are twice as large."""
 
 ROWS_OF_A_TILE = 64
 """Fewest rows of a tile with sums over columns."""
@@ -47,15 +49,26 @@ class Reading(NamedTuple):
 
 
 def read(
-    grads: Matrices, gradients: int, bases: Matrices | None, r: int, known: Reading | None, columns: bool = False
+    grads: Matrices,
+    gradients: int,
+    bases: Matrices | None,
+    r: int,
+    known: Reading | None,
+    columns: bool = False,
+    exactly: bool = False,
+    absolute: bool = False,
 ) -> tuple[Tensor | None, Reading]:
     """Products of ``grads`` with the transposed ``bases`` ``(r, n)``, ``(b, m, padded(r))``; and what else so many
-    ``gradients`` show, of their ``columns`` as well, unless that is ``known``.
+    ``gradients`` show, of their ``columns`` as well, unless that is ``known``. Products with bases in float32 may be
+    computed nearly ``exactly``, and of ``absolute`` values.
     """
     like, b = grads.like, len(grads.addresses)
     (m, n), width = grads.shape, kernels.padded(r)
     columns = columns and known is None
-    tile, block_r = _tile_of_sums(columns, n) if bases is None else _tile_of_products(m, r, like, columns)
+    if exactly:
+        tile, block_r = Tile(*READ_EXACTLY).narrowed(n), _ranks(r, RANKS)
+    else:
+        tile, block_r = _tile_of_sums(columns, n) if bases is None else _tile_of_products(m, r, like, columns)
     high, _, _ = tile.grid(m, n, b)
     projected = None if bases is None else like.new_empty((b, m, width), dtype=torch.float32)
     sums = like.new_empty((b, high, n), dtype=torch.float32) if columns else None
@@ -75,6 +88,8 @@ def read(
         FIRST=known is None,
         COLUMNS=columns,
         PROJECT=bases is not None,
+        SPLIT=exactly,
+        ABSOLUTE=absolute,
         BLOCK_R=block_r,
         **tile.constants,
     )
@@ -105,25 +120,31 @@ def _tile_of_products(m: int, r: int, like: Tensor, columns: bool) -> tuple[Tile
     return Tile(*(PROJECT_NEAR if ranks <= RANKS else far)).narrowed(n), ranks
 
 
-def combine(grads: Matrices, weights: Tensor, flaws: Tensor | None = None) -> Tensor:
-    """Multiply transposed ``weights`` ``(b, m, r)`` by ``grads`` ``(m, n)``; those with a flaw count as zero."""
+def combine(
+    grads: Matrices, weights: Tensor, flaws: Tensor | None = None, exactly: bool = False, absolute: bool = False
+) -> Tensor:
+    """Multiply transposed ``weights`` ``(b, m, r)`` by ``grads`` ``(m, n)`` or their ``absolute`` values; those with a
+    flaw count as zero. Products with weights in float32 may be computed nearly ``exactly``.
+    """
     b, m, r = weights.shape
     n = grads.shape[1]
     rows = rows_of_a_product(n)
     parts = -(-m // rows)
     product = weights.new_empty((b, parts, r, n), dtype=torch.float32)
-    tile, block_r = Tile(*COMBINE).narrowed(n), _ranks(r, RANKS)
+    tile, block_r = Tile(*(COMBINE_EXACTLY if exactly else COMBINE)).narrowed(n), _ranks(r, RANKS)
     launch(
         "combine",
         (-(-n // tile.columns) * -(-r // block_r), b, parts),
         # weights: read by every block of columns
-        (grads, _factor(weights), flaws, product),
+        (grads, weights.contiguous() if exactly else _factor(weights), flaws, product),
         (m, n, r, grads.stride, 1 if flaws is None else b // len(flaws), rows),
         (),
         GRAD=grads.dtype,
         FACTOR=kernels.FACTOR,
         ALIGNED=grads.aligned,
         CHECKED=flaws is not None,
+        SPLIT=exactly,
+        ABSOLUTE=absolute,
         BLOCK_R=block_r,
         **tile.constants,
     )

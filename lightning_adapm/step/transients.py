@@ -7,6 +7,7 @@ from itertools import chain
 import torch
 
 from lightning_adapm.moments.first import LowRankMomentum
+from lightning_adapm.moments.regression import LowRankRegression
 from lightning_adapm.moments.second import FactoredSecondMoment, RelativeSecondMoment
 from lightning_adapm.moments.tiles import TILE_NUMEL
 from lightning_adapm.step import kernels as step_kernels
@@ -21,6 +22,9 @@ from lightning_adapm.step.refreshing import TOGETHER_NUMEL
 
 _FACTORS, _BASES = 8, 9
 """Float32 copies of left factors and bases of matrices that step together, in a first step."""
+
+_FITTED_LEFTS, _FITTED_RIGHTS = 14, 12
+"""Copies in float32 of the left and of the right factors while regressors are fitted, of which some are in float64."""
 
 _SQUARES_IN_FLOAT64 = 7
 """Products of a basis with itself, which make it orthonormal."""
@@ -174,6 +178,8 @@ class _Bucket:
         together = self.together(due)
         if not self._kernels:
             return 4 * _COPIES * together * self._shape.numel()
+        if isinstance(self._part.first, LowRankRegression):
+            return together * self._fitted(self._part.first.rank)
         factors = padded(2 * self.rank) if due else padded(self.rank)
         held = _PRODUCT * self._rows * factors
         held = max(held, self._sums) + (4 * self._rows * padded(self.rank) if self.rank else 0)
@@ -182,6 +188,13 @@ class _Bucket:
         else:
             held += 6 * self.basis
         return together * held + self._orthogonal(together)
+
+    def _fitted(self, rank: int) -> int:
+        """Bytes of factors of a ``rank`` while they are fitted to a part."""
+        products = 1 + -(-self._m // rows_of_a_product(self._n))
+        right = self.stack * rank * self._n
+        lefts, rights = _FITTED_LEFTS * self._rows * padded(rank), (_FITTED_RIGHTS + products) * right
+        return 4 * (lefts + rights) + 8 * _SQUARES_IN_FLOAT64 * self.stack * rank**2
 
     @property
     def is_sharded(self) -> bool:

@@ -19,6 +19,8 @@ def move(
     left,
     rights,
     root_columns,
+    root_left,
+    root_rights,
     streams,
     scales,
     rates,
@@ -58,6 +60,7 @@ def move(
     SPAN: tl.constexpr,
     CLAMP: tl.constexpr,
     FACTORS: tl.constexpr,
+    FITTED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     EVEN: tl.constexpr,
     RATED: tl.constexpr,
@@ -74,11 +77,12 @@ def move(
     ``k``, and ``rights`` are ``(k, n)``. Rows of a parameter come in groups of ``group_rows``, ``group_stride`` apart.
     Roots are ``DENSE``, ``(b, m)``, where ``FACTORED`` times the ``root_columns`` ``(b, n)``, or at addresses with the
     strides given, 0 where they broadcast; where ``ELEMENTWISE``, these are averages of the squared direction, which
-    they take first. Where ``CHECKED``, a direction with a flaw is zero. Where ``AVERAGED``, ``averages`` ``(m, n)``
-    take the direction and stand in its place. With a ``SPAN`` they are codes of
-    :mod:`lightning_adapm.moments.quantized` with ``scales`` of so many columns each. Where ``STOCHASTIC``, parameters
-    are rounded by the bits of ``streams`` ``(b, 3)`` in this ``step``. Where ``RATED``, ``lr`` is multiplied by the
-    matrix's own of ``rates`` ``(b,)``. Where ``CLOCKED``, what changes from step to step is read from the
+    they take first. Where ``FITTED``, they are roots of averages of the squares of ``root_left root_rights``, laid out
+    as the other factors and all in float32, and of the direction's. Where ``CHECKED``, a direction with a flaw is zero.
+    Where ``AVERAGED``, ``averages`` ``(m, n)`` take the direction and stand in its place. With a ``SPAN`` they are
+    codes of :mod:`lightning_adapm.moments.quantized` with ``scales`` of so many columns each. Where ``STOCHASTIC``,
+    parameters are rounded by the bits of ``streams`` ``(b, 3)`` in this ``step``. Where ``RATED``, ``lr`` is multiplied
+    by the matrix's own of ``rates`` ``(b,)``. Where ``CLOCKED``, what changes from step to step is read from the
     :class:`~lightning_adapm.step.clock.Clock` at ``clock``.
 
     A program moves one tile. Where ``HELD`` is not 0, it moves so many columns, tile by tile, and loads its rows of
@@ -110,18 +114,19 @@ def move(
         held = tl.load(at, (row[:, None] < m) & (inner[None, :] < width), 0.0)
         for start in tl.range(first, min(first + HELD, n), BLOCK_N, num_stages=STAGES):
             triton_tiles.moved(
-                parameters, directions, roots, averages, left, rights, root_columns, streams, scales, held, root,
-                counts, row, start, which, m, n, k, width, group_rows, group_stride, parameter_stride,
-                direction_stride, root_stride_m, root_stride_n, beta1, scale, correction, eps, beta2, lr, decay, clip,
-                step, PARAMETER, DIRECTION, AVERAGE, RIGHT, FACTOR, ALIGNED, GROUPED, CHECKED, DENSE, FACTORED,
-                ELEMENTWISE, AVERAGED, SPAN, CLAMP, FACTORS, STOCHASTIC, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, HELD
+                parameters, directions, roots, averages, left, rights, root_columns, root_left, root_rights, streams,
+                scales, held, root, counts, row, start, which, m, n, k, width, group_rows, group_stride,
+                parameter_stride, direction_stride, root_stride_m, root_stride_n, beta1, scale, correction, eps, beta2,
+                lr, decay, clip, step, PARAMETER, DIRECTION, AVERAGE, RIGHT, FACTOR, ALIGNED, GROUPED, CHECKED, DENSE,
+                FACTORED, ELEMENTWISE, AVERAGED, SPAN, CLAMP, FACTORS, FITTED, STOCHASTIC, EVEN, BLOCK_M, BLOCK_N,
+                BLOCK_K, HELD
             )
     else:
         triton_tiles.moved(
-            parameters, directions, roots, averages, left, rights, root_columns, streams, scales, one, root, counts,
-            row, first, which, m, n, k, width, group_rows, group_stride, parameter_stride, direction_stride,
-            root_stride_m, root_stride_n, beta1, scale, correction, eps, beta2, lr, decay, clip, step, PARAMETER,
-            DIRECTION, AVERAGE, RIGHT, FACTOR, ALIGNED, GROUPED, CHECKED, DENSE, FACTORED, ELEMENTWISE, AVERAGED,
-            SPAN, CLAMP, FACTORS, STOCHASTIC, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, HELD
+            parameters, directions, roots, averages, left, rights, root_columns, root_left, root_rights, streams,
+            scales, one, root, counts, row, first, which, m, n, k, width, group_rows, group_stride, parameter_stride,
+            direction_stride, root_stride_m, root_stride_n, beta1, scale, correction, eps, beta2, lr, decay, clip, step,
+            PARAMETER, DIRECTION, AVERAGE, RIGHT, FACTOR, ALIGNED, GROUPED, CHECKED, DENSE, FACTORED, ELEMENTWISE,
+            AVERAGED, SPAN, CLAMP, FACTORS, FITTED, STOCHASTIC, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, HELD
         )
     # fmt: on

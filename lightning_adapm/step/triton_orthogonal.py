@@ -68,7 +68,7 @@ def direct(
         d += share * (average - d)
     if FACTORS:
         product = triton_products.low_rank(
-            left, rights, which, row, column, m, n, k, width, RIGHT, FACTOR, ALIGNED, BLOCK_K
+            left, rights, which, row, column, m, n, k, width, RIGHT, FACTOR, False, ALIGNED, BLOCK_K
         )
         d += share * product
     finite = tl.abs(d) < float("inf")

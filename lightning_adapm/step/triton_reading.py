@@ -6,6 +6,8 @@ As in :mod:`lightning_adapm.step.triton_kernels`, gradients lie anywhere, at add
 import triton
 import triton.language as tl
 
+from lightning_adapm.step import triton_products
+
 
 @triton.jit
 def read(
@@ -29,6 +31,8 @@ def read(
     FIRST: tl.constexpr,
     COLUMNS: tl.constexpr,
     PROJECT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ABSOLUTE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -37,7 +41,8 @@ def read(
 
     Where ``PROJECT``, ``projected`` ``(b, m, width)`` are their products with the transposed ``bases`` ``(r, n)``, zero
     behind ``r``. Where this is the ``FIRST`` reading, ``squares`` ``(b, m)`` are the sums of squares of rows, and
-    ``flaws`` are set; with ``COLUMNS``, ``sums`` ``(b, tiles of rows, n)`` are those of each tile's columns.
+    ``flaws`` are set; with ``COLUMNS``, ``sums`` ``(b, tiles of rows, n)`` are those of each tile's columns. Products
+    may be ``SPLIT``, and of ``ABSOLUTE`` values.
     """
     # programs that share a gradient's rows follow each other: all but the first find them in the cache
     ranks = tl.cdiv(width, BLOCK_R) if PROJECT else 1
@@ -70,9 +75,10 @@ def read(
             if COLUMNS:
                 tl.store(sums + column, tl.sum(g * g, 0), (column < n) & first)
         if PROJECT:
-            part = tl.load(basis + column[None, :], (rank[:, None] < r) & (column[None, :] < n), 0.0).to(FACTOR)
+            part = tl.load(basis + column[None, :], (rank[:, None] < r) & (column[None, :] < n), 0.0)
             # a value of its own: what is copied to shared memory for a product and used for more comes out wrong
-            product = tl.dot((g * one).to(FACTOR), tl.trans(part), product)
+            multiplied = tl.abs(g) * one if ABSOLUTE else g * one
+            product = triton_products.added(multiplied, tl.trans(part), product, FACTOR, SPLIT)
     if PROJECT:
         out = projected + which * m * width + row.to(tl.int64)[:, None] * width + rank[None, :]
         tl.store(out, product, (row[:, None] < m) & (rank[None, :] < width))
@@ -99,12 +105,14 @@ def combine(
     FACTOR: tl.constexpr,
     ALIGNED: tl.constexpr,
     CHECKED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ABSOLUTE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """``combined`` ``(b, parts, r, n)``: transposed ``weights`` ``(b, m, r)`` times matrices, over so many ``rows``
-    each, where ``CHECKED`` zero those with a flaw.
+    each, where ``CHECKED`` zero those with a flaw. Products may be ``SPLIT``, and of ``ABSOLUTE`` values.
     """
     ranks = tl.cdiv(r, BLOCK_R)
     column = tl.program_id(0) // ranks * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -122,9 +130,11 @@ def combine(
         g = tl.load(at, (row[:, None] < m) & (column[None, :] < n), 0.0).to(tl.float32)
         if CHECKED:
             g = tl.where(counts, g, 0.0)
+        if ABSOLUTE:
+            g = tl.abs(g)
         at = weights + which * m * r + row.to(tl.int64)[:, None] * r + rank[None, :]
         weight = tl.load(at, (row[:, None] < m) & (rank[None, :] < r), 0.0)
-        product = tl.dot(tl.trans(weight), g.to(FACTOR), product)
+        product = triton_products.added(tl.trans(weight), g, product, FACTOR, SPLIT)
     out = combined + (which * tl.num_programs(2) + part) * r * n + rank[:, None] * n + column[None, :]
     tl.store(out, product, (rank[:, None] < r) & (column[None, :] < n))
 

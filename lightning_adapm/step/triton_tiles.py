@@ -15,6 +15,8 @@ def moved(
     left,
     rights,
     root_columns,
+    root_left,
+    root_rights,
     streams,
     scales,
     held,
@@ -57,6 +59,7 @@ def moved(
     SPAN: tl.constexpr,
     CLAMP: tl.constexpr,
     FACTORS: tl.constexpr,
+    FITTED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -81,7 +84,11 @@ def moved(
         product = triton_products.held(held, rights, which, column, n, k, RIGHT, FACTOR, ALIGNED, BLOCK_K)
     elif FACTORS:  # before the parameter is loaded: registers are short in the loop
         product = triton_products.low_rank(
-            left, rights, which, row, column, m, n, k, width, RIGHT, FACTOR, ALIGNED, BLOCK_K
+            left, rights, which, row, column, m, n, k, width, RIGHT, FACTOR, FITTED, ALIGNED, BLOCK_K
+        )
+    if FITTED:
+        fitted = triton_products.low_rank(
+            root_left, root_rights, which, row, column, m, n, k, width, RIGHT, FACTOR, True, ALIGNED, BLOCK_K
         )
     parameter = tl.load(parameters + which).to(tl.pointer_type(PARAMETER))
     if ALIGNED:
@@ -96,7 +103,9 @@ def moved(
         d = tl.where(counts, d, 0.0)
     if FACTORED:
         root = root * tl.load(root_columns + which * n + column, column < n, 0.0)[None, :]
-    if not DENSE:
+    if FITTED:
+        root = tl.sqrt(beta2 * fitted * fitted + (1 - beta2) * d * d)
+    elif not DENSE:
         at = tl.load(roots + which).to(tl.pointer_type(tl.float32))
         if ALIGNED and ELEMENTWISE:
             at = tl.multiple_of(at, 16)

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_adapm.moments.base import Denominators, Direction
+from lightning_adapm.moments.base import Direction
 from lightning_adapm.moments.tiles import spans
 from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.parts import Part
@@ -38,6 +38,14 @@ class Tiles:
                 yield which, first, rows if self._flaw is None else torch.where(self._flaw == 0, rows, 0.0)
 
 
+class Denominating(Protocol):
+    """Denominators that are shown some rows at a time."""
+
+    def rows(self, index: int, which: int, span: slice) -> Tensor:
+        """Those of some rows of one of the matrices that the gradient with this ``index`` stacks."""
+        ...
+
+
 class Observer(Protocol):
     """Sees every part of a step; see :class:`lightning_adapm.report.diagnostics.ResidualProbe`.
 
@@ -66,7 +74,7 @@ def see_updates(
     parts: Sequence[Part],
     momentum: Direction,
     used: Direction,
-    denominators: Denominators,
+    denominators: Denominating,
     clip: float | None,
     first: int = 0,
     flaws: Tensor | None = None,

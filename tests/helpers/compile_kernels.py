@@ -24,7 +24,14 @@ SCALARS = dict.fromkeys(
     ).split(),
     "fp32",
 )
-COMMON = {"GRAD": tl.float32, "FACTOR": tl.bfloat16, "ALIGNED": True, "COLUMNS": True}
+COMMON = {
+    "GRAD": tl.float32,
+    "FACTOR": tl.bfloat16,
+    "ALIGNED": True,
+    "COLUMNS": True,
+    "SPLIT": False,
+    "ABSOLUTE": False,
+}
 MOVED = dict.fromkeys(("PARAMETER", "DIRECTION", "AVERAGE"), tl.float32) | {
     "RIGHT": tl.bfloat16,
     "GROUPED": False,
@@ -34,6 +41,7 @@ MOVED = dict.fromkeys(("PARAMETER", "DIRECTION", "AVERAGE"), tl.float32) | {
     "SPAN": 0,
     "CLAMP": True,
     "FACTORS": True,
+    "FITTED": False,
     "STOCHASTIC": False,
     "RATED": False,
     "CLOCKED": True,
@@ -47,6 +55,8 @@ MOVE = dict.fromkeys(("parameters", "directions", "averages", "rights", "streams
     "flaws": "*i32",
     "left": "*bf16",
     "root_columns": "*fp32",
+    "root_left": "*fp32",
+    "root_rights": "*i64",
     "rates": "*fp32",
     "clock": "*fp32",
 }
@@ -102,6 +112,8 @@ def main():
     rows = averages.MOST_ROWS_OF_A_HEAD
     advanced = ADVANCED | {"LOW_RANK": True, "BLOCK_R": averages.ADVANCED_NUMEL // rows}
     averaged = block | {"AVERAGED": True, "AVERAGE": tl.float16, "FACTORS": False}
+    exactly = {"SPLIT": True, "ABSOLUTE": True, "BLOCK_R": reading.RANKS}
+    fitted = elementwise | {"ELEMENTWISE": False, "FITTED": True, "CLAMP": False, "RIGHT": tl.float32}
     found = {
         "advance": needed(triton_kernels.advance, ADVANCE, advanced, (rows, 0, 4, 3), capability),
         "advance, many rows": needed(
@@ -109,6 +121,19 @@ def main():
         ),
         "read": needed(triton_kernels.read, READ, read, reading.PROJECT, capability),
         "combine": needed(triton_kernels.combine, COMBINE, {"BLOCK_R": reading.RANKS}, reading.COMBINE, capability),
+        "read, exactly": needed(
+            triton_kernels.read,
+            READ,
+            read | exactly | {"BASIS": tl.float32, "COLUMNS": False},
+            reading.READ_EXACTLY,
+            capability,
+        ),
+        "combine, exactly": needed(
+            triton_kernels.combine, COMBINE | {"weights": "*fp32"}, exactly, reading.COMBINE_EXACTLY, capability
+        ),
+        "move, fitted": needed(
+            triton_kernels.move, MOVE | {"left": "*fp32", "roots": "*i64"}, fitted, moves.MOVE_FITTED, capability
+        ),
         "move": needed(triton_kernels.move, MOVE | {"roots": "*fp32"}, block, moves.MOVE_ALONG, capability),
         "move, full": needed(triton_kernels.move, MOVE | {"roots": "*fp32"}, averaged, moves.MOVE, capability),
         "move, rounded": needed(

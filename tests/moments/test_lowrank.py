@@ -145,6 +145,6 @@ def test_triangular_matrices_are_inverted_by_blocks(r):
     """To working precision, with zeros where they were."""
     rows = torch.randn(2, r, r + 5, dtype=torch.float64)
     lower = torch.linalg.cholesky(rows @ rows.mT)
-    found = lowrank._inverse(lower)
+    found = lowrank.inverted(lower)
     torch.testing.assert_close(found @ lower, torch.eye(r, dtype=torch.float64).expand(2, r, r))
     assert not found.triu(1).any()

@@ -6,7 +6,7 @@ from allocations import transient_of_a_step
 from models import relative_difference
 from torch import nn
 
-from lightning_adapm import AdaLomo, Lomo
+from lightning_adapm import AdaLomo, Lomo, LoRAPre
 from lightning_adapm.moments import tiles
 from lightning_adapm.step import kernels
 
@@ -43,8 +43,9 @@ def trained(kind, dtype=torch.float32, **options):
         (Lomo, {"weight_decay": 0.1}, {"read", "move"}),
         (AdaLomo, {"weight_decay": 0.1}, {"read", "factor", "relate", "move"}),
         (AdaLomo, {"clip_threshold": 0.1}, {"read", "factor", "relate", "move"}),
+        (LoRAPre, {"weight_decay": 0.1, "rank": 3}, {"read", "combine", "move"}),
     ],
-    ids=["Lomo", "AdaLomo", "AdaLomo, clipped"],
+    ids=["Lomo", "AdaLomo", "AdaLomo, clipped", "LoRAPre"],
 )
 def test_as_without_kernels(interpreted, monkeypatch, kind, options, launched):
     weights, state, optimizer = trained(kind, **options)
@@ -52,7 +53,8 @@ def test_as_without_kernels(interpreted, monkeypatch, kind, options, launched):
     assert "kernels" in {row.path for row in optimizer.step_paths()}
     monkeypatch.setattr(kernels, "runs_on", lambda device: False)
     expected, expected_state, reference = trained(kind, **options)
-    assert relative_difference(weights, expected) < 1e-6
+    # LoRA-Pre divides two predictions, which may be small, where a gradient counts as zero
+    assert relative_difference(weights, expected) < (1e-4 if kind is LoRAPre else 1e-6)
     assert relative_difference(state, expected_state) < 1e-6
     assert optimizer.nonfinite_gradients() == reference.nonfinite_gradients() != {}
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_adapm import AdaLomo, AdaPM, Lomo, PartialMuon
+from lightning_adapm import AdaLomo, AdaPM, Lomo, LoRAPre, PartialMuon
 from lightning_adapm.report.diagnostics import ResidualProbe
 from lightning_adapm.step import graphs, kernels, launch, norms
 
@@ -167,7 +167,9 @@ def test_replays_are_the_steps_that_launches_would_take(recorded, options):
     assert [optimizer.nonfinite_gradients() for optimizer in twins.optimizers] == [{"embed.weight": 1}] * 2
 
 
-@pytest.mark.parametrize(("make", "dtype"), [(AdaLomo, torch.float32), (Lomo, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("make", "dtype"), [(AdaLomo, torch.float32), (Lomo, torch.bfloat16), (LoRAPre, torch.float32)]
+)
 def test_all_of_a_neighbor_s_step_is_replayed(recorded, make, dtype):
     """Vectors as well, with another rate and decay in every step."""
     twins = Twins(dtype, make, weight_decay=0.1)

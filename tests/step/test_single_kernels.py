@@ -118,5 +118,5 @@ def test_tiles_fit_smaller_gpus():
     done = subprocess.run(command, env=compiled, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     needed = json.loads(done.stdout)
-    assert len(needed) == 13 and all(each["shared"] <= 99 * 1024 for each in needed.values()), needed
+    assert len(needed) == 16 and all(each["shared"] <= 99 * 1024 for each in needed.values()), needed
     assert not any(each["spilled"] for name, each in needed.items() if name != "combine"), needed

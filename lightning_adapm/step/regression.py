@@ -1,0 +1,77 @@
+"""LoRA-Pre's step by kernels: regressors are fitted to gradients where they lie, and predict where parameters move.
+
+Products are of float32's precision but for the last bits, because factors of a gradient of low rank are of any size and
+cancel each other.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lightning_adapm.moments.base import Direction
+from lightning_adapm.moments.regression import LowRankRegression, LowRankSecondMoment, Regressor
+from lightning_adapm.moments.second import bias_correction
+from lightning_adapm.sharding.reduction import ONE_PROCESS
+from lightning_adapm.step import kernels, reading
+from lightning_adapm.step.batching import Batch
+from lightning_adapm.step.device_gradients import DeviceGradients
+from lightning_adapm.step.launch import Matrices
+from lightning_adapm.step.moves import Divisors
+
+
+class _Targets:
+    """Gradients, or their absolute values, that kernels multiply in float32's precision."""
+
+    def __init__(self, grads: DeviceGradients, absolute: bool) -> None:
+        self._grads, self._absolute = grads, absolute
+
+    def __matmul__(self, columns: Tensor) -> Tensor:
+        rows = Matrices.of([columns.mT.contiguous()])
+        product = self._grads.read(rows, exactly=True, absolute=self._absolute)
+        return self._grads.without_flaws(product[..., : columns.shape[-1]])
+
+    def __rmatmul__(self, weights: Tensor) -> Tensor:
+        flaws = self._grads.reading.flaws
+        return reading.combine(self._grads.matrices, weights.mT, flaws, exactly=True, absolute=self._absolute)
+
+
+class FittedDivisors(NamedTuple):
+    """Divisors of a step that are computed again for a monitor, some rows at a time."""
+
+    grads: DeviceGradients
+    divisors: Divisors
+
+    def rows(self, index: int, which: int, span: slice) -> Tensor:
+        """Compute the divisors of some rows of one of the matrices that the gradient with this ``index`` stacks."""
+        roots, grad = self.divisors, self.grads[index]
+        assert roots.factors is not None and roots.beta2 is not None
+        left, right = roots.factors
+        place = index * (len(grad) if grad.dim() == 3 else 1) + which
+        rows = (grad[which] if grad.dim() == 3 else grad)[span].float()
+        rows = torch.where(self.grads.reading.flaws[index] == 0, rows, 0.0)
+        fitted = left[place, span, : right.shape[0]] @ right.tensors[0][place]
+        root = (roots.beta2 * fitted.square() + (1 - roots.beta2) * rows.square()).sqrt_()
+        return root / roots.correction + roots.eps
+
+
+def step(batch: Batch, grads: DeviceGradients) -> tuple[Direction, Divisors]:
+    """Fit regressors to gradients, and return the direction and its divisors by the factors of before."""
+    first, second, number = batch.parts[0].first, batch.parts[0].second, batch.step
+    assert isinstance(first, LowRankRegression) and isinstance(second, LowRankSecondMoment)
+    # (1 - beta1) (gradient + beta1 / (1 - beta1) left right)
+    left, right = _fitted(batch, first.regressor, _Targets(grads, absolute=False))
+    left *= first.beta1 / (1 - first.beta1)
+    direction = Direction(grads, first.scale(number), scratch=False, clamp=None, factors=(left, right))
+    left, right = _fitted(batch, second.regressor, _Targets(grads, absolute=True))
+    correction = bias_correction(second.beta2, number)
+    return direction, Divisors(None, correction, second.eps, second.beta2, factors=(left, Matrices.of([right])))
+
+
+def _fitted(batch: Batch, regressor: Regressor, targets: _Targets) -> tuple[Tensor, Tensor]:
+    """Factors of before, as kernels read them, once others are fitted to the targets."""
+    left, right = regressor.factors(batch.parts, torch.float32)
+    kept = pad(left, (0, kernels.padded(regressor.rank) - regressor.rank))  # a copy
+    regressor.fit(targets, batch.parts, left, right, ONE_PROCESS)
+    return kept, right
