@@ -114,7 +114,7 @@ def test_recorded_orthogonal_updates():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["AdaLomo", "Lomo"])
+@pytest.mark.parametrize("name", ["AdaLomo", "Lomo", "LoRAPre"])
 def test_all_of_a_neighbor_s_step_is_recorded(name, dtype):
     make, options = NEIGHBORS[name]
     optimizer = twins_trained(dtype, 12, make=make, **options)

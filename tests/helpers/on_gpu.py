@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_adapm import AdaLomo, AdaPM, Lomo, PartialMuon
+from lightning_adapm import AdaLomo, AdaPM, Lomo, LoRAPre, PartialMuon
 
 NEEDED = [
     pytest.mark.gpu,
@@ -16,6 +16,7 @@ NEIGHBORS = {
     "Muon": (PartialMuon, {"momentum": "full"}),
     "AdaLomo": (AdaLomo, {"update_in_backward": False}),
     "Lomo": (Lomo, {"update_in_backward": False}),
+    "LoRAPre": (LoRAPre, {"rank": 5}),
 }
 
 

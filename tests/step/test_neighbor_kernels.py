@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_adapm import AdaLomo, Lomo, LoRAPre
 from lightning_adapm.moments import tiles
+from lightning_adapm.report.diagnostics import ResidualProbe
 from lightning_adapm.step import kernels
 
 pytest.importorskip("triton", reason="the kernels are Triton's")
@@ -20,12 +21,13 @@ SHAPES = {
 }
 
 
-def trained(kind, dtype=torch.float32, **options):
+def trained(kind, dtype=torch.float32, observer=None, **options):
     """Weights, state and optimizer after three steps, one of which has gradients that are not finite."""
     torch.manual_seed(0)
     weights = {name: nn.Parameter(torch.randn(shape).to(dtype)) for name, shape in SHAPES.items()}
     group = {"params": list(weights.items()), "n_head": 2, "n_query_groups": 2, "head_size": 6}
     optimizer = kind([group], lr=0.1, update_in_backward=False, roles={"experts": "mlp"}, **options)
+    optimizer.observer = observer
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
         for weight in weights.values():
@@ -59,7 +61,24 @@ def test_as_without_kernels(interpreted, monkeypatch, kind, options, launched):
     assert optimizer.nonfinite_gradients() == reference.nonfinite_gradients() != {}
 
 
-@pytest.mark.parametrize("kind", [Lomo, AdaLomo])
+def test_a_monitor_of_regressions_keeps_every_bit(interpreted, monkeypatch):
+    """The same launches, and the figures that a monitor of torch's step has; tiles are smaller than matrices."""
+    weights, state, _ = trained(LoRAPre, rank=3)
+    launches = list(interpreted)
+    interpreted.clear()
+    monkeypatch.setattr(tiles, "TILE_NUMEL", 90)
+    probe, reference = ResidualProbe(), ResidualProbe()
+    watched, watched_state, _ = trained(LoRAPre, observer=probe, rank=3)
+    assert interpreted == launches and torch.equal(watched, weights) and torch.equal(watched_state, state)
+    monkeypatch.setattr(kernels, "runs_on", lambda device: False)
+    trained(LoRAPre, observer=reference, rank=3)
+    readings = zip(*(sorted(each.read(), key=lambda reading: reading[:3]) for each in (probe, reference)), strict=True)
+    for found, expected in readings:
+        assert found[:3] == expected[:3]
+        assert found.figures == pytest.approx(expected.figures, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Lomo, AdaLomo, LoRAPre])
 def test_parameters_in_bfloat16_are_rounded_alike(interpreted, monkeypatch, kind):
     weights, _, _ = trained(kind, torch.bfloat16)
     monkeypatch.setattr(kernels, "runs_on", lambda device: False)
