@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class Regressor:
         predicted = left @ right
         if self.order == "jacobi":  # both factors may have met one huge gradient at once
             predicted.nan_to_num_(0.0, 0.0, 0.0)
-        self.fit(targets, states, left, right, reduction)
+        fit([Fitting(self, targets, states, left, right)], reduction)
         return predicted
 
     def factors(self, states: Sequence[State], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -55,24 +55,59 @@ class Regressor:
         start = lowrank.kept_starting_rows(self.rank, right.shape[-1], right) * (_SPREAD * 3**0.5)
         return left, torch.where(right.any(-1, keepdim=True).any(-2, keepdim=True), right, start)
 
-    def fit(
-        self, targets: Multiplied, states: Sequence[State], left: Tensor, right: Tensor, reduction: Reduction
-    ) -> None:
-        """Fit the :meth:`factors` ``left`` and ``right`` to ``targets`` ``(b, m, n)``."""
-        seen = targets @ right.mT
-        reduction.rows(seen)
-        new_left = torch.lerp(_over_gram(seen, right @ right.mT), left, self.decay)
-        basis = new_left if self.order == "gauss_seidel" else left
-        # in units of its largest entry: products of large gradients would overflow
-        size = reduction.largest(basis).amax(dim=-1, keepdim=True).clamp_min(torch.finfo(basis.dtype).tiny)
-        basis = basis / size
-        fresh, gram = reduction.total([basis.mT @ targets, reduction.owned(basis).mT @ basis])
-        new_right = torch.lerp(_over_gram(fresh.mT, gram).mT / size, right, self.decay)
-        finite = new_right.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)  # 1e-30 may come before 1e30
-        new_right = torch.where(finite, new_right, right)
-        for side, fitted in (("l", new_left), ("r", new_right)):
+    def write(self, states: Sequence[State], left: Tensor, right: Tensor) -> None:
+        """Store :meth:`factors`."""
+        for side, fitted in (("l", left), ("r", right)):
             key = f"{self.prefix}_{side}"
             self.storage.write(states, key, split(fitted, self.storage.read(states, key)))
+
+
+class Fitting(NamedTuple):
+    """A regressor with its factors and what they are to be fitted to."""
+
+    regressor: Regressor
+    targets: Multiplied
+    """``(b, m, n)``."""
+    states: Sequence[State]
+    left: Tensor
+    right: Tensor
+
+
+def fit(fittings: Sequence[Fitting], reduction: Reduction) -> None:
+    """Fit factors to their targets, of several regressors of one shape and order together.
+
+    The many operations on small matrices take a GPU as long for one regressor as for two.
+    """
+    rights = _joined([each.right for each in fittings])
+    seen = _joined([each.targets @ each.right.mT for each in fittings])
+    reduction.rows(seen)
+    new_lefts = _averaged(_over_gram(seen, rights @ rights.mT), [each.left for each in fittings], fittings)
+    del seen
+    gauss_seidel = fittings[0].regressor.order == "gauss_seidel"
+    basis = new_lefts if gauss_seidel else _joined([each.left for each in fittings])
+    # in units of its largest entry: products of large gradients would overflow
+    size = reduction.largest(basis).amax(dim=-1, keepdim=True).clamp_min(torch.finfo(basis.dtype).tiny)
+    basis = basis / size
+    rows = basis.mT.chunk(len(fittings))
+    fresh = _joined([own @ each.targets for own, each in zip(rows, fittings, strict=True)])
+    fresh, gram = reduction.total([fresh, reduction.owned(basis).mT @ basis])
+    new_rights = _averaged(_over_gram(fresh.mT, gram).mT / size, [each.right for each in fittings], fittings)
+    finite = new_rights.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)  # 1e-30 may come before 1e30
+    new_rights = torch.where(finite, new_rights, rights)
+    fitted = zip(*(new.chunk(len(fittings)) for new in (new_lefts, new_rights)), strict=True)
+    for each, (left, right) in zip(fittings, fitted, strict=True):
+        each.regressor.write(each.states, left, right)
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _averaged(new: Tensor, before: list[Tensor], fittings: Sequence[Fitting]) -> Tensor:
+    """Factors as regressors remember them, in the place of the ``new`` ones."""
+    for own, old, each in zip(new.chunk(len(fittings)), before, fittings, strict=True):
+        torch.lerp(own, old, each.regressor.decay, out=own)
+    return new
 
 
 def _over_gram(rows: Tensor, gram: Tensor) -> Tensor:
@@ -108,9 +143,6 @@ class LowRankRegression(Momentum):
     def regressor(self) -> Regressor:
         """The regressor of gradients."""
         return Regressor(self.rank, self.beta1**0.5, self.order, "exp_avg", self.storage)
-
-    def due(self, step: int) -> bool:
-        return True  # as many temporaries as a refresh, in every step
 
     def scale(self, step: int) -> float:
         """Share of the gradient in the direction, with the correction of its bias."""

@@ -60,9 +60,9 @@ class LoRAPre(RoleOptimizer):
       for ``variant="muon"``.
     - ``exp_avg`` and ``exp_avg_sq`` ``(m, n)`` instead where a piece has AdamW's moments.
 
-    Numerics: arithmetic is in float32, or float64 for float64 parameters; inverses are in float64. On CUDA, kernels read
-    gradients and move parameters, and each product of theirs is the sum of three in bfloat16, which is as exact but for
-    the last bits. For rows that processes share, ``order="jacobi"`` and ``variant="muon"``, moments are torch's
+    Numerics: arithmetic is in float32, or float64 for float64 parameters; inverses are in float64. On CUDA, kernels
+    read gradients and move parameters; each of their products is the sum of three in bfloat16, with a relative error of
+    1e-5. For rows that processes share, ``order="jacobi"`` and ``variant="muon"``, moments are torch's
     operations on copies of gradients in float32, some at a time, and a kernel moves the parameters.
 
     Example::

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lightning_adapm.moments.first import FullMomentum
+from lightning_adapm.moments.regression import LowRankRegression
 from lightning_adapm.moments.second import (
     BlockSecondMoment,
     ElementwiseSecondMoment,
@@ -107,6 +108,7 @@ def batches(bucket: Batch) -> Iterator[Batch]:
     shard, path = part.shard, bucket.path
     numel = grad.numel() if shard is None else shard.most * shard.layout.shape[1:].numel()
     uncopied = path.whole if shard is not None else path.kernels or _one_by_one(part, grad, path)
+    uncopied = uncopied and not isinstance(part.first, LowRankRegression)  # whose factors are copied, some in float64
     whole = part.second.whole_matrices and (path.kernels or shard is not None)  # the same on every process
     exchanged = shard is not None and part.second.whole_matrices
     numel *= EXCHANGED if exchanged else 1

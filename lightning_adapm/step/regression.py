@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_adapm.moments.base import Direction
-from lightning_adapm.moments.regression import LowRankRegression, LowRankSecondMoment, Regressor
+from lightning_adapm.moments.regression import Fitting, LowRankRegression, LowRankSecondMoment, fit
 from lightning_adapm.moments.second import bias_correction
 from lightning_adapm.sharding.reduction import ONE_PROCESS
 from lightning_adapm.step import kernels, reading
@@ -60,18 +60,18 @@ def step(batch: Batch, grads: DeviceGradients) -> tuple[Direction, Divisors]:
     """Fit regressors to gradients, and return the direction and its divisors by the factors of before."""
     first, second, number = batch.parts[0].first, batch.parts[0].second, batch.step
     assert isinstance(first, LowRankRegression) and isinstance(second, LowRankSecondMoment)
+    regressors = (first.regressor, False), (second.regressor, True)
+    fittings = [
+        Fitting(each, _Targets(grads, absolute), batch.parts, *each.factors(batch.parts, torch.float32))
+        for each, absolute in regressors
+    ]
+    width = kernels.padded(first.rank)
+    left, root_left = (pad(each.left, (0, width - first.rank)) for each in fittings)  # copies
+    fit(fittings, ONE_PROCESS)
+    right, root_right = (each.right for each in fittings)
     # (1 - beta1) (gradient + beta1 / (1 - beta1) left right)
-    left, right = _fitted(batch, first.regressor, _Targets(grads, absolute=False))
     left *= first.beta1 / (1 - first.beta1)
     direction = Direction(grads, first.scale(number), scratch=False, clamp=None, factors=(left, right))
-    left, right = _fitted(batch, second.regressor, _Targets(grads, absolute=True))
     correction = bias_correction(second.beta2, number)
-    return direction, Divisors(None, correction, second.eps, second.beta2, factors=(left, Matrices.of([right])))
-
-
-def _fitted(batch: Batch, regressor: Regressor, targets: _Targets) -> tuple[Tensor, Tensor]:
-    """Factors of before, as kernels read them, once others are fitted to the targets."""
-    left, right = regressor.factors(batch.parts, torch.float32)
-    kept = pad(left, (0, kernels.padded(regressor.rank) - regressor.rank))  # a copy
-    regressor.fit(targets, batch.parts, left, right, ONE_PROCESS)
-    return kept, right
+    factors = root_left, Matrices.of([root_right])
+    return direction, Divisors(None, correction, second.eps, second.beta2, factors=factors)

@@ -23,8 +23,9 @@ from lightning_adapm.step.refreshing import TOGETHER_NUMEL
 _FACTORS, _BASES = 8, 9
 """Float32 copies of left factors and bases of matrices that step together, in a first step."""
 
-_FITTED_LEFTS, _FITTED_RIGHTS = 14, 12
-"""Copies in float32 of the left and of the right factors while regressors are fitted, of which some are in float64."""
+_FITTED_LEFTS, _FITTED_RIGHTS = 16, 18
+"""Copies in float32 of the left and of the right factors while two regressors are fitted; those in float64 count twice.
+"""
 
 _SQUARES_IN_FLOAT64 = 7
 """Products of a basis with itself, which make it orthonormal."""
@@ -161,7 +162,8 @@ class _Bucket:
     def together(self, due: bool) -> int:
         """Number of parts in a batch."""
         numel = self._shape.numel() * (EXCHANGED if self._exchanged else 1)
-        size = most_together(numel, "cuda", self._kernels, due=due, whole=self._whole)
+        uncopied = self._kernels and not isinstance(self._part.first, LowRankRegression)
+        size = most_together(numel, "cuda", uncopied, due=due, whole=self._whole)
         return min(self.number, max(size, self._owners))
 
     @property
@@ -191,10 +193,10 @@ class _Bucket:
 
     def _fitted(self, rank: int) -> int:
         """Bytes of factors of a ``rank`` while they are fitted to a part."""
-        products = 1 + -(-self._m // rows_of_a_product(self._n))
+        products = 1 + -(-self._m // rows_of_a_product(self._n))  # of one after the other
         right = self.stack * rank * self._n
         lefts, rights = _FITTED_LEFTS * self._rows * padded(rank), (_FITTED_RIGHTS + products) * right
-        return 4 * (lefts + rights) + 8 * _SQUARES_IN_FLOAT64 * self.stack * rank**2
+        return 4 * (lefts + rights) + 2 * 8 * _SQUARES_IN_FLOAT64 * self.stack * rank**2
 
     @property
     def is_sharded(self) -> bool:
