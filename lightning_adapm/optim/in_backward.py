@@ -34,8 +34,9 @@ _CHANGED = (
 )
 
 _TWICE = (
-    "the closure ran backward twice, and update_in_backward=True has moved parameters in between;"
-    " add the losses and run backward once, or pass update_in_backward=False"
+    "the closure ran backward twice, as a layer does that is used twice under checkpoint(use_reentrant=True), and"
+    " update_in_backward=True has moved parameters in between; add the losses and run backward once, or pass"
+    " update_in_backward=False"
 )
 
 Hook = Callable[[Tensor], None]

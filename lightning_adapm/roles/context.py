@@ -125,7 +125,10 @@ class Named:
             return True
         if any(name in module._parameters for module in self.around[:2] for name in rules.MIXER_PARAMETERS):
             return True
-        return bool(re.search(rules.MIXERS, self.path.lower())) or self._held_by(rules.MIXER_CLASSES)
+        if re.search(rules.MIXERS, self.path.lower()) or self._held_by(rules.MIXER_CLASSES):
+            return True
+        is_attention = self._held_by(rules.ATTENTION_CLASSES) and rules.is_attention(self.beside)
+        return bool(re.search(rules.ANY_MIXER, self.path.lower())) and not is_attention
 
     def _held_by(self, classes: str) -> bool:
         return any(re.search(classes, type(module).__name__) for module in self.around[:2])

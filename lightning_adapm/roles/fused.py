@@ -270,6 +270,11 @@ def _in_groups(groups: int, rows: dict[str, tuple[int, int | None]], item: Named
 
 
 def _unknown_rows(item: Named, heads: Heads) -> str:
+    if len(item.shape) == 3 and item.shape[0] == 3 and not _is_flat(item, "qkv"):  # modded-nanogpt's
+        return (
+            f"{item.name} of shape {tuple(item.shape)} is a stack of queries, keys and values, which is not cut. Write"
+            f" roles={{{item.child!r}: 'value'}} to treat each of its matrices as values are treated"
+        )
     return (
         f"{item.name} of shape {tuple(item.shape)} holds query, key and value rows, but which rows are whose is"
         f" not known ({heads}). Pass model.named_parameters() itself rather than a list made from it, or give the"

@@ -67,9 +67,11 @@ OWN_BIASES = r"(^|[._])b_?(q|k|v|o|in|out|\d)$"
 
 # Recurrent and state-space mixers: AdaPM's table has nothing for them. By name and by the class of a module around.
 MIXERS = (
-    r"(^|\.)(\w*mamba2?|\w*mixer|ssm|s4|linear_attn|linear_attention|rg_lru|time_mix\w*|\w*recurrent\w*|\w*lstm\w*"
+    r"(^|\.)(\w*mamba2?|ssm|s4|linear_attn|linear_attention|rg_lru|time_mix\w*|\w*recurrent\w*|\w*lstm\w*"
     r"|\w*gru|rnn|retention|hyena|\w*delta_?net|mega_layer)\."
 )
+# What any mixing of tokens is called, attention as well: flash-attn, MetaFormer, Nemotron-H.
+ANY_MIXER = r"(^|\.)\w*mixer\."
 MIXER_CLASSES = (
     r"Mamba\w*Mixer$|^Mamba2?$|SSM|LSTM(Layer|Block|Cell)?$|GRU|RNN|RecurrentBlock$|Rwkv\w*Attention|DeltaNet$|ShortConv$"
     r"|LinearAttention$|Retention$|Hyena|RWKV_?T(ime)?_?[Mm]ix"
@@ -80,7 +82,7 @@ MIXER_PARAMETERS = ("A_log", "A_logs", "dt_bias")
 # Anything else that is called attention; unknown matrices in it are refused.
 _ATTENTION = r"(attn|attention|mha|_att(?=\.))\w*\."
 ATTENTION = rf"(^|\.)\w*{_ATTENTION}"
-ATTENTION_CLASSES = r"Attention|Attn|MultiHead"
+ATTENTION_CLASSES = r"Attention|Attn|MultiHead|MHA$"
 
 # Searched in this order where neither module type nor neighbors decide; the role None refuses.
 NAME_RULES: tuple[tuple[str | None, str], ...] = (

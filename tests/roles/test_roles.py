@@ -182,6 +182,32 @@ def test_mixers_are_refused_even_in_a_block_with_attention(name):
     assert "mlp" not in message.partition("State")[0]
 
 
+def test_an_attention_that_is_called_mixer():
+    """As in flash-attn's GPT; a matrix of another name in it is refused."""
+
+    class MHA(nn.Module):
+        def __init__(self, out="out_proj"):
+            super().__init__()
+            self.num_heads, self.Wqkv = 4, nn.Linear(16, 48)
+            self.add_module(out, nn.Linear(16, 16))
+
+    model = model_of(mixer=MHA(), mlp=nn.Linear(16, 16))
+    assert role_of(model, "mixer.out_proj") == "attn_out"
+    assert role_of(model, "mixer.Wqkv") == "qkv"
+    assert "mixer.mystery.weight" in refused(model_of(mixer=MHA("mystery")))
+
+
+def test_a_stack_of_queries_keys_and_values_is_refused_with_a_role_that_works():
+    """As in modded-nanogpt."""
+    attention = tree(c_proj=nn.Linear(16, 16))
+    attention.num_heads, attention.qkv = 4, nn.Parameter(torch.zeros(3, 16, 16))
+    model = model_of(attn=attention)
+    with pytest.raises(ValueError, match=r"stack.*roles={'qkv': 'value'}"):
+        AdaPM(model.parameters())
+    pieces = AdaPM(model.parameters(), roles={"qkv": "value"}).pieces[model.layers[0].attn.qkv]
+    assert [(piece.role, piece.flat) for piece in pieces] == [("value", False)]
+
+
 def test_recurrent_layers_are_refused_by_their_type():
     message = refused(model_of(attn=tree(**QKVO), memory=nn.LSTM(16, 16)))
     assert "layers.0.memory.weight_ih_l0" in message
