@@ -71,7 +71,23 @@ def _direction(batch: Batch) -> Direction:
         if factors is not None and loops.advancing(lefts):
             loops.advance(factors[0], lefts, first.beta1, 1 - first.beta1**batch.step)
             return Direction(grads, 1.0, scratch=False, clamp=first.clamp, factors=factors)
+        if first.due(batch.step) and all(part["seeded"] for part in parts):
+            return _refreshed(batch, grads)
     return first.direction(grads, parts, batch.step, batch.reduction)
+
+
+def _refreshed(batch: Batch, grads: "ReadGradients") -> Direction:
+    """Refresh bases, of some parts in each thread: small products and factorizations are not worth several threads."""
+
+    def some(span: slice) -> Direction:
+        return batch.parts[0].first.direction(ReadGradients(grads[span], None, False), batch.parts[span], batch.step)
+
+    found = loops.in_threads(len(grads), some)
+    if len(found) == 1:
+        return found[0]._replace(tensors=grads)
+    factors = zip(*(direction.factors for direction in found if direction.factors is not None), strict=True)
+    left, right = (torch.cat(tensors) for tensors in factors)
+    return found[0]._replace(tensors=grads, factors=(left, right))
 
 
 def _denominators(batch: Batch) -> Denominators:

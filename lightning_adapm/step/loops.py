@@ -7,8 +7,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
-from typing import Any, NamedTuple
+from contextvars import copy_context
+from functools import cache, partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 from lightning_adapm.moments.base import Denominators
 from lightning_adapm.moments.tiles import tile_numel
 from lightning_adapm.sharding.find import has_values
+
+_Result = TypeVar("_Result")
 
 _FEWEST = 1 << 16
 """Fewest elements that are worth another thread."""
@@ -239,7 +242,7 @@ class _Cut:
     """
 
     def __init__(self, like: Tensor, b: int, m: int, n: int, in_threads: bool = False) -> None:
-        most = _LOCAL.threads or torch.get_num_threads()
+        most = _most_threads()
         largest = min(_CACHED, tile_numel(like) // most) // n
         self.count = min(m, max(1, -(-m // -(-most // b)) if in_threads else largest))
         self._high, self._rows = -(-m // self.count), m
@@ -253,21 +256,7 @@ class _Cut:
 
     def share(self, work: Callable[[int, int, int, int], None]) -> None:
         """Share rows among threads: ``work`` is given the number of a thread, that of a matrix, and its rows."""
-        if self.threads == 1:
-            self._do(work, 0)
-            return
-        pool = _pool(os.getpid(), self.threads - 1)  # a child process has no threads of its parent
-        others = [pool.submit(self._do_alone, work, thread) for thread in range(1, self.threads)]
-        try:
-            self._do(work, 0)
-        finally:
-            for other in others:
-                other.result()
-
-    def _do_alone(self, work: Callable[[int, int, int, int], None], thread: int) -> None:
-        if torch.get_num_threads() > 1:  # the thread's own
-            torch.set_num_threads(1)
-        self._do(work, thread)
+        _together(partial(self._do, work), self.threads)
 
     def _do(self, work: Callable[[int, int, int, int], None], thread: int) -> None:
         first, last = (self._pieces * each // self.threads for each in (thread, thread + 1))
@@ -276,6 +265,46 @@ class _Cut:
             end = min(self._high, piece + last - first)
             work(thread, index, piece * self.count, min(end * self.count, self._rows))
             first += end - piece
+
+
+def in_threads(number: int, work: Callable[[slice], _Result]) -> list[_Result]:
+    """Results of ``work`` on some of so many parts in each thread."""
+    threads = min(_most_threads(), number)
+    ends = [number * thread // threads for thread in range(threads + 1)]
+    found: dict[int, _Result] = {}
+
+    def one(thread: int) -> None:
+        found[thread] = work(slice(ends[thread], ends[thread + 1]))
+
+    _together(one, threads)
+    return [found[thread] for thread in range(threads)]
+
+
+def _most_threads() -> int:
+    return _LOCAL.threads or torch.get_num_threads()
+
+
+def _together(work: Callable[[int], None], threads: int) -> None:
+    """Run ``work`` in so many threads, of which this one is the first. It is given their numbers."""
+    if threads == 1:
+        work(0)
+        return
+    pool = _pool(os.getpid(), threads - 1)  # a child process has no threads of its parent
+    others = [pool.submit(copy_context().run, _alone, work, thread) for thread in range(1, threads)]
+    most, _LOCAL.threads = _LOCAL.threads, 1  # the pool is taken
+    try:
+        work(0)
+    finally:
+        _LOCAL.threads = most
+        for other in others:
+            other.result()
+
+
+def _alone(work: Callable[[int], None], thread: int) -> None:
+    if torch.get_num_threads() > 1:  # this thread's own
+        torch.set_num_threads(1)
+    with torch.no_grad():  # which every thread has its own of, too
+        work(thread)
 
 
 @cache
