@@ -25,7 +25,7 @@ _FEWEST = 1 << 16
 """Fewest elements that are worth another thread."""
 
 _CACHED = 1 << 17
-"""Most elements of rows that each thread multiplies at once, which its core's cache is to hold; together a tile."""
+"""Most elements of rows that each thread multiplies at once, which its core's cache is to hold."""
 
 
 def runs_on(device: torch.device) -> bool:
@@ -243,7 +243,7 @@ class _Cut:
 
     def __init__(self, like: Tensor, b: int, m: int, n: int, in_threads: bool = False) -> None:
         most = _most_threads()
-        largest = min(_CACHED, tile_numel(like) // most) // n
+        largest = min(_CACHED, tile_numel(like)) // n
         self.count = min(m, max(1, -(-m // -(-most // b)) if in_threads else largest))
         self._high, self._rows = -(-m // self.count), m
         self._pieces = b * self._high
