@@ -24,13 +24,26 @@ def read(grads, squares, columns, first, last):
     ``(n,)`` add those of columns.
     """
     n = grads.shape[1]
-    for row in range(first, last):
-        grad = grads[row]
-        total = _F(0)
+    quarter = (last - first) // 4
+    for row0 in range(first, first + quarter):  # four rows far apart: memory gives out a third more than of one
+        row1, row2, row3 = row0 + quarter, row0 + 2 * quarter, row0 + 3 * quarter
+        grad0, grad1, grad2, grad3 = grads[row0], grads[row1], grads[row2], grads[row3]
+        sum0 = sum1 = sum2 = sum3 = _F(0)
         for i in range(n):
-            total += grad[i] * grad[i]
-        squares[row] = total
-        if columns is not None:
+            sum0 += grad0[i] * grad0[i]
+            sum1 += grad1[i] * grad1[i]
+            sum2 += grad2[i] * grad2[i]
+            sum3 += grad3[i] * grad3[i]
+        squares[row0], squares[row1], squares[row2], squares[row3] = sum0, sum1, sum2, sum3
+    for row in range(first + 4 * quarter, last):
+        grad = grads[row]
+        rest = _F(0)
+        for i in range(n):
+            rest += grad[i] * grad[i]
+        squares[row] = rest
+    if columns is not None:
+        for row in range(first, last):
+            grad = grads[row]
             for i in range(n):
                 columns[i] += grad[i] * grad[i]
 
