@@ -23,6 +23,8 @@ from lightning_adapm.report.tables import show_count
 NOTHING = Peer("forward and backward", "AdamW")
 """The row in which no optimizer steps."""
 BASE = BASES[0]
+FEW = 3
+"""Steps before the first turn of what does not refresh."""
 
 
 def measure(shape: Shape, peers: Sequence[Peer], setting: Setting, plan: Plan) -> list[Measured]:
@@ -48,10 +50,10 @@ def _train(rows: Sequence[Measured], shape: Shape, setting: Setting, plan: Plan)
 
 
 def _begin(row: Measured, shape: Shape, setting: Setting, plan: Plan) -> Training:
-    """A training after its first steps."""
+    """A training after its first steps, fewer of those that are all alike."""
     begin(row.peer, plan.deadline)
     training = Training(shape, row.peer, setting)
-    time_steps(_step(row, training), plan.warmup, plan.device)
+    time_steps(_step(row, training), plan.warmup if row.peer.interval > 1 else min(plan.warmup, FEW), plan.device)
     return training
 
 

@@ -83,6 +83,7 @@ PEERS: tuple[Peer, ...] = (
     Peer("PartialMuon, refreshed every 20", "PartialMuon", {"update_proj_gap": 20}, interval=20),
     Peer("PartialMuon, AdaPM's table", "PartialMuon", {"momentum": DEFAULT_MOMENTUM, "rank": 0.05}, interval=10),
     Peer("PartialMuon, 3 fast steps", "PartialMuon", {"newton_schulz": "fast", "ns_steps": 3}, interval=10),
+    Peer("PartialMuon, 4 fast steps", "PartialMuon", {"newton_schulz": "fast", "ns_steps": 4}, interval=10),
     Peer("PartialMuon, Muon's steps", "PartialMuon", {"newton_schulz": "muon"}, interval=10),
     Peer("PartialMuon, compact", *five_steps(), interval=10),
     Peer("PartialMuon, compact, fast steps", *fast(), interval=10),

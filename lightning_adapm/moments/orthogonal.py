@@ -27,9 +27,13 @@ from lightning_adapm.sharding.reduction import ONE_PROCESS, ProcessReduction, Re
 
 Coefficients = tuple[float, float, float]
 """Those of ``X``, ``X Xᵀ X`` and ``(X Xᵀ)² X`` in one step."""
+Step = Coefficients | tuple[Coefficients, ...]
+"""A step, or a long one: with ``S = X Xᵀ``, it multiplies ``X`` by the last of some polynomials ``W`` of ``S``, each of
+them ``a I + b S + c W²`` of the one before it, the first one of ``W = S``. All are symmetric.
+"""
 MUON: Coefficients = (3.4445, -4.7750, 2.0315)
 """Those of every step, by Keller Jordan."""
-_FITTED: Mapping[int, tuple[Coefficients, ...]] = {
+_FITTED: dict[int, tuple[Step, ...]] = {
     3: ((7.9483, -22.3097, 15.841), (3.5825, -2.5769, 0.4873), (2.5394, -1.8884, 0.4299)),
     4: (
         (8.2474, -23.4442, 16.7082),
@@ -41,12 +45,24 @@ _FITTED: Mapping[int, tuple[Coefficients, ...]] = {
 """Those of so many steps, by the algorithm of Polar Express (arXiv 2505.16932): the widest range of singular values
 that ends between 0.66 and 1.21. All but the last allow for matrices 2 % larger, because products are rounded.
 """
+_LONG: tuple[Step, ...] = (
+    ((1.376115, -8.223636, 7.390763), (-0.559955, 0.2246196, 1.0), (0.1722800, -0.1212257, 7.591912)),
+    (
+        (0.8174224, -4.338389, 3.695382),
+        (-0.5582991, 0.4773328, 2.0),
+        (-0.1130271, -0.4620632, 2.0),
+        (3.660635, -7.765227, 16.00875),
+    ),
+)
+"""Two long steps, of degrees 17 and 33, fitted to the same range: singular values from 0.0023 on end between 0.67 and
+1.21. Powers of two keep every polynomial near 1, so that it loses little in float16.
+"""
 
 
 class Iteration(NamedTuple):
     """Steps of Newton-Schulz, and what matrices are divided by before."""
 
-    steps: tuple[Coefficients, ...] = (MUON,) * 5
+    steps: tuple[Step, ...] = (MUON,) * 5
     by_gram: bool = False
     """Divide by the root of the norm of the Gram matrix, a bound of the largest singular value that is closer than the
     matrix's own norm. Small singular values grow more.
@@ -55,9 +71,11 @@ class Iteration(NamedTuple):
 
 FIVE = Iteration()
 """Muon's."""
-FAST: Mapping[int, Iteration] = {number: Iteration(steps, by_gram=True) for number, steps in _FITTED.items()}
+FAST: Mapping[int, Iteration] = {
+    number: Iteration(steps, by_gram=True) for number, steps in ({2: _LONG} | _FITTED).items()
+}
 """Iterations of fewer steps, by their number."""
-ITERATIONS: Mapping[str, int] = {"muon": 5, "fast": 4}
+ITERATIONS: Mapping[str, int] = {"muon": 5, "fast": 2}
 """Kinds of iteration, and the steps that each has by default."""
 _STEEP = 5.0
 
@@ -163,17 +181,28 @@ def _iterated(found: Tensor, iteration: Iteration) -> Tensor:
     return found
 
 
-def parts_of(
-    shape: Sequence[int], dtype: torch.dtype, coefficients: Sequence[Coefficients]
-) -> list[Sequence[Coefficients]]:
+def parts_of(shape: Sequence[int], dtype: torch.dtype, coefficients: Sequence[Step]) -> list[Sequence[Step]]:
     """Steps with one Gram matrix each, in the form with less work."""
     parts = gram_parts(coefficients, dtype)
-    if _work_of_gram(shape, [len(part) for part in parts]) < _work_of_plain(shape, len(coefficients)):
+    if _work_of_gram(shape, parts) < _work_of_plain(shape, coefficients):
         return parts
     return [[step] for step in coefficients]
 
 
-def gram_parts(coefficients: Sequence[Coefficients], dtype: torch.dtype) -> list[Sequence[Coefficients]]:
+def squares_of(step: Step) -> Sequence[Coefficients]:
+    """Coefficients of ``I``, ``S`` and ``W²`` in the polynomials of a step."""
+    return step if isinstance(step[0], tuple) else (step,)
+
+
+def constant_of(step: Step) -> float:
+    """What a step multiplies small singular values by."""
+    found = 0.0
+    for a, _, c in squares_of(step):
+        found = a + c * found**2
+    return found
+
+
+def gram_parts(coefficients: Sequence[Step], dtype: torch.dtype) -> list[Sequence[Step]]:
     """Steps of the Gram form with one Gram matrix each."""
     steps = len(coefficients)
     if dtype.itemsize > 2 or steps < 2:
@@ -184,20 +213,21 @@ def gram_parts(coefficients: Sequence[Coefficients], dtype: torch.dtype) -> list
     return [coefficients[:restart], coefficients[restart:]]
 
 
-def is_steep(coefficients: Sequence[Coefficients]) -> bool:
+def is_steep(coefficients: Sequence[Step]) -> bool:
     """Whether the first step takes differences of large terms, whose rounding to bfloat16 the Gram form multiplies."""
-    return bool(coefficients) and coefficients[0][0] > _STEEP
+    return bool(coefficients) and constant_of(coefficients[0]) > _STEEP
 
 
-def _work_of_plain(shape: Sequence[int], steps: int) -> int:
+def _work_of_plain(shape: Sequence[int], steps: Sequence[Step]) -> int:
     """Cost in multiplications of ``m x m`` matrices, where ``m`` is the smaller side."""
     m, n = sorted(shape[-2:])
-    return steps * (2 * m * m * n + m**3)
+    return sum(2 * m * m * n + len(squares_of(step)) * m**3 for step in steps)
 
 
-def _work_of_gram(shape: Sequence[int], parts: Sequence[int]) -> int:
+def _work_of_gram(shape: Sequence[int], parts: Sequence[Sequence[Step]]) -> int:
     m, n = sorted(shape[-2:])
-    return sum(2 * m * m * n + (4 * steps - 3) * m**3 for steps in parts)
+    again = 3 * sum(len(steps) - 1 for steps in parts)  # products: two of the next Gram matrix, one of all steps
+    return 2 * m * m * n * len(parts) + (again + sum(len(squares_of(s)) for steps in parts for s in steps)) * m**3
 
 
 def _gram(found: Tensor) -> Tensor:
@@ -211,29 +241,37 @@ def _added(found: Tensor, polynomial: Tensor, a: float) -> Tensor:
     return torch.baddbmm(found, left, right, beta=a)
 
 
-def _plain(found: Tensor, step: Coefficients) -> Tensor:
-    return _added(found, _polynomial(_gram(found), step), step[0])
+def _plain(found: Tensor, step: Step) -> Tensor:
+    return _added(found, _polynomial(_gram(found), step), constant_of(step))
 
 
-def _by_gram(found: Tensor, steps: Sequence[Coefficients]) -> Tensor:
+def _by_gram(found: Tensor, steps: Sequence[Step]) -> Tensor:
     product = _product(_gram(found), steps)
     return product @ found if found.shape[-2] <= found.shape[-1] else found @ product
 
 
-def _product(gram: Tensor, steps: Sequence[Coefficients]) -> Tensor:
+def _product(gram: Tensor, steps: Sequence[Step]) -> Tensor:
     """Matrix that stands for several steps, computed from the Gram matrix."""
     polynomial = _polynomial(gram, steps[0])
     product = polynomial.clone()
-    product.diagonal(dim1=-2, dim2=-1).add_(steps[0][0])
+    product.diagonal(dim1=-2, dim2=-1).add_(constant_of(steps[0]))
     for before, step in pairwise(steps):
         # the matrix's next Gram matrix: (a + p) S (a + p)
-        gram = _added(_added(gram, polynomial, before[0]), polynomial, before[0])
+        a = constant_of(before)
+        gram = _added(_added(gram, polynomial, a), polynomial, a)
         polynomial = _polynomial(gram, step)
-        product = _added(product, polynomial, step[0])
+        product = _added(product, polynomial, constant_of(step))
     return product
 
 
-def _polynomial(gram: Tensor, step: Coefficients) -> Tensor:
-    """Compute ``b S + c S²``. The ``a`` is added elsewhere, because it would round the rest away here."""
-    _, b, c = step
-    return torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+def _polynomial(gram: Tensor, step: Step) -> Tensor:
+    """A step's polynomial without its constant, ``b S + c S²`` of a short one.
+
+    The constant is added elsewhere, because it would round the rest away here.
+    """
+    (constant, b, c), *others = squares_of(step)
+    found = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    for a, b, c in others:  # c (constant + W)² without c constant²
+        found = torch.baddbmm(found, found, found, beta=2 * c * constant, alpha=c).add_(gram, alpha=b)
+        constant = a + c * constant**2
+    return found

@@ -63,11 +63,12 @@ class PartialMuon(RoleOptimizer):
         basis: Placement of bases, as for AdaPM.
         convolutions: Whether weights of convolutions have orthogonal updates, too, as matrices of outputs by the rest.
             Their names tell no role: give them one, such as ``roles={"conv": "mlp"}``.
-        ns_steps: Steps of the Newton-Schulz iteration that finds the orthogonal matrix; ``None`` for 5 of Muon's, or 4
+        ns_steps: Steps of the Newton-Schulz iteration that finds the orthogonal matrix; ``None`` for 5 of Muon's, or 2
             that are fast.
-        newton_schulz: ``"muon"``, any number of Muon's steps, or ``"fast"``, 4 or 3 steps with fitted coefficients.
-            Three fast steps are shorter, for a higher loss. ``"auto"`` is fast, but Muon's where every role keeps full
-            momentum, so that this is Muon, and where only ``ns_steps`` is given.
+        newton_schulz: ``"muon"``, any number of Muon's steps, or ``"fast"``, 2, 3 or 4 steps with fitted coefficients.
+            Two are of higher degrees, and do what four do with fewer products; three are shorter, for a higher loss.
+            ``"auto"`` is fast, but Muon's where every role keeps full momentum, so that this is Muon, and
+            where only ``ns_steps`` is given.
         maximize: Whether the objective is maximized.
         rounding: How bfloat16 and float16 parameters are rounded, ``"stochastic"`` or ``"nearest"``, as for AdaPM.
         update_in_backward: Whether parameters move inside backward, as for AdaPM.
@@ -245,7 +246,7 @@ def _iteration(group: Mapping[str, Any]) -> Iteration:
         ValueError: There are no so many fast steps.
     """
     if group["newton_schulz"] == "fast":
-        few = " or ".join(map(str, FAST))
+        few = "2, 3 or 4"
         options.check_option(group, "ns_steps", f"{few} with newton_schulz='fast'", FAST.__contains__)
     return iteration_of(group["newton_schulz"], group["ns_steps"])
 

@@ -1,7 +1,7 @@
 """Newton-Schulz by :mod:`lightning_adapm.step.triton_orthogonal`, as in :mod:`lightning_adapm.moments.orthogonal`.
 
-All products but those with the matrix itself are symmetric, and half of each is computed. Few steps are multiplied in
-float16 where the Gram form is cheaper: it has three bits more than bfloat16, so that they need no restart.
+Half of each symmetric product is computed. Few steps are multiplied in float16 where the Gram form is cheaper, and long
+ones always: it has three bits more than bfloat16, so that the Gram form needs no restart.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_adapm.moments.orthogonal import Coefficients, Iteration, parts_of
+from lightning_adapm.moments.orthogonal import Iteration, Step, constant_of, parts_of, squares_of
 from lightning_adapm.step import kernels
 from lightning_adapm.step.launch import described_by, launch
 
@@ -28,6 +28,8 @@ _RESCALED = 4096
 
 NORM, _GRAM = 64.0, 256.0
 """Factors of a matrix and of its first Gram matrix in float16, where smaller ones would lose bits."""
+_MOST_SQUARE = 5 / 3
+"""Columns for each row, in the shape with more of them, up to which long steps take less work in the plain form."""
 _MOST_SLOPE = 320.0
 """Most growth of the smallest singular values in float16 without a restart. Rounding grows by its square."""
 
@@ -51,8 +53,10 @@ def rescale(found: Tensor, factors: Tensor, dtype: torch.dtype | None = None) ->
 def is_half(found: Tensor, iteration: Iteration) -> bool:
     """Whether matrices ``(b, m, n)`` are multiplied in float16, by :func:`iterated_in_half`."""
     steps, (m, n) = len(iteration.steps), sorted(found.shape[-2:])
-    if found.dtype != torch.bfloat16 or steps < 2 or prod(a for a, _, _ in iteration.steps) > _MOST_SLOPE:
+    if found.dtype != torch.bfloat16 or steps < 2 or prod(map(constant_of, iteration.steps)) > _MOST_SLOPE:
         return False
+    if _are_long(iteration.steps):
+        return True
     squares = 0.5 * (3 * steps - 2 + steps // 2) + (steps - 1) // 2  # products of m x m matrices, halves first
     return 1.5 * n + squares * m < steps * (1.5 * n + 0.5 * m)
 
@@ -85,7 +89,37 @@ def iterated_in_half(found: Tensor, iteration: Iteration) -> Tensor:
     """
     if not found.numel():
         return found
+    if _are_long(iteration.steps):
+        return _in_long_steps(found, iteration.steps)
     return _multiplied(found, _of_later_steps(*_of_first_step(_rows(found), iteration), iteration.steps))
+
+
+def _are_long(steps: Sequence[Step]) -> bool:
+    return any(len(squares_of(step)) > 1 for step in steps)
+
+
+def _in_long_steps(found: Tensor, steps: Sequence[Step]) -> Tensor:
+    """:func:`iterated_in_half` in two long steps, in the form with less work.
+
+    The polynomial of a long step is further from one of the Gram matrix than that of a short one. So what the Gram form
+    multiplies by it is not taken for symmetric, but for the next Gram matrix, whatever it is.
+    """
+    first, second = steps
+    rows = _rows(found)
+    b, m, n = rows.shape
+    lost = rows.new_empty(b, m, m) if n > _MOST_SQUARE * m else None
+    gram = symmetric(rows, rows, alpha=_GRAM / NORM**2, lost=lost)
+    root, scale = _inverse(gram).sqrt(), _GRAM**0.5 / NORM
+    if lost is None:
+        other = _multiplied(found, _polynomial(gram, first, root, 2, 1, scale))
+        rows = _rows(other)
+        return _multiplied(other, _polynomial(symmetric(rows, rows, out=gram), second), found)
+    polynomial = _polynomial(gram, first, root, 2)
+    turned = torch.baddbmm(lost, polynomial, gram, beta=constant_of(first))
+    del lost
+    gram = symmetric(turned, polynomial, factors=root, powers=(2, 0, 0, 0), out=gram)
+    del turned
+    return _multiplied(found, torch.bmm(_polynomial(gram, second, root, 0, 1, scale), polynomial))
 
 
 def _of_first_step(rows: Tensor, iteration: Iteration) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,23 +127,24 @@ def _of_first_step(rows: Tensor, iteration: Iteration) -> tuple[Tensor, Tensor, 
     lost = rows.new_empty(len(rows), rows.shape[1], rows.shape[1])
     gram = symmetric(rows, rows, alpha=_GRAM / NORM**2, lost=lost)
     inverse = _inverse(gram) if iteration.by_gram else gram.new_full(gram.shape[:1], 1 / _GRAM, dtype=torch.float32)
-    a, b, c = iteration.steps[0]
-    polynomial = symmetric(gram, gram, gram, c, b, factors=inverse, powers=(2, 1, 0))
+    ((a, b, c),) = squares_of(iteration.steps[0])
+    polynomial = symmetric(gram, gram, gram, c, b, factors=inverse, powers=(2, 1, 0, 0))
     turned = symmetric(polynomial, gram, gram, _GRAM, a * _GRAM, factors=inverse)
-    again: dict[str, Any] = {"other": lost, "gamma": a * a, "factors": inverse, "powers": (0, 0, 1)}
+    again: dict[str, Any] = {"other": lost, "gamma": a * a, "factors": inverse, "powers": (0, 0, 1, 0)}
     return symmetric(polynomial, turned, turned, 1 / _GRAM, a / _GRAM, out=gram, **again), polynomial, inverse
 
 
-def _of_later_steps(gram: Tensor, waiting: Tensor | None, inverse: Tensor, steps: Sequence[Coefficients]) -> Tensor:
+def _of_later_steps(gram: Tensor, waiting: Tensor | None, inverse: Tensor, steps: Sequence[Step]) -> Tensor:
     """Product of all steps, given what :func:`_of_first_step` has found.
 
     Two steps next to each other are multiplied as if their product were symmetric. More are not: where singular values
     have grown much, the rounding of a later step would be multiplied by that.
     """
     product: Tensor | None = None
-    scaled: dict[str, Any] = {"factors": (_GRAM * inverse).sqrt() / NORM, "powers": (1, 1, 1)}
-    for number, (a, b, c) in enumerate(steps[1:], 2):
-        polynomial, before = symmetric(gram, gram, gram, c, b), steps[number - 2][0]
+    scaled: dict[str, Any] = {"factors": (_GRAM * inverse).sqrt() / NORM, "powers": (1, 1, 1, 1)}
+    for number, step in enumerate(steps[1:], 2):
+        ((a, b, c),) = squares_of(step)
+        polynomial, before = symmetric(gram, gram, gram, c, b), constant_of(steps[number - 2])
         if number < len(steps):
             turned = symmetric(polynomial, gram, gram, beta=a)
             gram = symmetric(polynomial, turned, turned, beta=a, out=gram)
@@ -123,7 +158,7 @@ def _of_later_steps(gram: Tensor, waiting: Tensor | None, inverse: Tensor, steps
         del polynomial, both
         product = pair if product is None else torch.bmm(pair, product)
     assert product is not None
-    return product if waiting is None else torch.baddbmm(product, waiting, product, beta=steps[-1][0])
+    return product if waiting is None else torch.baddbmm(product, waiting, product, beta=constant_of(steps[-1]))
 
 
 def _divided(gram: Tensor) -> Tensor:
@@ -149,9 +184,9 @@ def _multiplied(found: Tensor, product: Tensor, out: Tensor | None = None) -> Te
     return torch.bmm(*(product, found) if found.shape[-2] <= found.shape[-1] else (found, product.mT), out=out)
 
 
-def _product(gram: Tensor, steps: Sequence[Coefficients], factors: Tensor | None) -> Tensor:
+def _product(gram: Tensor, steps: Sequence[Step], factors: Tensor | None) -> Tensor:
     """Matrix that stands for several steps, computed from the Gram matrix, times each matrix's own of ``factors``."""
-    product = polynomial = _polynomial(gram, steps[0], factors if len(steps) == 1 else None)
+    product = polynomial = _polynomial(gram, steps[0], factors if len(steps) == 1 else None, of_all=1)
     for number, step in enumerate(steps[1:], 2):
         gram = symmetric(polynomial, symmetric(polynomial, gram))  # the matrix's next Gram matrix
         polynomial = _polynomial(gram, step)
@@ -159,14 +194,22 @@ def _product(gram: Tensor, steps: Sequence[Coefficients], factors: Tensor | None
     return product
 
 
-def _polynomial(gram: Tensor, step: Coefficients, factors: Tensor | None = None) -> Tensor:
-    """Compute ``a I + b S + c S²``.
+def _polynomial(
+    gram: Tensor, step: Step, factors: Tensor | None = None, of_gram: int = 0, of_all: int = 0, scale: float = 1.0
+) -> Tensor:
+    """A step's polynomial, ``a I + b S + c S²`` of a short one, times ``scale`` and the power ``of_all`` of ``factors``
+    ``(b,)``, of Gram matrices times their power ``of_gram``.
 
     The rounding of ``a`` on the diagonal costs no more than that of the products: where it stands in all of them alike,
     it changes the polynomial a little, and no Gram matrix loses its small eigenvalues.
     """
-    a, b, c = step
-    return symmetric(gram, gram, gram, c, b, a, factors=factors)
+    *before, (a, b, c) = squares_of(step)
+    found, of_first = gram, 2 * of_gram
+    for identity, once, squared in before:
+        powers = of_first, of_gram, 0, 0
+        found, of_first = symmetric(found, found, gram, squared, once, identity, factors=factors, powers=powers), 0
+    powers = of_first + of_all, of_gram + of_all, 0, of_all
+    return symmetric(found, found, gram, scale * c, scale * b, scale * a, factors=factors, powers=powers)
 
 
 def symmetric(
@@ -180,7 +223,7 @@ def symmetric(
     other: Tensor | None = None,
     gamma: float = 0.0,
     factors: Tensor | None = None,
-    powers: tuple[int, int, int] = (1, 1, 0),
+    powers: tuple[int, int, int, int] = (1, 1, 0, 1),
     out: Tensor | None = None,
     lost: Tensor | None = None,
 ) -> Tensor:
@@ -196,9 +239,9 @@ def symmetric(
         other: Matrices ``(b, m, m)`` that are added below the diagonal, and mirrored.
         gamma: Factor of those.
         factors: Numbers ``(b,)`` in float32.
-        powers: Power of ``factors`` that multiplies the product and the diagonal; what is added; and the other.
+        powers: Powers of ``factors`` that multiply the product; what is added; the other; and the diagonal.
         out: Where the result is written, none of the operands.
-        lost: Where the result's rounding is written, below the diagonal at least.
+        lost: Where the result's rounding is written.
     """
     b, m, k = left.shape
     found = left.new_empty(b, m, m) if out is None else out
@@ -206,14 +249,15 @@ def symmetric(
     if kernels.has_large_blocks(left.device):
         tile = LARGE_SYMMETRIC if k > m or (described and m >= _LARGE) else SYMMETRIC
     block_m, block_n, block_k, warps, stages = tile
-    product_power, added_power, other_power = (0, 0, 0) if factors is None else powers
+    product_power, added_power, other_power, diagonal_power = (0,) * 4 if factors is None else powers
     across, transposed = -(-m // block_n), left.stride(-1) != 1
-    tiles: tuple[Any, ...] = (None,) * 4
+    tiles: tuple[Any, ...] = (None,) * 5
     if described:
         sides = [(each, (rows, block_k)) for each, rows in ((left, block_m), (right, block_n))]
         if transposed:
             sides = [(each.mT, (block_k, rows)) for each, (rows, _) in sides]
-        others = (found if added is None else added, (block_m, block_n)), (found, (block_m, block_m))
+        others = [(found if added is None else added, (block_m, block_n))]
+        others += [(each, (block_m, block_m)) for each in (found, found if lost is None else lost)]
         tiles = tuple(described_by(*each) for each in (*sides, *others))
     launch(
         "symmetric",
@@ -228,6 +272,7 @@ def symmetric(
         PRODUCT_POWER=product_power,
         ADDED_POWER=added_power,
         OTHER_POWER=other_power,
+        DIAGONAL_POWER=diagonal_power,
         DESCRIBED=described,
         TRANSPOSED=transposed,
         BLOCK_M=block_m,

@@ -160,6 +160,34 @@ def store_both(tiles, number, high, wide, value, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def store_symmetric(
+    matrices,
+    tiles,
+    number,
+    high,
+    wide,
+    m,
+    value,
+    DESCRIBED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Store what a tile has below the diagonal, twice."""
+    if not DESCRIBED:
+        row, column = high * BLOCK_M + tl.arange(0, BLOCK_M), wide * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = (row[:, None] < m) & (column[None, :] < m)
+        first = matrices + number.to(tl.int64) * m * m
+        tl.store(first + row[:, None] * m + column[None, :], value, inside & (row[:, None] >= column[None, :]))
+        tl.store(first + column[None, :] * m + row[:, None], value, inside & (row[:, None] > column[None, :]))
+    elif BLOCK_N == BLOCK_M:
+        store_both(tiles, number, high * BLOCK_M, wide * BLOCK_N, value, BLOCK_M)
+    else:
+        left_half, right_half = tl.split(value.reshape(BLOCK_M, 2, BLOCK_M).permute(0, 2, 1))
+        store_both(tiles, number, high * BLOCK_M, wide * BLOCK_N, left_half, BLOCK_M)
+        store_both(tiles, number, high * BLOCK_M, wide * BLOCK_N + BLOCK_M, right_half, BLOCK_M)
+
+
+@triton.jit
 def symmetric(
     left,
     right,
@@ -172,6 +200,7 @@ def symmetric(
     right_tiles,
     added_tiles,
     found_tiles,
+    lost_tiles,
     m,
     k,
     stride_m,
@@ -187,6 +216,7 @@ def symmetric(
     PRODUCT_POWER: tl.constexpr,
     ADDED_POWER: tl.constexpr,
     OTHER_POWER: tl.constexpr,
+    DIAGONAL_POWER: tl.constexpr,
     DESCRIBED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -197,8 +227,8 @@ def symmetric(
     be symmetric.
 
     ``left`` and ``right`` are ``(b, m, k)`` with the same strides. Each term is multiplied by a power of ``factors``
-    ``(b,)``, the diagonal by that of the product. Where ``LOST``, what ``found`` loses to rounding is written below the
-    diagonal, and ``other`` need not be more.
+    ``(b,)``. Where ``LOST``, what ``found`` loses to rounding is written, too. Of ``other``, no more than what is
+    below the diagonal is read.
 
     Tiles above the diagonal are not computed: what is below it is written twice. That is half the work, and keeps a
     product symmetric in every bit, without which errors of the next ones grow. Where ``DESCRIBED``, the tensor memory
@@ -208,17 +238,16 @@ def symmetric(
     high, wide = tile_below(tl.program_id(0), tl.cdiv(m, BLOCK_N), RATIO)
     number = tl.program_id(1)
     which = number.to(tl.int64)
-    if PRODUCT_POWER + ADDED_POWER + OTHER_POWER > 0:
+    if PRODUCT_POWER + ADDED_POWER + OTHER_POWER + DIAGONAL_POWER > 0:
         factor = tl.load(factors + which)
-        if PRODUCT_POWER > 0:
-            diagonal *= factor
+        for _ in tl.static_range(PRODUCT_POWER):
             alpha *= factor
-        if PRODUCT_POWER > 1:
-            alpha *= factor
-        if ADDED_POWER > 0:
+        for _ in tl.static_range(ADDED_POWER):
             beta *= factor
-        if OTHER_POWER > 0:
+        for _ in tl.static_range(OTHER_POWER):
             gamma *= factor
+        for _ in tl.static_range(DIAGONAL_POWER):
+            diagonal *= factor
     row, column = high * BLOCK_M + tl.arange(0, BLOCK_M), wide * BLOCK_N + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
     rows = left + which * m * k + row[:, None] * stride_m + inner[None, :] * stride_k
@@ -248,15 +277,7 @@ def symmetric(
     if OTHER:
         product += gamma * tl.load(other + at, inside, 0.0).to(tl.float32)
     value = product.to(FACTOR)
+    store_symmetric(found, found_tiles, number, high, wide, m, value, DESCRIBED, BLOCK_M, BLOCK_N)
     if LOST:
-        tl.store(lost + at, (product - value.to(tl.float32)).to(FACTOR), inside)
-    if not DESCRIBED:
-        mirrored = which * m * m + column[None, :] * m + row[:, None]
-        tl.store(found + at, value, inside & (row[:, None] >= column[None, :]))
-        tl.store(found + mirrored, value, inside & (row[:, None] > column[None, :]))
-    elif RATIO == 1:
-        store_both(found_tiles, number, high * BLOCK_M, wide * BLOCK_N, value, BLOCK_M)
-    else:
-        left_half, right_half = tl.split(value.reshape(BLOCK_M, 2, BLOCK_M).permute(0, 2, 1))
-        store_both(found_tiles, number, high * BLOCK_M, wide * BLOCK_N, left_half, BLOCK_M)
-        store_both(found_tiles, number, high * BLOCK_M, wide * BLOCK_N + BLOCK_M, right_half, BLOCK_M)
+        value = (product - value.to(tl.float32)).to(FACTOR)
+        store_symmetric(lost, lost_tiles, number, high, wide, m, value, DESCRIBED, BLOCK_M, BLOCK_N)

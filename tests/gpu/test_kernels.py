@@ -28,14 +28,14 @@ def test_newton_schulz_by_symmetric_products(shape):
     """In bfloat16, next to the plain form in float64; and one product of columns, with what is added."""
     matrices = torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     matrices /= matrices.norm(dim=(-2, -1), keepdim=True)
-    for iteration in (FIVE, *FAST.values()):
+    for iteration in (FIVE, FAST[3], FAST[4]):
         found = newton_schulz.iterated(matrices.bfloat16(), iteration).double()
         expected = plain(matrices, iteration)
         assert (found - expected).norm() < 0.05 * expected.norm()
     for steps, iteration in FAST.items():
         found = newton_schulz.iterated_in_half((newton_schulz.NORM * matrices).half(), iteration).double()
         expected = plain(matrices, iteration)
-        assert (found - expected).norm() < {3: 0.01, 4: 0.02}[steps] * expected.norm()
+        assert (found - expected).norm() < {2: 0.03, 3: 0.01, 4: 0.02}[steps] * expected.norm()
     given = matrices.bfloat16()
     added = given.mT @ given
     product = newton_schulz.symmetric(given.mT, given.mT, added, alpha=0.5, beta=2.0).double()
@@ -43,7 +43,7 @@ def test_newton_schulz_by_symmetric_products(shape):
     assert (product - expected).norm() < 5e-3 * expected.norm()
 
 
-@pytest.mark.parametrize("iteration", [FIVE, FAST[4]], ids=["5 of Muon's", "4, in float16"])
+@pytest.mark.parametrize("iteration", [FIVE, FAST[4], FAST[2]], ids=["5 of Muon's", "4, in float16", "2, long"])
 def test_orthogonal_updates_of_any_size(iteration):
     """All alike, but none of a gradient that is zero or not finite."""
     gradient = torch.randn(512, 768, device="cuda", generator=torch.Generator("cuda").manual_seed(0))

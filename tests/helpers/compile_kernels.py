@@ -74,7 +74,7 @@ DIRECT = dict.fromkeys(("grads", "averages", "rights"), "*i64") | {
     "found": "*bf16",
     "sizes": "*fp32",
 }
-TILES = "left_tiles", "right_tiles", "added_tiles", "found_tiles"
+TILES = "left_tiles", "right_tiles", "added_tiles", "found_tiles", "lost_tiles"
 SYMMETRIC = dict.fromkeys(("left", "right", "added", "other", "found", "lost", *TILES), "*bf16") | {"factors": "*fp32"}
 ROUNDED = {"PARAMETER": tl.float16, "DIRECTION": tl.float16, "STOCHASTIC": True}
 ADVANCED = {"LEFT": tl.float16, "REFRESHED": True, "BLOCKS": True, "SHARED": True}
@@ -159,7 +159,7 @@ def main():
             triton_kernels.symmetric,
             SYMMETRIC,
             {"ADDED": True, "OTHER": True, "LOST": True, "DESCRIBED": False, "TRANSPOSED": False}
-            | {"PRODUCT_POWER": 1, "ADDED_POWER": 1, "OTHER_POWER": 1}
+            | {"PRODUCT_POWER": 1, "ADDED_POWER": 1, "OTHER_POWER": 1, "DIAGONAL_POWER": 1}
             | {"BLOCK_K": newton_schulz.SMALL_SYMMETRIC[2]},
             (*newton_schulz.SMALL_SYMMETRIC[:2], *newton_schulz.SMALL_SYMMETRIC[3:]),
             capability,

@@ -34,19 +34,24 @@ SPECTRA = {
 }
 
 
-ITERATIONS = {"muon": orthogonal.FIVE, "fast": orthogonal.FAST[3]}
+ITERATIONS = {"muon": orthogonal.FIVE, "fast": orthogonal.FAST[3], "long": orthogonal.FAST[2]}
 
 
 def scalar(values, iteration=ITERATIONS["muon"]):
     """What the iteration does to singular values of a matrix of norm 1."""
     if iteration.by_gram and values.norm():
         values = values / values.pow(4).sum() ** 0.25
-    for a, b, c in iteration.steps:
-        values = values * (a + b * values**2 + c * values**4)
+    for step in iteration.steps:
+        factor = gram = values**2
+        for a, b, c in orthogonal.squares_of(step):
+            factor = a + b * gram + c * factor**2
+        values = values * factor
     return values
 
 
-@pytest.mark.parametrize(("form", "iteration"), [("plain", "muon"), ("gram", "muon"), ("gram", "fast")])
+@pytest.mark.parametrize(
+    ("form", "iteration"), [("plain", "muon"), ("gram", "muon"), ("gram", "fast"), ("gram", "long")]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("m", "n"), SIZES)
 @pytest.mark.parametrize("kind", SPECTRA)
@@ -60,7 +65,7 @@ def test_is_the_iteration_on_singular_values(kind, m, n, dtype, form, iteration,
     assert found.dtype == dtype and found.shape == matrix.shape
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     values = values / values.norm()
-    error = {torch.float64: 1e-7, torch.float32: 2e-3, torch.bfloat16: 0.2}[dtype]
+    error = {torch.float64: 1e-7, torch.float32: 2e-3, torch.bfloat16: 0.3 if iteration == "long" else 0.2}[dtype]
     # directions that are lost where the matrix is rounded to bfloat16, or to subnormal numbers, are not looked at
     seen = values > {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     seen &= values > (0.1 if kind == "1e-42" else 0)
@@ -68,7 +73,7 @@ def test_is_the_iteration_on_singular_values(kind, m, n, dtype, form, iteration,
     if kind == "1e-42" and iteration == "fast":  # steep at 1, where rounding to subnormal numbers shows
         error = max(error, 0.01)
     assert (moved - scalar(values, steps))[seen].abs().max() <= error
-    assert torch.linalg.matrix_norm(found.double(), 2) <= {"muon": 1.21, "fast": 1.2101}[iteration] + error
+    assert torch.linalg.matrix_norm(found.double(), 2) <= {"muon": 1.21}.get(iteration, 1.2101) + error
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -124,7 +129,7 @@ def test_fast_steps_in_bfloat16_are_near_their_polynomial(m, n):
     assert (found - expected).norm() < 0.04 * expected.norm()
 
 
-@pytest.mark.parametrize(("steps", "begin"), [(3, 0.0101), (4, 0.0024)])
+@pytest.mark.parametrize(("steps", "begin"), [(2, 0.0023), (3, 0.0101), (4, 0.0024)])
 def test_fewer_steps_end_in_the_range_of_muons(steps, begin):
     iteration = orthogonal.FAST[steps]._replace(by_gram=False)
     values = scalar(torch.logspace(math.log10(begin), 0, 10_000, dtype=torch.float64), iteration)

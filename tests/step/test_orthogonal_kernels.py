@@ -187,9 +187,9 @@ def test_is_the_iteration_of_the_plain_form(interpreted, monkeypatch, m, n, part
     assert relative_difference(found, expected) < 1e-4
 
 
-@pytest.mark.parametrize(("m", "n"), [(96, 96), (96, 160), (160, 96)])
+@pytest.mark.parametrize(("m", "n"), [(96, 96), (96, 192), (192, 96)])
 @pytest.mark.parametrize("kind", ["gaussian", "one dominant direction", "powers", "zero"])
-@pytest.mark.parametrize(("iteration", "error"), [(FAST[3], 0.1), (FAST[4], 0.3)], ids=["3", "4"])
+@pytest.mark.parametrize(("iteration", "error"), [(FAST[2], 0.4), (FAST[3], 0.1), (FAST[4], 0.3)], ids=["2", "3", "4"])
 def test_few_steps_in_float16(interpreted, iteration, error, m, n, kind):
     """One Gram matrix, and still as near as bfloat16 with a restart."""
     torch.manual_seed(0)
@@ -225,6 +225,7 @@ def test_which_matrices_are_multiplied_in_float16():
 
     assert half(32, 128, FAST[3]) and half(128, 32, FAST[4])
     assert not half(32, 32, FAST[3]) and not half(32, 128, FAST[3], torch.float32)
+    assert half(32, 32, FAST[2]) and half(32, 128, FAST[2]) and not half(32, 32, FAST[2], torch.float32)
     assert not half(32, 128, FIVE)
 
 
@@ -243,11 +244,11 @@ def test_a_symmetric_product(interpreted, monkeypatch, transposed, described):
     found = newton_schulz.symmetric(added, one, added, beta=3.0, diagonal=0.5, factors=factors)
     torch.testing.assert_close(found, factors[:, None, None] * (4 * added + 0.5 * one))
     other = {"other": added, "gamma": 5.0, "factors": factors}
-    found = newton_schulz.symmetric(given, given, added, beta=3.0, powers=(2, 1, 0), **other)
+    found = newton_schulz.symmetric(given, given, added, beta=3.0, powers=(2, 1, 0, 1), **other)
     scale = factors[:, None, None]
     expected = scale.square() * (matrices @ matrices.mT) + (3 * scale + 5) * added
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
-    found = newton_schulz.symmetric(given, given, added, beta=3.0, powers=(0, 0, 1), **other)
+    found = newton_schulz.symmetric(given, given, added, beta=3.0, powers=(0, 0, 1, 0), **other)
     torch.testing.assert_close(found, matrices @ matrices.mT + (3 + 5 * scale) * added, rtol=1e-5, atol=1e-3)
 
 
@@ -258,7 +259,7 @@ def test_what_a_symmetric_product_loses(interpreted):
     expected = matrices.double() @ matrices.double().mT
     rounding = expected - found.double()
     assert rounding.abs().max() > 1e-3
-    torch.testing.assert_close(lost.double().tril(), rounding.tril(), rtol=1e-2, atol=1e-4)
+    torch.testing.assert_close(lost.double(), rounding, rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
