@@ -111,7 +111,7 @@ class RowShard:
         if self._columns is None:
             return sum(high - low for low, high, _ in self._runs)
         first, last = self.layout.held
-        return int(self.held_only(torch.ones(self.count, self.width)).sum()) if last > first else 0
+        return int(self.held_only(torch.ones(self.count, self.width, device="cpu")).sum()) if last > first else 0
 
     def held_only(self, rows: Tensor, start: int = 0) -> Tensor:
         """Zero the elements of ``rows``, those held from the ``start`` on, that other processes hold."""

@@ -19,7 +19,7 @@ from lightning_adapm.step.parts import Part
 _WATCHED = 3
 """Number of consecutive steps without a finite gradient before a warning."""
 
-_FINE = torch.zeros(1, dtype=torch.int32)
+_FINE = torch.zeros(1, dtype=torch.int32, device="cpu")
 """Flaws of gradients that have none; a single one serves for any number of gradients."""
 
 _COPIED_TOGETHER = 8

@@ -206,7 +206,7 @@ def new_state(parts: Iterable[Part], device: torch.device, whole: bool = False) 
 
     It covers what this process holds of the parameter, or the ``whole`` parameter.
     """
-    state: dict[str, Any] = {"step": torch.tensor(0.0, dtype=torch.float32)}
+    state: dict[str, Any] = {"step": torch.tensor(0.0, dtype=torch.float32, device="cpu")}
     for part in parts:
         state |= part.make(device, whole)
     return state

@@ -280,3 +280,18 @@ def test_many_steps_keep_what_is_kept(case):
     (objects, tensors), (later, later_tensors) = several(8, 10), several(10, 26)
     assert later_tensors <= tensors
     assert later - objects < 15
+
+
+def test_a_default_device_moves_no_state(case):
+    """As ``torch.set_default_device("cuda")`` in a notebook: a step would wait for counters on the GPU."""
+    if case is REFERENCE:
+        pytest.skip("torch's counters follow the default device")
+    model, elsewhere = Net(), Net()
+    for each, default in ((model, "cpu"), (elsewhere, "meta")):
+        optimizer = case(each.named_parameters())
+        for step in range(3):
+            set_gradients(each, step)
+            with torch.device(default):
+                optimizer.step()
+    assert equal(model, elsewhere)
+    assert {tensor.device.type for tensor in tensors_in(optimizer.state_dict())} == {"cpu"}
