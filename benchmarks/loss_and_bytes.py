@@ -39,6 +39,7 @@ VARIED = (
     "but for",
     "attn_out",
     "fast steps",
+    "long steps",
     "Muon's steps",
     "PartialMuon, compact",
     "refreshed",

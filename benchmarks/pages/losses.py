@@ -57,7 +57,7 @@ def processor(page: Mapping[str, Any]) -> str:
 README_ROWS = (
     Row("AdaPM factored", "AdaPM factored"),
     Row("AdaPM factored, [compact](docs/choosing-a-policy.md)", "AdaPM factored, compact", COMPACT, "AdaPM factored"),
-    Row("PartialMuon", "PartialMuon", MUON),
+    Row("PartialMuon, four steps", "PartialMuon", MUON),
     Row("Muon", "Muon", FORMER),
 )
 CHOICE_ROWS = (
@@ -73,7 +73,8 @@ CHOICE_ROWS = (
     Row("compact, elementwise", "AdaPM, compact", COMPACT, "AdaPM"),
     Row("compact, block", "AdaPM block, compact", COMPACT, "AdaPM block"),
     Row('`momentum="paper"`, rank 5 %, float32', "AdaPM, paper"),
-    Row("`PartialMuon`", "PartialMuon", MUON),
+    Row("`PartialMuon`", "PartialMuon, 2 long steps", MUON),
+    Row("`PartialMuon(ns_steps=4)`", "PartialMuon", MUON),
     Row('`PartialMuon(newton_schulz="muon")`', "PartialMuon, Muon's steps", MUON),
     Row("with AdaPM's table and rank, Muon's steps", "PartialMuon, AdaPM's table", MUON),
     Row("compact, with Muon's steps", "PartialMuon, compact", FORMER),
