@@ -71,6 +71,8 @@ class Tile(NamedTuple):
     columns: int
     warps: int
     stages: int
+    registers: int = 0
+    """Most registers of a thread, so that more programs share a multiprocessor; 0 where the compiler decides."""
 
     def narrowed(self, n: int) -> "Tile":
         """Trade columns for rows where the matrix has fewer columns, ``n``."""
@@ -85,7 +87,8 @@ class Tile(NamedTuple):
     def constants(self) -> dict[str, int]:
         """The tile as constants of a kernel."""
         sizes = {"BLOCK_M": self.rows, "BLOCK_N": self.columns}
-        return sizes | {"num_warps": self.warps, "num_stages": self.stages}
+        bound = {"maxnreg": self.registers} if self.registers else {}
+        return sizes | {"num_warps": self.warps, "num_stages": self.stages} | bound
 
 
 def padded(r: int) -> int:

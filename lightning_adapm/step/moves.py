@@ -12,16 +12,18 @@ from lightning_adapm.step.kernels import Tile
 from lightning_adapm.step.launch import Matrices, aligned, launch
 from lightning_adapm.step.rounding import StochasticRounding
 
-MOVE, MOVE_CODES, MOVE_ALONG, MOVE_ALONG_ELEMENTWISE = (1, 2048, 4, 3), (1, 1024, 2, 3), (64, 64, 4, 4), (16, 128, 4, 3)
+MOVE, MOVE_CODES, MOVE_CODES_ELEMENTWISE = (1, 2048, 4, 3), (1, 1024, 2, 3), (1, 1024, 4, 3)
+MOVE_ALONG, MOVE_ALONG_ELEMENTWISE = (64, 64, 4, 4), (16, 128, 4, 3)
 """Rows and columns of a tile, warps, stages: without products, of momentum in eight bits, and with products, by block
 and by elementwise second moments. The fastest of some on an H200, and within the 99 KiB of shared memory that a block
 has on smaller GPUs.
 """
 MOVE_FITTED = (64, 64, 4, 3)
 """Tile of parameters whose direction and divisors are products in float32's precision."""
-HELD, HELD_COLUMNS, HELD_RANKS = (64, 64, 4, 3), 512, 128
-"""Tile of programs that hold their rows of up to so many ranks, and the columns that each moves. In two bytes, where
-reading a left factor again for each tile takes longer than reading gradients.
+HELD, HELD_ELEMENTWISE, HELD_COLUMNS, HELD_RANKS = (128, 64, 8, 2, 128), (64, 64, 4, 3), 512, 128
+"""Tiles of programs that hold their rows of up to so many ranks, without and with elementwise second moments, and the
+columns that each program moves; the last number bounds the registers of a thread. In two bytes, where reading factors
+again for each tile takes longer than reading gradients.
 """
 
 
@@ -145,16 +147,18 @@ def move(
 
 
 def _holds(param: Tensor, left: Tensor | None, divisors: Divisors) -> bool:
-    """Whether programs hold their rows of the left factor. Divisors that are products leave no registers for them."""
-    fits = left is not None and left.shape[-1] <= HELD_RANKS and divisors.columns is None and divisors.factors is None
+    """Whether programs hold their rows of the left factor."""
+    fits = left is not None and left.shape[-1] <= HELD_RANKS and divisors.factors is None
     return fits and param.element_size() == 2 and kernels.has_large_blocks(param.device)
 
 
-def _tile(along: bool, held: bool, elementwise: bool, coded: bool, fitted: bool) -> tuple[int, int, int, int]:
+def _tile(along: bool, held: bool, elementwise: bool, coded: bool, fitted: bool) -> tuple[int, ...]:
     if fitted:
         return MOVE_FITTED
     if not along:
-        return MOVE_CODES if coded else MOVE
+        if coded:
+            return MOVE_CODES_ELEMENTWISE if elementwise else MOVE_CODES
+        return MOVE
     if held:
-        return HELD
+        return HELD_ELEMENTWISE if elementwise else HELD
     return MOVE_ALONG_ELEMENTWISE if elementwise else MOVE_ALONG

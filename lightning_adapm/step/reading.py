@@ -9,15 +9,20 @@ from lightning_adapm.step import kernels
 from lightning_adapm.step.kernels import Tile
 from lightning_adapm.step.launch import Matrices, aligned, launch
 
-READ, READ_COLUMNS, COMBINE = (16, 512, 4, 3), (64, 128, 4, 3), (32, 128, 4, 3)
-PROJECT, PROJECT_NEAR, PROJECT_FAR = (64, 64, 8, 3), (64, 64, 4, 3), (128, 32, 8, 4)
-"""Rows and columns of a tile, warps, stages: of sums over rows, and over columns as well; of a combination; of sums
-with products, on smaller GPUs, and on those with large blocks up to 128 ranks in a tile and above. The fastest of some
-on an H100, and within the 99 KiB of shared memory that a block has on smaller GPUs.
+READ, READ_COLUMNS, COMBINE = (16, 256, 4, 3), (64, 256, 4, 3), (32, 128, 4, 3)
+PROJECT, PROJECT_NEAR, PROJECT_HALF, PROJECT_FAR = (64, 64, 8, 3), (64, 64, 4, 3), (128, 64, 8, 3, 128), (128, 32, 8, 4)
+"""Rows and columns of a tile, warps, stages, and registers of a thread where they are bounded: of sums over rows, and
+over columns as well; of a combination; of sums with products, on smaller GPUs, and on those with large blocks up to 128
+ranks in a tile, of gradients in two bytes as well, and above. The fastest of some on an H200, the last on an H100, and
+within the 99 KiB of shared memory that a block has on smaller GPUs.
 """
-PROJECT_FAR_COLUMNS = (128, 64, 8, 3)
-"""Rows and columns of a tile, warps, stages: of sums with products above 128 ranks in a tile, and over columns as well.
-Warps add columns up together once for each tile, so it is wider, for which only gradients of two bytes leave room.
+PROGRAMS = 256
+"""Fewest tiles of PROJECT_HALF that occupy a device. A program reads a whole basis, which takes as long as its rows of
+gradients in two bytes, so it has more of these where there are enough; left factors have too few columns.
+"""
+SUM_COLUMNS, SUMMED_ROWS = (16, 512, 4, 3), 512
+"""Tile, and the rows that a program adds up, of sums over columns of gradients in two bytes that products are taken of.
+Reading these once more takes less time than warps that add columns up together, once for each tile of a product.
 """
 READ_EXACTLY, COMBINE_EXACTLY = (64, 32, 4, 3), (32, 128, 8, 3)
 """Tiles of sums with products, and of a combination, in float32's precision: operands are twice as large. The former is
@@ -67,13 +72,15 @@ def read(
     like, b = grads.like, len(grads.addresses)
     (m, n), width = grads.shape, kernels.padded(r)
     columns = columns and known is None
+    apart = columns and bases is not None and like.element_size() == 2 and not exactly
+    together = columns and not apart
     if exactly:
         tile, block_r = Tile(*READ_EXACTLY).narrowed(n), _ranks(r, RANKS)
     else:
-        tile, block_r = _tile_of_sums(columns, n) if bases is None else _tile_of_products(m, r, like, columns)
+        tile, block_r = _tile_of_sums(together, n) if bases is None else _tile_of_products(grads, r, together)
     high, _, _ = tile.grid(m, n, b)
     projected = None if bases is None else like.new_empty((b, m, width), dtype=torch.float32)
-    sums = like.new_empty((b, high, n), dtype=torch.float32) if columns else None
+    sums = like.new_empty((b, high, n), dtype=torch.float32) if together else None
     found = known or Reading(
         like.new_empty((b, m), dtype=torch.float32), like.new_zeros(gradients, dtype=torch.int32), None
     )
@@ -88,14 +95,34 @@ def read(
         FACTOR=kernels.FACTOR,
         ALIGNED=aligned(grads, bases),
         FIRST=known is None,
-        COLUMNS=columns,
+        COLUMNS=together,
         PROJECT=bases is not None,
         SPLIT=exactly,
         ABSOLUTE=absolute,
         BLOCK_R=block_r,
         **tile.constants,
     )
+    if apart:
+        sums = _sums_of_columns(grads)
     return projected, found if sums is None else found._replace(columns=sums.sum(dim=1))
+
+
+def _sums_of_columns(grads: Matrices) -> Tensor:
+    """Sums of squares of columns ``(b, parts, n)``, over :data:`SUMMED_ROWS` each."""
+    (m, n), b = grads.shape, len(grads.addresses)
+    tile, parts = Tile(*SUM_COLUMNS).narrowed(n), -(-m // SUMMED_ROWS)
+    sums = grads.like.new_empty((b, parts, n), dtype=torch.float32)
+    launch(
+        "sum_columns",
+        (-(-n // tile.columns), b, parts),
+        (grads, sums),
+        (m, n, grads.stride, SUMMED_ROWS),
+        (),
+        GRAD=grads.dtype,
+        ALIGNED=grads.aligned,
+        **tile.constants,
+    )
+    return sums
 
 
 def _tile_of_sums(columns: bool, n: int) -> tuple[Tile, int]:
@@ -111,15 +138,18 @@ def multiplied(matrices: Matrices, others: Tensor, known: Reading) -> Tensor:
     return product
 
 
-def _tile_of_products(m: int, r: int, like: Tensor, columns: bool) -> tuple[Tile, int]:
-    """Tile of a reading of ``m`` rows with products with ``r`` rows, and the number of ranks in it."""
-    n = like.shape[-1]
+def _tile_of_products(grads: Matrices, r: int, columns: bool) -> tuple[Tile, int]:
+    """Tile of a reading with products with ``r`` rows, and the number of ranks in it."""
+    (m, n), like = grads.shape, grads.like
     if not columns and m <= FEW_ROWS:
         return Tile(*PROJECT_FEW).narrowed(n), _ranks(r, FEW_RANKS)
     if not kernels.has_large_blocks(like.device):
         return Tile(*PROJECT).narrowed(n), _ranks(r, RANKS)
-    ranks, far = _ranks(r, MOST_RANKS), PROJECT_FAR_COLUMNS if columns and like.element_size() == 2 else PROJECT_FAR
-    return Tile(*(PROJECT_NEAR if ranks <= RANKS else far)).narrowed(n), ranks
+    ranks, rows = _ranks(r, MOST_RANKS), m * len(grads.addresses)
+    if ranks > RANKS:
+        return Tile(*PROJECT_FAR).narrowed(n), ranks
+    half = like.element_size() == 2 and rows >= PROGRAMS * PROJECT_HALF[0] and n > MOST_RANKS
+    return Tile(*(PROJECT_HALF if half else PROJECT_NEAR)).narrowed(n), ranks
 
 
 def combine(

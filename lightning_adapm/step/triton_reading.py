@@ -54,6 +54,7 @@ def read(
     if ALIGNED:
         grad = tl.multiple_of(grad, 16)
     grad += row.to(tl.int64)[:, None] * stride
+    WATCHED: tl.constexpr = PROJECT and (COLUMNS or SPLIT)  # these take longer, or have no registers, otherwise
     # a thread has neighbors: their sums need fewer registers
     square = tl.zeros((BLOCK_M, BLOCK_N // 4), tl.float32)
     flaw = tl.zeros((BLOCK_M, BLOCK_N // 4), tl.float32)
@@ -71,7 +72,8 @@ def read(
         g = tl.load(grad + column[None, :], (row[:, None] < m) & (column[None, :] < n), 0.0).to(tl.float32)
         if FIRST:
             square += tl.sum((g * g).reshape(BLOCK_M, BLOCK_N // 4, 4), 2)
-            flaw += tl.sum((g * 0.0).reshape(BLOCK_M, BLOCK_N // 4, 4), 2)
+            if WATCHED:
+                flaw += tl.sum((g * 0.0).reshape(BLOCK_M, BLOCK_N // 4, 4), 2)
             if COLUMNS:
                 tl.store(sums + column, tl.sum(g * g, 0), (column < n) & first)
         if PROJECT:
@@ -83,10 +85,47 @@ def read(
         out = projected + which * m * width + row.to(tl.int64)[:, None] * width + rank[None, :]
         tl.store(out, product, (row[:, None] < m) & (rank[None, :] < width))
     if FIRST and first:
-        tl.store(squares + which * m + row, tl.sum(square, 1), row < m)
-        total = tl.sum(tl.sum(flaw, 1), 0)
-        if total != total:
-            tl.store(flaws + which // each, 1)
+        of_rows = tl.sum(square, 1)
+        tl.store(squares + which * m + row, of_rows, row < m)
+        total = tl.sum(of_rows, 0)
+        if total - total != 0.0:  # squares of large finite entries overflow, too: only these rows are read again
+            if not WATCHED:
+                for start in range(0, n, BLOCK_N):
+                    column = start + tl.arange(0, BLOCK_N)
+                    g = tl.load(grad + column[None, :], (row[:, None] < m) & (column[None, :] < n), 0.0).to(tl.float32)
+                    flaw += tl.sum((g * 0.0).reshape(BLOCK_M, BLOCK_N // 4, 4), 2)
+            total = tl.sum(tl.sum(flaw, 1), 0)
+            if total != total:
+                tl.store(flaws + which // each, 1)
+
+
+@triton.jit
+def sum_columns(
+    grads,
+    sums,
+    m,
+    n,
+    stride,
+    rows,
+    GRAD: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """``sums`` ``(b, parts, n)``: sums of squares of columns of matrices, over so many ``rows`` each."""
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    which = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(2)
+    grad = tl.load(grads + which).to(tl.pointer_type(GRAD))
+    if ALIGNED:
+        grad = tl.multiple_of(grad, 16)
+    square = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(part * rows, min((part + 1) * rows, m), BLOCK_M):
+        row = start + tl.arange(0, BLOCK_M)
+        at = grad + row.to(tl.int64)[:, None] * stride + column[None, :]
+        g = tl.load(at, (row[:, None] < m) & (column[None, :] < n), 0.0).to(tl.float32)
+        square += g * g
+    tl.store(sums + (which * tl.num_programs(2) + part) * n + column, tl.sum(square, 0), column < n)
 
 
 @triton.jit

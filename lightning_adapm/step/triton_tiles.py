@@ -102,7 +102,7 @@ def moved(
     if CHECKED:
         d = tl.where(counts, d, 0.0)
     if FACTORED:
-        root = root * tl.load(root_columns + which * n + column, column < n, 0.0)[None, :]
+        root = root * (1 / correction) * tl.load(root_columns + which * n + column[None, :], column[None, :] < n, 0.0)
     if FITTED:
         root = tl.sqrt(beta2 * fitted * fitted + (1 - beta2) * d * d)
     elif not DENSE:
@@ -125,7 +125,12 @@ def moved(
     if DENSE and not FACTORED:  # one division for a row
         update = d * (lr * scale / (root / correction + eps))
     else:
-        update = lr * scale * d / (root * (1 / correction) + eps)
+        divisor = (root if FACTORED else root * (1 / correction)) + eps
+        if FITTED or (FACTORED and FACTORS and not HELD):  # not slower where products are in the way
+            update = lr * scale * d / divisor
+        else:  # by a root's reciprocal twice, which takes fewer instructions than a division
+            inverse = tl.rsqrt(divisor)
+            update = d * inverse * inverse * (lr * scale)
     if CLAMP:
         update = tl.minimum(tl.maximum(update, -lr * clip), lr * clip)
     p = p * (1 - lr * decay) - update

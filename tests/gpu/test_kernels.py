@@ -5,7 +5,7 @@ import torch
 from on_gpu import NEEDED
 
 from lightning_adapm.moments import orthogonal as reference
-from lightning_adapm.step import newton_schulz, nonfinite, orthogonal
+from lightning_adapm.step import newton_schulz, nonfinite, orthogonal, reading
 from lightning_adapm.step.averages import squares_of_weights, weigh
 from lightning_adapm.step.launch import Matrices
 from lightning_adapm.step.moves import Divisors, move
@@ -59,24 +59,25 @@ def test_orthogonal_updates_of_any_size(iteration):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("m", "n", "r"), [(2048, 1024, 102), (512, 2048, 204), (520, 1024, 300), (1000, 777, 10)])
-def test_products_of_gradients(dtype, m, n, r):
+def test_products_of_gradients(monkeypatch, dtype, m, n, r):
     """Every time: where a compiler lets a copy overtake the product that reads it, only some come out wrong."""
     generator = torch.Generator("cuda").manual_seed(0)
     grads = [torch.randn(m, n, device="cuda", dtype=dtype, generator=generator) for _ in range(6)]
     bases = torch.randn(6, r, n, device="cuda", generator=generator).to(torch.bfloat16)
     expected = torch.stack([grad.float() @ basis.float().T for grad, basis in zip(grads, bases, strict=True)])
-    for _ in range(5):
-        product, reading = read(Matrices.of(grads), 6, Matrices.of([bases]), r, None, columns=True)
+    for programs in (0, reading.PROGRAMS) * 3:  # by tiles of many matrices and of few
+        monkeypatch.setattr(reading, "PROGRAMS", programs)
+        product, found = read(Matrices.of(grads), 6, Matrices.of([bases]), r, None, columns=True)
         assert (product[..., :r] - expected).norm() < 5e-3 * expected.norm()
-        torch.testing.assert_close(reading.squares, torch.stack([grad.float().square().sum(1) for grad in grads]))
-        torch.testing.assert_close(reading.columns, torch.stack([grad.float().square().sum(0) for grad in grads]))
-        assert not reading.flaws.any()
+        torch.testing.assert_close(found.squares, torch.stack([grad.float().square().sum(1) for grad in grads]))
+        torch.testing.assert_close(found.columns, torch.stack([grad.float().square().sum(0) for grad in grads]))
+        assert not found.flaws.any()
         weights = product[..., :r].contiguous()
-        combined = combine(Matrices.of(grads), weights, reading.flaws)
+        combined = combine(Matrices.of(grads), weights, found.flaws)
         summed = weights.mT @ torch.stack([grad.float() for grad in grads])
         assert (combined - summed).norm() < 5e-3 * summed.norm()
         lefts = [weight.to(dtype) for weight in weights]
-        known = product, Matrices.of(lefts), reading.flaws, 0.5
+        known = product, Matrices.of(lefts), found.flaws, 0.5
         weighed = weigh(*known, squares_of_weights(*known)).float()
         mean = torch.lerp(torch.stack(lefts).float(), weights, 0.5)
         assert (weighed - mean / mean.norm(dim=1, keepdim=True)).norm() < 5e-3 * weighed.norm()

@@ -11,7 +11,9 @@ from lightning_adapm.sharding.layout import Layout
 from lightning_adapm.sharding.owners import Exchange, Owners
 from lightning_adapm.step import kernels
 
-KERNELS = "read combine advance weigh factor move relate direct norms scales rescale symmetric sketch".split()
+KERNELS = (
+    "read sum_columns combine advance weigh factor move relate direct norms scales rescale symmetric sketch".split()
+)
 SCALARS = "one count largest tiny beta1 beta2 correction flush scale eps lr decay clip step share alpha".split()
 
 

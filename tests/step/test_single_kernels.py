@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from commands import HELPERS
@@ -43,14 +44,14 @@ def test_the_same_numbers_are_rounded_as_without_kernels(interpreted, dtype, sha
         torch.testing.assert_close(param, other, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("elementwise", [False, True])
-def test_programs_that_hold_their_left_factor(interpreted, monkeypatch, elementwise):
+@pytest.mark.parametrize("second_moment", ["block", "factored", "elementwise"])
+def test_programs_that_hold_their_left_factor(interpreted, monkeypatch, second_moment):
     """Rows and columns of several tiles and of a rest, moved by programs of some tiles each as by one for each tile."""
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
-    m, n, r = 40, 107, 6
+    m, n, r, elementwise = 40, 107, 6, second_moment == "elementwise"
     grads, basis, left = [draw(m, n), draw(m, n)], draw(2, r, n), torch.zeros(2, m, kernels.padded(r))
     left[..., :r] = draw(2, m, r)
-    for name in ("HELD", "MOVE_ALONG", "MOVE_ALONG_ELEMENTWISE"):
+    for name in ("HELD", "HELD_ELEMENTWISE", "MOVE_ALONG", "MOVE_ALONG_ELEMENTWISE"):
         monkeypatch.setattr(moves, name, (16, 16, 4, 2))
     monkeypatch.setattr(moves, "HELD_COLUMNS", 48)
     found = []
@@ -59,12 +60,13 @@ def test_programs_that_hold_their_left_factor(interpreted, monkeypatch, elementw
         params = [torch.ones(m, n, dtype=torch.bfloat16) for _ in grads]
         averages = [torch.ones(m, n) for _ in grads]
         roots = Matrices.of(averages) if elementwise else torch.ones(2, m)
-        divisors = Divisors(roots, 1.0, 1e-8, 0.9 if elementwise else None)
+        columns = torch.arange(1.0, n + 1).expand(2, n).contiguous() if second_moment == "factored" else None
+        divisors = Divisors(roots, 1.0, 1e-8, 0.9 if elementwise else None, columns)
         flaws, factors = torch.tensor([0, 1], dtype=torch.int32), (left, Matrices.of([basis]))
         move(params, Matrices.of(grads), divisors, lr=0.1, decay=0.1, flaws=flaws, factors=factors)
         found.append(torch.stack([*map(torch.Tensor.float, params), *averages]))
     assert torch.equal(found[0], found[1])
-    divisor = found[0][2].sqrt() if elementwise else 1.0
+    divisor = found[0][2].sqrt() if elementwise else 1.0 if columns is None else columns[0]
     expected = 0.99 - 0.1 * (grads[0] + left[0, :, :r] @ basis[0]) / divisor
     torch.testing.assert_close(found[0][0], expected, rtol=1e-2, atol=1e-2)
 
@@ -84,12 +86,14 @@ def test_tiles_are_bounded_whatever_a_head_has(monkeypatch, rows, low_rank):
         assert tile["BLOCK_M"] <= 1024 and (not tile["LOW_RANK"] or tile["BLOCK_M"] * tile["BLOCK_R"] <= 4096)
 
 
-def test_products_of_more_rows_and_ranks_than_a_program_has(interpreted, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_more_rows_and_ranks_than_a_program_has(interpreted, monkeypatch, dtype):
     """From the left they are sums over parts that do not divide a tall matrix: a table of tokens occupies a device."""
     monkeypatch.setattr(reading, "RANKS", 16)
     monkeypatch.setattr(reading, "MOST_RANKS", 16)
     grads, weights, bases = torch.randn(3, 600, 20), torch.randn(3, 600, 18), torch.randn(3, 18, 20)
-    matrices = Matrices.of(list(grads.unbind()))
+    matrices = Matrices.of(list(grads.to(dtype).unbind()))
+    grads = grads.to(dtype).float()
     product = combine(matrices, weights, torch.tensor([0, 1, 0], dtype=torch.int32))
     expected = weights.mT @ grads * torch.tensor([1.0, 0.0, 1.0]).view(3, 1, 1)
     torch.testing.assert_close(product, expected, rtol=1e-4, atol=1e-4)
@@ -97,6 +101,19 @@ def test_products_of_more_rows_and_ranks_than_a_program_has(interpreted, monkeyp
     torch.testing.assert_close(projected[..., :18], grads @ bases.mT, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.columns, grads.square().sum(dim=1))
     torch.testing.assert_close(found.squares, grads.square().sum(dim=2))
+    assert ("sum_columns" in interpreted) == (dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("products", [False, True])
+def test_squares_beyond_float32_are_no_flaws(interpreted, products):
+    """Only an entry that is not finite is: squares overflow, but the gradient counts."""
+    grads = torch.ones(4, 70, 20)
+    grads[1:, 0, 0] = torch.tensor([1e30, float("inf"), float("nan")])
+    basis = Matrices.of([torch.ones(4, 2, 20)]) if products else None
+    with np.errstate(over="ignore", invalid="ignore"):
+        _, found = read(Matrices.of(list(grads.unbind())), 4, basis, 2, None)
+    assert (found.flaws != 0).tolist() == [False, False, True, True]
+    assert found.squares[1, 0] == float("inf") and found.squares[:, 1:].eq(20).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
