@@ -28,7 +28,7 @@ def test_the_same_weights_as_on_a_cpu(second_moment, dtype, tolerance):
 
 @pytest.mark.parametrize("name", NEIGHBORS)
 def test_the_neighbors_move_as_on_a_cpu(monkeypatch, name):
-    """Relative to what they moved. Products of Newton-Schulz are in bfloat16 here, and in float32 there."""
+    """Relative to what they moved. Directions are in bfloat16 here; fast steps multiply differences by 3."""
     make, options = NEIGHBORS[name]
     nets, start = [model(), model().cuda()], model()
     for net in nets:
@@ -40,7 +40,7 @@ def test_the_neighbors_move_as_on_a_cpu(monkeypatch, name):
             optimizer.step()
     assert "kernels" in {row.path for row in optimizer.step_paths()}
     for (key, p), q, before in zip(nets[0].named_parameters(), nets[1].parameters(), start.parameters(), strict=True):
-        tolerance = {PartialMuon: 0.05, LoRAPre: 1e-3}.get(make, 1e-4)
+        tolerance = {PartialMuon: 0.07, LoRAPre: 1e-3}.get(make, 1e-4)
         assert (p - q.cpu()).norm() <= tolerance * (p - before).norm(), key
 
 
