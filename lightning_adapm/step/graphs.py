@@ -55,6 +55,7 @@ class Pool:
         if not self._graphs:  # memory that has lost its graphs cannot be used again
             self._handle, self._bytes = new_pool(), 0
             work = partial(self._in_one_block, work, device)
+        _make_workspace(device)
         before = reserved(device)
         graph = captured(work, device, self._handle)
         self._graphs.add(graph)
@@ -176,12 +177,17 @@ def memory(device: torch.device) -> int:
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of captures, one for each device: cuBLAS keeps a workspace for every stream that it has worked on.
+    """The stream of captures, one for each device: cuBLAS keeps a workspace for every stream that it has worked on."""
+    return torch.cuda.Stream(device)
 
-    The workspace is made here, so that it belongs to no graph.
+
+def _make_workspace(device: torch.device) -> None:
+    """Make cuBLAS's workspace for captures, so that it belongs to no graph, unless it is there.
+
+    Every thread has its own, that of backward as well, and Lightning frees all of them after a run.
     """
-    stream = torch.cuda.Stream(device)
-    with torch.cuda.stream(stream):
+    if device.type != "cuda":
+        return
+    with torch.cuda.stream(_stream(device)):
         for dtype in (torch.float32, torch.float64):
             torch.ones(1, 16, 16, dtype=dtype, device=device).matmul(torch.ones(1, 16, 16, dtype=dtype, device=device))
-    return stream
