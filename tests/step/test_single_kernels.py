@@ -136,4 +136,5 @@ def test_tiles_fit_smaller_gpus():
     assert done.returncode == 0, done.stderr
     needed = json.loads(done.stdout)
     assert len(needed) == 16 and all(each["shared"] <= 99 * 1024 for each in needed.values()), needed
-    assert not any(each["spilled"] for name, each in needed.items() if name != "combine"), needed
+    registers = 8  # of 4 bytes: more in memory would be read and written in every round of a tile's loop
+    assert all(each["spilled"] <= 4 * registers for each in needed.values()), needed
