@@ -82,7 +82,7 @@ def test_the_page_lists_the_types_in_the_signatures_of_these_calls():
         kind = getattr(module, owner, None)
         hints = get_type_hints(inspect.unwrap(getattr(kind or module, name)))
         met |= set().union({kind} - {None}, *map(types_in, hints.values()))
-    cells = re.findall(r"^\| (`.*?) \|", page().split("Their signatures name fourteen types")[1], re.M)
+    cells = re.findall(r"^\| (`.*?) \|", page().split("Their signatures use these types")[1], re.M)
     assert sorted(kind.__name__ for kind in met) == sorted(re.findall(r"`(\w+)`", " ".join(cells)))
     assert len(met) == 14
 

@@ -31,8 +31,9 @@ def test_a_run_continues(saved, name):
     optimizer = make(model.parameters(), **((PAPER if make is AdaPM else {}) | run["options"]))
     optimizer.load_state_dict(run["optimizer"])
     train(model, optimizer, token_batches(12, vocab=saved["model"]["padded_vocab_size"], size=(4, 9))[6:])
+    atol = 1e-4 if make is LoRAPre else 1e-6  # where both runs of LoRAPre are up to 6e-4 from one in float64
     for key, expected in run["after"].items():
-        torch.testing.assert_close(model.state_dict()[key], expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(model.state_dict()[key], expected, rtol=1e-4, atol=atol)
     assert {key for state in optimizer.state.values() for key in state} == {
         key for state in run["optimizer"]["state"].values() for key in state
     }
