@@ -74,7 +74,7 @@ CHOICE_ROWS = (
     Row("compact, block", "AdaPM block, compact", COMPACT, "AdaPM block"),
     Row('`momentum="paper"`, rank 5 %, float32', "AdaPM, paper"),
     Row("`PartialMuon`", "PartialMuon, 2 long steps", MUON),
-    Row("`PartialMuon(ns_steps=4)`", "PartialMuon", MUON),
+    Row('`PartialMuon(newton_schulz="fast", ns_steps=4)`', "PartialMuon", MUON),
     Row('`PartialMuon(newton_schulz="muon")`', "PartialMuon, Muon's steps", MUON),
     Row("with AdaPM's table and rank, Muon's steps", "PartialMuon, AdaPM's table", MUON),
     Row("compact, with Muon's steps", "PartialMuon, compact", FORMER),
