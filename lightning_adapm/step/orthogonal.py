@@ -118,7 +118,7 @@ def _orthogonalized(found: Tensor, squares: Tensor, iteration: Iteration) -> Ten
     half = is_half(found, iteration)
     b = len(squares)
     rescaled, inverses = (squares.new_empty(b, dtype=torch.float32) for _ in range(2))
-    tiny = torch.finfo(torch.float32).tiny
+    tiny = torch.finfo(torch.float32).tiny * (NORM if half else 1.0)  # factors of smaller norms would be infinite
     launch("scales", (-(-b // _TILES), 1, 1), (squares, rescaled, inverses), (b,), (*_ORDINARY, tiny), BLOCK=_TILES)
     if half:
         return iterated_in_half(rescale(found, rescaled * inverses * NORM, torch.float16), iteration)

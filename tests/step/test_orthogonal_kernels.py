@@ -288,6 +288,15 @@ def test_norms_that_are_impossible_give_no_update(interpreted):
     assert orthogonal._orthogonalized(none, torch.empty(0, dtype=torch.float64), FIVE).shape == none.shape
 
 
+@pytest.mark.parametrize("shape", [(4, 4), (4, 8)])
+def test_norms_whose_inverse_overflows_give_no_update_in_float16(interpreted, shape):
+    """A momentum decays through all of them once its gradients are zero. Others of a norm that is small are moved."""
+    norms = torch.tensor([1e-39, 1.3e-38, 1e-37, 1.8e-37, 1e-36, 1e-20], dtype=torch.float64)
+    found = (norms[:, None, None] * torch.eye(*shape) / 2).to(torch.bfloat16)
+    values = torch.linalg.svdvals(orthogonal._orthogonalized(found, norms.square(), FAST[2]).float())
+    assert values[:4].eq(0).all() and (values[4:] - 0.94).abs().max() < 0.28
+
+
 def test_allocates_no_more_than_is_planned(interpreted):
     """In the first step, in one that refreshes, in one that does not, and in one that is watched."""
     torch.manual_seed(0)
