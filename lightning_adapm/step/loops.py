@@ -4,9 +4,10 @@ import importlib
 import math
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from functools import cache, partial
 from typing import Any, NamedTuple, TypeVar
@@ -74,13 +75,13 @@ def threads_for_loops() -> Iterator[None]:
     if _LOCAL.threads is not None or threads == 1:
         yield
         return
-    torch.set_num_threads(1)
-    _LOCAL.threads = threads
     try:
+        torch.set_num_threads(1)
+        _LOCAL.threads = threads
         yield
     finally:
-        _LOCAL.threads = None
         torch.set_num_threads(threads)
+        _LOCAL.threads = None
 
 
 class Reading(NamedTuple):
@@ -285,26 +286,39 @@ def _most_threads() -> int:
 
 
 def _together(work: Callable[[int], None], threads: int) -> None:
-    """Run ``work`` in so many threads, of which this one is the first. It is given their numbers."""
+    """Run ``work`` for each number below ``threads``, in at most so many threads, of which this one is the first."""
     if threads == 1:
         work(0)
         return
+    left = deque(range(threads))  # whoever has time takes the next, so that none is waited for that never starts
     pool = _pool(os.getpid(), threads - 1)  # a child process has no threads of its parent
-    others = [pool.submit(copy_context().run, _alone, work, thread) for thread in range(1, threads)]
+    others: list[Future[None]] = []
+    with suppress(RuntimeError):  # Python starts no more threads once the main one has ended
+        for _ in range(1, threads):
+            others.append(pool.submit(copy_context().run, _alone, work, left))
     most, _LOCAL.threads = _LOCAL.threads, 1  # the pool is taken
     try:
-        work(0)
+        _each(work, left)
     finally:
         _LOCAL.threads = most
         for other in others:
             other.result()
 
 
-def _alone(work: Callable[[int], None], thread: int) -> None:
+def _alone(work: Callable[[int], None], left: deque[int]) -> None:
     if torch.get_num_threads() > 1:  # this thread's own
         torch.set_num_threads(1)
     with torch.no_grad():  # which every thread has its own of, too
-        work(thread)
+        _each(work, left)
+
+
+def _each(work: Callable[[int], None], left: deque[int]) -> None:
+    while True:
+        try:
+            number = left.popleft()
+        except IndexError:
+            return
+        work(number)
 
 
 @cache

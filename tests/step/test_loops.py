@@ -3,6 +3,8 @@
 Numba runs them as plain Python here; with ``NUMBA_DISABLE_JIT=0`` it compiles them.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from models import relative_difference
@@ -116,6 +118,38 @@ def test_torch_has_its_threads_back(looped, monkeypatch):
         assert set(seen) == {1} and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+
+
+def test_an_interrupt_leaves_torch_its_threads(looped, monkeypatch):
+    threads, real = torch.get_num_threads(), torch.set_num_threads
+
+    def interrupted(number):
+        real(number)
+        if number == 1:
+            raise KeyboardInterrupt
+
+    try:
+        real(2)
+        monkeypatch.setattr(torch, "set_num_threads", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            stepped(steps=1)
+        assert torch.get_num_threads() == 2
+    finally:
+        real(threads)
+
+
+def test_a_thread_steps_on_after_the_main_one_has_ended(looped, monkeypatch):
+    """Python then starts no other threads: this one does the work of all, to the same bits."""
+    make, options = CASES["elementwise"]
+    expected = stepped(make, **options)
+    ended = ThreadPoolExecutor(1)
+    ended.shutdown()
+    monkeypatch.setattr(loops, "_pool", lambda process, threads: ended)
+    monkeypatch.setattr(loops, "_FEWEST", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    found = stepped(make, **options)
+    assert torch.equal(found[0], expected[0])
 
 
 def test_a_process_may_hold_no_row(looped):
