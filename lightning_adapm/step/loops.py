@@ -98,10 +98,10 @@ class Reading(NamedTuple):
 def read(matrices: Sequence[Tensor], bases: Tensor | None, columns: bool) -> Reading:
     """Read matrices ``(m, n)`` once, with their products with ``bases`` ``(b, r, n)`` if there are any."""
     b, (m, n) = len(matrices), matrices[0].shape
-    squares = torch.empty(b, m, device="cpu")
+    squares = matrices[0].new_empty(b, m)
     cut = _Cut(squares, b, m, n)
-    sums = torch.zeros(cut.threads, b, n, device="cpu") if columns else None
-    projected = None if bases is None else torch.empty(b, m, bases.shape[-2], device="cpu")
+    sums = squares.new_zeros(cut.threads, b, n) if columns else None
+    projected = None if bases is None else squares.new_empty(b, m, bases.shape[-2])
     # the library multiplies by transposed matrices slowly where their rows lie a power of two apart
     transposed = None if bases is None else bases.mT.contiguous()
     read_rows, grads = _loops().read, _arrays(matrices)

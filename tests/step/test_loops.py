@@ -152,6 +152,22 @@ def test_a_thread_steps_on_after_the_main_one_has_ended(looped, monkeypatch):
     assert torch.equal(found[0], expected[0])
 
 
+@pytest.mark.parametrize("case", ["elementwise", "factored"])
+def test_any_default_dtype(looped, case):
+    make, options = CASES[case]
+    params = [("mlp.weight", nn.Parameter(torch.randn(13, 24)))]
+    optimizer = make(params, roles={"mlp": "mlp"}, **options)
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        for _ in range(4):  # with and without a refresh
+            params[0][1].grad = torch.ones(13, 24, dtype=torch.float32)
+            optimizer.step()
+    finally:
+        torch.set_default_dtype(default)
+    assert params[0][1].isfinite().all()
+
+
 def test_a_process_may_hold_no_row(looped):
     rows, factors = torch.empty(0, 8), (torch.empty(1, 0, 2), torch.empty(1, 2, 8))
     loops.move([rows], [rows], Denominators([torch.empty(0, 1)], 1.0, 0.0), rate=1.0, keep=1.0, factors=factors)
