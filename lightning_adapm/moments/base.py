@@ -72,7 +72,7 @@ class Direction(NamedTuple):
 
 
 class Moment:
-    """What is remembered of the gradients of one matrix, declared once.
+    """Memory of the gradients of one matrix, declared once.
 
     Allocation, byte counts, sharding, saving and loading follow from :meth:`entries`. Loading a state that another
     moment saved goes through a dense tensor of the matrix's shape: :meth:`dense` of the one, :meth:`from_dense` of the

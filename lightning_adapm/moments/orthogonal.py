@@ -33,7 +33,16 @@ them ``a I + b S + c W²`` of the one before it, the first one of ``W = S``. All
 """
 MUON: Coefficients = (3.4445, -4.7750, 2.0315)
 """Those of every step, by Keller Jordan."""
-_FITTED: dict[int, tuple[Step, ...]] = {
+_FITTED: Mapping[int, tuple[Step, ...]] = {
+    2: (
+        ((1.376115, -8.223636, 7.390763), (-0.559955, 0.2246196, 1.0), (0.1722800, -0.1212257, 7.591912)),
+        (
+            (0.8174224, -4.338389, 3.695382),
+            (-0.5582991, 0.4773328, 2.0),
+            (-0.1130271, -0.4620632, 2.0),
+            (3.660635, -7.765227, 16.00875),
+        ),
+    ),
     3: ((7.9483, -22.3097, 15.841), (3.5825, -2.5769, 0.4873), (2.5394, -1.8884, 0.4299)),
     4: (
         (8.2474, -23.4442, 16.7082),
@@ -42,20 +51,10 @@ _FITTED: dict[int, tuple[Step, ...]] = {
         (2.5478, -1.9067, 0.4342),
     ),
 }
-"""Those of so many steps, by the algorithm of Polar Express (arXiv 2505.16932): the widest range of singular values
-that ends between 0.66 and 1.21. All but the last allow for matrices 2 % larger, because products are rounded.
-"""
-_LONG: tuple[Step, ...] = (
-    ((1.376115, -8.223636, 7.390763), (-0.559955, 0.2246196, 1.0), (0.1722800, -0.1212257, 7.591912)),
-    (
-        (0.8174224, -4.338389, 3.695382),
-        (-0.5582991, 0.4773328, 2.0),
-        (-0.1130271, -0.4620632, 2.0),
-        (3.660635, -7.765227, 16.00875),
-    ),
-)
-"""Two long steps, of degrees 17 and 33, fitted to the same range: singular values from 0.0023 on end between 0.67 and
-1.21. Powers of two keep every polynomial near 1, so that it loses little in float16.
+"""Those of so many steps. Three and four are by the algorithm of Polar Express (arXiv 2505.16932): the widest range of
+singular values that ends between 0.66 and 1.21. All but the last allow for matrices 2 % larger, because products are
+rounded. Two are long, of degrees 17 and 33, fitted to the range of four: singular values from 0.0023 on end between
+0.67 and 1.21. Powers of two keep every polynomial near 1, so that it loses little in float16.
 """
 
 
@@ -71,9 +70,7 @@ class Iteration(NamedTuple):
 
 FIVE = Iteration()
 """Muon's."""
-FAST: Mapping[int, Iteration] = {
-    number: Iteration(steps, by_gram=True) for number, steps in ({2: _LONG} | _FITTED).items()
-}
+FAST: Mapping[int, Iteration] = {number: Iteration(steps, by_gram=True) for number, steps in _FITTED.items()}
 """Iterations of fewer steps, by their number."""
 ITERATIONS: Mapping[str, int] = {"muon": 5, "fast": 2}
 """Kinds of iteration, and the steps that each has by default."""
@@ -195,7 +192,7 @@ def squares_of(step: Step) -> Sequence[Coefficients]:
 
 
 def constant_of(step: Step) -> float:
-    """What a step multiplies small singular values by."""
+    """Return the factor by which a step multiplies small singular values."""
     found = 0.0
     for a, _, c in squares_of(step):
         found = a + c * found**2

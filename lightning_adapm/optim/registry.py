@@ -1,4 +1,4 @@
-"""What is known of an optimizer's parameters: names, roles, pieces, and the modules that hold them."""
+"""Table of an optimizer's parameters: names, roles, pieces, and the modules that hold them."""
 
 from collections.abc import Collection, Sequence
 from copy import copy

@@ -34,7 +34,7 @@ _UNRECORDED = "launched: steps are recorded on a GPU, where their caller does no
 
 
 class Rule(Protocol):
-    """What the engine asks of an optimizer: its state, its groups, and its decisions about parts and their steps."""
+    """Interface of an optimizer for the engine: its state, groups, and decisions about parts and their steps."""
 
     param_groups: list[dict[str, Any]]
     defaults: dict[str, Any]

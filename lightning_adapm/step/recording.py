@@ -31,7 +31,7 @@ Clocks = Callable[[Batch, float], Tensor]
 
 
 class Found(NamedTuple):
-    """What kernels found out about the gradients of some parts."""
+    """Findings of kernels about the gradients of some parts."""
 
     parts: Sequence[Part]
     flaws: Tensor
