@@ -39,7 +39,6 @@ VARIED = (
     "but for",
     "attn_out",
     "fast steps",
-    "long steps",
     "Muon's steps",
     "PartialMuon, compact",
     "refreshed",

@@ -15,8 +15,12 @@ MODELS = {
 }
 """Panels of ``loss_and_bytes``, and the heads of their columns."""
 STEPS = "step_time-cuda-llama-3.2-1b-float32"
-"""Measurement of the last column, by page: AdaPM's defaults, its former ones, PartialMuon's, its former ones."""
-DEFAULTS, COMPACT, MUON, FORMER = (f"{kind}-{STEPS}" for kind in ("defaults", "compact", "muon", "compact-muon"))
+"""Measurement of the last column, by page: AdaPM's defaults, its former ones, PartialMuon with two long and four fast
+steps, with Muon's, its former defaults.
+"""
+DEFAULTS, COMPACT, MUON, MUONS, FORMER = (
+    f"{kind}-{STEPS}" for kind in ("h200", "compact", "long-steps", "muon", "compact-muon")
+)
 BASE = "AdamW, fused"
 
 
@@ -57,7 +61,7 @@ def processor(page: Mapping[str, Any]) -> str:
 README_ROWS = (
     Row("AdaPM factored", "AdaPM factored"),
     Row("AdaPM factored, [compact](docs/choosing-a-policy.md)", "AdaPM factored, compact", COMPACT, "AdaPM factored"),
-    Row("PartialMuon, four steps", "PartialMuon", MUON),
+    Row("PartialMuon, four steps", "PartialMuon, 4 fast steps", MUON),
     Row("Muon", "Muon", FORMER),
 )
 CHOICE_ROWS = (
@@ -73,9 +77,9 @@ CHOICE_ROWS = (
     Row("compact, elementwise", "AdaPM, compact", COMPACT, "AdaPM"),
     Row("compact, block", "AdaPM block, compact", COMPACT, "AdaPM block"),
     Row('`momentum="paper"`, rank 5 %, float32', "AdaPM, paper"),
-    Row("`PartialMuon`", "PartialMuon, 2 long steps", MUON),
-    Row('`PartialMuon(newton_schulz="fast", ns_steps=4)`', "PartialMuon", MUON),
-    Row('`PartialMuon(newton_schulz="muon")`', "PartialMuon, Muon's steps", MUON),
+    Row("`PartialMuon`", "PartialMuon", MUON),
+    Row('`PartialMuon(newton_schulz="fast", ns_steps=4)`', "PartialMuon, 4 fast steps", MUON),
+    Row('`PartialMuon(newton_schulz="muon")`', "PartialMuon, Muon's steps", MUONS),
     Row("with AdaPM's table and rank, Muon's steps", "PartialMuon, AdaPM's table", MUON),
     Row("compact, with Muon's steps", "PartialMuon, compact", FORMER),
     Row('`PartialMuon(momentum="full")`, which is Muon', "Muon", FORMER),
