@@ -10,7 +10,7 @@ from lightning_adapm.moments.second import FactoredSecondMoment, RelativeSecondM
 from lightning_adapm.step import kernels, reading
 from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.launch import Matrices
-from lightning_adapm.step.reading import Reading
+from lightning_adapm.step.reading import FAST, Arithmetic, Reading
 
 _BY_COLUMNS = (FactoredSecondMoment, RelativeSecondMoment)
 """Second moments that take sums of squares of columns."""
@@ -76,21 +76,15 @@ class DeviceGradients(Stack):
         self._agreed = flaws
         self._reading = self.reading._replace(flaws=flaws, columns=columns)
 
-    def read(self, bases: Matrices, exactly: bool = False, absolute: bool = False) -> Tensor:
-        """Products of the gradients with the transposed ``bases``, ``(b, m, width)``, finite or not; with those in
-        float32 nearly ``exactly``, and of ``absolute`` values.
-        """
-        product, _ = self._read(bases, bases.like.shape[-2], exactly, absolute)
+    def read(self, bases: Matrices, arithmetic: Arithmetic = FAST) -> Tensor:
+        """Multiply the gradients by the transposed ``bases`` ``(r, n)``, to ``(b, m, width)``, finite or not."""
+        product, _ = self._read(bases, bases.like.shape[-2], arithmetic)
         assert product is not None
         return product
 
-    def _read(
-        self, bases: Matrices | None, r: int, exactly: bool = False, absolute: bool = False
-    ) -> tuple[Tensor | None, Reading]:
+    def _read(self, bases: Matrices | None, r: int, arithmetic: Arithmetic = FAST) -> tuple[Tensor | None, Reading]:
         known = self._reading
-        product, found = reading.read(
-            self.matrices, len(self), bases, r, known, self._columns, exactly=exactly, absolute=absolute
-        )
+        product, found = reading.read(self.matrices, len(self), bases, r, known, self._columns, arithmetic)
         self._reading = found if self._agreed is None else found._replace(flaws=self._agreed)
         return product, self._reading
 

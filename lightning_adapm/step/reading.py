@@ -44,6 +44,19 @@ device, also where a table of tokens is the only matrix of its shape. Tiles of r
 """
 
 
+class Arithmetic(NamedTuple):
+    """How products with gradients are computed."""
+
+    exact: bool = False
+    """With operands in float32, but for the last bits, instead of :data:`~lightning_adapm.step.kernels.FACTOR`."""
+    absolute: bool = False
+    """With the absolute values of the gradients."""
+
+
+FAST = Arithmetic()
+"""Arithmetic of low-rank momentum."""
+
+
 class Reading(NamedTuple):
     """Results of one pass over ``b`` gradients."""
 
@@ -62,19 +75,28 @@ def read(
     r: int,
     known: Reading | None,
     columns: bool = False,
-    exactly: bool = False,
-    absolute: bool = False,
+    arithmetic: Arithmetic = FAST,
 ) -> tuple[Tensor | None, Reading]:
-    """Products of ``grads`` with the transposed ``bases`` ``(r, n)``, ``(b, m, padded(r))``; and what else so many
-    ``gradients`` show, of their ``columns`` as well, unless that is ``known``. Products with bases in float32 may be
-    computed nearly ``exactly``, and of ``absolute`` values.
+    """Read gradients once, for their products with bases and for their sums of squares.
+
+    Args:
+        grads: ``b`` matrices ``(m, n)`` of gradients.
+        gradients: Number of gradients, each of which consists of equally many of these matrices.
+        bases: Matrices ``(r, n)``, float32 for exact products; None for no products.
+        r: Number of rows of the bases.
+        known: Sums of squares and flaws of the gradients, if an earlier pass has found them.
+        columns: Whether sums of squares of columns are found, too, unless an earlier pass has.
+        arithmetic: How products are computed.
+
+    Returns:
+        Products with the transposed bases, ``(b, m, padded(r))`` in float32, if there are bases; and the reading.
     """
     like, b = grads.like, len(grads.addresses)
     (m, n), width = grads.shape, kernels.padded(r)
     columns = columns and known is None
-    apart = columns and bases is not None and like.element_size() == 2 and not exactly
+    apart = columns and bases is not None and like.element_size() == 2 and not arithmetic.exact
     together = columns and not apart
-    if exactly:
+    if arithmetic.exact:
         tile, block_r = Tile(*READ_EXACTLY).narrowed(n), _ranks(r, RANKS)
     else:
         tile, block_r = _tile_of_sums(together, n) if bases is None else _tile_of_products(grads, r, together)
@@ -97,8 +119,8 @@ def read(
         FIRST=known is None,
         COLUMNS=together,
         PROJECT=bases is not None,
-        SPLIT=exactly,
-        ABSOLUTE=absolute,
+        SPLIT=arithmetic.exact,
+        ABSOLUTE=arithmetic.absolute,
         BLOCK_R=block_r,
         **tile.constants,
     )
@@ -152,31 +174,30 @@ def _tile_of_products(grads: Matrices, r: int, columns: bool) -> tuple[Tile, int
     return Tile(*(PROJECT_HALF if half else PROJECT_NEAR)).narrowed(n), ranks
 
 
-def combine(
-    grads: Matrices, weights: Tensor, flaws: Tensor | None = None, exactly: bool = False, absolute: bool = False
-) -> Tensor:
-    """Multiply transposed ``weights`` ``(b, m, r)`` by ``grads`` ``(m, n)`` or their ``absolute`` values; those with a
-    flaw count as zero. Products with weights in float32 may be computed nearly ``exactly``.
+def combine(grads: Matrices, weights: Tensor, flaws: Tensor | None = None, arithmetic: Arithmetic = FAST) -> Tensor:
+    """Multiply transposed ``weights`` ``(b, m, r)`` by ``b`` gradients ``(m, n)``, to ``(b, r, n)`` in float32.
+
+    Gradients with a flaw count as zero. For exact products the weights are in float32.
     """
     b, m, r = weights.shape
     n = grads.shape[1]
     rows = rows_of_a_product(n)
     parts = -(-m // rows)
     product = weights.new_empty((b, parts, r, n), dtype=torch.float32)
-    tile, block_r = Tile(*(COMBINE_EXACTLY if exactly else COMBINE)).narrowed(n), _ranks(r, RANKS)
+    tile, block_r = Tile(*(COMBINE_EXACTLY if arithmetic.exact else COMBINE)).narrowed(n), _ranks(r, RANKS)
     launch(
         "combine",
         (-(-n // tile.columns) * -(-r // block_r), b, parts),
         # weights: read by every block of columns
-        (grads, weights.contiguous() if exactly else _factor(weights), flaws, product),
+        (grads, weights.contiguous() if arithmetic.exact else _factor(weights), flaws, product),
         (m, n, r, grads.stride, 1 if flaws is None else b // len(flaws), rows),
         (),
         GRAD=grads.dtype,
         FACTOR=kernels.FACTOR,
         ALIGNED=grads.aligned,
         CHECKED=flaws is not None,
-        SPLIT=exactly,
-        ABSOLUTE=absolute,
+        SPLIT=arithmetic.exact,
+        ABSOLUTE=arithmetic.absolute,
         BLOCK_R=block_r,
         **tile.constants,
     )

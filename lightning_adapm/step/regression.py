@@ -19,22 +19,22 @@ from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.device_gradients import DeviceGradients
 from lightning_adapm.step.launch import Matrices
 from lightning_adapm.step.moves import Divisors
+from lightning_adapm.step.reading import Arithmetic
 
 
 class _Targets:
     """Gradients, or their absolute values, that kernels multiply in float32's precision."""
 
     def __init__(self, grads: DeviceGradients, absolute: bool) -> None:
-        self._grads, self._absolute = grads, absolute
+        self._grads, self._arithmetic = grads, Arithmetic(exact=True, absolute=absolute)
 
     def __matmul__(self, columns: Tensor) -> Tensor:
         rows = Matrices.of([columns.mT.contiguous()])
-        product = self._grads.read(rows, exactly=True, absolute=self._absolute)
+        product = self._grads.read(rows, self._arithmetic)
         return self._grads.without_flaws(product[..., : columns.shape[-1]])
 
     def __rmatmul__(self, weights: Tensor) -> Tensor:
-        flaws = self._grads.reading.flaws
-        return reading.combine(self._grads.matrices, weights.mT, flaws, exactly=True, absolute=self._absolute)
+        return reading.combine(self._grads.matrices, weights.mT, self._grads.reading.flaws, self._arithmetic)
 
 
 class FittedDivisors(NamedTuple):
