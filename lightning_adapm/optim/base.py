@@ -1,27 +1,24 @@
-"""The base of every optimizer of the package: groups with roles, a step, and the state of each parameter."""
+"""The base of every optimizer of the package: a step, and the state of each parameter."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_adapm.moments.base import Momentum, SecondMoment
 from lightning_adapm.optim import groups, in_backward, options
-from lightning_adapm.optim.part_table import Asked, PartTable
-from lightning_adapm.optim.registry import Registry
+from lightning_adapm.optim.part_table import Asked
 from lightning_adapm.optim.replaced import check_not_replaced
+from lightning_adapm.optim.role_groups import RoleGroups
 from lightning_adapm.optim.turns import Selection
-from lightning_adapm.roles.assign import assign_roles
 from lightning_adapm.roles.callers import warn_caller
-from lightning_adapm.roles.context import Named
 from lightning_adapm.roles.inputs import read_groups
 from lightning_adapm.roles.piece import Piece
 from lightning_adapm.sharding.find import local, local_grads
 from lightning_adapm.sharding.fsdp1 import gradients
-from lightning_adapm.state.state_dict import FORMAT_VERSION, Checkpointed
 from lightning_adapm.step import by_loops, by_torch
 from lightning_adapm.step.batching import Batch
 from lightning_adapm.step.engine import Engine
@@ -35,7 +32,7 @@ from lightning_adapm.step.work import Work
 _NO_GRADIENT = "{}.step() found no gradient on any of its parameters, so nothing is trained"
 
 
-class RoleOptimizer(Checkpointed):
+class RoleOptimizer(RoleGroups):
     """An optimizer that treats every parameter by its role in the transformer.
 
     It finds names and roles, cuts fused weights into pieces, and updates pieces of one shape together. It also handles
@@ -64,16 +61,6 @@ class RoleOptimizer(Checkpointed):
         TypeError: Parameters lack names and roles, or are complex.
     """
 
-    names: dict[Tensor, str]
-    """Name of each parameter."""
-    roles: dict[Tensor, str]
-    """Role of each parameter."""
-    pieces: dict[Tensor, tuple[Piece, ...]]
-    """Pieces of each parameter, each with one role."""
-    reasons: dict[Tensor, str]
-    """Rule that decided the role of each parameter."""
-    blocks: dict[Tensor, str | None]
-    """Name of the transformer block around each parameter; None outside."""
     observer: Observer | None = None
     """Monitor of the steps."""
     most_recorded_bytes = MOST_BYTES
@@ -83,8 +70,6 @@ class RoleOptimizer(Checkpointed):
     """
 
     foreign = options.FOREIGN
-    automatic: ClassVar[options.Automatic] = {}
-    """Options that may be ``"auto"``, each with a function that derives it from the other options of a group."""
 
     def __init__(
         self,
@@ -98,34 +83,15 @@ class RoleOptimizer(Checkpointed):
         left_over: Mapping[str, Any] | None = None,
     ) -> None:
         groups.check_left_over(type(self), left_over or {})
-        options.check_roles(roles, unmatched)
         options.check_option({"update_in_backward": update_in_backward}, "update_in_backward", *options.SWITCH)
-        defaults = {"rounding": "stochastic", **defaults}
-        self._automatic = options.are_automatic(defaults, self.automatic)
-        defaults |= {option: self.automatic[option](defaults) for option in self._automatic}
-        defaults = options.plain(defaults, defaults, unmatched) | {"format_version": FORMAT_VERSION}
-        self.check_options(defaults)
-        self.name_rules = dict(roles or {})
-        self.unmatched = unmatched
-        self.roles_matter = roles_matter
         self.update_in_backward = update_in_backward
         self._norms: list[Tensor] = []
         """Norms of the last step's gradients, where it updated in backward."""
-        self._registry = known = Registry()
-        self.names, self.roles, self.pieces = known.names, known.roles, known.pieces
-        self.reasons, self.blocks = known.reasons, known.blocks
-        self._table = PartTable(self._registry)
         self._engine = Engine()
         self._rates: dict[int, float] = {}
         """Learning rates of this step, by group."""
-        super().__init__([{"params": []}], defaults)  # torch adds groups one by one, and roles are found over all
-        self.param_groups.clear()
+        super().__init__({"rounding": "stochastic", **defaults}, roles, unmatched, roles_matter)
         self._add(read_groups(params))
-
-    def filled(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        """Copy a parameter group, with the defaults of options that it lacks; automatic ones follow from the others."""
-        name = type(self).__name__
-        return groups.fill(name, group, self.defaults, self.unmatched, self.automatic, self._automatic)
 
     def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:
         """Choose the momentum of a piece whose matrix has ``shape`` over all processes."""
@@ -134,60 +100,6 @@ class RoleOptimizer(Checkpointed):
     def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
         """Choose the second moment of a piece whose matrix has ``shape`` over all processes."""
         raise NotImplementedError(f"{type(self).__name__} needs a method second_moment_for(piece, shape, group)")
-
-    def check_options(self, group: Mapping[str, Any]) -> None:
-        """Refuse options of a parameter group that are out of range, by raising a ValueError."""
-        options.check(group)
-
-    def check_pieces(self, item: Named, pieces: tuple[Piece, ...], group: Mapping[str, Any]) -> None:
-        """Refuse pieces of a parameter that this optimizer cannot treat, by raising a ValueError."""
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group, as in ``torch.optim``; it may hold anything that the constructor accepts.
-
-        Roles are those that the parameters have in the whole model. A group that is refused changes nothing.
-
-        Raises:
-            TypeError: The group is not a dict, or its parameters lack names and roles.
-            ValueError: An option is out of range, or a matrix has no role.
-        """
-        if not isinstance(param_group, dict):
-            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
-        self._add([param_group])
-
-    def _add(self, added: list[dict[str, Any]]) -> None:
-        """Add groups together: all of them, or none where one is refused."""
-        filled = [self.filled(group) for group in added]
-        for group in filled:
-            self.check_options(group)
-        before = len(self.param_groups)
-        assigned = assign_roles(
-            filled, self.names, before, self.name_rules, self.unmatched, self.roles_matter, self.check_pieces
-        )
-        try:
-            for group in assigned.groups:
-                super().add_param_group(group)
-        except Exception:
-            del self.param_groups[before:]
-            raise
-        for group, own in zip(added, assigned.groups, strict=True):
-            group.update(own)  # as with torch, the caller's group is the optimizer's: wrappers change rates in it
-        self.param_groups[before:] = added
-        self._registry.add(assigned, self.structure)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # torch keeps only defaults, state and groups through pickling and deepcopy
-        return {**super().__getstate__(), **{key: value for key, value in vars(self).items() if self._is_own(key)}}
-
-    def _is_own(self, attribute: str) -> bool:
-        """Whether a copy keeps the attribute. Hooks, wrapped methods, monitors and what can be rebuilt are left out."""
-        if attribute.startswith("_optimizer_") or attribute in ("_table", "observer"):
-            return False
-        return not callable(getattr(type(self), attribute, None))
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._forget()
 
     @property
     def gradient_norm(self) -> Tensor | None:
@@ -199,7 +111,7 @@ class RoleOptimizer(Checkpointed):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; ``closure`` reevaluates the model and returns the loss."""
         self.follow_groups()
-        self._let_go()
+        self._drop_removed()
         self._rates.clear()
         with self._armed(closure) as early, torch.enable_grad():
             loss = None if closure is None else closure()
@@ -207,7 +119,7 @@ class RoleOptimizer(Checkpointed):
         known.places = check_not_replaced(known.places, self, known.names)
         self._norms = [] if early is None else early.norms()
         selected: Selection = [(index, group["params"]) for index, group in enumerate(self.param_groups)]
-        moved, _ = self._take(selected if early is None else in_backward.left_over(selected, self.state))
+        moved, _ = self._move_selected(selected if early is None else in_backward.left_over(selected, self.state))
         self._engine.nonfinite.finish_step()
         skipped = closure is not None and loss is None  # how Lightning skips a batch
         if not moved and not self._norms and not skipped and not self._has_moved():
@@ -219,22 +131,28 @@ class RoleOptimizer(Checkpointed):
         if not self.update_in_backward:
             return nullcontext()
         table = self._table
-        return in_backward.armed(self.param_groups, self.blocks, table.modules(), closure, table.turns, self._take)
+        return in_backward.armed(
+            self.param_groups, self.blocks, table.modules(), closure, table.turns, self._move_selected
+        )
 
     def _has_moved(self) -> bool:
         """Whether any parameter ever took a step. After that, missing gradients are deliberate."""
         return any(self.state[param].get("step") for param in self.pieces if param in self.state)
 
-    def _take(self, selected: Selection) -> tuple[list[Work], Sequence[Found]]:
-        """Move the selected parameters of each group; return the work, and what kernels found out about gradients."""
+    def _move_selected(self, selected: Selection) -> tuple[list[Work], Sequence[Found]]:
+        """Move the selected parameters along their gradients.
+
+        Returns:
+            The parameters that moved, and what kernels found out about their gradients.
+        """
         for index, _ in selected:
             self._table.retune(index, self)
         joined = groups.joined(selected, self.param_groups, self.defaults)
-        asked = [(self._with_number(index), params) for index, params in joined if params]
-        works = self._table.again(asked, self.state) or self._found(asked)
+        asked = [(self._with_lr_as_number(index), params) for index, params in joined if params]
+        works = self._table.recall(asked, self.state) or self._collect(asked)
         return works, self._engine.move(works, self) if works else ()
 
-    def _found(self, asked: Asked) -> list[Work]:
+    def _collect(self, asked: Asked) -> list[Work]:
         """Collect the parameters that have gradients, and make the state of those that have none yet."""
         for param in chain.from_iterable(params for _, params in asked):
             if (param.requires_grad or param.grad is not None) and "step" not in self.state.get(param, ()):
@@ -261,7 +179,7 @@ class RoleOptimizer(Checkpointed):
                 moving.append((own, local(param), held, self.state[param]))
         return Work.of(group, moving)
 
-    def _with_number(self, index: int) -> Mapping[str, Any]:
+    def _with_lr_as_number(self, index: int) -> Mapping[str, Any]:
         """Return a group with its learning rate as a number. A tensor, perhaps on a device, is read once a step."""
         group = self.param_groups[index]
         if index not in self._rates:
@@ -283,46 +201,29 @@ class RoleOptimizer(Checkpointed):
             self.follow_groups()
         return self._table.parts(param, self)
 
-    def follow_groups(self) -> None:
-        """Bring names and roles into line with the groups' lists of parameters, which callers may change in place.
+    def __getstate__(self) -> dict[str, Any]:
+        # torch keeps only defaults, state and groups through pickling and deepcopy
+        return {**super().__getstate__(), **{key: value for key, value in vars(self).items() if self._is_own(key)}}
 
-        Raises:
-            TypeError: A parameter was not added with :meth:`add_param_group`, and no live module holds it.
-        """
-        if self._table.lists(self.param_groups):
-            return
-        self._take_in([group for group in self.param_groups if not self.pieces.keys() >= set(group["params"])])
-        for group in self.param_groups:
-            self._registry.label(group)
-        if not self._table.lists(self.param_groups):
-            self._forget(self.param_groups)
+    def _is_own(self, attribute: str) -> bool:
+        """Whether a copy keeps the attribute. Hooks, wrapped methods, monitors and what can be rebuilt are left out."""
+        if attribute.startswith("_optimizer_") or attribute in ("_table", "observer"):
+            return False
+        return not callable(getattr(type(self), attribute, None))
 
-    def _take_in(self, groups: list[dict[str, Any]]) -> None:
-        """Register groups that callers appended to ``param_groups`` themselves, as callbacks do in a resumed run."""
-        held = self.param_groups
-        self.param_groups = [each for each in held if all(each is not group for group in groups)]
-        try:
-            for group in groups:
-                bare = {key: value for key, value in group.items() if key not in ("param_names", "roles")}
-                self._add([bare])
-                group.update(bare)
-        except TypeError:
-            for group in groups:
-                options.check_held(type(self).__name__, group, self.pieces)
-            raise
-        finally:
-            self.param_groups = held
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._drop_caches()
 
-    def _let_go(self) -> None:
+    def _drop_caches(self, groups: Sequence[Mapping[str, Any]] = ()) -> None:
+        super()._drop_caches(groups)
+        self._engine.forget()
+
+    def _drop_removed(self) -> None:
         """Forget parameters that callers have removed from the groups, so that their memory is freed."""
         if len(self._table.held) != len(self.pieces):
-            self._registry.let_go(set(self._table.held))
-            self._engine.nonfinite.let_go(set(self._registry.numbers.values()))
-
-    def _forget(self, groups: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Drop everything that can be rebuilt from the registry and the parameter groups."""
-        self._table = PartTable(self._registry, groups)
-        self._engine.forget()
+            self._registry.keep_only(set(self._table.held))
+            self._engine.nonfinite.keep_only(set(self._registry.numbers.values()))
 
     def cached_bytes(self) -> int:
         """Bytes that are kept between steps for speed, in addition to the state; they are freed with the optimizer."""

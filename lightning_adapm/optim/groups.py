@@ -1,6 +1,6 @@
-"""Parameter groups of an optimizer: filling in their options, comparing and joining them."""
+"""Options of parameter groups: checking, comparing and joining them."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,26 +16,11 @@ _CHANGE_RESULTS = ("amsgrad", "differentiable")
 """Keywords of ``torch.optim.AdamW`` that change the result of a step."""
 
 
-def fill(
-    optimizer: str,
-    group: Mapping[str, Any],
-    defaults: Mapping[str, Any],
-    unmatched: str,
-    automatic: options.Automatic,
-    following: Collection[str],
-) -> dict[str, Any]:
-    """Copy a parameter group, with the defaults of the options that it lacks. Lists are copied, too.
-
-    Args:
-        optimizer: Name for errors.
-        group: The group as stated.
-        defaults: The optimizer's options.
-        unmatched: As for the optimizer.
-        automatic: Options that may be automatic.
-        following: Those of them that are automatic where a group does not state them.
+def check_stated(optimizer: str, group: Mapping[str, Any]) -> None:
+    """Refuse entries of a parameter group that belong to another optimizer or to the whole optimizer.
 
     Raises:
-        ValueError: An option belongs to another optimizer and would change the result, or means something else here.
+        ValueError: An option of ``torch.optim.AdamW`` would change the result, or an option is not a group's.
     """
     _refuse_counterparts(optimizer, group)
     for key in _OF_ALL:
@@ -44,11 +29,6 @@ def fill(
                 f"{key}={group[key]!r} in a parameter group: {key} is an option of all groups; pass it to the"
                 " optimizer, or write the group's role"
             )
-    filled = {key: list(value) if isinstance(value, list) else value for key, value in defaults.items()}
-    asked = options.are_automatic(group, automatic)
-    filled |= options.plain({key: value for key, value in group.items() if key not in asked}, defaults, unmatched)
-    asked.update(option for option in following if option not in group)
-    return filled | {option: automatic[option](filled) for option in asked}
 
 
 def settings_of(group: Mapping[str, Any], keys: Iterable[str]) -> tuple[Any, ...]:

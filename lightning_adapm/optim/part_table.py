@@ -47,7 +47,7 @@ class Moved:
         self._found = [(work.parts, work.held) for work in works]
         self._unmoved = object()
 
-    def again(self, asked: Asked, states: States) -> list[Work] | None:
+    def recall(self, asked: Asked, states: States) -> list[Work] | None:
         """Return this step's work if it is that of the remembered step, with other gradients; else None."""
         params = params_of(asked)
         same = (
@@ -156,10 +156,10 @@ class PartTable:
         else:
             self._moved.pop(_first(asked), None)
 
-    def again(self, asked: Asked, states: States) -> list[Work] | None:
+    def recall(self, asked: Asked, states: States) -> list[Work] | None:
         """Return this step's work if only gradients differ from the remembered step; else None."""
         moved = self._moved.get(_first(asked))
-        return None if moved is None else moved.again(asked, states)
+        return None if moved is None else moved.recall(asked, states)
 
     def parts(self, param: Tensor, rule: Rule) -> tuple[Part, ...]:
         """Parts of a parameter, with their moments."""

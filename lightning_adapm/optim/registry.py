@@ -50,7 +50,7 @@ class Registry:
         if self.places is not None:
             self.places = [*self.places, Places(assigned.roots.values(), assigned.names)]
 
-    def let_go(self, held: Collection[Tensor]) -> None:
+    def keep_only(self, held: Collection[Tensor]) -> None:
         """Forget all parameters except ``held``, so that their memory is freed."""
         for known in (self.names, self.roles, self.pieces, self.reasons, self.blocks, self.built, self.numbers):
             for param in known.keys() - held:

@@ -98,7 +98,7 @@ class NonFiniteGradients:
             all_reduce(flags, group, dist.ReduceOp.MIN)
             self._agreed.update(zip([part.key for part, _ in together], (flags != 0).unbind(), strict=True))
 
-    def let_go(self, held: set[int]) -> None:
+    def keep_only(self, held: set[int]) -> None:
         """Forget all parameters except those with the numbers ``held``."""
         self._agreed, self._latest = {}, None
         for known in (self._counts, self._names):

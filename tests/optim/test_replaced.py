@@ -247,7 +247,7 @@ def test_steps_follow_the_storage_and_the_strides_of_a_fused_weight(change, opti
     expected = copy.deepcopy((model, optimizer))
     weight.data = change(weight.data)
     expected[0].attn.qkv.weight.data = change(expected[0].attn.qkv.weight.data).contiguous().clone()
-    expected[1]._forget()
+    expected[1]._drop_caches()
     for each in ((model, optimizer), expected):
         for grad in grads[2:]:
             each[0].attn.qkv.weight.grad = grad.clone()
@@ -275,7 +275,7 @@ def test_state_on_another_device_is_named():
     step(model, optimizer)
     state = optimizer.state[model.lm_head.weight]
     state["exp_avg_sq"] = state["exp_avg_sq"].to("meta")
-    optimizer._forget()  # as a parameter's new device does
+    optimizer._drop_caches()  # as a parameter's new device does
     with pytest.raises(RuntimeError, match=r"lm_head\.weight is on cpu and its state .* on meta: the model was moved"):
         step(model, optimizer)
 

@@ -13,7 +13,7 @@ def test_complete_gradients_move_together_within_the_bound(vocab, takes):
     model = PlainLM(vocab, bias=False, layers=4)
     optimizer = AdaPM(model.parameters(), rank=2, update_in_backward=True)
     bound = max(sum(p.nbytes for p in model.layers[0].parameters()), model.embed_tokens.weight.nbytes)
-    moved, take = [], optimizer._take
+    moved, take = [], optimizer._move_selected
 
     def watched(selected):
         moved.append([p for _, params in selected for p in params if p.grad is not None])
@@ -22,7 +22,7 @@ def test_complete_gradients_move_together_within_the_bound(vocab, takes):
     def arrives(param):
         assert sum(p.nbytes for p in model.parameters() if p.grad is not None and p is not param) <= bound
 
-    optimizer._take = watched
+    optimizer._move_selected = watched
     for param in model.parameters():
         param.register_post_accumulate_grad_hook(arrives)
     steps = []
