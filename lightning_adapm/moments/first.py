@@ -217,21 +217,32 @@ class LowRankMomentum(Momentum):
         if right.shape[-2] == right.shape[-1]:
             return right
         due = self.due(step)
-        if all(state["seeded"] for state in states):
-            return lowrank.refresh_basis(grad, left, right, self.beta1, reduction) if due else right
-        without = ~right.any(dim=-1, keepdim=True).any(dim=-2, keepdim=True)
+        if not all(state["seeded"] for state in states):
+            return self._first_basis(grad, left, right, states, due, reduction)
+        return lowrank.refresh_basis(grad, left, right, self.beta1, reduction) if due else right
+
+    def _first_basis(
+        self,
+        grad: Tensor | Stack,
+        left: Tensor,
+        right: Tensor,
+        states: Sequence[State],
+        due: bool,
+        reduction: Reduction,
+    ) -> Tensor:
+        """Basis of a step before which some matrices had none: a matrix gets one with its first non-zero gradient."""
         if not has_values(right):
             for state in states:
                 state["seeded"] = 1
             return lowrank.refresh_basis(grad, left, right, self.beta1, reduction)
-        shown = grad.any() if isinstance(grad, Stack) else grad.any(dim=-1, keepdim=True).any(dim=-2, keepdim=True)
-        shows = reduction.any(shown)
-        if not due and not (without & shows).any():
+        without = ~lowrank.any_nonzero(right)
+        shown = reduction.any(grad.any() if isinstance(grad, Stack) else lowrank.any_nonzero(grad))
+        if not due and not (without & shown).any():
             return right
         new_right = lowrank.refresh_basis(grad, left, right, self.beta1, reduction)
         if not due:
             new_right = torch.where(without, new_right, right)
-        seeded = iter(new_right.any(dim=-1).any(dim=-1).tolist())
+        seeded = iter(lowrank.any_nonzero(new_right).flatten().tolist())
         for state in states:
             (basis,) = self.bases([state])
             matrices = basis.shape[0] if basis.dim() == 3 else 1

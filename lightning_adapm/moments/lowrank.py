@@ -198,7 +198,7 @@ def iterated_rows(
     seen.mul_(length.reciprocal().to(seen.dtype))
     fresh, inner = reduction.total([seen.mT @ grad, reduction.owned(seen).mT @ left])
     rows = torch.baddbmm(fresh, inner, right, beta=1 - beta1, alpha=beta1)
-    return rows, shows(fresh)
+    return rows, any_nonzero(fresh)
 
 
 def sketched(right: Tensor) -> Tensor:
@@ -207,9 +207,9 @@ def sketched(right: Tensor) -> Tensor:
     return torch.where(right.any(dim=-1, keepdim=True), right, kept_starting_rows(rank, n, right))
 
 
-def shows(product: Tensor) -> Tensor:
+def any_nonzero(matrices: Tensor) -> Tensor:
     """Whether each of ``b`` matrices has an entry that is not zero, ``(b, 1, 1)``."""
-    return product.any(dim=-1, keepdim=True).any(dim=-2, keepdim=True)
+    return matrices.any(dim=-1, keepdim=True).any(dim=-2, keepdim=True)
 
 
 def move_left(left: Tensor, right: Tensor, new_right: Tensor) -> Tensor:

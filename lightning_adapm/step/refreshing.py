@@ -111,7 +111,7 @@ def _iterated(batch: Batch) -> Generator[list[Tensor], None, Iterated]:
     fresh, inner = combine(grads.matrices, weights, flaws), combine(lefts, weights)
     del weights
     yield [fresh, inner]
-    shown = lowrank.shows(fresh)
+    shown = lowrank.any_nonzero(fresh)
     return fresh.lerp_(combine(Matrices.of([right]), inner.mT), beta1), shown, right
 
 
