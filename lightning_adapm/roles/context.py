@@ -36,8 +36,9 @@ class Named:
     shape: torch.Size = field(init=False)
     """Shape of the whole parameter, however little of it this process holds."""
     users: list[nn.Module] = field(default_factory=list)
-    """Modules that hold the parameter, and those around them, from the inside out."""
+    """Modules that use the parameter; a tied weight has several."""
     around: list[nn.Module] = field(default_factory=list)
+    """Each of these modules with the modules around it, from the inside out."""
     beside: dict[str, "Named"] = field(default_factory=dict)
     """Matrices in the same module by their own names, such as key, value and output next to a query."""
     in_transformer: bool = False
@@ -83,10 +84,12 @@ class Named:
 
     @property
     def parent(self) -> str:
+        """Path of the module around the parameter."""
         return self.path.rpartition(".")[0]
 
     @property
     def child(self) -> str:
+        """Last name in the path, in lower case: ``q_proj`` of ``h.0.attn.q_proj.weight``."""
         return self.path.rpartition(".")[2].lower()
 
     @property

@@ -144,7 +144,7 @@ def fits(role: str, shape: torch.Size) -> bool:
 
 
 def _is_table(item: Named) -> bool:
-    """Role of a table of rows, by the modules that use it or by its shape."""
+    """Whether a parameter is a table of rows, by the modules that use it, or else by its shape."""
     if item.users:
         return not (item.is_linear or _is_convolution(item))
     return len(item.shape) == 2 or item.shape[0] == 1

@@ -9,34 +9,44 @@ ROLES = ("embedding", "query", "key", "value", "attn_out", "mlp", "lm_head", "no
 """Roles of pieces."""
 
 UNMATCHED = "unmatched"
+"""Stands for the role of a matrix whose role is not known."""
+
 POLICIES = ("none", "low_rank", "full")
+"""Momentum of a role, or of a matrix that has a policy instead of a role."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The part of a parameter that has one role: all of it, or a slice ``start`` to ``stop`` of each of ``groups``
-    equal groups of rows (of columns, where the weight is ``transposed``) of a fused weight.
+    """The part of a parameter that has one role: the whole parameter, or some of the rows of a fused weight.
 
-    ``heads`` is how many equal row blocks it consists of, for Adam-mini's second moment, where that is known; ``flat``
-    means that all dimensions but the first are one (a convolution); otherwise a third dimension is a stack of matrices.
-    ``transposed`` means that outputs are columns (Hugging Face's ``Conv1D``); ``dim`` is how many dimensions the
-    parameter had when its role was found; ``block`` is the number of the transformer block around it, 0 outside;
-    ``part`` is its name where several pieces have one role (a fused gate and up projection).
+    The rows of a fused weight are cut into ``groups`` equal groups. The piece is the slice ``start`` to ``stop`` of
+    each group.
     """
 
     role: str
+    """One of :data:`ROLES`, a policy, or :data:`UNMATCHED`."""
     start: int = 0
+    """First row in each group."""
     stop: int | None = None
+    """Row after the last in each group; None for the whole parameter."""
     groups: int = 1
+    """Number of groups, such as the query groups of interleaved heads."""
     heads: int | None = None
+    """Number of heads, which are equal blocks of the piece's rows; None where it is unknown."""
     flat: bool = False
+    """Whether all dimensions but the first are one, as in a convolution; else a third dimension stacks matrices."""
     transposed: bool = False
+    """Whether outputs are columns, as in Hugging Face's ``Conv1D``; rows in this description are columns then."""
     dim: int = 2
+    """Number of dimensions of the parameter when its role was found."""
     block: int = 0
+    """Number of the transformer block around the parameter; 0 outside."""
     part: str = ""
+    """Name that distinguishes pieces of one role, such as a fused gate and up projection."""
 
     @property
     def whole(self) -> bool:
+        """Whether the piece is the whole parameter."""
         return self.stop is None
 
     @property
@@ -58,7 +68,7 @@ class Piece:
         return self.matrix(torch.empty(whole, device="meta")).shape
 
     def matrix(self, tensor: Tensor) -> Tensor:
-        """View of this piece as a matrix or a stack of matrices; unchanged if it has fewer than two dimensions."""
+        """View of this piece as a matrix ``(m, n)`` or a stack ``(b, m, n)``; a vector is returned unchanged."""
         if self.stop is None:
             return tensor.flatten(1) if self.flat else tensor
         view = self.view(tensor)
