@@ -48,6 +48,7 @@ class StateBytes:
 
     @property
     def total(self) -> int:
+        """Bytes of all kinds."""
         return self.momentum + self.second_moment + self.other
 
     def __add__(self, more: "StateBytes") -> "StateBytes":
@@ -58,27 +59,34 @@ class StateBytes:
 
 @dataclass(frozen=True)
 class Row:
-    """One piece of one parameter in a plan.
-
-    ``shape`` is that of the piece's matrix. ``rows`` describes its part of a fused weight, and is empty for a whole
-    parameter. ``why`` names the rule that found the role. ``dtype`` is the parameter's. ``bytes`` are those of the
-    state, ``adamw`` those of AdamW's in float32. ``orthogonal`` says whether its updates are.
-    """
+    """One piece of one parameter in a plan."""
 
     name: str
+    """Name of the parameter."""
     role: str
+    """Role of the piece, or a policy."""
     shape: tuple[int, ...]
+    """Shape of the piece's matrix."""
     rows: str
+    """Rows of a fused weight that the piece consists of, in words; empty for a whole parameter."""
     why: str
+    """Rule that found the role."""
     policy: str
+    """Policy of the momentum: ``"none"``, ``"low_rank"`` or ``"full"``."""
     rank: int | None
+    """Rank of the momentum; None where it is not low-rank."""
     dtype: torch.dtype
+    """Dtype of the parameter."""
     bytes: StateBytes
+    """Bytes of the state."""
     adamw: StateBytes
+    """Bytes of ``torch.optim.AdamW``'s state in float32."""
     orthogonal: bool = False
+    """Whether updates are orthogonal."""
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return torch.Size(self.shape).numel()
 
     @property
@@ -116,8 +124,9 @@ def measure(optimizer: Optimizer) -> StateBytes:
 
 
 def cached_bytes(optimizer: RoleOptimizer) -> int:
-    """Bound of ``optimizer.cached_bytes()``: where bases and regressors start, by shape, tables of addresses, and what
-    recorded steps keep.
+    """Bound of ``optimizer.cached_bytes()``.
+
+    It covers the matrices that bases and regressors start from, tables of addresses, and the memory of recorded steps.
     """
     starts, devices, stepping = set(), set(), []
     for param in optimizer.pieces:
@@ -174,17 +183,17 @@ def _plan_one(optimizer: RoleOptimizer, group: Mapping[str, Any], parts: Iterabl
         own = StateBytes(_size(first.values()), _size(second.values()))
         rows.append(
             Row(
-                part.name,
-                part.piece.role,
-                tuple(part.shape),
-                _rows(part.piece, shape_of(part.param)),
-                optimizer.reasons[part.param],
-                part.first.name,
-                getattr(part.first, "rank", None),
-                part.param.dtype,
-                own + counters,
-                StateBytes(adamw.momentum, adamw.second_moment, counters.other),
-                part.second.whole_matrices,
+                name=part.name,
+                role=part.piece.role,
+                shape=tuple(part.shape),
+                rows=_rows(part.piece, shape_of(part.param)),
+                why=optimizer.reasons[part.param],
+                policy=part.first.name,
+                rank=getattr(part.first, "rank", None),
+                dtype=part.param.dtype,
+                bytes=own + counters,
+                adamw=StateBytes(adamw.momentum, adamw.second_moment, counters.other),
+                orthogonal=part.second.whole_matrices,
             )
         )
         counters = StateBytes()

@@ -73,7 +73,7 @@ def unpack(parts: Parts, packed: Tensor) -> dict[str, Any]:
 
 
 def _count(all_parts: Iterable[Parts]) -> int:
-    """Tensors of a parameter's shape that hold the state of any: the same number for all of them."""
+    """Number of tensors of a parameter's shape that hold the state of any parameter, the same for all of them."""
     count = 1
     for parts in all_parts:
         numel = sum(value.numel() for value in whole_shapes(parts).values())
@@ -82,7 +82,7 @@ def _count(all_parts: Iterable[Parts]) -> int:
 
 
 def put_together(parts: Parts, entry: Mapping[str, Any] | None, layout: Layout) -> dict[str, Any] | None:
-    """Reassemble what FSDP1 has cut up.
+    """Put the entries of a saved state together that FSDP1 has cut up; None where nothing was saved.
 
     Whatever a saved tensor's shape, FSDP1 gives each process the elements at the process's places in the parameter, in
     row-major order. Nothing is lost, because no entry is larger than its parameter.
@@ -94,30 +94,38 @@ def put_together(parts: Parts, entry: Mapping[str, Any] | None, layout: Layout) 
     tensors = {
         key: value.flatten() for key, value in (entry or {}).items() if isinstance(value, Tensor) and value.dim()
     }
-    mine = {key: first + value.numel() if value.numel() else 0 for key, value in tensors.items()}
-    rest = {key: torch.as_tensor(value).item() for key, value in (entry or {}).items() if key not in tensors}
+    ends = {key: first + value.numel() if value.numel() else 0 for key, value in tensors.items()}
+    numbers = {key: torch.as_tensor(value).item() for key, value in (entry or {}).items() if key not in tensors}
     found: list[Any] = [None] * len(layout.spans)
-    dist.all_gather_object(found, (mine, rest), group=layout.group)
+    dist.all_gather_object(found, (ends, numbers), group=layout.group)
     whole: dict[str, Any] = next((others for _, others in found if others), {})
     if not whole:
         return None
     shapes = {
         name: value.shape for each in entries_of(parts) for name, value in (valued(*each) | stored(*each)).items()
     }
-    for key in sorted({key for ends, _ in found for key in ends}):
-        size = max(ends.get(key, 0) for ends, _ in found)
-        shape = shapes.get(key)
-        if shape is None or shape.numel() != size:
-            shape = layout.shape
-        if shape.numel() != size:
-            raise ValueError(
-                f"{key} of the saved state has {size} elements, where this optimizer has {shapes.get(key, 'none')}: it"
-                " was saved with another rank, second moment or policy, and FSDP1 does not say in what shape. Load it"
-                " with the settings it was saved with, or on a single device, with DDP or with FSDP2, which convert it"
-            )
+    for key in sorted({key for others, _ in found for key in others}):
+        size = max(others.get(key, 0) for others, _ in found)
         flat = torch.zeros(size, dtype=torch.float64, device=parts[0].param.device)
-        if mine.get(key):
+        if ends.get(key):
             flat[first : first + tensors[key].numel()] = tensors[key]
         dist.all_reduce(flat, group=layout.group)
-        whole[key] = flat.view(shape)
+        whole[key] = flat.view(_shape_of_entry(key, size, shapes.get(key), layout))
     return whole
+
+
+def _shape_of_entry(key: str, size: int, shape: torch.Size | None, layout: Layout) -> torch.Size:
+    """Shape of a saved entry with ``size`` elements: this optimizer's ``shape`` for it, or else the parameter's.
+
+    Raises:
+        ValueError: Neither has as many elements.
+    """
+    for each in (shape, layout.shape):
+        if each is not None and each.numel() == size:
+            return each
+    held = "none" if shape is None else f"the shape {tuple(shape)}"
+    raise ValueError(
+        f"{key} of the saved state has {size} elements, where this optimizer's has {held}: it was saved with another"
+        " rank, second moment or policy, and FSDP1 does not show its shape. Load it with the settings it was saved"
+        " with, or on a single device, with DDP or with FSDP2, which convert it"
+    )
