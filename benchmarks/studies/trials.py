@@ -186,7 +186,7 @@ class ExactSVD(Solved):
 
     def _solve(self, mean: Tensor, left: Tensor, right: Tensor, shipped: Tensor) -> Tensor:
         exact = leading_rows(mean, right.shape[-2])
-        return torch.where(lowrank.shows(shipped), exact, shipped)
+        return torch.where(lowrank.any_nonzero(shipped), exact, shipped)
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class GradientDescent(Solved):
     iterations: ClassVar[int] = 5
 
     def _solve(self, mean: Tensor, left: Tensor, right: Tensor, shipped: Tensor) -> Tensor:
-        warm = lowrank.shows(right)  # before the first there is nothing to start from
+        warm = lowrank.any_nonzero(right)  # before the first there is nothing to start from
         rows = torch.where(warm, right, shipped)
         loadings = torch.where(warm, left, mean @ rows.mT)
         for _ in range(self.iterations):

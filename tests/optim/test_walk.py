@@ -18,20 +18,22 @@ from lightning_adapm import AdaPM
 ROW = re.compile(r"^\| `(?:(\w+)\.)?(\w+)` \|(?: \[`.*?`\]\(\.\./(.*?)\))? \| (?!\[)", re.M)
 
 
-PARTS = (REPOSITORY / "docs" / "extending.md").read_text().split("A state dict of sharded parameters")
-
-
-def page():
-    return PARTS[0]
+PAGE = (REPOSITORY / "docs" / "extending.md").read_text()
+STEP, _, REST = PAGE.partition("A state dict of sharded parameters")
+STATE_DICTS, _, PROCESSES = REST.partition("## Where processes change the arithmetic")
 
 
 def walk():
     """Functions that the page names, each with its class, if any, and its file."""
     file, found = "", []
-    for owner, name, stated in ROW.findall(page()):
+    for owner, name, stated in ROW.findall(STEP):
         file = stated or file
         found.append((owner, name, file))
     return found
+
+
+def module_of(file):
+    return import_module(file.removesuffix(".py").replace("/", "."))
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +80,11 @@ def types_in(hint):
 def test_the_page_lists_the_types_in_the_signatures_of_these_calls():
     met = set()
     for owner, name, file in walk():
-        module = import_module(file.removesuffix(".py").replace("/", "."))
+        module = module_of(file)
         kind = getattr(module, owner, None)
         hints = get_type_hints(inspect.unwrap(getattr(kind or module, name)))
         met |= set().union({kind} - {None}, *map(types_in, hints.values()))
-    cells = re.findall(r"^\| (`.*?) \|", page().split("Their signatures use these types")[1], re.M)
+    cells = re.findall(r"^\| (`.*?) \|", STEP.split("Their signatures use these types")[1], re.M)
     assert sorted(kind.__name__ for kind in met) == sorted(re.findall(r"`(\w+)`", " ".join(cells)))
     assert len(met) == 14
 
@@ -95,17 +97,23 @@ def test_a_step_runs_the_methods_of_few_types(frames):
         made, file = code.co_varnames[:1] == ("_cls",), Path(code.co_filename)
         found = [each for each in kind.__mro__ if ours(each) and (made or code.co_name in vars(each))]
         ran |= {each for each in found[:1] if made or file.match(each.__module__.replace(".", "/") + ".py")}
-    assert len(ran) <= 17, sorted(kind.__qualname__ for kind in ran)
+    assert len(ran) <= 18, sorted(kind.__qualname__ for kind in ran)
 
 
-def test_the_calls_of_a_state_dict_are_where_the_page_says():
-    file, found = "", set()
-    for row in re.findall(r"^\| (?!saving|---)(.*) \|$", PARTS[1].split("A moment sees")[0], re.M):
-        *cells, stated = row.split("|")
-        file = (re.search(r"\(\.\./(.*?)\)", stated) or [None, file])[1]
-        module = import_module(file.removesuffix(".py").replace("/", "."))
-        for owner, name in re.findall(r"`(?:(\w+)\.)?(\w+)`", " ".join(cells)):
-            called = getattr(getattr(module, owner) if owner else module, name)
-            assert called.__module__ == module.__name__, name
-            found.add(name)
-    assert len(found) == 8
+def stated_calls(table):
+    """Calls in the rows of a table that names their files, each with the module of its file."""
+    file = ""
+    for row in re.findall(r"^\| (?!saving|call|---)(.*) \|$", table, re.M):
+        file = (re.search(r"^.*\(\.\./(.*?\.py)\)", row) or [None, file])[1]  # the last one: a cell may name another
+        for owner, name in re.findall(r"`(?:(\w+)\.)?(\w+)`", row):
+            yield owner, name, module_of(file)
+
+
+@pytest.mark.parametrize(("table", "number"), [(STATE_DICTS, 8), (PROCESSES, 10)], ids=["state dicts", "processes"])
+def test_calls_are_where_the_page_says(table, number):
+    found = set()
+    for owner, name, module in stated_calls(table):
+        called = getattr(getattr(module, owner) if owner else module, name)
+        assert called.__module__ == module.__name__, name
+        found.add((owner, name))
+    assert len(found) == number
