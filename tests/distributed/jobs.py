@@ -18,6 +18,9 @@ from lightning_adapm.report.diagnostics import ResidualProbe
 from lightning_adapm.roles.context import normalize
 from lightning_adapm.sharding.find import layout_of, local
 
+STEPS, HALF = 8, 4
+"""Number of steps of most jobs, with two refreshes of every basis, one of them in either half; and of half of them."""
+
 
 @dataclass
 class Job:
@@ -25,7 +28,7 @@ class Job:
 
     model: str = "plain"
     options: dict = field(default_factory=dict)
-    steps: int = 12
+    steps: int = STEPS
     dtype: torch.dtype = torch.float64
     """Of the parameters."""
     broken: str | None = None

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import yaml
+from jobs import HALF, STEPS
 from launch import run_processes
 from test_equality import QUICK, assert_one_device
 from test_trainer import assert_one_device as assert_resumed
@@ -37,9 +38,9 @@ def test_saved_and_resumed_by_the_trainer(tmp_path):
     """Lightning's own FSDP1, which it keeps from a CPU, among others."""
     job = {"job": "gpt block"}
     strategies = ("ddp", "fsdp1 full", "fsdp1 sharded", "fsdp2 full", "fsdp2 sharded")
-    saves = [{"strategy": strategy, "steps": 6, "save": strategy} for strategy in strategies]
+    saves = [{"strategy": strategy, "steps": HALF, "save": strategy} for strategy in strategies]
     loads = [
-        {"strategy": strategy, "steps": 12, "load": f"{origin}.ckpt", "weights": f"{strategy} from {origin}.pt"}
+        {"strategy": strategy, "steps": STEPS, "load": f"{origin}.ckpt", "weights": f"{strategy} from {origin}.pt"}
         for origin in strategies
         for strategy in strategies
         if "sharded" not in origin or origin.split()[0] == strategy.split()[0]
