@@ -33,7 +33,7 @@ class DeviceCache:
         return key in self._held
 
     def get(self, key: Hashable, make: Callable[[], _Value]) -> _Value:
-        """A tensor, or a tuple that begins with one, by its key."""
+        """Return the value of ``key``, a tensor or a tuple that begins with one; make it if there is none."""
         if key in self._held:
             self._held.move_to_end(key)
         else:

@@ -63,7 +63,7 @@ class Regressor:
 
 
 class Fitting(NamedTuple):
-    """A regressor with its factors and what they are to be fitted to."""
+    """A regressor with its factors and their targets."""
 
     regressor: Regressor
     targets: Multiplied
@@ -104,7 +104,7 @@ def _joined(tensors: list[Tensor]) -> Tensor:
 
 
 def _averaged(new: Tensor, before: list[Tensor], fittings: Sequence[Fitting]) -> Tensor:
-    """Factors as regressors remember them, in the place of the ``new`` ones."""
+    """Average the ``new`` factors with those of before, in place."""
     for own, old, each in zip(new.chunk(len(fittings)), before, fittings, strict=True):
         torch.lerp(own, old, each.regressor.decay, out=own)
     return new

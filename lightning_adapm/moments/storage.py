@@ -46,15 +46,15 @@ class Storage:
         return self
 
     def make(self, key: str, shape: torch.Size, like: Tensor) -> dict[str, Tensor]:
-        """Zeros, on the device of ``like``, whose dtype is that of the arithmetic."""
+        """Make zeros for an entry of ``shape``, on the device of ``like``, whose dtype is that of the arithmetic."""
         return {key: like.new_zeros(shape, dtype=self.dtype)}
 
     def read(self, states: Sequence[State], key: str) -> list[Tensor]:
-        """The values of an entry in each of some states; what is stored itself where that is possible."""
+        """Read the values of an entry in several states. Plain values are the stored tensors themselves."""
         return [state[key] for state in states]
 
     def write(self, states: Sequence[State], key: str, values: Sequence[Tensor]) -> None:
-        """Store values. Those that :meth:`read` gave out and that were changed in place need no copy.
+        """Store values. Tensors that :meth:`read` returned and that were changed in place are not copied.
 
         A value beyond the range of the dtype becomes its largest number: an infinity would stay forever.
         """
@@ -83,7 +83,7 @@ EXACT = Storage()
 
 
 def decoded(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of saved entries, whatever their storage."""
+    """Decode saved entries of any storage to their values."""
     values = dict(saved)
     for kind in Storage.kinds():
         if not kind.suffixes:

@@ -20,7 +20,7 @@ def tile_numel(tensor: Tensor) -> int:
 
 
 def spans(tensor: Tensor) -> Iterator[tuple[int, int]]:
-    """Rows of each tile of a tensor, along its first dimension: the first, and the one after the last."""
+    """Yield the rows of each tile of a tensor, along its first dimension: the first, and the one after the last."""
     count = max(1, tile_numel(tensor) // max(1, tensor[:1].numel()))
     for first in range(0, len(tensor), count):
         yield first, min(first + count, len(tensor))

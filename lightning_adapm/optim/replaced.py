@@ -25,8 +25,8 @@ class Places:
     Args:
         roots: The outermost modules that hold the parameters.
         names: The parameters with their names.
-        complete: None has been replaced yet, so that all else that the modules hold now is no replacement. Else
-            :meth:`check` finds out which have.
+        complete: Whether no parameter has been replaced yet, so that nothing else that the modules hold now is a
+            replacement. Otherwise :meth:`check` finds out.
     """
 
     def __init__(self, roots: Iterable[nn.Module], names: Mapping[Tensor, str], complete: bool = True) -> None:
@@ -57,7 +57,7 @@ class Places:
     def check(self, held: Mapping[Tensor, str], optimizer: Optimizer) -> "Places":
         """Refuse to train parameters that their modules no longer have, while those in their place stay as they are.
 
-        What another live optimizer trains is left to it.
+        Parameters that another live optimizer trains are none of them.
 
         Args:
             held: All parameters of the optimizer, with their names.

@@ -118,7 +118,7 @@ def _warn_of_unused(rules: Mapping[str, str], assigned: Assigned) -> None:
 def _describe(
     handed: Sequence[Handed], known: Mapping[Tensor, str], first: int, rules: Mapping[str, str], policy: str | None
 ) -> list[list[Named]]:
-    """Parameters as their model describes them.
+    """Describe parameters by their place in their model.
 
     A module that is handed over alone is its model where it looks like one: going through all live modules costs some
     0.1 s.

@@ -143,7 +143,7 @@ def normalize(name: str) -> str:
 
 
 def plain(name: str) -> str:
-    """The normalized name that a reparametrized weight had before: ``q_proj.weight`` of a weight norm's matrix."""
+    """Normalize a name, and undo reparametrization: ``q_proj.weight`` for the matrix of its weight norm."""
     return _REPARAMETRIZED.sub(r"\1", normalize(name))
 
 
@@ -159,9 +159,9 @@ def describe(named: Iterable[tuple[str, Tensor]], module: nn.Module | None) -> l
 
 
 def describe_whole(module: nn.Module, wanted: Container[int]) -> dict[int, tuple[Named, list[str]]]:
-    """Every parameter of a module by its identity, each with all names that it has there.
+    """Describe every parameter of a module by its identity, each with all names that it has there.
 
-    What has no shape yet, or none that is supported, is left out unless its identity is ``wanted``.
+    A parameter that has no shape yet, or none that is supported, is left out unless its identity is ``wanted``.
     """
     found: dict[int, tuple[Named, list[str]]] = {}
     for key, place in _places(module).items():

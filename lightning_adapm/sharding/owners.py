@@ -18,13 +18,16 @@ matrices share an exchange, because launching one takes the host as long as copy
 
 
 class Exchange(NamedTuple):
-    """Matrices that are exchanged together: those of each process, and the position of this process's among its own."""
+    """Matrices that are exchanged together."""
 
     dealt: list[range]
+    """Indices of the matrices that each process works on."""
     place: slice
+    """Positions of this process's matrices among all that it works on."""
 
     @property
     def all(self) -> slice:
+        """Indices of all matrices of the exchange."""
         return slice(self.dealt[0].start, self.dealt[-1].stop)
 
 
@@ -86,7 +89,7 @@ class Owners:
             parts: This process's rows of each matrix, which must stay as they are until all is done.
 
         Returns:
-            The exchanges, and what gives the matrices ``(b, m, n)`` after them.
+            The exchanges, and a function that returns the matrices ``(b, m, n)`` after them.
         """
         made = parts[0].new_zeros if self._cut else parts[0].new_empty
         whole = made(self._exchanges[-1].place.stop, self._size, self._width)
@@ -121,7 +124,7 @@ class Owners:
             parts: Rows of each matrix ``(b, k, n)`` that the results may take the place of.
 
         Returns:
-            The exchanges, and what gives this process's rows of each result after them.
+            The exchanges, and a function that returns this process's rows of each result after them.
         """
         planned, sent, received = list[Planned](), list[Tensor](), list[Tensor]()
         for exchange in self._exchanges:

@@ -50,7 +50,7 @@ class Reduction:
         return self.columns_of([values], [n])[0]
 
     def columns_of(self, stacks: Sequence[Tensor], widths: Sequence[int]) -> list[Tensor]:
-        """:meth:`columns` of several stacks, of so many columns, in one collective."""
+        """Gather :meth:`columns` of several stacks in one collective; ``widths`` are their numbers of columns."""
         planned, gathered = self.gather_columns(stacks, widths)
         if planned:
             begin_and_wait(pending := Pending(planned), pending)
@@ -59,7 +59,7 @@ class Reduction:
     def gather_columns(
         self, stacks: Sequence[Tensor], widths: Sequence[int]
     ) -> tuple[list[Planned], Callable[[], list[Tensor]]]:
-        """Plan :meth:`columns_of`; the collectives, and what gives the columns after them."""
+        """Plan :meth:`columns_of`; return the collectives, and a function that returns the columns after them."""
         return [], lambda: list(stacks)
 
     def kept_columns(self, values: Tensor) -> Tensor:

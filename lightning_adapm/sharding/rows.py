@@ -114,7 +114,7 @@ class RowShard:
         return int(self.held_only(torch.ones(self.count, self.width, device="cpu")).sum()) if last > first else 0
 
     def held_only(self, rows: Tensor, start: int = 0) -> Tensor:
-        """Zero the elements of ``rows``, those held from the ``start`` on, that other processes hold."""
+        """Zero the elements of ``rows`` that other processes hold; ``rows`` begin with row ``start`` of those held."""
         first, last = self.layout.held
         if not (first % self._width or last % self._width) or (start > 0 and start + len(rows) < self.count):
             return rows  # only the first and the last row that are held can be cut
@@ -122,12 +122,12 @@ class RowShard:
         return torch.where(mine.flatten(1)[start : start + len(rows)].reshape(rows.shape), rows, 0.0)
 
     def take(self, part: Tensor) -> Tensor:
-        """Rows of a local part, ``(count, n)``, zero where others hold them; a view where possible."""
+        """Take the rows ``(count, n)`` out of a local part, with zeros where others hold them; a view if possible."""
         rows = self._rows(part.reshape(-1))
         return self._own_columns(rows) if len(self.layout.shape) > 1 else rows.flatten()
 
     def put(self, part: Tensor, rows: Tensor) -> None:
-        """Write back rows that were taken and then changed."""
+        """Write rows back that were taken and then changed; does nothing to a view."""
         flat = part.view(-1)
         if self._is_view:
             return

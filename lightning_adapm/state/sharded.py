@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
 
 def export_state(parts: Parts, state: Mapping[str, Any], all_parts: Callable[[], Iterable[Parts]]) -> Mapping[str, Any]:
-    """The state of one parameter for a state dict; to be called on every process that holds a part of it.
+    """Export the state of one parameter for a state dict. Call it on every process that holds a part of it.
 
     Args:
-        parts: What the parameter consists of.
+        parts: Parts of the parameter.
         state: Its state on this process.
         all_parts: Parts of all parameters of the optimizer.
     """
@@ -78,7 +78,7 @@ def _dtensor(part: Tensor, param: "DTensor", dim: int, whole: Tensor) -> "DTenso
 
 
 def import_entry(parts: Parts, entry: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """A saved entry with a state dict's tensors for one device, sharded or not; None where nothing was saved.
+    """Import a saved entry in the form of one device, with sharded or whole tensors; None where nothing was saved.
 
     Call it on every process that holds a part of the parameter; under FSDP1 each has a part of the entry.
 
@@ -122,7 +122,7 @@ def localize(parts: Parts, whole: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _held_value(part: Part, entry: Entry, value: Tensor) -> Tensor:
-    """Share of this process in the value of an entry."""
+    """Select this process's share of the value of an entry."""
     layout = part.layout
     assert layout is not None
     if follows_rows(part, entry):
