@@ -9,16 +9,15 @@ import yaml
 from jsonargparse import get_loader
 from torch import nn
 
+from lightning_adapm import optim
 from lightning_adapm.litgpt.model import MODEL_CONFIG
-from lightning_adapm.optim import AdaLomo, AdamMini, AdaPM, Lomo, LoRAPre, PartialMuon
+from lightning_adapm.optim import AdaPM, RoleOptimizer
 
 _LITGPT = "lightning_adapm.litgpt.LitGPTModule"
 _DTYPES = {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64", "64": "float64"}
 """Dtype of the parameters by precision of the Trainer; float32 under all others."""
 _LORA = {"lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "lora_query": True, "lora_value": True}
 """Defaults of `litgpt finetune_lora`."""
-NEIGHBORS: tuple[type[Any], ...] = (AdamMini, PartialMuon, LoRAPre, AdaLomo, Lomo)
-"""Optimizers with a column of their own where a recipe names them."""
 SHAPE_THE_STATE = ("rank", "second_moment", "momentum", "roles", "unmatched", "state_dtype")
 
 
@@ -112,11 +111,14 @@ def optimizer_options(recipe: Mapping[str, Any], model: nn.Module) -> dict[str, 
 
 
 def named_neighbor(recipe: Mapping[str, Any]) -> tuple[type[Any], dict[str, Any]] | None:
-    """Another optimizer of this package under ``optimizer``, and its options."""
+    """Find an optimizer of this package other than AdaPM under ``optimizer``, and its options; None without one."""
     section = recipe.get("optimizer")
-    name = str(section.get("class_path")).rpartition(".")[2] if isinstance(section, dict) else ""
-    found = next((each for each in NEIGHBORS if each.__name__ == name), None)
-    return None if found is None or section is None else (found, section.get("init_args") or {})
+    if not isinstance(section, dict):
+        return None
+    name = str(section.get("class_path")).rpartition(".")[2]
+    if name not in optim.__all__ or name in (AdaPM.__name__, RoleOptimizer.__name__):
+        return None
+    return getattr(optim, name), section.get("init_args") or {}
 
 
 def recipe_dtype(recipe: Mapping[str, Any]) -> str:

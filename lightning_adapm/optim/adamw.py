@@ -28,6 +28,9 @@ def adamw_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[s
         optimizer: AdamW over the parameters that the state is of, in the same groups and order.
         state_dict: The saved state. One that is not of this package is returned as it is.
 
+    Returns:
+        The state for AdamW, with ``exp_avg`` and ``exp_avg_sq`` in the shape and the dtype of each parameter.
+
     Raises:
         ValueError: The state has no second moments, as of PartialMuon's matrices, or parameters are sharded.
 

@@ -241,8 +241,8 @@ def check_held(optimizer: str, group: Mapping[str, Any], pieces: Mapping[Tensor,
     for index, param in enumerate(group["params"]):
         if param not in pieces:
             raise TypeError(
-                f"params[{index}] of shape {tuple(param.shape)} was put into a parameter group of {optimizer} after"
-                " that was built, so that its role is unknown. DeepSpeed replaces parameters like this and is not"
+                f"params[{index}] of shape {tuple(param.shape)} was put into a parameter group of {optimizer} after the"
+                " optimizer was built, so that its role is unknown. DeepSpeed replaces parameters like this and is not"
                 " supported; add parameters with add_param_group"
             )
 

@@ -34,7 +34,9 @@ def kind_of(group: Mapping[str, Any]) -> str:
 
 
 class PartialMuon(RoleOptimizer):
-    """Muon whose momentum depends on the role: low-rank factors, all of it, or none, as in AdaPM.
+    """Muon whose momentum depends on the role: low-rank factors, all of it, or none, as in AdaPM (arXiv 2510.09103).
+
+    Muon is that of ``torch.optim.Muon``, after Keller Jordan (https://kellerjordan.github.io/posts/muon/).
 
     Matrices of hidden layers (queries, keys, values, attention outputs and MLPs) move along the nearest orthogonal
     matrix to their momentum: queries, keys and values of a fused weight each by itself, experts of a stack likewise.

@@ -97,6 +97,9 @@ def explain(model: nn.Module | RoleOptimizer, **adapm_options: Any) -> Explanati
         **adapm_options: Keyword arguments of :class:`~lightning_adapm.AdaPM`, or of the optimizer that the module's
             settings name.
 
+    Returns:
+        A row for each piece of each trainable parameter, with its shape, role, reason and bytes; it prints as a table.
+
     Raises:
         ValueError: An option is out of range. An unknown role is no error but the role ``"unmatched"``.
         TypeError: An option is unknown, or there are options with an optimizer.

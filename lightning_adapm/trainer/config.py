@@ -84,7 +84,18 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class AdaPMConfig(OptimizerConfig):
-    """Keyword arguments of :class:`~lightning_adapm.AdaPM` and of its schedule."""
+    """Settings of :class:`~lightning_adapm.AdaPM` and of its schedule, for a module's attribute ``adapm``.
+
+    The options of the schedule are ``lr``, ``warmup_steps``, ``schedule`` and ``min_lr_ratio``; see
+    :meth:`~lightning_adapm.AdaPMMixin.schedule`. All others are keyword arguments of AdaPM, with AdaPM's defaults.
+
+    Raises:
+        ValueError: An option is out of range.
+
+    Example::
+
+        adapm = AdaPMConfig(lr=1e-3, warmup_steps=100, second_moment="factored")
+    """
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -108,7 +119,14 @@ class AdaPMConfig(OptimizerConfig):
 
 @dataclass(frozen=True)
 class PartialMuonConfig(OptimizerConfig):
-    """Keyword arguments of :class:`~lightning_adapm.PartialMuon` and of its schedule."""
+    """Settings of :class:`~lightning_adapm.PartialMuon` and of its schedule, for a module's attribute ``adapm``.
+
+    The options of the schedule are those of :class:`~lightning_adapm.AdaPMConfig`. All others are keyword arguments of
+    PartialMuon, with PartialMuon's defaults.
+
+    Raises:
+        ValueError: An option is out of range.
+    """
 
     mu: float = 0.95
     nesterov: bool = True

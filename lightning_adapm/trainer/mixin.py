@@ -39,6 +39,11 @@ class AdaPMMixin(_Module):
 
     Raises:
         TypeError: At class creation, where ``LightningModule`` comes before the mixin and hides it.
+
+    Example::
+
+        class MyModule(AdaPMMixin, L.LightningModule):
+            adapm = {"lr": 1e-3, "warmup_steps": 100, "second_moment": "factored"}
     """
 
     adapm: OptimizerConfig | Mapping[str, Any] | None = None
