@@ -53,6 +53,8 @@ VARIED = (
 """Parts of labels of rows that only vary an option: they are in the table, not in the picture."""
 COLORS = {"AdamW": "black", "AdaPM": "tab:blue", "PartialMuon": "tab:purple", "": "tab:gray"}
 """By the beginning of a label."""
+OWN = "AdaPM", "PartialMuon", "Muon"
+"""Beginnings of labels of this package's optimizers."""
 NOTES = (
     "Validation loss minus AdamW's best, in nats per byte or, where the model reads tokens, per token. The bars are"
     " standard errors over seeds.",
@@ -201,10 +203,17 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 
 def chosen(panels: Mapping[str, list[Point]]) -> dict[str, list[Point]]:
-    """Panels of the picture: the first that have :data:`ENOUGH` rows, without :data:`VARIED`."""
+    """Panels of the picture: the first that have :data:`ENOUGH` rows, without :data:`VARIED` and without optimizers of
+    others that are behind at an edge, because another rate may be theirs.
+    """
     enough = [title for title, found in panels.items() if len(found) >= ENOUGH]
     return {
-        title: [point for point in panels[title] if not any(part in point.label for part in VARIED)]
+        title: [
+            point
+            for point in panels[title]
+            if not any(part in point.label for part in VARIED)
+            and (point.difference <= 0 or not point.edge or any(map(point.label.startswith, OWN)))
+        ]
         for title in enough[:DRAWN]
     }
 

@@ -84,7 +84,6 @@ CHOICE_ROWS = (
     Row("compact, with Muon's steps", "PartialMuon, compact", FORMER),
     Row('`PartialMuon(momentum="full")`, which is Muon', "Muon", FORMER),
     Row("`AdamMini`", "Adam-mini"),
-    Row("SCALE", "SCALE"),
     Row("APOLLO-Mini", "APOLLO-Mini (apollo-torch)"),
     Row("GaLore", "GaLore (galore-torch)"),
     Row("Adafactor", "Adafactor (torch)"),

@@ -13,6 +13,7 @@ from benchmarks.studies.base import (
     adamw,
     adapm,
     compact,
+    muon,
     paper,
     partial_muon,
 )
@@ -49,8 +50,9 @@ ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
     LORA: adamw(0.9, 0.95),
     "Adam-mini": paper(momentum="full", second_moment="block", betas=BETAS95),
     "AdaPM, paper": paper(betas=BETAS95),
+    "Muon": muon(momentum="full"),
 }
-RATES = {"PartialMuon": (1e-3, 3e-3, 3e-4, 1e-2), LORA: (1e-3, 3e-3, 1e-2, 3e-4)}
+RATES = {**dict.fromkeys(("PartialMuon", "Muon"), (1e-3, 3e-3, 3e-4, 1e-2)), LORA: (1e-3, 3e-3, 1e-2, 3e-4)}
 LR = 3e-4
 
 
@@ -65,7 +67,7 @@ def finetune_at_size() -> Study:
         setting=SETTING,
         needs_data=True,
         pretrained=True,
-        pretraining=Pretraining(lr=1.2e-3, steps=1000, betas=(0.9, 0.95), once=True),
+        pretraining=Pretraining(lr=1.2e-3, steps=2000, betas=(0.9, 0.95), once=True),
         curves=True,
         baselines={"AdamW": ("AdamW",)},
         rates=RATES,
