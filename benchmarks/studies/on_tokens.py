@@ -74,14 +74,14 @@ ROWS: dict[str, tuple[str, Mapping[str, Any]]] = {
     TABLES_FULL: AT_SIZE_ROWS[TABLES_FULL],
     BOUNDED: AT_SIZE_ROWS[BOUNDED],
     "AdaPM, paper, not corrected": paper(betas=BETAS95, debias=False),
-    "AdaPM factored, rank 10%": adapm(betas=BETAS95, second_moment="factored", rank=0.1),
-    "AdaPM factored, float32": adapm(betas=BETAS95, second_moment="factored", state_dtype=None),
-    "AdaPM factored, all full": adapm(betas=BETAS95, second_moment="factored", momentum="full", state_dtype=None),
     "AdaPM factored, betas .9 .999": adapm(second_moment="factored"),
     "AdaPM factored, not corrected": adapm(betas=BETAS95, second_moment="factored", debias=False),
-    "AdaPM factored, no clamp": adapm(betas=BETAS95, second_moment="factored", clip_threshold=None),
     "AdaPM factored, refreshed every 20": adapm(betas=BETAS95, second_moment="factored", update_proj_gap=20),
+    "AdaPM factored, no clamp": adapm(betas=BETAS95, second_moment="factored", clip_threshold=None),
+    "AdaPM factored, rank 10%": adapm(betas=BETAS95, second_moment="factored", rank=0.1),
+    "AdaPM factored, float32": adapm(betas=BETAS95, second_moment="factored", state_dtype=None),
     "AdaPM factored, weight decay .01": adapm(betas=BETAS95, second_moment="factored", weight_decay=0.01),
+    "AdaPM factored, all full": adapm(betas=BETAS95, second_moment="factored", momentum="full", state_dtype=None),
 }
 """In order of importance. "Muon" is PartialMuon with full momentum; "Adam-mini" is AdaPM with it. The last rows change
 one default each of AdaPM factored.
