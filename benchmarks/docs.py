@@ -89,12 +89,13 @@ SECTIONS: dict[str, tuple[tuple[str, ...], Callable[[Result], Cells]]] = {
     "training_time": (TRAINING, training_times),
     "peak_memory": ((BASE, *OURS, BACKWARD), peaks),
     "step_time_sharded": (SHARDED, sharded_steps),
+    "h200-step_time_sharded": (SHARDED, sharded_steps),
     "recipe_training": (("limit", "peak", "tokens per second", f"/ {BASE}"), recipes),
 }
 """Benchmarks, with the columns of their tables and the cells of a result."""
 PAGES = {
     PAGE: ("defaults-step_time", "h200-step_time", "training_time", "peak_memory", "recipe_training"),
-    PAGE_OF_PROCESSES: ("step_time_sharded",),
+    PAGE_OF_PROCESSES: ("h200-step_time_sharded", "step_time_sharded"),
     README: ("losses",),
     PAGE_OF_CHOICE: ("all losses",),
 }

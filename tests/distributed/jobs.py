@@ -188,7 +188,7 @@ JOBS |= {
         "gpt",
         {"rank": 8, "state_dtype": "int8", "second_moment": "factored"},
         dtype=torch.float32,
-        tolerance=1e-3,
+        tolerance=5e-3,  # gradients that differ by 1e-6 of their size move weights by 1.5e-3 on one device: codes flip
     ),
     "gpt extending": Job("gpt", make=SignAdam),
     # rounded at random as on one device, bit by bit
