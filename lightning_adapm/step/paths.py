@@ -121,7 +121,7 @@ def _unknown_to_loops(parts: Sequence[Part], grads: Sequence[Tensor]) -> str:
         fit = all(loops.movable(each.view, grad) for each, grad in zip(parts, grads, strict=True))
     if not fit:
         return "no loops for this dtype or memory layout"
-    if type(first) not in (NoMomentum, FullMomentum, LowRankMomentum) or not isinstance(second, _IN_LOOPS):
+    if type(first) not in (NoMomentum, FullMomentum, LowRankMomentum) or type(second) not in _IN_LOOPS:
         return f"no loops for {type(first).__name__} with {type(second).__name__}"
     if isinstance(first, LowRankMomentum) and not first.debias:
         return "no loops for low-rank momentum without its residual"

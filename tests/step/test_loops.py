@@ -10,7 +10,7 @@ import torch
 from models import relative_difference
 from torch import nn
 
-from lightning_adapm import AdamMini, AdaPM, Lomo
+from lightning_adapm import AdamMini, AdaPM, Lomo, PartialMuon
 from lightning_adapm.moments import tiles
 from lightning_adapm.moments.base import Denominators
 from lightning_adapm.report.diagnostics import ResidualProbe
@@ -201,6 +201,18 @@ def test_what_loops_do_not_support_says_so(looped, options, dtype, reason):
     optimizer.step()
     (row,) = optimizer.step_paths()
     assert row.path == "torch" and reason in row.reason
+
+
+def test_orthogonal_updates_are_not_taken_for_none(looped):
+    """Attention outputs have no momentum by default, but matrices that are orthogonalized nevertheless."""
+    param = nn.Parameter(torch.zeros(8, 16))
+    optimizer = PartialMuon([("self_attn.o_proj.weight", param)], lr=1.0)
+    param.grad = torch.randn(8, 16)
+    optimizer.step()
+    (row,) = optimizer.step_paths()
+    assert (row.path, row.reason) == ("torch", "no kernels on cpu, no loops for NoMomentum with Orthogonal")
+    values = torch.linalg.svdvals(param.detach()) / (0.2 * 16**0.5)
+    assert values.min() > 0.6 and values.max() < 1.25
 
 
 def test_without_numba_steps_are_torchs(monkeypatch):
