@@ -1,5 +1,6 @@
 """Options of parameter groups: checking, comparing and joining them."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,18 @@ _OF_ALL = ("roles", "unmatched", "update_in_backward")
 """Options of the whole optimizer, not of a group. Groups of built optimizers have a list under ``roles``, though."""
 _CHANGE_RESULTS = ("amsgrad", "differentiable")
 """Keywords of ``torch.optim.AdamW`` that change the result of a step."""
+_NOT_SHOWN = ("params", "param_names", "as_built", "format_version")
+"""Entries with a value for each parameter, or for checkpoints alone."""
+
+
+def as_text(optimizer: str, groups: Iterable[Mapping[str, Any]]) -> str:
+    """Text of an optimizer as in ``torch.optim``, but with numbers of parameters by role instead of a list."""
+    lines = [f"{optimizer} ("]
+    for index, group in enumerate(groups):
+        shown = {key: value for key, value in group.items() if key not in _NOT_SHOWN}
+        shown["roles"] = ", ".join(f"{count} {role}" for role, count in Counter(group.get("roles", ())).items())
+        lines += [f"Parameter Group {index}", *(f"    {key}: {shown[key]}" for key in sorted(shown))]
+    return "\n".join([*lines, ")"])
 
 
 def check_stated(optimizer: str, group: Mapping[str, Any]) -> None:
@@ -64,7 +77,7 @@ def _frozen(value: Any) -> Any:
 
 
 def check_left_over(optimizer: type, given: Mapping[str, Any]) -> None:
-    """Warn of keywords of ``torch.optim.AdamW`` that change no result, and refuse all others.
+    """Warn of keywords of ``torch.optim.AdamW`` that change no result, unless they turn nothing on; refuse all others.
 
     Raises:
         ValueError: A keyword would change the result.
@@ -75,7 +88,8 @@ def check_left_over(optimizer: type, given: Mapping[str, Any]) -> None:
         if key not in _LEFT_OVER and key != "format_version":  # in the defaults that an optimizer is rebuilt from
             raise TypeError(f"{name} has no option {key!r}; {options.instead_of(key, options.options_of(optimizer))}")
     _refuse_counterparts(name, given)
-    if ignored := [f"{key}={value!r}" for key, value in given.items() if key in _LEFT_OVER]:
+    asked = {key: value for key, value in given.items() if bool(value) != (key == "decoupled_weight_decay")}
+    if ignored := [f"{key}={value!r}" for key, value in asked.items() if key in _LEFT_OVER]:
         warn_caller(f"{name} ignores {', '.join(ignored)}: options of torch.optim without a meaning here")
 
 

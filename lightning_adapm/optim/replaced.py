@@ -156,7 +156,8 @@ def _refusal(optimizer: str, model: nn.Module, names: list[str]) -> str:
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return (
         f"{names[0]}{more} of {type(model).__name__} would not be trained: put in the place of {optimizer}'s parameters"
-        " after it was built, as fully_shard, ModelParallelStrategy, resize_token_embeddings and new heads do. Build"
+        " after it was built, as fully_shard, ModelParallelStrategy, load_state_dict(assign=True),"
+        " resize_token_embeddings and new heads do. Build"
         f" {optimizer} after that, in configure_optimizers (AdaPMMixin does) and not by LightningCLI's optimizer"
         " option; where fully_shard and a forward pass came before, after model.reshard()"
     )

@@ -115,6 +115,9 @@ class RoleGroups(Checkpointed):
         self.param_groups[before:] = added
         self._registry.add(assigned, self.structure)
 
+    def __repr__(self) -> str:
+        return groups.as_text(type(self).__name__, self.param_groups)
+
     def follow_groups(self) -> None:
         """Bring names and roles into line with the groups' lists of parameters, which callers may change in place.
 

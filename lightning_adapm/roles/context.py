@@ -51,6 +51,8 @@ class Named:
     """Whether the parameter's module contains an attention module."""
     joins_heads: bool = False
     """Whether the parameter projects the values of attention heads that lie in a list next to it."""
+    in_one_head: bool = False
+    """Whether the parameter is of one of several attention heads, each of which is a module."""
     in_stem: bool = False
     """Whether the parameter is next to transformer blocks, in the module that holds them."""
     is_head: bool = False
@@ -208,7 +210,11 @@ def link(items: Iterable[Named]) -> None:
         if len(item.shape) == 2 and any(isinstance(user, nn.Embedding) for user in item.users):
             rows, width = item.shape
             embeddings[width] = max(rows, embeddings.get(width, 0))
-    attentions = [path for path, children in modules.items() if rules.is_attention(children)]
+    attentions = [
+        path
+        for path, children in modules.items()
+        if rules.is_attention(children) or rules.is_list_of_projections(path, children)
+    ]
     rules_met = ((item, rules.first_match(rules.NAME_RULES, item.path.lower())) for item in items)
     attentions += [item.parent for item, met in rules_met if met and met[0] in rules.FUSED]
     joined = _outputs_of_heads(attentions, modules)
@@ -225,6 +231,7 @@ def link(items: Iterable[Named]) -> None:
         item.output_found = item.block_path in complete
         item.holds_attention = item.parent in inside
         item.joins_heads = joined.get(item.parent) is item
+        item.in_one_head = item.parent in heads
         item.in_stem = item.parent in stems
         item.is_head = item.block_path is None and len(item.shape) == 2 and _is_head(item.shape, embeddings)
 

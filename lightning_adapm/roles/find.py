@@ -72,6 +72,8 @@ def _by_structure(item: Named) -> tuple[str | None, str] | None:
         return None, rules.IN_MIXER
     if item.joins_heads:
         return "attn_out", "projects the values of attention heads"
+    if rules.is_list_of_projections(item.parent, item.beside):
+        return rules.LISTED[int(item.child)], "place in a list of an attention's projections"
     if not rules.is_attention(item.beside):
         return None
     role = rules.child_role(item.child)

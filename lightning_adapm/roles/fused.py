@@ -12,7 +12,7 @@ from lightning_adapm.roles.callers import warn_caller
 from lightning_adapm.roles.context import Named
 from lightning_adapm.roles.live import attribute
 from lightning_adapm.roles.piece import Piece
-from lightning_adapm.roles.rules import FUSED, INTERLEAVED, child_role
+from lightning_adapm.roles.rules import ATTENTION_CLASSES, FUSED, INTERLEAVED, child_role
 
 # Names of head counts in attention modules and their configurations.
 N_HEAD = (
@@ -32,6 +32,7 @@ N_HEAD = (
     "head_num",
     "heads_num",
     "n_local_heads",  # Meta's llama
+    "no_heads",  # OpenFold
 )
 N_QUERY_GROUPS = (
     "n_query_groups",
@@ -48,6 +49,8 @@ N_QUERY_GROUPS = (
     "num_query_groups",
     "n_local_heads",  # gpt-fast
 )
+N_HEAD_OF_ATTENTION = "h"
+"""Name of a head count in an attention module alone; elsewhere it may be a height."""
 CONFIGS = ("config", "cfg", "args", "hparams")
 
 # Fused weights whose rows are interleaved by head, (query..., key, value) for each query group; all others hold all
@@ -85,6 +88,8 @@ def find_heads(around: Iterable[nn.Module]) -> Heads:
     for module in around:
         holders = [module, *(attribute(module, name) for name in CONFIGS)]
         n_head = _first(holders, N_HEAD)
+        if not n_head and re.search(ATTENTION_CLASSES, type(module).__name__):
+            n_head = _first((module,), (N_HEAD_OF_ATTENTION,))
         if n_head:
             return Heads(n_head, _first(holders, N_QUERY_GROUPS))
     return Heads()
@@ -110,6 +115,8 @@ def cut(item: Named, role: str, stated: Heads = Heads(), taught: bool = False) -
     """
     with_heads = role in ("query", "key", "kv", *FUSED)  # others are not asked: modules far around would be searched
     heads = find_heads(item.around) if with_heads and not stated.n_head else stated
+    if item.in_one_head:
+        heads = Heads(1, 1)
     if role == "kv":
         return _cut_kv(item, heads)
     if role in FUSED:
@@ -119,9 +126,8 @@ def cut(item: Named, role: str, stated: Heads = Heads(), taught: bool = False) -
         return (Piece(role, 0, half, part="gate"), Piece(role, half, 2 * half, part="up"))
     dim = len(item.shape)
     count = heads.n_head if role == "query" else (heads.n_query_groups or heads.n_head) if role == "key" else None
-    query = _roles_beside(item).get("query") if role == "key" and dim == 2 and not heads.n_query_groups else None
-    if count and query is not None:
-        count = _key_heads(item, query, count)
+    if count and role == "key" and dim == 2 and not heads.n_query_groups:
+        count = _key_heads(item, count)
     flat, transposed = _is_flat(item, role), is_transposed(item, role)
     return (Piece(role, heads=count, flat=flat, transposed=transposed, dim=dim),)
 
@@ -157,9 +163,15 @@ def _roles_beside(item: Named) -> dict[str | None, Named]:
     return {child_role(child): other for child, other in item.beside.items()}
 
 
-def _key_heads(item: Named, query: Named, n_head: int) -> int | None:
-    """Number of heads of a key without its own count: as many as its rows fit at the query's head size."""
-    return None if query.packed else max(1, item.shape[0] * n_head // query.shape[0])
+def _key_heads(item: Named, n_head: int) -> int | None:
+    """Number of heads of a key without its own count: as many as its rows fit at the query's head size.
+
+    Of several queries, as in multi-head latent attention, the one with the most rows holds the heads.
+    """
+    queries = [other for child, other in item.beside.items() if child_role(child) == "query"]
+    if any(query.packed for query in queries):
+        return None
+    return max(1, item.shape[0] * n_head // max((query.shape[0] for query in queries), default=item.shape[0]))
 
 
 def _cut_qkv(item: Named, heads: Heads, taught: str | None) -> tuple[Piece, ...]:
@@ -240,7 +252,7 @@ def _cut_kv(item: Named, heads: Heads) -> tuple[Piece, ...]:
     total, groups = item.shape[int(transposed)], heads.n_query_groups or heads.n_head
     module = item.around[1] if len(item.around) > 1 else None
     holders = (module, attribute(module, "config"))
-    nope, head = _first(holders, ("qk_nope_head_dim",)), _first(holders, ("v_head_dim",))
+    nope, head = _first(holders, ("qk_nope_head_dim", "qk_head_dim")), _first(holders, ("v_head_dim",))
     rope = _first(holders, ("qk_rope_head_dim",))
     if "kv_a" in item.child:
         # The latent that keys and values are made from, then the one rotary key that all heads share.
@@ -253,7 +265,7 @@ def _cut_kv(item: Named, heads: Heads) -> tuple[Piece, ...]:
     if nope and head and total % (nope + head) == 0:
         groups = total // (nope + head)
         return _in_groups(groups, {"key": (groups * nope, groups), "value": (groups * head, None)}, item)
-    if total % 2 or "kv_b" in item.child:
+    if total % 2 or re.search("kv_b|ukv|kv.*_(up|decompress)", item.child):
         raise ValueError(_unknown_rows(item, heads))
     return _in_groups(1, {"key": (total // 2, groups), "value": (total // 2, None)}, item)
 

@@ -18,7 +18,8 @@ the next.
 
 _BEFORE = r"(?:(?:(?:to|add|w|lin|linear|proj|project|projection|fc|pos|layout|w2e|e2w|e2e)_?)|(?:c|attn|self|mat)_)*"
 _AFTER = (
-    r"(?:_?(?:proj|project|projection|lin|linear|layer|head|net|global|attn|up|down|weight|dense|transform|[abw]))*"
+    r"(?:_?(?:proj|project|projection|lin|linear|layer|head|net|global|attn|up|down|(?:de)?compress|rope|nope|weight"
+    r"|dense|transform|[abw]))*"
 )
 
 # Full matches of a projection's own name, for weights in one attention module.
@@ -30,6 +31,10 @@ CHILD_RULES: tuple[tuple[str, str], ...] = (
         r"|att_proj|query_key_value|w_pack|to_qkv|mixed_qkv|in_proj_weight",
     ),
     ("query", rf"{_BEFORE}(qs?|quer(y|ies)|query_key){_AFTER}"),  # query_key: Reformer's, shared by both
+    # down, up and rotary projections under the letters of DeepSeek-V2's paper; the common latent is treated as values
+    ("query", r"w_?(dq|uq|qr)"),
+    ("key", r"w_?(uk|kr)"),
+    ("value", rf"w_?(uv|dkv)|{_BEFORE}kv(_proj)?_(down|compress)(_proj)?"),
     ("key", rf"{_BEFORE}(ks?|keys?){_AFTER}"),
     # what relative positions are compared by: Conformer, Transformer-XL, XLNet, Funnel
     ("key", r"linear_pos|relative_k_proj|r|r_net|r_kernel"),
@@ -37,11 +42,11 @@ CHILD_RULES: tuple[tuple[str, str], ...] = (
     (
         "kv",
         r"w?_?kv(_proj|_projection|_linear|_layer|_net)?|(fc|lin|proj)_kv|to_kv|key_value|c_enc_kv"
-        r"|w?kv_[ab](_proj)?(_with_mqa)?",
+        rf"|w?kv_[ab](_proj)?(_with_mqa)?|w_?ukv|{_BEFORE}kv(_proj)?_(up|decompress)(_proj)?",
     ),
     (
         "attn_out",
-        r"(w|fc)?_?o|o_?(proj|lin|net)|out_?(proj|lin|linear)|(linear|to|to_add|fc|attention|(\w+_)?attn)_out|\w+_attn_proj|out|output(_proj)?"
+        r"(w|fc)?_?o|o_?(proj|lin|net)|out_?(proj|lin|linear)|(linear|to|to_add|fc|attention|(\w+_)?attn)_out|\w+_attn_proj|out|output(_proj)?|linear_proj"
         r"|proj|c_proj|post|post_proj|projection(_layer)?|dense|linear|final_linear"
         rf"|{_BEFORE}(o|out|output){_AFTER}|w?_?(concat|combine|unify_?heads)(_heads)?(_proj|_linear)?|fc",
     ),
@@ -55,6 +60,9 @@ FUSED_SOMEHOW = r"qkv|qvk|kqv|kvq|vqk|vkq"
 
 # What holds an attention's inputs, and in parallel blocks an MLP's too; the name alone says neither.
 INPUT_ONLY = r"in_proj"
+
+LISTED = ("query", "key", "value", "attn_out")
+"""Roles in a list of an attention's projections, in order."""
 
 # Searched in the name, for what is found before any structure.
 ADAPTER = (
@@ -96,7 +104,7 @@ NAME_RULES: tuple[tuple[str | None, str], ...] = (
     ("qkv", rf"{_ATTENTION}(attn|(self\.)?in_proj)$"),
     (
         "attn_out",
-        rf"{_ATTENTION}(((\w+_)?output|module)\.)*(o|w_?o|o_?proj|out_?lin|out(put)?_?proj|proj|c_proj|dense|to_out|output)$",
+        rf"{_ATTENTION}(((\w+_)?output|module)\.)*(o|w_?o|o_?proj|out_?lin|out(put)?_?proj|(linear_)?proj|c_proj|dense|to_out|output)$",
     ),
     # what shrinks an image before its keys and values: PVT, SegFormer
     ("mlp", rf"{_ATTENTION}(self\.)?(sr|(sequence|spatial)_reduction)$"),
@@ -175,6 +183,11 @@ def is_attention(children: Iterable[str]) -> bool:
     if "query" in roles:
         return bool(roles & {"key", "value", "kv", "qkv"})
     return "qkv" in roles or {"key", "value", "attn_out"} <= roles  # the latter ask with a learned vector
+
+
+def is_list_of_projections(path: str, children: Iterable[str]) -> bool:
+    """Whether an attention has all of its projections in one list, as in the Annotated Transformer."""
+    return bool(re.search(rf"{_ATTENTION}linears$", path.lower())) and {*children} == {*map(str, range(len(LISTED)))}
 
 
 def first_match(table: Iterable[tuple[str | None, str]], stem: str) -> tuple[str | None, str] | None:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import warnings
 
 import numpy as np
@@ -115,13 +116,23 @@ def test_options_of_a_group():
 
 def test_left_over_keywords():
     model = TwoTowers()
-    with pytest.warns(UserWarning, match=r"AdaPM ignores amsgrad=False, fused=True: ") as caught:
-        AdaPM(model.parameters(), amsgrad=False, fused=True)
+    with pytest.warns(UserWarning, match=r"AdaPM ignores foreach=True, fused=True: ") as caught:
+        AdaPM(model.parameters(), amsgrad=False, foreach=True, fused=True, decoupled_weight_decay=True)
     assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AdaPM(model.parameters(), amsgrad=False, foreach=None, fused=False)
     with pytest.raises(ValueError, match="AdaLomo has no counterpart of amsgrad=True"):
         AdaLomo(model.parameters(), amsgrad=True)
     with pytest.raises(TypeError, match="AdaPM has no option 'ranks'; did you mean 'rank'"):
         AdaPM(model.parameters(), ranks=3)
+
+
+def test_a_printed_optimizer_counts_parameters_by_role():
+    optimizer = AdaPM([{"params": PlainLM(layers=2).named_parameters(), "lr": 0.5}])
+    assert "    lr: 0.5\n" in repr(optimizer)
+    assert re.search(r"^    roles: 1 embedding, .*2 query, 2 key", repr(optimizer), re.MULTILINE)
+    assert "q_proj" not in repr(optimizer)
 
 
 def test_an_optimizer_is_rebuilt_from_its_groups_and_defaults():
