@@ -98,7 +98,7 @@ class Engine:
             rule: The optimizer.
 
         Returns:
-            What kernels found out about the gradients of the parts that they moved.
+            Flaws and sums of squares that kernels found in the gradients of the parts that they moved.
         """
         device, works = works[0].device, [work._replace(counts=self._count(work)) for work in works]
         with _without_autocast(device.type), using(self._cache):

@@ -38,7 +38,7 @@ def rounds(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
     """Sort batches into those that are read before any of them moves: first all that no other process holds rows of,
     then the others, in the order in which they move.
 
-    What is read of the others is bounded by :data:`ROUND_NUMEL`. Every process sorts them alike.
+    A round of the others has at most :data:`ROUND_NUMEL` elements. Every process sorts them alike.
     """
     alone: list[Batch] = []
     apart: list[Batch] = []
@@ -96,7 +96,7 @@ def _gather_basis(batch: Batch) -> Callable[[], None]:
     """Begin to gather the bases of momenta, of which processes may keep some columns each.
 
     Returns:
-        What reads the gradients with them.
+        A function that waits for the bases and reads the gradients with them.
     """
     momentum = batch.parts[0].first
     assert isinstance(momentum, LowRankMomentum)

@@ -154,10 +154,10 @@ class _Memory:
 
 
 def borrowed(tensor: Tensor) -> Tensor:
-    """A tensor in the memory of another without gaps, which it does not keep from being used again.
+    """Return a tensor in the memory of another one without gaps, without keeping that memory from other use.
 
-    What is exchanged between graphs is in their pool. If every collective held its own, a recorded step would take the
-    memory of all that it exchanges.
+    Tensors that are exchanged between graphs lie in the graphs' pool. If every collective held its own, a recorded step
+    would need the memory of all that it exchanges.
     """
     if tensor.device.type != "cuda" or not tensor.numel():
         return tensor

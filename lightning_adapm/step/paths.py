@@ -110,7 +110,7 @@ def _without_kernels(parts: Sequence[Part], grads: Sequence[Tensor]) -> Path:
 
 
 def _unknown_to_loops(parts: Sequence[Part], grads: Sequence[Tensor]) -> str:
-    """Why compiled loops cannot move parts along gradients; empty where they can."""
+    """Reason why compiled loops cannot move parts along gradients; empty where they can."""
     part = parts[0]
     first, second = part.first, part.second
     if len(part.shape) < 2:
@@ -135,7 +135,7 @@ def _unknown_to_loops(parts: Sequence[Part], grads: Sequence[Tensor]) -> str:
 
 
 def _needs_reductions(parts: Sequence[Part]) -> str:
-    """Why kernels alone cannot take a step, not even of whole rows; empty where they can. The same on all processes."""
+    """Reason why kernels alone cannot move parts, the same on all processes; empty where they can."""
     part = parts[0]
     if isinstance(part.first, LowRankMomentum) and not all(part.get("seeded") for part in parts):
         return "the first basis is still to be found"
@@ -152,7 +152,7 @@ def _needs_reductions(parts: Sequence[Part]) -> str:
 
 
 def _unknown_layout(parts: Sequence[Part], grads: Sequence[Tensor]) -> str:
-    """Why the kernels cannot move parts along gradients; empty where they can."""
+    """Reason why kernels cannot move parts along gradients of this layout; empty where they can."""
     views, shard = [part.view for part in parts], parts[0].shard
     if shard is None:
         return "" if kernels.movable(views, grads) else "no kernels for this dtype or memory layout"
@@ -172,7 +172,7 @@ def _unknown_layout(parts: Sequence[Part], grads: Sequence[Tensor]) -> str:
 
 
 def unknown_moments(part: Part) -> str:
-    """Why the kernels cannot take the moments of a part; empty where they can."""
+    """Reason why kernels cannot compute the moments of a part; empty where they can."""
     first, second = part.first, part.second
     if type(first) is LowRankRegression and type(second) is LowRankSecondMoment:
         return _unknown_regression(part)
@@ -196,7 +196,7 @@ def unknown_moments(part: Part) -> str:
 
 
 def _unknown_regression(part: Part) -> str:
-    """Why the kernels cannot fit the factors of a part, in whatever storage these are; empty where they can."""
+    """Reason why kernels cannot fit the factors of a part, whatever their storage; empty where they can."""
     assert isinstance(part.first, LowRankRegression)
     if part.first.order != "gauss_seidel":
         return f"no kernels for order={part.first.order!r}"

@@ -208,7 +208,7 @@ class Recording:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it holds on the device, without its temporaries."""
+        """Bytes of tables and clocks on the device, without the temporaries of the step."""
         return self._static.nbytes + self._flaws.nbytes + self._order.nbytes
 
     def play(self, works: Sequence[Work], places: Sequence[int]) -> list[Found]:

@@ -122,7 +122,7 @@ def _buckets(parts: Iterable[Part]) -> list["_Bucket"]:
 
 
 class _Bucket:
-    """So many parts like one, as they lie on the process that holds most of their rows."""
+    """A number of equal parts, as they lie on the process that holds most of their rows."""
 
     def __init__(self, part: Part, number: int) -> None:
         self.number, self._part, self._shard = number, part, part.shard

@@ -31,7 +31,7 @@ class Tiles:
         return self.matrices.shape
 
     def __iter__(self) -> Iterator[tuple[int, int, Tensor]]:
-        """Number of the matrix, first row, and rows ``(k, n)``."""
+        """Yield tiles: the number of the matrix, the first row, and rows ``(k, n)``."""
         for which, matrix in enumerate(self.matrices):
             for first, last in spans(matrix):
                 rows = matrix[first:last].to(self._exact)
@@ -42,14 +42,14 @@ class Denominating(Protocol):
     """Denominators that are shown some rows at a time."""
 
     def rows(self, index: int, which: int, span: slice) -> Tensor:
-        """Those of some rows of one of the matrices that the gradient with this ``index`` stacks."""
+        """Denominators of some rows of one of the matrices that the gradient with this ``index`` stacks."""
         ...
 
 
 class Observer(Protocol):
     """Sees every part of a step; see :class:`lightning_adapm.report.diagnostics.ResidualProbe`.
 
-    What it is shown is the step's own and must not be changed.
+    The tensors that it is shown belong to the step and must not be changed.
     """
 
     def see_gradient(self, part: Part, grad: Tiles) -> None:
