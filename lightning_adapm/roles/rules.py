@@ -6,6 +6,7 @@ All patterns are regular expressions on lower-case names without ``.weight``; ro
 
 import re
 from collections.abc import Iterable
+from functools import cache
 
 INTERLEAVED = "qkv_interleaved"
 FUSED = ("qkv", INTERLEAVED, "kv")
@@ -172,6 +173,7 @@ def guess(name: str, why: str) -> str:
     return GUESSES.get(why, "full")
 
 
+@cache  # every layer of a model has the same names
 def child_role(child: str) -> str | None:
     """Role of a projection in an attention module, by its own name."""
     return next((role for role, pattern in CHILD_RULES if re.fullmatch(pattern, child)), None)

@@ -170,21 +170,25 @@ def build(name, kind):
     raise failure or ValueError("no configuration can be made")
 
 
-def assign(model, **options):
-    AdaPM(model.named_parameters(), second_moment="block", **options)
-    return AdaPM(model.parameters(), **options)
+def assign(model, first, **options):
+    """The optimizer, with heads for block second moments; without names, too, for the ``first`` class of a type."""
+    optimizer = AdaPM(model.named_parameters(), second_moment="block", **options)
+    return AdaPM(model.parameters(), **options) if first else optimizer
 
 
 def examine(model, look=True):
-    """Build the optimizer, teach it where it refuses, and compare what it decided with what the model does."""
+    """Build the optimizer, teach it where it refuses, and compare what it decided with what the model does.
+
+    ``look``: no class of this type has been looked at yet.
+    """
     result = Result("by rule")
     try:
-        optimizer = assign(model)
+        optimizer = assign(model, look)
     except ValueError as error:
         result.outcome, result.names = "refused", refused_names(str(error))
         for taught in TEACHINGS:
             try:
-                optimizer = assign(model, roles=taught)
+                optimizer = assign(model, look, roles=taught)
             except ValueError:
                 continue
             result.outcome, result.taught = "taught", taught
