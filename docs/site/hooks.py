@@ -243,5 +243,5 @@ def _documented(name: str) -> str:
         f"      toc_label: {name.split('.')[-1]}",
     ]
     if members := MEMBERS.get(name):
-        lines.append(f"      members: [{', '.join(members)}]")
+        lines += [f"      members: [{', '.join(members)}]", "      inherited_members: true"]
     return "\n".join(lines)
