@@ -27,6 +27,7 @@ PANELS = {
     "Llama, 60 million parameters, tokens, 1500 steps": ("tokens_llama_60m",),
     "Llama, 130 million parameters, tokens, 1500 steps": ("tokens_llama_130m",),
     "GPT-2, 86 million parameters, bytes, 1600 steps": ("partial_muon", "at_size"),
+    "Llama, 130 million parameters, finetuned on answers, 225 steps": ("finetune_at_size",),
     "GPT-2, 1.8 million parameters, bytes, 600 steps": ("convergence",),
 }
 """Models in the order in which they are worth a look, and the studies whose rows they show."""

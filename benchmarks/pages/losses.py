@@ -12,6 +12,7 @@ MODELS = {
     "GPT-2, 124 million parameters, tokens, 1500 steps": "GPT-2 124M, tokens",
     "Llama, 60 million parameters, tokens, 1500 steps": "Llama 60M, tokens",
     "GPT-2, 86 million parameters, bytes, 1600 steps": "GPT-2 86M, bytes",
+    "Llama, 130 million parameters, finetuned on answers, 225 steps": "Llama 130M, finetuned",
 }
 """Panels of ``loss_and_bytes``, and the heads of their columns."""
 STEPS = "step_time-cuda-llama-3.2-1b-float32"
@@ -61,7 +62,7 @@ def processor(page: Mapping[str, Any]) -> str:
 README_ROWS = (
     Row("AdaPM factored", "AdaPM factored"),
     Row("AdaPM factored, [compact](docs/choosing-a-policy.md)", "AdaPM factored, compact", COMPACT, "AdaPM factored"),
-    Row("PartialMuon, four steps", "PartialMuon, 4 fast steps", MUON),
+    Row("PartialMuon", "PartialMuon", MUON),
     Row("Muon", "Muon", FORMER),
 )
 CHOICE_ROWS = (
@@ -84,6 +85,7 @@ CHOICE_ROWS = (
     Row("compact, with Muon's steps", "PartialMuon, compact", FORMER),
     Row('`PartialMuon(momentum="full")`, which is Muon', "Muon", FORMER),
     Row("`AdamMini`", "Adam-mini"),
+    Row("AdamW for LoRA of rank 16", "LoRA, rank 16"),
     Row("APOLLO-Mini", "APOLLO-Mini (apollo-torch)"),
     Row("GaLore", "GaLore (galore-torch)"),
     Row("Adafactor", "Adafactor (torch)"),
