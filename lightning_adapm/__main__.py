@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
-import re
+import signal
 import sys
 import traceback
 
@@ -18,14 +17,9 @@ TRACEBACK = "LIGHTNING_ADAPM_TRACEBACK"
 _INPUT_ERRORS = (argparse.ArgumentError, ValueError, TypeError, NotImplementedError, ModuleNotFoundError, OSError)
 """Types of the errors that this package and the parser raise about input."""
 _HELP = (["-h"], ["--help"])
-_READ_INPUT = ("lightning_adapm", "jsonargparse")
+_READ_INPUT = ("lightning_adapm", "jsonargparse", "argparse")
 _READS_DEVICES = "lightning.pytorch.trainer.connectors.accelerator_connector"
 """The module of the Trainer's that reads its accelerator, devices, strategy and precision."""
-
-_WRITE_MODEL = (
-    "Give --config recipe:NAME (`lightning-adapm recipes` lists them), --config FILE with `model: {class_path: ...,"
-    " init_args: ...}`, or --model CLASS"
-)
 
 USAGE = f"""\
 usage: lightning-adapm {{{",".join(COMMANDS)}}} [--config FILE ...] [--OPTION VALUE ...]
@@ -54,7 +48,8 @@ def main(args: list[str] | None = None) -> None:
         args: The words after the command's name; ``None`` for those of this process.
 
     Raises:
-        SystemExit: With one line about an error that the input explains; every other error keeps its traceback.
+        SystemExit: With one line about an error that the input explains, or with 128 and the number of a signal that
+            ended the run. Every other error keeps its traceback.
     """
     words = sys.argv[1:] if args is None else args
     if not words or words[:1] in _HELP or (words[0] == "litgpt" and words[1:2] in _HELP):
@@ -68,10 +63,18 @@ def main(args: list[str] | None = None) -> None:
     except BrokenPipeError:  # of `| head`, which has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left at its end
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(_interrupted(signal.SIGINT))
+    except SystemExit as end:
+        if type(end).__name__ == "SIGTERMException":  # Lightning's, with which Python would report success
+            sys.exit(_interrupted(signal.SIGTERM))
+        raise
     except Exception as error:
         if os.environ.get(TRACEBACK) == "1" or not _is_about_input(error):
             raise
-        sys.exit(f"lightning-adapm: error: {_reason(error)} ({TRACEBACK}=1 shows the traceback)")
+        from lightning_adapm.trainer.errors import one_line
+
+        sys.exit(f"lightning-adapm: error: {one_line(error)} ({TRACEBACK}=1 shows the traceback)")
 
 
 def _run(command: str, options: list[str], args: list[str] | None) -> None:
@@ -101,6 +104,12 @@ def _run(command: str, options: list[str], args: list[str] | None) -> None:
         _leave_process_group()
 
 
+def _interrupted(number: signal.Signals) -> int:
+    """Say that a signal has ended the run, and return the exit status that shells use for that."""
+    print(f"lightning-adapm: interrupted by {number.name}; --ckpt_path continues from a checkpoint", file=sys.stderr)
+    return 128 + number
+
+
 def _leave_process_group() -> None:
     """Destroy the process group; without this, gloo's threads sometimes abort a process whose work is done."""
     import torch.distributed as dist
@@ -114,6 +123,8 @@ def _is_about_input(error: Exception) -> bool:
     frame = list(traceback.walk_tb(error.__traceback__))[-1][0]
     module = frame.f_globals.get("__name__", "")
     package, misconfigured = module.partition(".")[0], _misconfigurations()
+    if isinstance(error, RuntimeError) and str(error).startswith("Error(s) in loading state_dict"):
+        return True  # torch's, about the checkpoint of another model
     if package in _READ_INPUT or module == _READS_DEVICES:
         return isinstance(error, (*_INPUT_ERRORS, *misconfigured))
     return package == "lightning" and isinstance(error, misconfigured)
@@ -123,41 +134,6 @@ def _misconfigurations() -> tuple[type[Exception], ...]:
     """Lightning's errors about the options of a run."""
     exceptions = sys.modules.get("lightning.fabric.utilities.exceptions")  # loaded wherever one of them was raised
     return () if exceptions is None else (exceptions.MisconfigurationException,)
-
-
-def _reason(error: Exception) -> str:
-    """The error's text; where the parser lists all types that a value does not have, only what a class refused."""
-    text = str(error)
-    if re.search(r'Key "(\w+\.)?model" is required', text):
-        return f"which model? {_WRITE_MODEL}"
-    if text.startswith("Unexpected config:"):
-        return f"a file after --config is empty or not a mapping. {_WRITE_MODEL}"
-    if "Union subtypes" not in text:
-        return " ".join(text.split()) if text.startswith("Parser key") else text
-    found = re.findall(r"^ +- (.*)$", text, re.MULTILINE)
-    refusals = [line for line in found if not line.startswith(("Expected a ", "Does not validate against any of"))]
-    refused = re.findall(r"^( +)- Problem with given class_path '(.+)':\n((?:\1 +.*\n?)+)", text, re.MULTILINE)
-    if len(refusals) != 1:
-        return text
-    if not refused:
-        return refusals[0]
-    [(_, class_path, details)] = refused
-    return f"{class_path}: {' '.join(details.split()).removeprefix('Validation failed: ')}{_hint(class_path, details)}"
-
-
-def _hint(class_path: str, details: str) -> str:
-    """The argument of a class, or the class of a module, that a misspelled one may stand for."""
-    unexpected = re.search(r"Key '(\w+)' is not expected", details)
-    missing = "has no attribute" in details
-    module, _, name = class_path.rpartition(".")
-    if unexpected is None and not missing:
-        return ""
-    from lightning_adapm.optim.options import instead_of, options_of
-
-    holder = importlib.import_module(module)
-    if unexpected is not None:
-        return f"; {instead_of(unexpected[1], options_of(getattr(holder, name)))}"
-    return f"; {instead_of(name, getattr(holder, '__all__', dir(holder)), 'names')}"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from types import ModuleType
 from typing import Any
 
 import lightning as L
@@ -21,6 +20,7 @@ from lightning_adapm.trainer.callbacks.monitors import Monitored, pooled_residua
 from lightning_adapm.trainer.callbacks.pooling import ResidualFigures
 from lightning_adapm.trainer.callbacks.run import StepClock
 from lightning_adapm.trainer.callbacks.summary import print_summary
+from lightning_adapm.trainer.errors import CommandParser
 from lightning_adapm.trainer.recipes import with_files
 
 EVERY_N_STEPS = 50
@@ -54,16 +54,18 @@ def run(words: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def _reporting(litgpt: ModuleType, words: list[str]) -> Iterator[None]:
-    """Replace litgpt's Fabric, its commands and ``sys.argv`` for the time of a call, and restore them."""
-    commands, fabric, argv = dict(litgpt.PARSER_DATA), L.Fabric, list(sys.argv)
+def _reporting(litgpt: Any, words: list[str]) -> Iterator[None]:
+    """Replace litgpt's Fabric, its commands, its parser and ``sys.argv`` for the time of a call, and restore them."""
+    commands, parse, fabric, argv = dict(litgpt.PARSER_DATA), litgpt.CLI, L.Fabric, list(sys.argv)
     try:
         litgpt.PARSER_DATA.update({name: _checked(commands[name]) for name in LITGPT_COMMANDS})
+        litgpt.CLI = functools.partial(parse, parser_class=CommandParser)
         L.Fabric = ReportingFabric  # type: ignore[misc]  # litgpt looks it up when it starts
         sys.argv[1:] = words  # litgpt reads them there, more than once
         yield
     finally:
         litgpt.PARSER_DATA.update(commands)
+        litgpt.CLI = parse
         L.Fabric = fabric  # type: ignore[misc]
         sys.argv[:] = argv
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-from jsonargparse import ArgumentParser
 from torch import nn
 
 from lightning_adapm.commands.sections import (
@@ -37,6 +36,7 @@ from lightning_adapm.report.tables import (
     summary_table,
 )
 from lightning_adapm.roles.assign import suggested_roles
+from lightning_adapm.trainer.errors import CommandParser
 from lightning_adapm.trainer.recipes import recipes, with_files
 
 _DESCRIPTION = """\
@@ -72,7 +72,7 @@ def run(words: list[str]) -> int:
         step does not fit into the memory after ``--fits``.
     """
     parser, words = _parser(), with_files(words)
-    peek = argparse.ArgumentParser(prog=parser.prog, usage=parser.usage, add_help=False, allow_abbrev=False)
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     peek.add_argument("--model_name")
     peek.add_argument("--config", action="append")
     peek.add_argument("--model")
@@ -83,14 +83,22 @@ def run(words: list[str]) -> int:
     if len(sources) > 1:
         parser.error(f"{' and '.join(sources)} each describe the model; give one of them")
     if not sources and source.fits and not rest:
-        return _list_fitting(parser, read_bytes(source.fits))
+        return _list_fitting(parser, _limit(source.fits))
     if not sources and not source.help:
         parser.parse_args(["--model=torch.nn.Identity", *rest], defaults=False)  # a misspelled option comes first
         parser.error("which model? Give --model_name NAME (of litgpt), --config FILE or --model CLASS")
-    return _report(_read(parser, source, words), read_bytes(source.fits) if source.fits else None)
+    return _report(_read(parser, source, words), _limit(source.fits) if source.fits else None)
 
 
-def _read(parser: ArgumentParser, source: argparse.Namespace, words: list[str]) -> Described:
+def _limit(size: str) -> int:
+    """Bytes after ``--fits``."""
+    try:
+        return read_bytes(size)
+    except ValueError as error:
+        raise ValueError(f"--fits: {error}") from None
+
+
+def _read(parser: CommandParser, source: argparse.Namespace, words: list[str]) -> Described:
     recipe = named_model(source.model_name) if source.model_name else merged(source.config or [])
     model = model_section(recipe, source.config)
     settings = parser.parse_args([*([f"--model={json.dumps(model)}"] if model else []), *words], defaults=False)
@@ -106,11 +114,12 @@ def _read(parser: ArgumentParser, source: argparse.Namespace, words: list[str]) 
     return Described(built, label, recipe, options, named_neighbor(recipe), bool(settings.get("explain")))
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="lightning-adapm plan",
         usage="lightning-adapm plan (--model_name NAME | --config FILE | --model CLASS | --fits SIZE) [options]",
         description=_DESCRIPTION,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,  # type: ignore[arg-type]
     )
     parser.add_argument("--model_name", type=str, help="one of litgpt's names")
@@ -185,7 +194,7 @@ def _chosen(described: Described) -> tuple[type[Any], dict[str, Any]] | None:
     return described.neighbor
 
 
-def _list_fitting(parser: ArgumentParser, limit: int) -> int:
+def _list_fitting(parser: CommandParser, limit: int) -> int:
     """Print the recipes with a training step that fits, as they are or with changes of options."""
     table = new_table()
     for header in ("Recipe", "Step", "With", "Planned"):

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from jsonargparse import ArgumentParser
 
 from lightning_adapm.data import TextDataModule
 from lightning_adapm.data.corpus import PARTS
 from lightning_adapm.data.docstrings import instructions
 from lightning_adapm.data.tokens import save_tokenizer
+from lightning_adapm.trainer.errors import CommandParser
 
 INSTRUCTIONS = "instructions"
 _DESCRIPTION = """\
@@ -28,7 +28,7 @@ become instructions in Alpaca's format (--data JSON). Nothing is downloaded.
 
 def run(words: list[str]) -> None:
     """Prepare data as the words after ``prepare`` specify, and print what was written."""
-    parser = ArgumentParser(
+    parser = CommandParser(
         prog="lightning-adapm prepare",
         usage="lightning-adapm prepare [options]",
         description=_DESCRIPTION,

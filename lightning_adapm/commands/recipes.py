@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser
 
 from lightning_adapm.report.tables import as_text, new_table
+from lightning_adapm.trainer.errors import CommandParser
 from lightning_adapm.trainer.recipes import PREFIX, find_recipe, recipes
 
 ANY = "any"
@@ -40,7 +40,7 @@ _MODE = re.compile(r"-(full|lora|dpo)$")
 
 def run(words: list[str]) -> None:
     """Print the table of all recipes, or the text of the one that the words after ``recipes`` name."""
-    parser = ArgumentParser(
+    parser = CommandParser(
         prog="lightning-adapm recipes",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,  # type: ignore[arg-type]

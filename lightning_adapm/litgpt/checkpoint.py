@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +32,8 @@ class LitGPTCheckpoint(L.Callback):
         out_dir: Directory to write, such as ``"out/pretrain/final"``.
 
     Raises:
-        MisconfigurationException: Before training, where the module is no ``LitGPTModule`` or FSDP1 writes sharded
-            checkpoints.
+        MisconfigurationException: Before training, where the module is no ``LitGPTModule``, FSDP1 writes sharded
+            checkpoints, or the directory cannot be written.
     """
 
     def __init__(self, out_dir: str) -> None:
@@ -51,6 +52,8 @@ class LitGPTCheckpoint(L.Callback):
                 f"LitGPTCheckpoint needs all weights on one process, but {type(trainer.strategy).__name__} leaves them"
                 " spread; set state_dict_type: full"
             )
+        if stage == "fit" and trainer.is_global_zero:
+            _check_writable(self.out_dir)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -59,6 +62,18 @@ class LitGPTCheckpoint(L.Callback):
         if trainer.is_global_zero:
             write_checkpoint(self.out_dir, pl_module, state, getattr(trainer, "datamodule", None))
         trainer.strategy.barrier("LitGPTCheckpoint")
+
+
+def _check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be written before the training whose result it is for."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise MisconfigurationException(
+            f"LitGPTCheckpoint cannot write to `out_dir` {str(folder)!r} ({error}); give another folder"
+        ) from error
 
 
 def _whole_state(strategy: Strategy) -> dict[str, Any]:
@@ -87,7 +102,7 @@ def write_checkpoint(out_dir: Path, module: Any, state: dict[str, Any], data: An
     config = module.model.config
     if hasattr(config, "lora_r"):
         weights = _merged(config, weights)
-    torch.save({key: value.detach().cpu() for key, value in weights.items()}, out_dir / "lit_model.pth")
+    _save({key: value.detach().cpu() for key, value in weights.items()}, out_dir / "lit_model.pth")
     if module.tokenizer_dir is not None and Path(module.tokenizer_dir).expanduser().resolve() != out_dir.resolve():
         copy_config_files(Path(module.tokenizer_dir).expanduser(), out_dir)
     elif hasattr(getattr(data, "tokenizer", None), "to_str"):  # trained by TextDataModule
@@ -100,6 +115,16 @@ def write_checkpoint(out_dir: Path, module: Any, state: dict[str, Any], data: An
         "model": json.loads(json.dumps(dict(module.hparams), default=str)),
     }
     (out_dir / "hyperparameters.yaml").write_text(yaml.safe_dump(arguments), encoding="utf-8")
+
+
+def _save(weights: dict[str, Any], path: Path) -> None:
+    """Save weights under their name only when they are complete, so that a full disk loses no earlier ones."""
+    partial = path.with_suffix(".partial")
+    try:
+        torch.save(weights, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _merged(config: Config, weights: dict[str, Any]) -> dict[str, Any]:

@@ -69,10 +69,19 @@ def check(arguments: Mapping[str, Any]) -> None:
 
     devices = parse_devices(arguments.get("devices", 1))
     check_optimizer(arguments.get("optimizer"))
-    check_data(arguments.get("data"))
     _check_weights(arguments, devices)
+    check_data(_data_of(arguments))
     _check_devices(devices)
     _check_resume(arguments.get("resume", False), arguments.get("out_dir"))
+
+
+def _data_of(arguments: Mapping[str, Any]) -> Any:
+    """The data of a command; without any, `litgpt pretrain` reads TinyLlama's."""
+    if arguments.get("data") is None and arguments.get("model_name", "list") != "list":
+        from litgpt.data import TinyLlama
+
+        return TinyLlama()
+    return arguments.get("data")
 
 
 def _check_weights(arguments: Mapping[str, Any], devices: int) -> None:
@@ -147,10 +156,22 @@ def check_data(data: Any) -> None:
     """
     if hasattr(data, "train_data_path"):
         _check_text_files(data)
+    elif hasattr(data, "required_paths"):
+        _check_prepared_folders(data)
     elif hasattr(data, "json_path"):
         _check_instructions(data)
     elif hasattr(data, "split_names"):
         _check_chunks(data)
+
+
+def _check_prepared_folders(data: Any) -> None:
+    """Check the folders of ``TinyLlama`` and ``MicroLlama``, which `litgpt pretrain` reads where no data is given."""
+    for folder in data.required_paths:
+        if "://" not in folder and not Path(folder).is_dir():
+            raise ValueError(
+                f"`data`: {type(data).__name__} reads prepared text, and there is no folder {folder!r}; give other"
+                " data, such as --data TextFiles --data.train_data_path FOLDER, or the `data_path` of the prepared text"
+            )
 
 
 def _check_text_files(data: Any) -> None:

@@ -39,6 +39,7 @@ def litgpt_config(
     """
     try:
         from litgpt import Config, lora
+        from litgpt.config import name_to_config
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("LitGPTModule needs litgpt: pip install 'lightning-adapm[litgpt]'") from error
     fields = without_text_none(config or {})
@@ -60,7 +61,11 @@ def litgpt_config(
         return kind(**fields) if model_name is None else kind.from_name(model_name, **fields)
     except (AssertionError, TypeError, ValueError) as error:
         # litgpt checks some fields by assertions without a message.
-        reason = str(error) or "n_embd must be a multiple of n_head, and n_head of n_query_groups"
+        sizes = name_to_config.get(model_name, {}) | fields
+        found = ", ".join(
+            f"{name} is {sizes[name]}" for name in ("n_embd", "n_head", "n_query_groups") if name in sizes
+        )
+        reason = str(error) or f"n_embd must be a multiple of n_head, and n_head of n_query_groups, but {found}"
         if "not a supported config name" in reason:
             raise ValueError(_unknown_name(str(model_name))) from error
         raise ValueError(f"litgpt cannot build `model_name` {model_name!r} with `config` {config}: {reason}") from error

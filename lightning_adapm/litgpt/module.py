@@ -25,6 +25,7 @@ from lightning_adapm.litgpt.reading import Read, placed, unread
 from lightning_adapm.litgpt.weights import give_shards, place_later, place_weights, take_weights
 from lightning_adapm.report.tables import show_bytes
 from lightning_adapm.sharding.find import has_values, local
+from lightning_adapm.trainer.config import OptimizerConfig
 from lightning_adapm.trainer.mixin import AdaPMMixin
 
 __all__ = ["LitGPTModule", "batch_length", "batch_rows", "litgpt_config"]
@@ -61,8 +62,8 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
 
     Raises:
         ModuleNotFoundError: litgpt is not installed.
-        ValueError: litgpt has no such name or field, the fields do not fit together, or the checkpoint is of another
-            model.
+        ValueError: litgpt has no such name or field, the fields do not fit together, the checkpoint is of another
+            model, or an option of ``adapm`` does not exist or is out of range.
         FileNotFoundError: A file of the checkpoint directory is missing.
     """
 
@@ -83,6 +84,7 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.adapm = adapm or {}
+        OptimizerConfig.resolve(self.adapm)  # before data is prepared, which may take hours
         for name, value, least in (
             ("micro_batch_size", micro_batch_size, 1),
             ("max_seq_length", max_seq_length, 1),

@@ -180,7 +180,9 @@ class PartialMuon(RoleOptimizer):
         """Refuse options of a parameter group that are out of range."""
         super().check_options(group)
         options.check_option(group, "mu", "a number in [0, 1)", lambda mu: 0 <= mu < 1)
-        options.check_option(group, "newton_schulz", f"one of {', '.join(ITERATIONS)}", ITERATIONS.__contains__)
+        options.check_option(
+            group, "newton_schulz", f"one of {options.AUTO}, {', '.join(ITERATIONS)}", ITERATIONS.__contains__
+        )
         if group["ns_steps"] is not None:  # as in the defaults, for the number of the group's kind
             options.check_option(group, "ns_steps", *options.COUNT)
             _iteration(group)

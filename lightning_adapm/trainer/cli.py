@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from lightning.pytorch.cli import (
 from torch.optim import Optimizer
 
 from lightning_adapm.optim.adamw import adamw_state_dict
+from lightning_adapm.trainer.errors import nearest_option
 from lightning_adapm.trainer.mixin import AdaPMMixin
 from lightning_adapm.trainer.recipes import with_files
 
@@ -73,10 +76,13 @@ class AdaPMCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the command line, with the names of recipes replaced by their files."""
-        if args is None:
-            self.config = parser.parse_args(with_files(sys.argv[1:], "trainer"))
-        else:
-            super().parse_arguments(parser, with_files(args, "trainer") if isinstance(args, list) else args)
+        try:
+            if args is None:
+                self.config = parser.parse_args(with_files(sys.argv[1:], "trainer"))
+            else:
+                super().parse_arguments(parser, with_files(args, "trainer") if isinstance(args, list) else args)
+        except argparse.ArgumentError as error:
+            raise argparse.ArgumentError(None, str(error) + nearest_option(str(error), parser)) from error
 
     def _parse_ckpt_path(self) -> None:
         """Keep the configuration as written. Lightning would silently replace the model's settings by those in the
@@ -85,7 +91,7 @@ class AdaPMCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse a missing checkpoint before any work, and choose a precision if the user has not."""
-        _check_checkpoint(self.config[str(self.subcommand)].get("ckpt_path"))
+        check_checkpoint(self.config[str(self.subcommand)].get("ckpt_path"))
         trainer = self.config[str(self.subcommand)].trainer
         if trainer.precision is None and trainer.accelerator in ("auto", "gpu", "cuda") and _cuda_has_bf16():
             trainer.precision = "bf16-mixed"
@@ -120,12 +126,30 @@ class AdaPMCLI(LightningCLI):
         return LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)
 
 
-def _check_checkpoint(path: str | None) -> None:
-    """Refuse a missing file; the Trainer itself looks up URLs, and "best", "last" and the like."""
-    if path is not None and Path(path).suffix == ".ckpt" and "://" not in path and not Path(path).exists():
+def check_checkpoint(path: str | None) -> None:
+    """Refuse a file that is missing or incomplete; the Trainer itself looks up URLs, and "best", "last" and the like.
+
+    A checkpoint is a zip file, whose table is at its end, or a folder of ``torch.distributed.checkpoint``.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is incomplete, or a folder is no checkpoint.
+    """
+    if path is None or "://" in path:
+        return
+    found = Path(path)
+    if found.suffix == ".ckpt" and not found.exists():
         raise FileNotFoundError(
             f"`ckpt_path`: {path!r} does not exist; give a checkpoint such as runs/.../checkpoints/last.ckpt"
         )
+    if found.is_file() and not zipfile.is_zipfile(found):
+        raise ValueError(
+            f"`ckpt_path`: {path!r} of {found.stat().st_size} bytes is no complete checkpoint; give an earlier one"
+        )
+    if found.is_dir() and not (found / ".metadata").is_file():
+        files = sorted(found.rglob("*.ckpt"), key=lambda file: -file.stat().st_mtime)
+        hint = f"give {str(files[0])!r}" if files else "it holds none, so give another"
+        raise ValueError(f"`ckpt_path`: {path!r} is a folder and no checkpoint; {hint}")
 
 
 def _cuda_has_bf16() -> bool:

@@ -87,6 +87,11 @@ def test_commands_that_do_not_train(words, message):
             FileNotFoundError,
             "`tokenizer_dir`: there is neither tokenizer.json",
         ),
+        (
+            {"model_name": "pythia-14m"},
+            ValueError,
+            "`data`: TinyLlama reads .* no folder 'data/slimpajama/train'; give",
+        ),
         ({"checkpoint_dir": Path("nowhere")}, FileNotFoundError, "`checkpoint_dir`: 'nowhere' does not exist"),
         ({"devices": 99}, ValueError, "`devices`: litgpt shards over GPUs, and this machine has . instead of 99"),
         ({"resume": True, "out_dir": Path("nowhere")}, FileNotFoundError, "no checkpoint .* in 'nowhere'; .*auto"),
@@ -251,9 +256,9 @@ def test_litgpt_is_as_before_after_a_call(monkeypatch, outcome):
             raise outcome
 
     monkeypatch.setattr(litgpt, "main", main)
-    before = L.Fabric, list(sys.argv), dict(litgpt.PARSER_DATA)
+    before = L.Fabric, list(sys.argv), dict(litgpt.PARSER_DATA), litgpt.CLI
     with contextlib.nullcontext() if outcome is None else pytest.raises(type(outcome)):
         litgpt_command.run(["pretrain", "--help"])
-    assert (L.Fabric, sys.argv, litgpt.PARSER_DATA) == before
+    assert (L.Fabric, sys.argv, litgpt.PARSER_DATA, litgpt.CLI) == before
     [(fabric, words, command)] = seen
     assert fabric is litgpt_command.ReportingFabric and words == ["pretrain", "--help"] and command is not pretrain

@@ -10,6 +10,7 @@ import yaml
 from finetuning import CONFIG, write_instructions, write_tokenizer
 from lightning.pytorch.callbacks import ThroughputMonitor
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from litgpt import GPT, Config
 from litgpt.data import JSON, Alpaca
 from litgpt.utils import check_valid_checkpoint_dir, chunked_cross_entropy
@@ -54,6 +55,30 @@ def test_directory_is_litgpts(base):
     model = GPT(Config.from_checkpoint(base))
     model.load_state_dict(torch.load(base / "lit_model.pth"))
     assert yaml.safe_load((base / "hyperparameters.yaml").read_text())["model"]["config"]["n_embd"] == 32
+
+
+def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path, monkeypatch):
+    module = LitGPTModule(config=CONFIG, tokenizer_dir=str(write_tokenizer(tmp_path / "tokenizer")))
+    write_checkpoint(tmp_path / "model", module, module.state_dict())
+    kept = (tmp_path / "model" / "lit_model.pth").read_bytes()
+
+    def fill(weights, path):
+        path.write_bytes(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(torch, "save", fill)
+    with pytest.raises(RuntimeError, match="failed writing"):
+        write_checkpoint(tmp_path / "model", module, module.state_dict())
+    assert (tmp_path / "model" / "lit_model.pth").read_bytes() == kept
+    assert not list((tmp_path / "model").glob("*.partial"))
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_training(base, tmp_path):
+    (tmp_path / "file").touch()
+    callback = LitGPTCheckpoint(str(tmp_path / "file" / "final"))
+    module = LitGPTModule(checkpoint_dir=str(base))
+    with pytest.raises(MisconfigurationException, match="cannot write to `out_dir` '.*final'.*; give another folder"):
+        callback.setup(trainer(tmp_path), module, "fit")
 
 
 @pytest.mark.parametrize("described", [{}, {"config": CONFIG}, {"config": LORA}], ids=["directory", "fields", "LoRA"])

@@ -128,8 +128,10 @@ def test_a_model_that_is_not_described_is_refused():
         LitGPTModule(config=CONFIG | {"n_heads": 4})
     with pytest.raises(ValueError, match=r"no model_name 'pythia-15m'; did you mean .*pythia-1[46]"):
         LitGPTModule("pythia-15m")
-    with pytest.raises(ValueError, match="n_embd must be a multiple of n_head"):
+    with pytest.raises(ValueError, match="n_embd must be a multiple of n_head.*, but n_embd is .*, n_head is 5"):
         LitGPTModule(config=CONFIG | {"n_head": 5})
+    with pytest.raises(ValueError, match="but n_embd is 128, n_head is 14, n_query_groups is 2"):
+        LitGPTModule("Qwen2.5-0.5B", config={"n_embd": 128})
 
 
 def test_missing_litgpt_says_what_to_install(monkeypatch):

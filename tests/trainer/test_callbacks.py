@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -23,6 +24,7 @@ from lightning_adapm import (
 from lightning_adapm.report.diagnostics import StateReport
 from lightning_adapm.report.plan import StateBytes, measure
 from lightning_adapm.report.tables import show_bytes
+from lightning_adapm.trainer.callbacks import run
 from lightning_adapm.trainer.callbacks.closing import RunResult, closing_table
 from lightning_adapm.trainer.callbacks.figures import state_figure
 
@@ -55,6 +57,18 @@ def test_no_bar_of_the_state_ends_at_an_axis():
     low, high = axes.get_ylim()
     assert low < 0 and high > max(bar.get_y() + bar.get_height() for bar in axes.patches)
     assert {"1000.0\nMiB", "1\nB", "0\nB"} == {text.get_text() for text in axes.texts}
+
+
+def test_a_file_that_cannot_be_written_does_not_end_the_training(tmp_path, monkeypatch):
+    """As on a full disk; all that the run was for comes after it."""
+
+    def refuse(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run, "get_filesystem", lambda folder: SimpleNamespace(makedirs=refuse))
+    with pytest.warns(UserWarning, match=r"result.json is not written: \[Errno 28\] No space left on device"):
+        trainer = fit(tmp_path, Foreign(AdaPM), [OptimizerStateMonitor(), ClosingTable()])
+    assert trainer.state.finished
 
 
 def test_residual_monitor_logs_only_on_its_steps(tmp_path):

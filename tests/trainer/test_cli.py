@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from commands import QUICKSTART, logged, run, shrunk
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 import lightning_adapm
 from lightning_adapm.__main__ import main
@@ -190,13 +190,14 @@ def test_help_names_the_commands_without_loading_lightning(in_process, capsys, m
     [
         ("--data.init_args.vocab_size=3", "`vocab_size` must be at least 257"),
         ("--data.init_args.path=no/such/folder", "`path`: there is no 'no/such/folder'"),
-        ("--data.init_args.blok_size=3", "'blok_size' is not expected"),
+        ("--data.init_args.blok_size=3", "has no option 'blok_size'; did you mean 'block_size'?"),
         ("--model.init_args.config.n_heads=3", "no field 'n_heads'; did you mean 'n_head'?"),
-        ("--trainer.max_stepz=3", "max_stepz"),
+        ("--trainer.max_stepz=3", "arguments: --trainer.max_stepz=3; did you mean --trainer.max_steps?"),
+        ("--model.init_args.adapm.rnak=3", "adapm has no option 'rnak'; did you mean 'rank'?"),
         ("--ckpt_path=nowhere.ckpt", "error: `ckpt_path`: 'nowhere.ckpt' does not exist; give"),
         (
             "--optimizer=lightning_adapm.Adapm",
-            "error: lightning_adapm.Adapm: module 'lightning_adapm' has no attribute 'Adapm'; did you mean 'AdaPM'?",
+            "error: optimizer: there is no class 'lightning_adapm.Adapm'; did you mean 'AdaPM'?",
         ),
         ("--trainer.strategy=fsdp", "error: The strategy `fsdp` requires a GPU accelerator"),
         ("--trainer.strategy=deepspeed", "error: To use the `DeepSpeedStrategy`, you must have DeepSpeed installed"),
@@ -253,6 +254,37 @@ def test_errors_that_are_not_about_input_keep_their_traceback(in_process, monkey
     monkeypatch.setattr(cli.LightningCLI, "__init__", lambda *args, **kwargs: int("x"))
     with pytest.raises(ValueError, match="invalid literal"):
         in_process("fit")
+
+
+def test_a_checkpoint_that_cannot_be_read_is_refused_before_any_work(tmp_path):
+    saved = tmp_path / "a run" / "checkpoints" / "last.ckpt"
+    saved.parent.mkdir(parents=True)
+    with pytest.raises(ValueError, match="a run' is a folder and no checkpoint; it holds none, so give another"):
+        cli.check_checkpoint(str(tmp_path / "a run"))
+    torch.save({"state_dict": {"weight": torch.zeros(1000)}}, saved)
+    cli.check_checkpoint(str(saved))
+    with pytest.raises(ValueError, match="a run' is a folder and no checkpoint; give '.*last.ckpt'"):
+        cli.check_checkpoint(str(tmp_path / "a run"))
+    saved.write_bytes(saved.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="last.ckpt' of 2000 bytes is no complete checkpoint; give an earlier one"):
+        cli.check_checkpoint(str(saved))
+    (tmp_path / ".metadata").touch()
+    for path in (None, "last", "s3://runs/last.ckpt", str(tmp_path)):
+        cli.check_checkpoint(path)
+
+
+@pytest.mark.parametrize(("raised", "status"), [(SIGTERMException, 143), (KeyboardInterrupt, 130)])
+def test_an_interrupted_run_does_not_end_with_status_0(in_process, monkeypatch, capsys, raised, status):
+    """As that of Lightning's SIGTERMException, after which `fit && generate` would go on."""
+
+    def interrupted(*args, **kwargs):
+        raise raised
+
+    monkeypatch.setattr(cli.LightningCLI, "__init__", interrupted)
+    with pytest.raises(SystemExit) as end:
+        in_process("fit")
+    assert end.value.code == status
+    assert "--ckpt_path continues from a checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("package", ["lightning_adapm.made_up", "elsewhere"])

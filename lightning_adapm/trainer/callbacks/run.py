@@ -11,7 +11,7 @@ import lightning as L
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,14 +69,19 @@ def run_folder(trainer: L.Trainer) -> str:
     return str(trainer.log_dir or trainer.default_root_dir)
 
 
-def write_file(folder: str, name: str, content: bytes) -> str:
-    """Write a file into a local or remote folder, created if necessary, and return its path."""
+def write_file(folder: str, name: str, content: bytes) -> None:
+    """Write a file into a local or remote folder, created if necessary.
+
+    A full disk or a folder that cannot be written is a warning, because no training should end for a figure.
+    """
     path = posixpath.join(folder, name)
     files = get_filesystem(folder)
-    files.makedirs(folder, exist_ok=True)
-    with files.open(path, "wb") as file:
-        file.write(content)
-    return path
+    try:
+        files.makedirs(folder, exist_ok=True)
+        with files.open(path, "wb") as file:
+            file.write(content)
+    except OSError as error:
+        rank_zero_warn(f"{path} is not written: {error}")
 
 
 def publish_figure(trainer: L.Trainer, folder: str, name: str, draw: Callable[[], "Figure"]) -> None:
