@@ -102,29 +102,58 @@ def _unlike(part: Part, entries: Mapping[str, Entry], values: Mapping[str, Any])
 
 
 def _fill(part: Part, moment: Moment, family: type[Moment], saved: Mapping[str, Any], new: dict[str, Any]) -> None:
-    """Fill the new state of a part's moment from the saved state of a moment of the same family."""
-    values = decoded(saved)
+    """Fill the new state of a part's moment from the saved state of a moment of the same family.
+
+    Raises:
+        ValueError: The state has another shape, cannot be converted, or some of it would be lost.
+    """
+    values, entries = decoded(saved), moment.entries(part.shape)
+    source = _source(part, family, values)
+    own = source is None or source.keys <= entries.keys()
+    if own and _filled_alike(saved, values, entries, new):
+        return
+    if source is None:
+        _check_nothing_lost(part, family, entries, values, new)
+    elif not (source.keys == moment.keys and moment.resized(values, new)):
+        _convert(part, moment, source, values, new)
+
+
+def _source(part: Part, family: type[Moment], values: Mapping[str, Any]) -> type[Moment] | None:
+    """Find the moment that saved some values of a part; None if there is none of the ``family``.
+
+    Raises:
+        ValueError: The values of all candidates have other shapes.
+    """
     # AdamW's kinds are defined first: torch.distributed.checkpoint may have added this optimizer's own new entries
     known = [kind for kind in family.kinds() if kind.keys and kind.keys <= values.keys()]
-    sources = [kind for kind in known if kind.fits(values, part.shape)]
-    if known and not sources:
+    for kind in known:
+        if kind.fits(values, part.shape):
+            return kind
+    if known:
         key = min(known[0].keys)
         raise _misfit(part, part.piece.prefix + key, values[key])
-    entries = moment.entries(part.shape)
-    own = not sources or sources[0].keys <= entries.keys()
+    return None
+
+
+def _filled_alike(
+    saved: Mapping[str, Any], values: Mapping[str, Any], entries: Mapping[str, Entry], new: dict[str, Any]
+) -> bool:
+    """Fill a new state from one with the same entries, in any storage; return whether the saved state has them."""
     coded = (_in_any_storage(entries) - entries.keys()) & saved.keys()
-    if own and (_copied(saved if coded <= new.keys() else values, new) or _written(values, entries, new)):
-        return
-    if own and sources and moment.keys == sources[0].keys and moment.resized(values, new):
-        return
-    if not sources:
-        _check_nothing_lost(part, family, entries, values, new)
-        return
+    return _copied(saved if coded <= new.keys() else values, new) or _written(values, entries, new)
+
+
+def _convert(part: Part, moment: Moment, source: type[Moment], values: Mapping[str, Any], new: dict[str, Any]) -> None:
+    """Convert the values of another moment by way of a dense tensor.
+
+    Raises:
+        ValueError: One of the two moments has no dense form.
+    """
     try:
-        moment.from_dense(sources[0].dense(values, part.shape), new)
+        moment.from_dense(source.dense(values, part.shape), new)
     except ValueError as error:
-        if own and sources[0] is type(moment):
-            raise _unlike(part, entries, values) from error
+        if source is type(moment):
+            raise _unlike(part, moment.entries(part.shape), values) from error
         raise ValueError(
             f"the saved state of {part.name} does not fit: {error}; load it into the optimizer that saved it, or"
             " begin without a state"

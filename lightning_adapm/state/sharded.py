@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_adapm.moments.storage import Entry, decoded
 from lightning_adapm.sharding.find import is_dtensor, local
+from lightning_adapm.sharding.layout import Layout
 from lightning_adapm.sharding.rows import RowShard
 from lightning_adapm.state.entries import (
     Parts,
@@ -53,11 +54,7 @@ def export_state(parts: Parts, state: Mapping[str, Any], all_parts: Callable[[],
     for part, entry, form in known:
         for name, whole in form.items():
             if follows_rows(part, entry):
-                rows = exported[name]
-                if part.shard is not None and not _aligned(part):
-                    size = -(-part.shard.size // len(layout.spans))  # what a DTensor keeps on each process
-                    rows = gather_rows(part.shard, rows)[size * layout.rank : size * (layout.rank + 1)].clone()
-                exported[name] = _dtensor(rows, param, 0, whole)
+                exported[name] = _dtensor(_as_a_dtensors(part, exported[name], layout), param, 0, whole)
             elif shares_columns(part, entry):
                 exported[name] = _dtensor(exported[name], param, 1, whole)
     return exported
@@ -66,6 +63,14 @@ def export_state(parts: Parts, state: Mapping[str, Any], all_parts: Callable[[],
 def form_of(part: Part, key: str, entry: Entry) -> dict[str, Tensor]:
     """Tensors on the meta device like those of a sharded parameter's entry in a state dict, of whole shapes."""
     return (stored if entry.storage.rowwise else valued)(part, key, entry)
+
+
+def _as_a_dtensors(part: Part, rows: Tensor, layout: Layout) -> Tensor:
+    """Rows of an entry that a DTensor keeps on this process; those of a part of a fused weight lie elsewhere."""
+    if part.shard is None or _aligned(part):
+        return rows
+    size = -(-part.shard.size // len(layout.spans))
+    return gather_rows(part.shard, rows)[size * layout.rank : size * (layout.rank + 1)].clone()
 
 
 def _dtensor(part: Tensor, param: "DTensor", dim: int, whole: Tensor) -> "DTensor":
