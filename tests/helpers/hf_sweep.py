@@ -111,12 +111,13 @@ class Result:
 
 def model_classes():
     """``{class name: model type}`` of all that transformers' tables list."""
+    known = set(dir(transformers))  # not hasattr, which imports every model: seconds, and objects in every search
     tables = [name for name in dir(modeling_auto) if re.fullmatch(r"MODEL_\w*MAPPING_NAMES", name)]
     found = {}
     for table in tables:
         for kind, names in getattr(modeling_auto, table).items():
             for name in [names] if isinstance(names, str) else names:
-                if hasattr(transformers, name):
+                if name in known:
                     found.setdefault(name, kind)
     return dict(sorted(found.items(), key=lambda item: (item[1], item[0])))
 
