@@ -2,7 +2,8 @@
 
 ``DPOModule`` and ``PreferenceData`` run as in ``recipes/trainer/preference``. The weights are those that the study
 ``finetune_at_size`` pretrained, converted for litgpt and finetuned on the chosen answers. A rejected answer is the
-chosen one with other numbers, so that the model has to look at the question and at the sums.
+chosen one with one other number, so that the model has to look at the question and at the sums: with other numbers
+throughout, every pair held out was told apart.
 """
 
 import argparse
@@ -131,13 +132,15 @@ def write_checkpoint(folder: Path, shape: Shape, weights: Mapping[str, Tensor], 
 
 
 def pairs_of(path: Path, number: int) -> list[dict[str, str]]:
-    """Pairs from the first lines of a ``.jsonl`` file with questions and answers."""
+    """Pairs from the first lines of a ``.jsonl`` file with questions and answers that have numbers."""
     draw, pairs = random.Random(0), []
     for line in read_bytes(path).splitlines()[:number]:
         record = json.loads(line)
-        other = re.sub(r"\d+", lambda found: str(int(found[0]) + draw.randint(1, 9)), record["answer"])
-        if other != record["answer"]:
-            pairs.append({"prompt": record["question"], "chosen": record["answer"], "rejected": other})
+        answer = record["answer"]
+        if numbers := list(re.finditer(r"\d+", answer)):
+            changed = draw.choice(numbers)
+            other = f"{answer[: changed.start()]}{int(changed[0]) + draw.randint(1, 9)}{answer[changed.end() :]}"
+            pairs.append({"prompt": record["question"], "chosen": answer, "rejected": other})
     return pairs
 
 
@@ -190,10 +193,10 @@ def page(result: Mapping[str, Any]) -> str:
         for run in runs
     ]
     words = (
-        f"DPO on {result['pairs']} pairs, the last twentieth of a fixed shuffle held out: one epoch in batches of"
-        f" {result['batch']}, beta 0.1, no weight decay, seed 0. {result['model']}. An accuracy is the share of pairs"
-        " held out for which the policy prefers the chosen answer more than the reference does. Both rounds of training"
-        " are the package's modules in a Trainer."
+        f"DPO on {result['pairs']} pairs that differ in one number, the last twentieth of a fixed shuffle held out: one"
+        f" epoch in batches of {result['batch']}, beta 0.1, no weight decay, seed 0. {result['model']}. An accuracy is"
+        " the share of pairs held out for which the policy prefers the chosen answer more than the reference does. Both"
+        " rounds of training are the package's modules in a Trainer."
     )
     head = ["", "lr", "accuracy", "loss", "seconds"]
     return "\n".join(["# preference_training", "", provenance(result), "", words, "", *table(head, rows), ""])

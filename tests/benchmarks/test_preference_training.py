@@ -23,12 +23,14 @@ def test_a_converted_model_computes_the_same():
     torch.testing.assert_close(theirs(tokens).flatten(0, 1), ours(tokens), atol=1e-5, rtol=1e-5)
 
 
-def test_every_row_is_tuned_and_rejected_answers_have_other_numbers(tmp_path, monkeypatch):
-    lines = [{"question": f"{n} + {n}?", "answer": f"It is {2 * n}."} for n in range(24)]
+def test_every_row_is_tuned_and_a_rejected_answer_has_one_other_number(tmp_path, monkeypatch):
+    lines = [{"question": f"{n} + {n}?", "answer": f"{n} and {n} is {2 * n}."} for n in range(24)]
     file = tmp_path / "sums.jsonl"
     file.write_text("\n".join(map(json.dumps, [*lines, {"question": "why?", "answer": "so"}])))
     pairs = pairs_of(file, 100)
-    assert len(pairs) == 24 and all(pair["chosen"] != pair["rejected"] for pair in pairs)
+    assert len(pairs) == 24
+    for words in ((pair["chosen"].split(), pair["rejected"].split()) for pair in pairs):
+        assert sum(a != b for a, b in zip(*words, strict=True)) == 1
     torch.save(TINY.build().state_dict(), tmp_path / "weights.pt")
     monkeypatch.setattr(preference_training, "ROWS", {k: preference_training.ROWS[k] for k in ("AdamW", "PartialMuon")})
     words = ["", "--weights", str(tmp_path / "weights.pt"), "--data", str(file), "--output", str(tmp_path)]
