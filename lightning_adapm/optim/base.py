@@ -64,9 +64,8 @@ class RoleOptimizer(RoleGroups):
     observer: Observer | None = None
     """Monitor of the steps."""
     most_recorded_bytes = MOST_BYTES
-    """Limit on the bytes of a step's temporaries up to which the step is recorded on a GPU, and then replayed as a CUDA
-    graph, which keeps that memory. 0 records no step. Where processes share rows, a twentieth of the GPU's memory is
-    allowed in any case.
+    """Most bytes of temporaries with which a step is recorded on a GPU and then replayed as a CUDA graph, which keeps
+    them. 0 records no step. Where processes share rows, a twentieth of the GPU's memory is allowed in any case.
     """
 
     foreign = options.FOREIGN
@@ -94,11 +93,18 @@ class RoleOptimizer(RoleGroups):
         self._add(read_groups(params))
 
     def momentum_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> Momentum:
-        """Choose the momentum of a piece whose matrix has ``shape`` over all processes."""
+        """Choose the momentum of a piece. Equal moments of pieces of one shape are computed together.
+
+        Args:
+            piece: The piece, with its role.
+            shape: Shape of its matrix ``(m, n)`` over all processes, of a stack of matrices ``(b, m, n)``, or of a
+                vector.
+            group: Options of its parameter group, as ``defaults`` name them.
+        """
         raise NotImplementedError(f"{type(self).__name__} needs a method momentum_for(piece, shape, group)")
 
     def second_moment_for(self, piece: Piece, shape: torch.Size, group: Mapping[str, Any]) -> SecondMoment:
-        """Choose the second moment of a piece whose matrix has ``shape`` over all processes."""
+        """Choose the second moment of a piece. Arguments are those of :meth:`momentum_for`."""
         raise NotImplementedError(f"{type(self).__name__} needs a method second_moment_for(piece, shape, group)")
 
     @property
@@ -115,8 +121,7 @@ class RoleOptimizer(RoleGroups):
         self._rates.clear()
         with self._armed(closure) as early, torch.enable_grad():
             loss = None if closure is None else closure()
-        known = self._registry
-        known.places = check_not_replaced(known.places, self, known.names)
+        self._registry.places = check_not_replaced(self._registry.places, self, self.names)
         self._norms = [] if early is None else early.norms()
         selected: Selection = [(index, group["params"]) for index, group in enumerate(self.param_groups)]
         moved, _ = self._move_selected(selected if early is None else in_backward.left_over(selected, self.state))
