@@ -29,9 +29,9 @@ class Stack(list[Tensor]):
         """Multiply the gradients ``(b, m, n)`` by ``(b, r, m)`` from the left."""
 
     @abstractmethod
-    def squares(self, dim: int | None) -> list[Tensor]:
-        """Sums of squares of the rows of every gradient, ``(..., m, 1)``; with ``dim`` -2 of its columns, with None of
-        all of it.
+    def squares(self, dim: int | None) -> Tensor:
+        """Sums of squares of the rows of all gradients, ``(gradients, ..., m, 1)``; with ``dim`` -2 of their columns,
+        with None of each gradient. The tensor is new.
         """
 
     @abstractmethod

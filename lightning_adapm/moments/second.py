@@ -7,6 +7,7 @@ Each makes its state for a piece of a given shape and turns gradients into denom
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from lightning_adapm.moments.base import Denominators, SecondMoment, State
 from lightning_adapm.moments.batches import Stack
 from lightning_adapm.moments.storage import EXACT, Entry, Storage
-from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction
+from lightning_adapm.sharding.reduction import ONE_PROCESS, Reduction, Tensors, each
 
 ADDED = 1e-30
 """Constant that AdaLomo adds to squares."""
@@ -103,18 +104,17 @@ class BlockSecondMoment(SecondMoment):
     def denominators(
         self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
     ) -> Denominators:
-        averages = self.storage.read(states, "exp_avg_sq")
-        _average(averages, self._means(grads, reduction), self.beta2)
-        self.storage.write(states, "exp_avg_sq", averages)
-        roots: Sequence[Tensor] = torch._foreach_sqrt(averages)
+        averages = averaged(self.storage, states, "exp_avg_sq", self._means(grads, reduction), self.beta2)
+        roots = each(torch.sqrt, averages)
         if grads[0].dim() >= 2 and self.blocks is not None:
             if self.outputs == -2:
                 roots = reduction.of_rows(roots, self.blocks, grads)
             else:
-                roots = [root.repeat_interleave(grads[0].shape[-1] // self.blocks, dim=-1) for root in roots]
+                columns = grads[0].shape[-1] // self.blocks
+                roots = each(lambda root: root.repeat_interleave(columns, dim=-1), roots)
         return Denominators(list(roots), bias_correction(self.beta2, step), self.eps)
 
-    def _means(self, grads: list[Tensor], reduction: Reduction) -> list[Tensor]:
+    def _means(self, grads: list[Tensor], reduction: Reduction) -> Tensors:
         if grads[0].dim() < 2:
             return mean_squares(grads, None, reduction)
         means = mean_squares(grads, -3 - self.outputs, reduction)
@@ -122,7 +122,7 @@ class BlockSecondMoment(SecondMoment):
             return means
         if self.outputs == -2:
             return reduction.block_means(means, self.blocks)
-        return [block_means(mean, self.blocks, -1) for mean in means]
+        return each(partial(block_means, blocks=self.blocks, dim=-1), means)
 
 
 @dataclass(frozen=True)
@@ -157,16 +157,14 @@ class FactoredSecondMoment(SecondMoment):
     def denominators(
         self, grads: list[Tensor], states: Sequence[State], step: int, reduction: Reduction = ONE_PROCESS
     ) -> Denominators:
-        rows, columns = (self.storage.read(states, key) for key in ("exp_avg_sq_row", "exp_avg_sq_col"))
-        _average(rows, mean_squares(grads, -1, reduction), self.beta2)
-        _average(columns, mean_squares(grads, -2, reduction), self.beta2)
-        self.storage.write(states, "exp_avg_sq_row", rows)
-        self.storage.write(states, "exp_avg_sq_col", columns)
+        rows, columns = (
+            averaged(self.storage, states, key, mean_squares(grads, dim, reduction), self.beta2)
+            for key, dim in (("exp_avg_sq_row", -1), ("exp_avg_sq_col", -2))
+        )
         tiny = torch.finfo(rows[0].dtype).tiny
-        means = [mean.clamp_min(tiny) for mean in reduction.means(rows)]
-        shares = [(row / mean).sqrt_() for row, mean in zip(rows, means, strict=True)]
-        correction = bias_correction(self.beta2, step)
-        return Denominators(shares, correction, self.eps, list(torch._foreach_sqrt(columns)))
+        shares = each(lambda row, mean: (row / mean.clamp_min(tiny)).sqrt_(), rows, reduction.means(rows))
+        roots = each(torch.sqrt, columns)
+        return Denominators(list(shares), bias_correction(self.beta2, step), self.eps, list(roots))
 
 
 def _rows_and_columns(shape: torch.Size, storage: Storage) -> dict[str, Entry]:
@@ -192,22 +190,20 @@ def block_means(means: Tensor, blocks: int, dim: int) -> Tensor:
     return means.unflatten(dim, (blocks, -1)).mean(dim=dim)
 
 
-def mean_squares(grads: list[Tensor], dim: int | None, reduction: Reduction) -> list[Tensor]:
-    """Means of squares along ``dim``, kept as a dimension of one, or over everything.
+def mean_squares(grads: list[Tensor], dim: int | None, reduction: Reduction) -> Tensors:
+    """Means of squares along ``dim``, kept as a dimension of one, or over everything, for gradients of one shape.
 
     They are bounded by :func:`largest`, because an infinite mean would stay forever.
     """
     if isinstance(grads, Stack):
-        sums = grads.squares(dim)
+        sums: Tensors = grads.squares(dim)
     elif dim is None:
         sums = list(torch._foreach_pow(torch._foreach_norm(grads), 2))
     else:
         sums = [torch.linalg.vector_norm(grad, dim=dim, keepdim=True).square_() for grad in grads]
     sums = reduction.rows(sums) if dim == -1 else reduction.total(sums)
-    counts = [grad.shape[-1] for grad in grads] if dim == -1 else reduction.sizes(grads)
-    torch._foreach_div_(sums, [max(1, count) for count in counts])
-    torch._foreach_clamp_max_(sums, largest(sums[0].dtype))
-    return sums
+    count = max(1, grads[0].shape[-1] if dim == -1 else reduction.sizes(grads)[0])
+    return each(lambda total: (total / count).clamp_max_(largest(total.dtype)), sums)
 
 
 def largest(dtype: torch.dtype) -> float:
@@ -215,9 +211,14 @@ def largest(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).max * 2.0**-30
 
 
-def _average(averages: list[Tensor], means: list[Tensor], beta2: float) -> None:
-    torch._foreach_mul_(averages, beta2)  # not lerp: an average that overflowed to infinity must not become NaN
-    torch._foreach_add_(averages, means, alpha=1 - beta2)
+def averaged(storage: Storage, states: Sequence[State], key: str, means: Tensors, beta2: float) -> Tensors:
+    """Take means into the averages under a ``key``; return these, in one tensor where the means are."""
+    kept = storage.read(states, key)
+    averages = torch.stack(kept) if isinstance(means, Tensor) else kept
+    # not lerp: an average that overflowed to infinity must not become NaN
+    each(lambda average, mean: average.mul_(beta2).add_(mean, alpha=1 - beta2), averages, means)
+    storage.write(states, key, list(averages))
+    return averages
 
 
 def bias_correction(beta2: float, step: int) -> float:
@@ -268,8 +269,8 @@ class RelativeSecondMoment(SecondMoment):
             return Denominators(list(torch._foreach_sqrt(averages)), 1.0, 0.0)
         rows, columns = (self.storage.read(states, key) for key in ("exp_avg_sq_row", "exp_avg_sq_col"))
         for key, averages, dim in (("exp_avg_sq_row", rows, -1), ("exp_avg_sq_col", columns, -2)):
-            means = [mean + ADDED for mean in mean_squares(grads, dim, reduction)]
-            torch._foreach_lerp_(averages, means, weight)
+            means = each(lambda mean: mean + ADDED, mean_squares(grads, dim, reduction))
+            torch._foreach_lerp_(averages, list(means), weight)
             self.storage.write(states, key, averages)
         shares = [(row / mean).sqrt_() for row, mean in zip(rows, reduction.means(rows), strict=True)]
         return Denominators(shares, 1.0, 0.0, list(torch._foreach_sqrt(columns)))

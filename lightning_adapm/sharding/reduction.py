@@ -1,7 +1,7 @@
 """Sums over the rows of sharded matrices."""
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,16 @@ from torch.nn.functional import pad
 from lightning_adapm.sharding.collectives import Pending, Planned, all_reduce, begin_and_wait, gathering, total
 from lightning_adapm.sharding.rows import RowShard, column_range
 
-_Tensors = TypeVar("_Tensors", bound=Sequence[Tensor] | Tensor)
+Tensors: TypeAlias = Sequence[Tensor] | Tensor
+"""One tensor per matrix or stack, or all of them in one, whose first dimension counts them."""
+_Tensors = TypeVar("_Tensors", bound=Tensors)
+
+
+def each(operation: Callable[..., Tensor], *values: Tensors) -> Tensors:
+    """Results of an operation on the tensors of each matrix, by one call where all of them are in one tensor."""
+    if all(isinstance(value, Tensor) for value in values):
+        return operation(*values)
+    return [operation(*tensors) for tensors in zip(*values, strict=True)]
 
 
 class Reduction:
@@ -24,7 +33,7 @@ class Reduction:
         """Complete per-row sums ``(k, c)`` over columns with the other processes' parts of the same rows."""
         return values
 
-    def total(self, values: list[Tensor]) -> list[Tensor]:
+    def total(self, values: _Tensors) -> _Tensors:
         """Complete sums over this process's rows with those of the other processes."""
         return values
 
@@ -78,18 +87,18 @@ class Reduction:
         """Number of rows of each matrix over all processes; number of elements of anything else."""
         return [value.shape[-2] if value.dim() > 1 else value.numel() for value in values]
 
-    def means(self, values: Sequence[Tensor]) -> list[Tensor]:
+    def means(self, values: Tensors) -> Tensors:
         """Means of row values ``(k, 1)`` over all rows, of shape ``(1, 1)``."""
-        return [value.mean(dim=-2, keepdim=True) for value in values]
+        return each(lambda value: value.mean(dim=-2, keepdim=True), values)
 
-    def block_means(self, means: Sequence[Tensor], blocks: int) -> list[Tensor]:
+    def block_means(self, means: Tensors, blocks: int) -> Tensors:
         """Average row means ``(k, 1)`` over equal blocks of rows, to ``(blocks, 1)``."""
-        return list(torch.stack(list(means)).unflatten(-2, (blocks, -1)).mean(dim=-2).unbind())
+        return each(lambda mean: mean.unflatten(-2, (blocks, -1)).mean(dim=-2), means)
 
-    def of_rows(self, values: Sequence[Tensor], blocks: int, like: Sequence[Tensor]) -> list[Tensor]:
+    def of_rows(self, values: Tensors, blocks: int, like: Sequence[Tensor]) -> Tensors:
         """Repeat the values of blocks of rows for each row."""
         rows = like[0].shape[-2] // blocks
-        return list(torch.stack(list(values)).repeat_interleave(rows, dim=-2).unbind())
+        return each(lambda value: value.repeat_interleave(rows, dim=-2), values)
 
 
 ONE_PROCESS = Reduction()
@@ -127,8 +136,9 @@ class ProcessReduction(Reduction):
             row_value.copy_(parts[place])
         return values
 
-    def total(self, values: list[Tensor]) -> list[Tensor]:
-        return total(values, self.group)
+    def total(self, values: _Tensors) -> _Tensors:
+        total([values] if isinstance(values, Tensor) else list(values), self.group)
+        return values
 
     def largest(self, values: Tensor) -> Tensor:
         found = super().largest(values) if values.shape[-2] else values.new_zeros(values.shape[0], 1, values.shape[-1])
@@ -192,22 +202,22 @@ class ProcessReduction(Reduction):
     def sizes(self, values: Sequence[Tensor]) -> list[int]:
         return [shard.size for shard in self.shards]
 
-    def means(self, values: Sequence[Tensor]) -> list[Tensor]:
+    def means(self, values: Tensors) -> Tensors:
         sums = self.total([value.sum(dim=-2, keepdim=True) for value in self._each_row_once(values)])
         return list(torch._foreach_div(sums, [float(shard.size) for shard in self.shards]))
 
-    def block_means(self, means: Sequence[Tensor], blocks: int) -> list[Tensor]:
+    def block_means(self, means: Tensors, blocks: int) -> Tensors:
         sums, places = means[0].new_zeros(len(means), blocks, 1), self._blocks(blocks, means[0].device)
         for into, place, mean in zip(sums, places, self._each_row_once(means), strict=True):
             into.index_add_(0, place, mean)
         self.total([sums])
         return list((sums / (self.shards[0].size // blocks)).unbind())
 
-    def of_rows(self, values: Sequence[Tensor], blocks: int, like: Sequence[Tensor]) -> list[Tensor]:
+    def of_rows(self, values: Tensors, blocks: int, like: Sequence[Tensor]) -> Tensors:
         places = self._blocks(blocks, values[0].device)
         return [value[place] for value, place in zip(values, places, strict=True)]
 
-    def _each_row_once(self, values: Sequence[Tensor]) -> list[Tensor]:
+    def _each_row_once(self, values: Tensors) -> list[Tensor]:
         return [
             value if shard.owns_first or not shard.count else torch.cat([torch.zeros_like(value[:1]), value[1:]])
             for shard, value in zip(self.shards, values, strict=True)

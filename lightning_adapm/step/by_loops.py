@@ -16,14 +16,10 @@ from lightning_adapm.moments.batches import join
 from lightning_adapm.moments.first import FullMomentum, LowRankMomentum
 from lightning_adapm.moments.quantized import CODES, SCALE, EightBits, decoded_from
 from lightning_adapm.moments.second import (
-    BlockSecondMoment,
     ElementwiseSecondMoment,
     FactoredSecondMoment,
     bias_correction,
-    block_means,
-    largest,
 )
-from lightning_adapm.moments.storage import EXACT
 from lightning_adapm.moments.tiles import spans
 from lightning_adapm.step import loops, watching
 from lightning_adapm.step.batching import Batch
@@ -39,7 +35,7 @@ def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> N
     parts, first, second = batch.parts, batch.parts[0].first, batch.parts[0].second
     direction = _direction(batch)
     beta2 = second.beta2 if isinstance(second, ElementwiseSecondMoment) else None
-    known = None if beta2 is not None else _denominators(batch)
+    known = None if beta2 is not None else second.denominators(batch.grads, parts, batch.step, batch.reduction)
     if observer is not None:
         watching.see_gradients(observer, batch)
     lr, clip = float(group["lr"]), group.get("clip_threshold")
@@ -90,54 +86,6 @@ def _refreshed(batch: Batch, grads: "ReadGradients") -> Direction:
     return found[0]._replace(tensors=grads, factors=(left, right))
 
 
-def _denominators(batch: Batch) -> Denominators:
-    """Take gradients into a second moment that is not elementwise: for all parts at once, where they were read so."""
-    second, grads, parts, number = batch.parts[0].second, batch.grads, batch.parts, batch.step
-    if isinstance(grads, ReadGradients):
-        if isinstance(second, BlockSecondMoment) and second.storage == EXACT:
-            return _by_block(second, grads, [part["exp_avg_sq"] for part in parts], number)
-        if isinstance(second, FactoredSecondMoment) and second.storage == EXACT:
-            rows, columns = ([part[key] for part in parts] for key in ("exp_avg_sq_row", "exp_avg_sq_col"))
-            return _factored(second, grads, rows, columns, number)
-    return second.denominators(grads, parts, number, batch.reduction)
-
-
-def _by_block(second: BlockSecondMoment, grads: "ReadGradients", kept: list[Tensor], number: int) -> Denominators:
-    """:meth:`BlockSecondMoment.denominators`."""
-    means = _means(grads.squares_of_rows, grads[0].shape[-1])
-    if second.blocks is not None:
-        means = block_means(means, second.blocks, -1)
-    roots = _averaged(kept, means, second.beta2).sqrt_()
-    if second.blocks is not None:
-        roots = roots.repeat_interleave(grads[0].shape[-2] // second.blocks, dim=-1)
-    return Denominators(grads.by_part(roots[..., None]), bias_correction(second.beta2, number), second.eps)
-
-
-def _factored(
-    second: FactoredSecondMoment, grads: "ReadGradients", rows: list[Tensor], columns: list[Tensor], number: int
-) -> Denominators:
-    """:meth:`FactoredSecondMoment.denominators`."""
-    m, n = grads[0].shape[-2:]
-    by_row = _averaged(rows, _means(grads.squares_of_rows, n), second.beta2)
-    by_column = _averaged(columns, _means(grads.squares_of_columns, m), second.beta2).sqrt_()
-    mean = by_row.mean(dim=-1, keepdim=True).clamp_min_(torch.finfo(by_row.dtype).tiny)
-    shares = grads.by_part((by_row / mean).sqrt_()[..., None])
-    correction = bias_correction(second.beta2, number)
-    return Denominators(shares, correction, second.eps, grads.by_part(by_column[:, None]))
-
-
-def _means(sums: Tensor, count: int) -> Tensor:
-    return (sums / count).clamp_max_(largest(sums.dtype))
-
-
-def _averaged(kept: list[Tensor], means: Tensor, beta2: float) -> Tensor:
-    """Take means ``(b, k)`` into averages of the parts; return a copy of these, ``(b, k)``."""
-    averages = torch.stack(kept)
-    averages.view(means.shape).mul_(beta2).add_(means, alpha=1 - beta2)  # as :mod:`moments.second` does
-    torch._foreach_copy_(kept, list(averages.unbind()))
-    return averages.view(means.shape)
-
-
 class ReadGradients(Gradients):
     """Gradients that loops read once: for sums of squares, and for products with the ``bases`` of a step.
 
@@ -159,26 +107,13 @@ class ReadGradients(Gradients):
     def finite(self) -> bool:
         return math.isfinite(float(self._reading.squares.sum()))
 
-    @property
-    def squares_of_rows(self) -> Tensor:
-        """Sums of squares of the rows of all matrices, ``(b, m)``."""
-        return self._reading.squares
-
-    @property
-    def squares_of_columns(self) -> Tensor:
-        """Sums of squares of their columns, ``(b, n)``."""
-        assert self._reading.columns is not None
-        return self._reading.columns
-
-    def squares(self, dim: int | None) -> list[Tensor]:
-        if dim == -2:
-            return self.by_part(self.squares_of_columns[:, None])
-        rows = self.by_part(self.squares_of_rows[..., None])
-        return rows if dim == -1 else [row.sum() for row in rows]
-
-    def by_part(self, values: Tensor) -> list[Tensor]:
-        """The values ``(b, ...)`` of the matrices of each gradient, which has as many dimensions as those."""
-        return list((values if self[0].dim() == 2 else values.unflatten(0, (len(self), -1))).unbind())
+    def squares(self, dim: int | None) -> Tensor:
+        rows, columns, _ = self._reading
+        if dim is None:
+            return rows.view(len(self), -1).sum(dim=1)
+        assert dim == -1 or columns is not None
+        sums = rows[..., None] if columns is None or dim == -1 else columns[:, None]
+        return sums.view(len(self), *self[0].shape[:-2], *sums.shape[1:])
 
     @cached_property
     def _matrices(self) -> list[Tensor]:

@@ -104,13 +104,13 @@ class DeviceGradients(Stack):
         each = len(self.matrices.addresses) // len(self)
         return (self.reading.flaws == 0)[:, None].expand(-1, each).reshape(-1, 1)
 
-    def squares(self, dim: int | None) -> list[Tensor]:
+    def squares(self, dim: int | None) -> Tensor:
         sums = self.columns if dim == -2 else self.reading.squares
         sums, shape = torch.where(self._counting, sums, 0.0), list(self[0].shape)
         if dim is None:
-            return [part.sum() for part in sums.chunk(len(self))]
+            return sums.view(len(self), -1).sum(dim=1)
         shape[dim] = 1
-        return [part.view(shape) for part in sums.chunk(len(self))]
+        return sums.view(len(self), *shape)
 
     def any(self) -> Tensor:
         found = [grad.any(dim=-1).any(dim=-1).reshape(-1, 1, 1) for grad in self]

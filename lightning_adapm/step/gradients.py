@@ -43,11 +43,11 @@ class Gradients(Stack):
         """Whether all are seen to be finite; squares of large numbers may overflow, too."""
         return math.isfinite(float(self._norms.sum()))
 
-    def squares(self, dim: int | None) -> list[Tensor]:
+    def squares(self, dim: int | None) -> Tensor:
         if dim == -2:
-            return [_squares_of_columns(grad) for grad in self]
-        rows = list(self._norms.square().unbind())
-        return rows if dim == -1 or self[0].dim() < 2 else [row.sum() for row in rows]
+            return torch.stack([_squares_of_columns(grad) for grad in self])
+        rows = self._norms.square()
+        return rows if dim == -1 or rows.dim() == 1 else rows.flatten(1).sum(dim=1)
 
     def any(self) -> Tensor:
         return torch.cat([grad.any(dim=-1).any(dim=-1).reshape(-1, 1, 1) for grad in self])
