@@ -14,11 +14,14 @@ _F = np.float32
 _ONE, _TOP, _LARGEST, _TINY = _F(1), _F(127), _F(3.4028234e38), _F(1.1754944e-38)
 _WORD, _HALF = np.int32(0x7FFFFFFF), np.int32(0x7FFF)
 
-# a value that is not finite keeps its meaning, and sums may be added up in any order
-_compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "nsz", "reassoc"})
+# a value that is not finite keeps its meaning
+_FAST = {"contract", "nsz"}
+_compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath=_FAST)
+# sums may be added up in any order; elsewhere, divisions would be moved into loops
+_summing = njit(nogil=True, cache=True, error_model="numpy", fastmath=_FAST | {"reassoc"})
 
 
-@_compiled
+@_summing
 def read(grads, squares, columns, first, last):
     """Read the rows ``first`` to ``last``: ``squares`` ``(rows,)`` become their sums of squares, to which ``columns``
     ``(n,)`` add those of columns.
