@@ -102,18 +102,18 @@ def read(matrices: Sequence[Tensor], bases: Tensor | None, columns: bool) -> Rea
     cut = _Cut(squares, b, m, n)
     sums = squares.new_zeros(cut.threads, b, n) if columns else None
     projected = None if bases is None else squares.new_empty(b, m, bases.shape[-2])
-    # the library multiplies by transposed matrices slowly where their rows lie a power of two apart
-    transposed = None if bases is None else bases.mT.contiguous()
     read_rows, grads = _loops().read, _arrays(matrices)
     found, added = squares.numpy(), None if sums is None else sums.numpy()
 
     def work(thread: int, index: int, first: int, last: int) -> None:
         column = None if added is None else added[thread, index]
+        # the library multiplies by transposed matrices slowly where their rows lie a power of two apart
+        transposed = None if bases is None else bases[index].mT.contiguous()
         for start, stop in cut.cached(first, last):
             read_rows(grads[index], found[index], column, start, stop)
             if projected is not None and transposed is not None:
                 rows = slice(start, stop)
-                torch.mm(matrices[index][rows], transposed[index], out=projected[index, rows])
+                torch.mm(matrices[index][rows], transposed, out=projected[index, rows])
 
     cut.share(work)
     return Reading(squares, None if sums is None else sums.sum(dim=0), projected)
