@@ -61,7 +61,8 @@ class Storage:
         stored = [state[key] for state in states]
         if all(map(is_, stored, values)):
             return
-        pairs = [pair for pair in zip(stored, values, strict=True) if not _same(*pair)]
+        same = _same if has_values(stored[0]) else is_
+        pairs = [pair for pair in zip(stored, values, strict=True) if not same(*pair)]
         if not pairs:
             return
         kept, new = [stored for stored, _ in pairs], [value for _, value in pairs]
@@ -98,8 +99,6 @@ def decoded(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _same(stored: Tensor, value: Tensor) -> bool:
-    if stored is value or not has_values(stored):
-        return stored is value
     return stored.dtype == value.dtype and stored.data_ptr() == value.data_ptr() != 0
 
 
