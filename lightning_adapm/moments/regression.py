@@ -6,6 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lightning_adapm.moments import lowrank
 from lightning_adapm.moments.base import Denominators, Direction, Momentum, SecondMoment, State
@@ -18,6 +19,10 @@ _SPREAD = 0.02
 """Standard deviation of the right factor before the first step."""
 _DAMPING = 1e-6
 """Damping of the inverses, relative to the mean of the diagonal."""
+_ADDED_APART = 1024
+"""Columns whose products are added up apart from those of others, because Gram matrices have too few entries to occupy
+a GPU.
+"""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def fit(fittings: Sequence[Fitting], reduction: Reduction) -> None:
     rights = _joined([each.right for each in fittings])
     seen = _joined([each.targets @ each.right.mT for each in fittings])
     reduction.rows(seen)
-    new_lefts = _averaged(_over_gram(seen, rights @ rights.mT), [each.left for each in fittings], fittings)
+    new_lefts = _averaged(_over_gram(seen, _gram(rights)), [each.left for each in fittings], fittings)
     del seen
     gauss_seidel = fittings[0].regressor.order == "gauss_seidel"
     basis = new_lefts if gauss_seidel else _joined([each.left for each in fittings])
@@ -90,7 +95,7 @@ def fit(fittings: Sequence[Fitting], reduction: Reduction) -> None:
     basis = basis / size
     rows = basis.mT.chunk(len(fittings))
     fresh = _joined([own @ each.targets for own, each in zip(rows, fittings, strict=True)])
-    fresh, gram = reduction.total([fresh, reduction.owned(basis).mT @ basis])
+    fresh, gram = reduction.total([fresh, _gram(reduction.owned(basis).mT)])
     new_rights = _averaged(_over_gram(fresh.mT, gram).mT / size, [each.right for each in fittings], fittings)
     finite = new_rights.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)  # 1e-30 may come before 1e30
     new_rights = torch.where(finite, new_rights, rights)
@@ -108,6 +113,16 @@ def _averaged(new: Tensor, before: list[Tensor], fittings: Sequence[Fitting]) ->
     for own, old, each in zip(new.chunk(len(fittings)), before, fittings, strict=True):
         torch.lerp(own, old, each.regressor.decay, out=own)
     return new
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """``rows rowsᵀ`` of ``(b, r, n)``, added up in float64."""
+    n = rows.shape[-1]
+    width, parts = min(n, _ADDED_APART), max(1, -(-n // _ADDED_APART))
+    whole = pad(rows, (0, parts * width - n)) if parts * width > n else rows
+    apart = whole.unflatten(-1, (parts, width)).transpose(1, 2)
+    exact = apart.to(torch.float64, memory_format=torch.contiguous_format).flatten(0, 1)
+    return (exact @ exact.mT).unflatten(0, (-1, parts)).sum(dim=1).to(rows.dtype)
 
 
 def _over_gram(rows: Tensor, gram: Tensor) -> Tensor:

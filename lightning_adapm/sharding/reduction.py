@@ -39,7 +39,7 @@ class Reduction:
 
     def largest(self, values: Tensor) -> Tensor:
         """Largest absolute value of ``(b, k, c)`` over all rows, of shape ``(b, 1, c)``."""
-        return values.abs().amax(dim=-2, keepdim=True)
+        return torch.linalg.vector_norm(values, torch.inf, dim=-2, keepdim=True)
 
     def length(self, values: Tensor) -> Tensor:
         """Euclidean length of the columns of ``(b, k, c)``, of shape ``(b, 1, c)``, in float64 against overflow."""
