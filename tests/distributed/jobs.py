@@ -2,14 +2,17 @@
 
 import copy
 import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from zlib import crc32
 
 import torch
+import torch.distributed as dist
 from extending import SignAdam
 from litgpt import GPT
 from models import gpt_loss, token_batches
 from odd_models import MODELS
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
@@ -44,6 +47,10 @@ class Job:
     """By a monitor, in every step."""
     zero: bool = False
     """Under DDP with ZeroRedundancyOptimizer, whatever the strategy of the others; saved and loaded at half."""
+    accumulated: int = 1
+    """Backward passes whose gradients a step adds up. Processes exchange them in the last one only."""
+    clipped: float | None = None
+    """Most norm of all gradients together."""
     tolerance: float = 1e-9
     """Of a weight, relative to its norm."""
 
@@ -72,21 +79,17 @@ class Job:
         batches, half = self.batches(), self.steps // 2
         optimizer = optimizer or self.optimizer(model)
         optimizer.observer = ResidualProbe() if self.watched else None
-        if self.frozen is None:
-            train_share(model, optimizer, batches[:half], rank, world_size, self.broken, self.unseen, self.drawn)
-            train_share(model, optimizer, batches[half:], rank, world_size, self.broken, drawn=self.drawn)
-            return optimizer
-        for _, param in self._named(model, frozen=True):
-            param.requires_grad_(False)
-        train_share(model, optimizer, batches[:half], rank, world_size)
-        for _, param in self._named(model, frozen=True):
-            param.requires_grad_(True)
-        optimizer.add_param_group({"params": self._named(model, frozen=True), "lr": 1e-3})
-        train_share(model, optimizer, batches[half:], rank, world_size)
+        for name, param in model.named_parameters() if self.frozen else ():
+            param.requires_grad_(self.frozen not in name)
+        train_share(model, optimizer, batches[:half], rank, world_size, self, self.unseen)
+        if self.frozen:
+            model.requires_grad_(True)
+            optimizer.add_param_group({"params": self._named(model, frozen=True), "lr": 1e-3})
+        train_share(model, optimizer, batches[half:], rank, world_size, self)
         return optimizer
 
     def batches(self):
-        return token_batches(self.steps, size=(8, 9))
+        return token_batches(self.steps, size=(12 * self.accumulated, 9))  # for two, three, four or six processes
 
 
 def train_zero(job, rank, world_size):
@@ -112,26 +115,51 @@ def loss_of(model, tokens):
     return gpt_loss(model, tokens) if isinstance(inner, GPT) else model(tokens)
 
 
-def train_share(model, optimizer, batches, rank=0, world_size=1, broken=None, unseen=None, drawn=False):
+def train_share(model, optimizer, batches, rank=0, world_size=1, job=None, unseen=None):
     """Every process takes its share of each batch; strategies average the gradients.
 
-    At every third step, the gradient of the parameter whose name has ``broken`` in it is NaN in its first element. That
-    of the last matrix of stacks whose names have ``unseen`` in them is zero.
+    At every third step, the gradient of the parameter whose name has ``job.broken`` in it is NaN in its first element.
+    That of the last matrix of stacks whose names have ``unseen`` in them is zero.
     """
+    job = job or Job()
     for step, tokens in enumerate(batches):
         optimizer.zero_grad()
-        loss_of(model, tokens.chunk(world_size)[rank].to(next(model.parameters()).device)).backward()
-        for name, param in model.named_parameters() if broken and step % 3 == 0 else ():
+        backward(model, tokens.chunk(world_size)[rank].to(next(model.parameters()).device), job.accumulated)
+        if job.clipped is not None:
+            clip(model, job.clipped)
+        for name, param in model.named_parameters() if job.broken and step % 3 == 0 else ():
             layout = layout_of(param)
-            if broken in name and (layout is None or layout.held[0] == 0 < layout.held[1]):
+            if job.broken in name and (layout is None or layout.held[0] == 0 < layout.held[1]):
                 local(param.grad).view(-1)[0] = float("nan")
         for name, param in model.named_parameters() if unseen else ():
             layout = layout_of(param)
             if unseen in name and (layout is None or layout.held[1] == layout.shape.numel() > layout.held[0]):
                 local(param.grad)[-1].zero_()
-        if drawn:
+        if job.drawn:
             draw_gradients(model, step)
         optimizer.step()
+
+
+def backward(model, tokens, times):
+    """Add up the gradients of so many parts of a share, and exchange them in the last of these."""
+    for number, part in enumerate(tokens.chunk(times), 1):
+        alone = number < times
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(not alone)
+        with model.no_sync() if alone and hasattr(model, "no_sync") else nullcontext():
+            (loss_of(model, part) / times).backward()
+
+
+def clip(model, most):
+    """Clip gradients by the norm of all of them. FSDP1's own clipping knows no float64."""
+    if not isinstance(model, FullyShardedDataParallel):
+        torch.nn.utils.clip_grad_norm_(model.parameters(), most)
+        return
+    grads = [param.grad for param in model.parameters() if param.grad is not None]
+    square = torch.stack([grad.square().sum() for grad in grads]).sum()
+    dist.all_reduce(square, group=model.process_group)
+    for grad in grads:
+        grad.mul_(min(1.0, most / (float(square) ** 0.5 + 1e-6)))
 
 
 def draw_gradients(model, step):
@@ -168,6 +196,8 @@ JOBS |= {
         "gpt", {"state_dtype": {"low_rank": "float16", "full": "float64"}}, dtype=torch.float32, tolerance=1e-3
     ),
     "gpt long": Job("gpt", {"second_moment": "block"}, steps=40),
+    "gqa accumulated": Job("gqa", {"second_moment": "block"}, accumulated=2, clipped=0.05),
+    "gpt accumulated muon": Job("gpt", make=PartialMuon, accumulated=2, clipped=0.05),
     "plain unfrozen": Job("plain", frozen="layers.0"),
     "gpt broken": Job("gpt", broken="qkv"),
     "gated broken": Job("gated", broken="gate_up_proj.weight"),

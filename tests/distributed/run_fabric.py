@@ -43,7 +43,7 @@ def strategy_of(name, world_size):
         return CPUFSDPStrategy(process_group_backend="gloo", state_dict_type="full", timeout=TIMEOUT)
     if name == "fsdp2":
         return ModelParallelStrategy(
-            lambda module, mesh: shard(module, mesh["data_parallel"]),
+            lambda module, mesh: shard(module, mesh=mesh["data_parallel"]),
             data_parallel_size=world_size,
             tensor_parallel_size=1,
             save_distributed_checkpoint=False,

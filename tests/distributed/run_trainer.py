@@ -86,7 +86,7 @@ class Training(AdaPMMixin, L.LightningModule):
             with torch.device("cpu"):  # Lightning would have other random numbers after its meta device
                 self.net = self.job.build()
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not hasattr(self.net, "unshard"):
-            shard(self.net, self.device_mesh["data_parallel"])
+            shard(self.net, mesh=self.device_mesh["data_parallel"])
 
     def configure_optimizers(self):
         if self.optimizer_name == "adamw":

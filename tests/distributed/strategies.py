@@ -15,7 +15,7 @@ from models import PlainLM
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -63,11 +63,11 @@ def blocks_of(model):
     return list(model.layers if isinstance(model, PlainLM) else model.h)
 
 
-def shard(model, mesh=None):
+def shard(model, **options):
     """FSDP2, as it is used: every block, then the rest."""
     for block in blocks_of(model):
-        fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+        fully_shard(block, **options)
+    return fully_shard(model, **options)
 
 
 def flatten(model, **options):
@@ -124,13 +124,14 @@ WRAP = {
     "fsdp1": flatten,
     "fsdp2": shard,
     "hybrid1": lambda model: flatten(model, device_mesh=pairs(), sharding_strategy=ShardingStrategy.HYBRID_SHARD),
-    "hybrid2": lambda model: shard(model, pairs()),
+    "hybrid2": lambda model: shard(model, mesh=pairs()),
     "ddp of compiled": lambda model: DistributedDataParallel(compiled(model)),
     "compiled ddp of checkpointed": lambda model: compiled(DistributedDataParallel(checkpointed(model))),
     "fsdp1 of checkpointed": lambda model: flatten(checkpointed(model)),
     "checkpointed fsdp1": lambda model: checkpointed(flatten(model)),
     "fsdp2 of checkpointed": lambda model: shard(checkpointed(model)),
     "compiled fsdp2": lambda model: compiled(shard(model)),
+    "fsdp2 offloaded": lambda model: shard(model, offload_policy=CPUOffloadPolicy(pin_memory=on_cuda())),
     "fsdp2 from meta": shard_without_memory,
     "fsdp2 from file": shard_from_file,
     "fsdp1 from file": flatten_from_file,
