@@ -11,6 +11,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,8 @@ def build_cache(corpus: Corpus, vocab_size: int, cache_dir: Path) -> Path:
     if final.is_dir():
         return final
     partial = cache_dir / f"partial-{uuid.uuid4().hex}"
-    try:
+    with _writing(cache_dir):
         partial.mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(f"`cache_dir`: cannot write to {str(cache_dir)!r} ({error}); give another folder") from error
     _remove_abandoned(cache_dir)
     try:
         tokenizer = train_tokenizer(corpus.texts("train"), vocab_size)
@@ -69,7 +68,8 @@ def build_cache(corpus: Corpus, vocab_size: int, cache_dir: Path) -> Path:
         for part, tokens in encoded.items():
             if not len(tokens):
                 raise ValueError(f"`path`: no file of the {part} part of the text is UTF-8; give UTF-8 text")
-            np.save(partial / f"{part}.npy", tokens)
+            with _writing(cache_dir):
+                np.save(partial / f"{part}.npy", tokens)
         try:
             partial.rename(final)
         except OSError:
@@ -78,6 +78,15 @@ def build_cache(corpus: Corpus, vocab_size: int, cache_dir: Path) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return final
+
+
+@contextmanager
+def _writing(cache_dir: Path) -> Iterator[None]:
+    """Name the option where the folder is read-only or the disk full."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"`cache_dir`: cannot write to {str(cache_dir)!r} ({error}); give another folder") from error
 
 
 def _say_what_is_left_out(names: list[str], count: int) -> None:

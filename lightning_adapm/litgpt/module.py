@@ -211,15 +211,20 @@ class LitGPTModule(AdaPMMixin, L.LightningModule):
     def training_step(self, batch: Tensor | Mapping[str, Any], batch_idx: int) -> Tensor:
         """Mean cross-entropy of the batch, in nats per target token."""
         loss, targets = self._loss(batch)
-        if batch_idx == 0 and not targets:  # only then, because it waits for the device
-            rank_zero_warn(
-                f"The first batch has no token to predict: all its labels are {self._ignored}, so its loss is 0. Where"
-                " `max_seq_length` cuts off whole answers, raise `model.init_args.max_seq_length`"
-                f" (found: {self.max_seq_length}), or drop such rows from the data"
-            )
+        if batch_idx == 0:
+            self._warn_without_targets(targets)
         self.flops_per_batch = round(self._flops_per_token * batch_rows(batch) * batch_length(batch))
         self.log("train_loss", loss, prog_bar=True, batch_size=batch_rows(batch))
         return loss
+
+    def _warn_without_targets(self, targets: Tensor) -> None:
+        """Warn where a batch has no target, which waits for the device: for the first batch alone."""
+        if not targets:
+            rank_zero_warn(
+                f"The first batch has no token to predict: all its labels are {self._ignored}, so nothing is learned"
+                " from it. Where `max_seq_length` cuts off whole answers, raise `model.init_args.max_seq_length`"
+                f" (found: {self.max_seq_length}), or drop such rows from the data"
+            )
 
     def validation_step(self, batch: Tensor | Mapping[str, Any], batch_idx: int) -> None:
         """Add the batch's cross-entropy to the validation mean over all target tokens."""

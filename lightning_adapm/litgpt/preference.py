@@ -56,6 +56,8 @@ class DPOModule(LitGPTModule):
 
     def training_step(self, batch: Tensor | Mapping[str, Any], batch_idx: int) -> Tensor:
         """Mean loss of the batch, in nats."""
+        if batch_idx == 0:
+            self._warn_without_targets((batch["labels"] != IGNORED).sum())
         return self._log_pairs("train", batch)
 
     def validation_step(self, batch: Tensor | Mapping[str, Any], batch_idx: int) -> None:
@@ -183,10 +185,16 @@ class PreferenceData(L.LightningDataModule):
 
     def _read(self) -> list[dict[str, str]]:
         text = self.path.read_text(encoding="utf-8")
-        if self.path.suffix == ".jsonl":
-            pairs = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            pairs = json.loads(text)
+        try:
+            if self.path.suffix == ".jsonl":
+                pairs = [json.loads(line) for line in text.splitlines() if line.strip()]
+            else:
+                pairs = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"`json_path`: {str(self.path)!r} is not JSON ({error}); give a list of {{{', '.join(FIELDS)}}}, or one"
+                " of them per line in a .jsonl file"
+            ) from error
         if not isinstance(pairs, list) or len(pairs) < 2:
             raise ValueError(
                 f"`json_path`: {str(self.path)!r} must hold a list of at least two pairs, but got {len(pairs)} in a"

@@ -259,6 +259,15 @@ def test_a_cache_that_cannot_be_written_is_named(corpus, tmp_path):
         data_module(corpus, tmp_path).prepare_data()
 
 
+def test_a_disk_that_is_full_is_named(corpus, tmp_path, monkeypatch):
+    def fill(file, tokens):
+        raise OSError("222497 requested and 212928 written")  # NumPy's
+
+    monkeypatch.setattr(np, "save", fill)
+    with pytest.raises(ValueError, match=r"`cache_dir`: cannot write to .* \(222497 requested .*; give another folder"):
+        data_module(corpus, tmp_path).prepare_data()
+
+
 def test_calls_out_of_order_say_what_to_call(corpus, tmp_path):
     data = data_module(corpus, tmp_path)
     with pytest.raises(RuntimeError, match=r"setup\('fit'\)"):

@@ -90,6 +90,23 @@ def test_bad_files_are_refused(tmp_path, content, error):
         PreferenceData(str(tmp_path / "pairs.json")).setup()
 
 
+def test_a_file_that_is_no_json_is_refused(tmp_path):
+    for name in ("pairs.json", "pairs.jsonl"):
+        (tmp_path / name).write_text('{"prompt": ')
+        with pytest.raises(
+            ValueError, match=rf"`json_path`: '.*{name}' is not JSON .*; give a list of {{prompt, chosen"
+        ):
+            PreferenceData(str(tmp_path / name)).setup()
+
+
+def test_answers_that_are_cut_off_are_noticed():
+    module = DPOModule(config=CONFIG)
+    module.log_dict = lambda *args, **kwargs: None
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    with pytest.warns(UserWarning, match="first batch has no token to predict"):
+        module.training_step({"input_ids": tokens, "labels": torch.full_like(tokens, -100)}, 0)
+
+
 def test_pairs_may_lie_in_lines(tmp_path):
     path = write_preferences(tmp_path / "pairs.json")
     lines = path.with_suffix(".jsonl")
