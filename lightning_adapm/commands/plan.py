@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -180,7 +181,7 @@ def _report(described: Described, limit: int | None) -> int:
     if every_parameter:
         print(as_text(pieces_table(ours)))
     fits = limit is None or print_step(model, recipe, make, arguments, ours.total.total, limit)
-    if not ours.unmatched:
+    if not ours.unmatched or arguments.get("unmatched", "error") != "error":
         return int(not fits)
     print(_advice(ours))
     return 1
@@ -195,7 +196,13 @@ def _chosen(described: Described) -> tuple[type[Any], dict[str, Any]] | None:
 
 
 def _list_fitting(parser: CommandParser, limit: int) -> int:
-    """Print the recipes with a training step that fits, as they are or with changes of options."""
+    """Print the recipes with a training step that fits, as they are or with changes of options.
+
+    Raises:
+        ModuleNotFoundError: litgpt, whose models they have, is not installed.
+    """
+    if importlib.util.find_spec("litgpt") is None:
+        raise ModuleNotFoundError("--fits without a model plans the recipes: pip install 'lightning-adapm[litgpt]'")
     table = new_table()
     for header in ("Recipe", "Step", "With", "Planned"):
         table.add_column(header, justify="right" if header == "Planned" else "left")

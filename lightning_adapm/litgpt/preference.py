@@ -54,7 +54,7 @@ class DPOModule(LitGPTModule):
         self.reference.eval()  # with LoRA's dropout, the reference would differ in every step
         return self
 
-    def training_step(self, batch: Tensor | Mapping[str, Any], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Mean loss of the batch, in nats."""
         if batch_idx == 0:
             self._warn_without_targets((batch["labels"] != IGNORED).sum())

@@ -114,6 +114,8 @@ def _of_class(path: str, details: str) -> str:
         return f"{path} has no option {unknown[1]!r}; {_instead(unknown[1], _arguments(path))}"
     if missing := re.search(r'Key "([\w.]+)" is required', text):
         return f"{path} needs {missing[1]!r}, which is not given; write {missing[1]}: ... among its init_args"
+    if "Neither `tensorboard` nor" in text:
+        return f"{path} needs tensorboard: pip install 'lightning-adapm[tensorboard]'"
     if "has no attribute" in text:
         names = _names(module)
         return f"there is no class {path!r}; " + (_instead(name, names, "names") if names else f"{text}")

@@ -169,8 +169,9 @@ def test_unmatched_matrices_end_with_status_1_and_what_to_write(plan):
     assert "gadget  (4, 6)" in out
     (roles,) = re.findall(r"--roles='(\{.*?\})'", out)
     assert json.loads(roles) == {"^gadget$": "full"}
-    status, out, _, _ = plan("--model", f"{__name__}.Gadget", f"--roles={roles}")
-    assert status == 0 and "State it" not in out
+    for chosen in (f"--roles={roles}", "--unmatched=full"):
+        status, out, _, _ = plan("--model", f"{__name__}.Gadget", chosen)
+        assert status == 0 and "State it" not in out
 
 
 @pytest.mark.parametrize(

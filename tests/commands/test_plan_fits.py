@@ -1,5 +1,6 @@
 """``lightning-adapm plan --fits SIZE``: whether a training step fits, and which recipes' steps do."""
 
+import importlib.util
 import re
 
 from commands import QUICKSTART, RECIPES
@@ -73,3 +74,9 @@ def test_recipes_that_fit(plan, monkeypatch):
     assert "   micro-batches of 1, second_moment=factored   " in factored
     assert "update_in_backward, micro-batches of 1, second_moment=factored, state_dtype=int8" in with_less(factored)
     assert "quickstart" not in plan("--fits", "1MiB")[1]
+
+
+def test_recipes_cannot_be_planned_without_litgpt(plan, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", {}.get)
+    status, *_ = plan("--fits=24GiB")
+    assert "--fits without a model plans the recipes: pip install 'lightning-adapm[litgpt]'" in status

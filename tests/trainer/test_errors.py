@@ -98,6 +98,14 @@ def test_an_argument_that_a_class_refuses_when_it_is_built(parser):
     assert one_line(error.value) == "every_n_steps must be an int >= 1, but got 0"
 
 
+def test_a_logger_that_is_not_installed():
+    text = """Parser key "logger":
+  Problem with given class_path 'loggers.TensorBoardLogger':
+    Neither `tensorboard` nor `tensorboardX` is available. Try `pip install`ing either."""
+    needed = "logger: loggers.TensorBoardLogger needs tensorboard: pip install 'lightning-adapm[tensorboard]'"
+    assert one_line(ArgumentError(None, text)) == needed
+
+
 def test_a_checkpoint_of_another_model():
     with pytest.raises(RuntimeError) as error:
         torch.nn.Linear(2, 3).load_state_dict({"weight": torch.zeros(3, 4)})
