@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from lightning_adapm.data.tokens import save_tokenizer
+from lightning_adapm.litgpt.checks import check_writable
 
 if TYPE_CHECKING:
     from litgpt import Config
@@ -53,7 +53,10 @@ class LitGPTCheckpoint(L.Callback):
                 " spread; set state_dict_type: full"
             )
         if stage == "fit" and trainer.is_global_zero:
-            _check_writable(self.out_dir)
+            try:
+                check_writable(self.out_dir)
+            except ValueError as error:
+                raise MisconfigurationException(f"LitGPTCheckpoint: {error}") from error
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -62,18 +65,6 @@ class LitGPTCheckpoint(L.Callback):
         if trainer.is_global_zero:
             write_checkpoint(self.out_dir, pl_module, state, getattr(trainer, "datamodule", None))
         trainer.strategy.barrier("LitGPTCheckpoint")
-
-
-def _check_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be written before the training whose result it is for."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise MisconfigurationException(
-            f"LitGPTCheckpoint cannot write to `out_dir` {str(folder)!r} ({error}); give another folder"
-        ) from error
 
 
 def _whole_state(strategy: Strategy) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,8 @@ def check(arguments: Mapping[str, Any]) -> None:
     """Check the arguments of one of litgpt's commands.
 
     Raises:
-        ValueError: A model, an optimizer, one of its options, data or a GPU does not exist, or a checkpoint is of
-            another model.
+        ValueError: A model, an optimizer, one of its options, data or a GPU does not exist, a checkpoint is of
+            another model, or ``out_dir`` cannot be written.
         FileNotFoundError: A folder lacks its checkpoint or its tokenizer, or there is nothing to resume from.
     """
     from litgpt.utils import parse_devices
@@ -73,6 +74,22 @@ def check(arguments: Mapping[str, Any]) -> None:
     check_data(_data_of(arguments))
     _check_devices(devices)
     _check_resume(arguments.get("resume", False), arguments.get("out_dir"))
+    if arguments.get("out_dir") is not None:
+        check_writable(Path(arguments["out_dir"]))
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder ``out_dir``, and check that files can be written there.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"`out_dir`: cannot write to {str(folder)!r} ({error}); give another folder") from error
 
 
 def _data_of(arguments: Mapping[str, Any]) -> Any:

@@ -95,6 +95,7 @@ def test_commands_that_do_not_train(words, message):
         ({"checkpoint_dir": Path("nowhere")}, FileNotFoundError, "`checkpoint_dir`: 'nowhere' does not exist"),
         ({"devices": 99}, ValueError, "`devices`: litgpt shards over GPUs, and this machine has . instead of 99"),
         ({"resume": True, "out_dir": Path("nowhere")}, FileNotFoundError, "no checkpoint .* in 'nowhere'; .*auto"),
+        ({"out_dir": Path(__file__, "out")}, ValueError, "`out_dir`: cannot write to '.*out' .*; give another folder"),
         ({"resume": Path("atuo")}, FileNotFoundError, "`resume`: 'atuo' does not exist"),
     ],
 )

@@ -77,7 +77,9 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(base, tmp_pa
     (tmp_path / "file").touch()
     callback = LitGPTCheckpoint(str(tmp_path / "file" / "final"))
     module = LitGPTModule(checkpoint_dir=str(base))
-    with pytest.raises(MisconfigurationException, match="cannot write to `out_dir` '.*final'.*; give another folder"):
+    with pytest.raises(
+        MisconfigurationException, match="LitGPTCheckpoint: `out_dir`: cannot write to '.*final' .*; give"
+    ):
         callback.setup(trainer(tmp_path), module, "fit")
 
 
