@@ -20,9 +20,11 @@ PROGRAMS = 256
 """Fewest tiles of PROJECT_HALF that occupy a device. A program reads a whole basis, which takes as long as its rows of
 gradients in two bytes, so it has more of these where there are enough; left factors have too few columns.
 """
-SUM_COLUMNS, SUMMED_ROWS = (16, 512, 4, 3), 512
-"""Tile, and the rows that a program adds up, of sums over columns of gradients in two bytes that products are taken of.
-Reading these once more takes less time than warps that add columns up together, once for each tile of a product.
+SUM_COLUMNS, SUM_SQUARES, SUMMED_ROWS = (16, 512, 4, 3), (4, 2048, 4, 3), 512
+"""Tiles, and the rows that a program adds up, of sums over columns of gradients in two bytes, and over rows as well.
+
+Programs that add up rows of some columns take half of the time of programs that add up all columns of some rows. Where
+products are taken of gradients, these are read once more.
 """
 READ_EXACTLY, COMBINE_EXACTLY = (64, 32, 4, 3), (32, 128, 8, 3)
 """Tiles of sums with products, and of a combination, in float32's precision: operands are twice as large. The former is
@@ -94,6 +96,8 @@ def read(
     like, b = grads.like, len(grads.addresses)
     (m, n), width = grads.shape, kernels.padded(r)
     columns = columns and known is None
+    if bases is None and columns and _are_summed_apart(grads):
+        return None, _sums_of_squares(grads, gradients)
     apart = columns and bases is not None and like.element_size() == 2 and not arithmetic.exact
     together = columns and not apart
     if arithmetic.exact:
@@ -125,24 +129,46 @@ def read(
         **tile.constants,
     )
     if apart:
-        sums = _sums_of_columns(grads)
+        sums = _summed(grads, SUM_COLUMNS, None)
     return projected, found if sums is None else found._replace(columns=sums.sum(dim=1))
 
 
-def _sums_of_columns(grads: Matrices) -> Tensor:
-    """Sums of squares of columns ``(b, parts, n)``, over :data:`SUMMED_ROWS` each."""
+def _are_summed_apart(grads: Matrices) -> bool:
+    """Whether sums over columns and rows have programs for some columns each, and these are enough for a device."""
+    programs = len(grads.addresses) * -(-grads.shape[0] // SUMMED_ROWS)
+    return grads.like.element_size() == 2 and programs >= PROGRAMS // 2
+
+
+def _sums_of_squares(grads: Matrices, gradients: int) -> Reading:
+    """Results of a reading without products, with sums over columns."""
+    (m, n), b, like = grads.shape, len(grads.addresses), grads.like
+    tiles = -(-n // Tile(*SUM_SQUARES).narrowed(n).columns)
+    squares = like.new_empty((tiles, b, m), dtype=torch.float32)
+    flaws = like.new_zeros(gradients, dtype=torch.int32)
+    sums = _summed(grads, SUM_SQUARES, (squares, flaws))
+    return Reading(squares[0] if tiles == 1 else squares.sum(dim=0), flaws, sums.sum(dim=1))
+
+
+def _summed(grads: Matrices, tile: tuple[int, ...], first: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Sums of squares of columns ``(b, parts, n)``, over :data:`SUMMED_ROWS` each.
+
+    Of a ``first`` reading, sums over rows and flaws are written into these two tensors.
+    """
     (m, n), b = grads.shape, len(grads.addresses)
-    tile, parts = Tile(*SUM_COLUMNS).narrowed(n), -(-m // SUMMED_ROWS)
+    own, parts = Tile(*tile).narrowed(n), -(-m // SUMMED_ROWS)
     sums = grads.like.new_empty((b, parts, n), dtype=torch.float32)
+    squares, flaws = first or (None, None)
     launch(
-        "sum_columns",
-        (-(-n // tile.columns), b, parts),
-        (grads, sums),
-        (m, n, grads.stride, SUMMED_ROWS),
+        "sum_squares",
+        (-(-n // own.columns), b, parts),
+        (grads, squares, sums, flaws),
+        (m, n, grads.stride, SUMMED_ROWS, 1 if flaws is None else b // len(flaws)),
         (),
         GRAD=grads.dtype,
         ALIGNED=grads.aligned,
-        **tile.constants,
+        FIRST=first is not None,
+        STAGES=own.stages,
+        **own.constants,
     )
     return sums
 

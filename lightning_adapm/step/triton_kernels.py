@@ -19,4 +19,4 @@ from lightning_adapm.step.triton_orthogonal import symmetric as symmetric
 from lightning_adapm.step.triton_reading import combine as combine
 from lightning_adapm.step.triton_reading import read as read
 from lightning_adapm.step.triton_reading import relate as relate
-from lightning_adapm.step.triton_reading import sum_columns as sum_columns
+from lightning_adapm.step.triton_reading import sum_squares as sum_squares

@@ -100,32 +100,54 @@ def read(
 
 
 @triton.jit
-def sum_columns(
+def sum_squares(
     grads,
+    squares,
     sums,
+    flaws,
     m,
     n,
     stride,
     rows,
+    each,
     GRAD: tl.constexpr,
     ALIGNED: tl.constexpr,
+    FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """``sums`` ``(b, parts, n)``: sums of squares of columns of matrices, over so many ``rows`` each."""
+    """``sums`` ``(b, parts, n)``: sums of squares of columns of matrices, over so many ``rows`` each. Where this is the
+    ``FIRST`` reading, ``squares`` ``(tiles of columns, b, m)`` are those of each tile's rows, and ``flaws`` are set.
+    """
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     which = tl.program_id(1).to(tl.int64)
-    part = tl.program_id(2)
+    first, end = tl.program_id(2) * rows, min((tl.program_id(2) + 1) * rows, m)
     grad = tl.load(grads + which).to(tl.pointer_type(GRAD))
     if ALIGNED:
         grad = tl.multiple_of(grad, 16)
+    squares += (tl.program_id(0) * tl.num_programs(1) + which) * m
     square = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(part * rows, min((part + 1) * rows, m), BLOCK_M):
+    for start in tl.range(first, end, BLOCK_M, num_stages=STAGES):
         row = start + tl.arange(0, BLOCK_M)
         at = grad + row.to(tl.int64)[:, None] * stride + column[None, :]
         g = tl.load(at, (row[:, None] < m) & (column[None, :] < n), 0.0).to(tl.float32)
         square += g * g
-    tl.store(sums + (which * tl.num_programs(2) + part) * n + column, tl.sum(square, 0), column < n)
+        if FIRST:
+            tl.store(squares + row, tl.sum(g * g, 1), row < m)
+    of_columns = tl.sum(square, 0)
+    tl.store(sums + (which * tl.num_programs(2) + tl.program_id(2)) * n + column, of_columns, column < n)
+    if FIRST:
+        total = tl.sum(of_columns, 0)
+        if total - total != 0.0:  # squares of large finite entries overflow, too
+            flaw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for start in range(first, end, BLOCK_M):
+                row = start + tl.arange(0, BLOCK_M)
+                at = grad + row.to(tl.int64)[:, None] * stride + column[None, :]
+                flaw += tl.load(at, (row[:, None] < m) & (column[None, :] < n), 0.0).to(tl.float32) * 0.0
+            total = tl.sum(tl.sum(flaw, 1), 0)
+            if total != total:
+                tl.store(flaws + which // each, 1)
 
 
 @triton.jit

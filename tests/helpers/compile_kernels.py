@@ -50,6 +50,7 @@ MOVED = dict.fromkeys(("PARAMETER", "DIRECTION", "AVERAGE"), tl.float32) | {
     "STAGES": 1,
 }
 READ = {"grads": "*i64", "bases": "*i64", "projected": "*fp32", "squares": "*fp32", "flaws": "*i32"} | {"sums": "*fp32"}
+SUM_SQUARES = {"grads": "*i64", "squares": "*fp32", "sums": "*fp32", "flaws": "*i32"}
 COMBINE = {"grads": "*i64", "weights": "*bf16", "flaws": "*i32", "combined": "*fp32"}
 MOVE = dict.fromkeys(("parameters", "directions", "averages", "rights", "streams", "scales"), "*i64") | {
     "flaws": "*i32",
@@ -120,6 +121,13 @@ def main():
             triton_kernels.advance, ADVANCE, ADVANCED | {"LOW_RANK": False, "BLOCK_R": 16}, (1024, 0, 4, 3), capability
         ),
         "read": needed(triton_kernels.read, READ, read, reading.PROJECT, capability),
+        "sum_squares": needed(
+            triton_kernels.sum_squares,
+            SUM_SQUARES,
+            {"FIRST": True, "STAGES": reading.SUM_SQUARES[3]},
+            reading.SUM_SQUARES,
+            capability,
+        ),
         "combine": needed(triton_kernels.combine, COMBINE, {"BLOCK_R": reading.RANKS}, reading.COMBINE, capability),
         "read, exactly": needed(
             triton_kernels.read,

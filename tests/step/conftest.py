@@ -12,7 +12,7 @@ from lightning_adapm.sharding.owners import Exchange, Owners
 from lightning_adapm.step import kernels
 
 KERNELS = (
-    "read sum_columns combine advance weigh factor move relate direct norms scales rescale symmetric sketch".split()
+    "read sum_squares combine advance weigh factor move relate direct norms scales rescale symmetric sketch".split()
 )
 SCALARS = "one count largest tiny beta1 beta2 correction flush scale eps lr decay clip step share alpha".split()
 

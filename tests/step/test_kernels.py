@@ -63,7 +63,7 @@ def test_as_without_kernels(interpreted, monkeypatch, second_moment, dtype, tole
     weights, state, optimizer = trained(dtype, **options)
     used = {"read", "combine", "weigh", "advance", "move", "sketch"}
     if second_moment == "factored":
-        used |= {"factor"} if dtype == torch.float32 else {"factor", "sum_columns"}
+        used |= {"factor"} if dtype == torch.float32 else {"factor", "sum_squares"}
     assert set(interpreted) == used
     interpreted.clear()
     monkeypatch.setattr(kernels, "runs_on", lambda device: False)
