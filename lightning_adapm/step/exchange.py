@@ -27,8 +27,8 @@ from lightning_adapm.step.reading import Reading
 from lightning_adapm.step.refreshing import refreshes
 
 ROUND_NUMEL = 1 << 29
-"""Most elements of a process's rows that are read before any of them moves. Products with bases stay, and
-gathered bases. Every further round has collectives of its own, for which all processes wait.
+"""Most elements of a process's rows whose products with bases stay, and gathered bases, from a round's readings to its
+moves. Every further round has collectives of its own, for which all processes wait.
 """
 _ALIGNED = 4
 """Multiple at which the flaws of a batch begin: kernels are compiled for the alignment of what they read."""
@@ -48,7 +48,7 @@ def rounds(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
         yield alone
     together, numel = list[Batch](), 0
     for batch in sorted(apart, key=_turn):
-        added = sum(map(_most_held, batch.parts))
+        added = sum(map(_most_held, batch.parts)) if batch.parts[0].first.has_basis else 0
         if together and numel + added > ROUND_NUMEL:
             yield together
             together, numel = [], 0

@@ -11,14 +11,16 @@ from lightning_adapm.step.launch import Matrices, aligned, launch
 
 READ, READ_COLUMNS, COMBINE = (16, 256, 4, 3), (64, 256, 4, 3), (32, 128, 4, 3)
 PROJECT, PROJECT_NEAR, PROJECT_HALF, PROJECT_FAR = (64, 64, 8, 3), (64, 64, 4, 3), (128, 64, 8, 3, 128), (128, 32, 8, 4)
+PROJECT_FURTHER = (128, 64, 8, 3)
 """Rows and columns of a tile, warps, stages, and registers of a thread where they are bounded: of sums over rows, and
 over columns as well; of a combination; of sums with products, on smaller GPUs, and on those with large blocks up to 128
-ranks in a tile, of gradients in two bytes as well, and above. The fastest of some on an H200, the last on an H100, and
-within the 99 KiB of shared memory that a block has on smaller GPUs.
+ranks in a tile, of gradients in two bytes as well, up to 256, and above. The fastest of some on an H200, the
+second-last on an H100, and within the 99 KiB of shared memory that a block has on smaller GPUs.
 """
-PROGRAMS = 256
-"""Fewest tiles of PROJECT_HALF that occupy a device. A program reads a whole basis, which takes as long as its rows of
-gradients in two bytes, so it has more of these where there are enough; left factors have too few columns.
+PROGRAMS, PROGRAMS_FURTHER = 256, 128
+"""Fewest tiles of PROJECT_HALF, and of PROJECT_FURTHER, that occupy a device. A program reads a whole basis, which
+takes as long as its rows of gradients in two bytes, so it has more of these where there are enough; left factors have
+too few columns.
 """
 SUM_COLUMNS, SUM_SQUARES, SUMMED_ROWS = (16, 512, 4, 3), (4, 2048, 4, 3), 512
 """Tiles, and the rows that a program adds up, of sums over columns of gradients in two bytes, and over rows as well.
@@ -36,6 +38,8 @@ ROWS_OF_A_TILE = 64
 
 RANKS, MOST_RANKS = 128, 256
 """Most ranks in a tile, which a program has in its registers; of sums with products, on GPUs with large blocks."""
+MORE_RANKS, MOST_MORE_RANKS = 32, 64
+"""Ranks behind these in a program, in a block of their own, where both together save readings of the gradients."""
 
 FEW_ROWS, FEW_RANKS, PROJECT_FEW = 256, 64, (64, 64, 4, 3)
 """Matrices of at most so many rows, as bases are, occupy a device only in tiles of few ranks."""
@@ -101,9 +105,9 @@ def read(
     apart = columns and bases is not None and like.element_size() == 2 and not arithmetic.exact
     together = columns and not apart
     if arithmetic.exact:
-        tile, block_r = Tile(*READ_EXACTLY).narrowed(n), _ranks(r, RANKS)
+        tile, block_r, more_r = Tile(*READ_EXACTLY).narrowed(n), _ranks(r, RANKS), 0
     else:
-        tile, block_r = _tile_of_sums(together, n) if bases is None else _tile_of_products(grads, r, together)
+        tile, block_r, more_r = _tile_of_sums(together, n) if bases is None else _tile_of_products(grads, r, together)
     high, _, _ = tile.grid(m, n, b)
     projected = None if bases is None else like.new_empty((b, m, width), dtype=torch.float32)
     sums = like.new_empty((b, high, n), dtype=torch.float32) if together else None
@@ -112,7 +116,7 @@ def read(
     )
     launch(
         "read",
-        (high * max(1, -(-width // block_r)), b, 1),
+        (high * max(1, -(-width // (block_r + more_r))), b, 1),
         (grads, bases, projected, found.squares, found.flaws, sums),
         (m, n, r, width, grads.stride, b // gradients),
         (1.0,),
@@ -126,6 +130,7 @@ def read(
         SPLIT=arithmetic.exact,
         ABSOLUTE=arithmetic.absolute,
         BLOCK_R=block_r,
+        MORE_R=more_r,
         **tile.constants,
     )
     if apart:
@@ -173,9 +178,9 @@ def _summed(grads: Matrices, tile: tuple[int, ...], first: tuple[Tensor, Tensor]
     return sums
 
 
-def _tile_of_sums(columns: bool, n: int) -> tuple[Tile, int]:
+def _tile_of_sums(columns: bool, n: int) -> tuple[Tile, int, int]:
     """Tile of a reading without products, and the fewest ranks."""
-    return Tile(*(READ_COLUMNS if columns else READ)).narrowed(n), 16
+    return Tile(*(READ_COLUMNS if columns else READ)).narrowed(n), 16, 0
 
 
 def multiplied(matrices: Matrices, others: Tensor, known: Reading) -> Tensor:
@@ -186,18 +191,28 @@ def multiplied(matrices: Matrices, others: Tensor, known: Reading) -> Tensor:
     return product
 
 
-def _tile_of_products(grads: Matrices, r: int, columns: bool) -> tuple[Tile, int]:
-    """Tile of a reading with products with ``r`` rows, and the number of ranks in it."""
+def _tile_of_products(grads: Matrices, r: int, columns: bool) -> tuple[Tile, int, int]:
+    """Tile of a reading with products with ``r`` rows, and the numbers of ranks in its two blocks."""
     (m, n), like = grads.shape, grads.like
     if not columns and m <= FEW_ROWS:
-        return Tile(*PROJECT_FEW).narrowed(n), _ranks(r, FEW_RANKS)
+        return Tile(*PROJECT_FEW).narrowed(n), _ranks(r, FEW_RANKS), 0
     if not kernels.has_large_blocks(like.device):
-        return Tile(*PROJECT).narrowed(n), _ranks(r, RANKS)
+        return Tile(*PROJECT).narrowed(n), _ranks(r, RANKS), 0
     ranks, rows = _ranks(r, MOST_RANKS), m * len(grads.addresses)
     if ranks > RANKS:
-        return Tile(*PROJECT_FAR).narrowed(n), ranks
+        return _tile_of_many_ranks(kernels.padded(r), n, rows, columns)
     half = like.element_size() == 2 and rows >= PROGRAMS * PROJECT_HALF[0] and n > MOST_RANKS
-    return Tile(*(PROJECT_HALF if half else PROJECT_NEAR)).narrowed(n), ranks
+    return Tile(*(PROJECT_HALF if half else PROJECT_NEAR)).narrowed(n), ranks, 0
+
+
+def _tile_of_many_ranks(width: int, n: int, rows: int, columns: bool) -> tuple[Tile, int, int]:
+    """:func:`_tile_of_products` of more than :data:`RANKS`, in few readings of the gradients."""
+    near, far = RANKS + MORE_RANKS, MOST_RANKS + MOST_MORE_RANKS
+    if not columns and rows >= PROGRAMS_FURTHER * PROJECT_FURTHER[0] and -(-width // far) < -(-width // MOST_RANKS):
+        return Tile(*PROJECT_FURTHER).narrowed(n), MOST_RANKS, MOST_MORE_RANKS
+    if not columns and -(-width // near) <= -(-width // MOST_RANKS):  # of smaller tiles there are more
+        return Tile(*PROJECT_NEAR).narrowed(n), RANKS, MORE_RANKS
+    return Tile(*PROJECT_FAR).narrowed(n), MOST_RANKS, 0
 
 
 def combine(grads: Matrices, weights: Tensor, flaws: Tensor | None = None, arithmetic: Arithmetic = FAST) -> Tensor:

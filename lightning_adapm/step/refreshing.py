@@ -15,8 +15,10 @@ from lightning_adapm.step.launch import Matrices
 from lightning_adapm.step.parts import Part
 from lightning_adapm.step.reading import Reading, combine, multiplied
 
-TOGETHER_NUMEL = 1 << 23
-"""Maximum number of elements of bases that are made orthonormal together, as copies in float64."""
+TOGETHER_NUMEL, TOGETHER_OF_SHARDS = 1 << 23, 1 << 24
+"""Maximum number of elements of bases that are made orthonormal together, as copies in float64: of whole matrices, and
+of shards, whose refreshes also wait for sums over processes.
+"""
 
 Iterated = tuple[Tensor, Tensor, Tensor]
 """Arguments of :func:`lowrank.refreshed`."""
@@ -36,7 +38,8 @@ def _groups(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
     """Group batches whose bases are made orthonormal together; the last batch of a group may exceed the bound."""
     together, numel = list[Batch](), 0
     for batch in batches:
-        if together and (numel > TOGETHER_NUMEL or together[0].reduction.scope != batch.reduction.scope):
+        most = TOGETHER_NUMEL if batch.parts[0].shard is None else TOGETHER_OF_SHARDS
+        if together and (numel > most or together[0].reduction.scope != batch.reduction.scope):
             yield together
             together, numel = [], 0
         together.append(batch)

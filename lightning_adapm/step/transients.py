@@ -18,7 +18,7 @@ from lightning_adapm.step.orthogonal import DIRECT
 from lightning_adapm.step.parts import Part
 from lightning_adapm.step.paths import unknown_moments
 from lightning_adapm.step.reading import ROWS_OF_A_TILE, rows_of_a_product
-from lightning_adapm.step.refreshing import TOGETHER_NUMEL
+from lightning_adapm.step.refreshing import TOGETHER_NUMEL, TOGETHER_OF_SHARDS
 
 _FACTORS, _BASES = 8, 9
 """Float32 copies of left factors and bases of matrices that step together, in a first step."""
@@ -98,7 +98,8 @@ def _refreshed(buckets: Sequence["_Bucket"]) -> int:
     """Bound of a refresh: bases are found some at a time, and all of them wait until their parameters move."""
     bases = sum(bucket.number * bucket.basis for bucket in buckets)
     largest = max(bucket.together(due=True) * bucket.basis for bucket in buckets)
-    some = min(bases, TOGETHER_NUMEL + largest)
+    shared = any(bucket.is_sharded for bucket in buckets)
+    some = min(bases, (TOGETHER_OF_SHARDS if shared else TOGETHER_NUMEL) + largest)
     matrices = min(
         sum(bucket.number * bucket.stack for bucket in buckets),
         some // min(bucket.basis // bucket.stack for bucket in buckets),
@@ -108,7 +109,7 @@ def _refreshed(buckets: Sequence["_Bucket"]) -> int:
     # next and old bases, copies in float64, and of one batch the next ones of these
     orthonormal = 8 * some + 8 * (some + largest + squares) + 4 * gathered
     iterated = 8 * some + max(bucket.iterated for bucket in buckets)
-    if any(bucket.is_sharded for bucket in buckets):  # weights of all wait for each other, and then what is summed
+    if shared:  # weights of all wait for each other, and then what is summed
         iterated += 4 * some + sum(bucket.number * bucket.weights for bucket in buckets)
     moving = 4 * some + max(bucket.moving(due=True) for bucket in buckets)
     return 4 * (bases - some) + max(orthonormal, iterated, moving)

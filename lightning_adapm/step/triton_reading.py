@@ -36,20 +36,22 @@ def read(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    MORE_R: tl.constexpr,
 ):
     """Read matrices ``(m, n)`` at ``grads``.
 
     Where ``PROJECT``, ``projected`` ``(b, m, width)`` are their products with the transposed ``bases`` ``(r, n)``, zero
     behind ``r``. Where this is the ``FIRST`` reading, ``squares`` ``(b, m)`` are the sums of squares of rows, and
     ``flaws`` are set; with ``COLUMNS``, ``sums`` ``(b, tiles of rows, n)`` are those of each tile's columns. Products
-    may be ``SPLIT``, and of ``ABSOLUTE`` values.
+    may be ``SPLIT``, and of ``ABSOLUTE`` values. A program multiplies by ``BLOCK_R`` ranks and ``MORE_R`` behind them,
+    because the size of a block is a power of two.
     """
     # programs that share a gradient's rows follow each other: all but the first find them in the cache
-    ranks = tl.cdiv(width, BLOCK_R) if PROJECT else 1
+    ranks = tl.cdiv(width, BLOCK_R + MORE_R) if PROJECT else 1
     high = tl.program_id(0) // ranks
     row = high * BLOCK_M + tl.arange(0, BLOCK_M)
     which = tl.program_id(1).to(tl.int64)
-    rank = tl.program_id(0) % ranks * BLOCK_R + tl.arange(0, BLOCK_R)
+    rank = tl.program_id(0) % ranks * (BLOCK_R + MORE_R) + tl.arange(0, BLOCK_R)
     grad = tl.load(grads + which).to(tl.pointer_type(GRAD))
     if ALIGNED:
         grad = tl.multiple_of(grad, 16)
@@ -66,7 +68,10 @@ def read(
         basis = tl.load(bases + which).to(tl.pointer_type(BASIS))
         if ALIGNED:
             basis = tl.multiple_of(basis, 16)
-        basis += rank[:, None] * n
+        out = projected + which * m * width + row.to(tl.int64)[:, None] * width
+    if MORE_R:
+        more = tl.program_id(0) % ranks * (BLOCK_R + MORE_R) + BLOCK_R + tl.arange(0, MORE_R)
+        further = tl.zeros((BLOCK_M, MORE_R), tl.float32)
     for start in range(0, n, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         g = tl.load(grad + column[None, :], (row[:, None] < m) & (column[None, :] < n), 0.0).to(tl.float32)
@@ -77,13 +82,17 @@ def read(
             if COLUMNS:
                 tl.store(sums + column, tl.sum(g * g, 0), (column < n) & first)
         if PROJECT:
-            part = tl.load(basis + column[None, :], (rank[:, None] < r) & (column[None, :] < n), 0.0)
             # a value of its own: what is copied to shared memory for a product and used for more comes out wrong
             multiplied = tl.abs(g) * one if ABSOLUTE else g * one
+            part = _rows_of(basis, rank, column, r, n)
             product = triton_products.added(multiplied, tl.trans(part), product, FACTOR, SPLIT)
+            if MORE_R:
+                part = _rows_of(basis, more, column, r, n)
+                further = triton_products.added(multiplied, tl.trans(part), further, FACTOR, SPLIT)
     if PROJECT:
-        out = projected + which * m * width + row.to(tl.int64)[:, None] * width + rank[None, :]
-        tl.store(out, product, (row[:, None] < m) & (rank[None, :] < width))
+        tl.store(out + rank[None, :], product, (row[:, None] < m) & (rank[None, :] < width))
+    if MORE_R:
+        tl.store(out + more[None, :], further, (row[:, None] < m) & (more[None, :] < width))
     if FIRST and first:
         of_rows = tl.sum(square, 1)
         tl.store(squares + which * m + row, of_rows, row < m)
@@ -97,6 +106,12 @@ def read(
             total = tl.sum(tl.sum(flaw, 1), 0)
             if total != total:
                 tl.store(flaws + which // each, 1)
+
+
+@triton.jit
+def _rows_of(basis, rank, column, r, n):
+    """Some columns of some rows of a basis ``(r, n)``, zero outside."""
+    return tl.load(basis + rank[:, None] * n + column[None, :], (rank[:, None] < r) & (column[None, :] < n), 0.0)
 
 
 @triton.jit

@@ -108,7 +108,7 @@ def spilled(binary):
 
 def main():
     capability = int(sys.argv[1])
-    read = {"BASIS": tl.bfloat16, "FIRST": True, "PROJECT": True, "BLOCK_R": reading.RANKS}
+    read = {"BASIS": tl.bfloat16, "FIRST": True, "PROJECT": True, "BLOCK_R": reading.RANKS, "MORE_R": 0}
     elementwise, block = ({"FACTORED": False, "DENSE": not each, "ELEMENTWISE": each} for each in (True, False))
     rows = averages.MOST_ROWS_OF_A_HEAD
     advanced = ADVANCED | {"LOW_RANK": True, "BLOCK_R": averages.ADVANCED_NUMEL // rows}

@@ -22,10 +22,12 @@ def batch(rows, first=FULL, second=NONE, reduction=None):
 
 
 def test_exchanged_matrices_move_first_and_small_ones_before_large_ones(monkeypatch):
+    """Products with bases bound a round; of other gradients nothing large is kept."""
     monkeypatch.setattr(exchange, "ROUND_NUMEL", 48)
-    table, norm = batch(16), batch(2)
-    large, small = batch(8, second=Orthogonal()), batch(4, second=Orthogonal())
-    assert list(exchange.rounds([table, large, norm, small])) == [[small, large, norm], [table]]
+    low_rank = LowRankMomentum(0.9, 2, 4)
+    table, norm, mlp = batch(64), batch(2), batch(16, low_rank)
+    large, small = batch(8, low_rank, Orthogonal()), batch(4, low_rank, Orthogonal())
+    assert list(exchange.rounds([table, large, mlp, norm, small])) == [[small, large, norm], [mlp, table]]
 
 
 @pytest.mark.parametrize("shared", [False, True])

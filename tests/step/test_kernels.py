@@ -52,6 +52,7 @@ def test_bases_are_refreshed_in_groups_of_a_bounded_size(interpreted, monkeypatc
     options = {"rank": 2, "steps": 5}  # with one refresh after the first bases
     together = trained(torch.float32, **options)[0]
     monkeypatch.setattr("lightning_adapm.step.refreshing.TOGETHER_NUMEL", 1)
+    monkeypatch.setattr("lightning_adapm.step.refreshing.TOGETHER_OF_SHARDS", 1)
     torch.testing.assert_close(trained(torch.float32, **options)[0], together)
 
 

@@ -104,6 +104,20 @@ def test_products_of_more_rows_and_ranks_than_a_program_has(interpreted, monkeyp
     assert ("sum_squares" in interpreted) == (dtype == torch.bfloat16)
 
 
+@pytest.mark.parametrize(("ranks", "rows"), [(18, 300), (40, 60), (40, 300), (70, 300)])
+def test_products_in_two_blocks_of_ranks(interpreted, monkeypatch, ranks, rows):
+    """A program has both where that saves a reading of the gradients, larger ones where there are enough rows."""
+    for name, value in {"RANKS": 16, "MORE_RANKS": 16, "MOST_RANKS": 32, "MOST_MORE_RANKS": 16}.items():
+        monkeypatch.setattr(reading, name, value)
+    monkeypatch.setattr(reading, "FEW_ROWS", 16)
+    monkeypatch.setattr(reading, "PROGRAMS_FURTHER", 4)
+    grads, bases = torch.randn(2, rows, 80), torch.randn(2, ranks, 80)
+    projected, found = read(Matrices.of(list(grads.unbind())), 2, Matrices.of([bases]), ranks, None)
+    torch.testing.assert_close(projected[..., :ranks], grads @ bases.mT, rtol=1e-4, atol=1e-4)
+    assert not projected[..., ranks:].any()
+    torch.testing.assert_close(found.squares, grads.square().sum(dim=2))
+
+
 @pytest.mark.parametrize(("products", "columns"), [(False, False), (True, False), (False, True)])
 def test_squares_beyond_float32_are_no_flaws(interpreted, monkeypatch, products, columns):
     """Only an entry that is not finite is: squares overflow, but the gradient counts."""

@@ -21,6 +21,7 @@ def traced(monkeypatch):
         monkeypatch.setitem(limits, "cuda", size)
     for module in (refreshing, transients):
         monkeypatch.setattr(module, "TOGETHER_NUMEL", 1 << 15)
+        monkeypatch.setattr(module, "TOGETHER_OF_SHARDS", 1 << 15)
 
 
 @pytest.mark.parametrize("table", [512, 8192])
