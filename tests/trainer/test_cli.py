@@ -147,6 +147,21 @@ def test_precision_follows_the_hardware_unless_given(monkeypatch, has_bf16, opti
     assert parsed.value.args == (expected,)
 
 
+def test_a_recipe_runs_without_its_progress_bar(monkeypatch):
+    class ParsedError(Exception):
+        pass
+
+    def stop(self):
+        raise ParsedError([callback.class_path.rpartition(".")[2] for callback in self.config.fit.trainer.callbacks])
+
+    monkeypatch.setattr(cli.AdaPMCLI, "instantiate_classes", stop)
+    monkeypatch.setattr(sys, "argv", ["lightning-adapm"])
+    for option, first in (("true", "RichProgress"), ("false", "LearningRateMonitor")):
+        with pytest.raises(ParsedError) as parsed:
+            cli.AdaPMCLI(["fit", "--config", str(QUICKSTART), f"--trainer.enable_progress_bar={option}"])
+        assert parsed.value.args[0][0] == first
+
+
 def test_null_turns_an_option_off(corpus, tmp_path, in_process, monkeypatch):
     class BuiltError(Exception):
         pass
