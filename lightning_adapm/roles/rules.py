@@ -17,10 +17,13 @@ Those of :data:`INTERLEAVED` are the queries, the key and the value of one head,
 the next.
 """
 
-_BEFORE = r"(?:(?:(?:to|add|w|lin|linear|proj|project|projection|fc|pos|layout|w2e|e2w|e2e)_?)|(?:c|attn|self|mat)_)*"
+_BEFORE = (
+    r"(?:(?:(?:to|add|w|lin|linear|proj|project|projection|fc|dense|pos|layout|w2e|e2w|e2e)_?)"
+    r"|(?:c|attn|mha|self|mat)_)*"
+)
 _AFTER = (
     r"(?:_?(?:proj|project|projection|lin|linear|layer|head|net|global|attn|up|down|(?:de)?compress|rope|nope|weight"
-    r"|dense|transform|[abw]))*"
+    r"|dense|transform|map|[abw]))*"
 )
 
 # Full matches of a projection's own name, for weights in one attention module.
@@ -48,7 +51,7 @@ CHILD_RULES: tuple[tuple[str, str], ...] = (
     (
         "attn_out",
         r"(w|fc)?_?o|o_?(proj|lin|net)|out_?(proj|lin|linear)|(linear|to|to_add|fc|attention|(\w+_)?attn)_out|\w+_attn_proj|out|output(_proj)?|linear_proj"
-        r"|proj|c_proj|post|post_proj|projection(_layer)?|dense|linear|final_linear"
+        r"|proj|c_proj|post|post_proj|projection(_layer)?|dense|linear|final_(linear|proj|projection)|resid_proj|merge(_heads)?"
         rf"|{_BEFORE}(o|out|output){_AFTER}|w?_?(concat|combine|unify_?heads)(_heads)?(_proj|_linear)?|fc",
     ),
 )
@@ -148,8 +151,8 @@ TABLES: tuple[tuple[str, str], ...] = (
 # Outside transformer blocks.
 HEADS = (
     r"(^|\.)(embed_out|output|unembed|output_layer|(\w+_)?heads?|score|(?!pre_)(\w+_)?classifier|qa_outputs|proj_out"
-    r"|lm_output|objective|to_logits|seq_relationship)$"
-    r"|(^|\.)(classifier|cls|lm_head|predictions|score|head|\w*_head|to_logits)\.(\w+\.)*(out_proj|decoder|fc|\d+)$"
+    r"|lm_output|objective|to_(logits|vocab|probs)|vocab_(proj|head)|seq_relationship)$"
+    r"|(^|\.)(classifier|cls|lm_head|predictions|score|heads?|\w*_head|to_logits)\.(\w+\.)*(out_proj|decoder|fc|\d+)$"
 )
 
 # Why a matrix has no role, and what it most likely is; full momentum for all others.

@@ -74,6 +74,11 @@ SQUARE = (16, 16)
         "self_query self_key self_value self_out",
         "qw kw vw ow",
         "query_dense key_dense value_dense out_dense",
+        "dense_q dense_k dense_v dense_out",
+        "q_map k_map v_map o_map",
+        "mha_q mha_k mha_v mha_o",
+        "q_proj k_proj v_proj final_proj",
+        "wq wk wv resid_proj",
     ],
 )
 def test_ways_to_call_the_projections(names):
@@ -291,6 +296,8 @@ def test_mixers_of_unknown_names_are_refused_by_their_parameters(parameter):
         ("mlp_head", "lm_head"),
         ("to_logits.1", "lm_head"),
         ("head.fc", "lm_head"),  # timm
+        ("heads.1", "lm_head"),
+        ("to_vocab", "lm_head"),
         ("pre_classifier", "mlp"),  # DistilBERT
         ("classifier.dense", "mlp"),  # RoBERTa
         ("predictions.transform.dense", "mlp"),  # BERT
