@@ -53,5 +53,5 @@ class NewtonSchulzAlone(PartialMuon):
         for (shape, iteration, owners), number in numbers.items():
             matrices = torch.randn(-(-number // owners), *shape, device=device)
             matrices = (matrices / torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)).to(FACTOR)
-            found.append(((NORM * matrices).half() if is_half(matrices, iteration) else matrices, iteration))
+            found.append(((NORM * matrices).half() if is_half(shape, FACTOR, iteration) else matrices, iteration))
         return found

@@ -95,8 +95,8 @@ class PartialMuon(RoleOptimizer):
     Numerics: arithmetic is in float32, or float64 for float64 parameters, whatever the dtype of parameters and state.
     The products of the Newton-Schulz iteration are in bfloat16 where the device has instructions for it, on CUDA from
     compute capability 8.0, else in float32; in float64 for float64 parameters. On CUDA, kernels write the direction
-    once, in that dtype, compute half of each symmetric product, and multiply long matrices in float16. A momentum that
-    is zero gives no update, and a gradient with an infinity or a NaN is taken as zero for the whole piece.
+    once, in float16 for fast steps, and compute half of each symmetric product. A momentum that is zero gives no
+    update, and a gradient with an infinity or a NaN is taken as zero for the whole piece.
 
     Example::
 

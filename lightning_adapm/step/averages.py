@@ -46,10 +46,12 @@ def advance(
     betas: tuple[float, float],
     correction: float,
     clock: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Take a reading of gradients of ``shape`` ``(m, n)`` into low-rank momenta, if there are ``lefts``, and into block
     second moments, if there are ``averages``, of each row or of ``blocks``. ``correction`` is Adam's of the momentum,
-    which a ``clock`` on the device has, too.
+    which a ``clock`` on the device has, too. The sums of squares of the first result's rows are written to ``lengths``
+    ``(b, m)``, if there are any.
 
     Returns:
         What times the basis is to be added to the gradients, ``(b, m, width)``, or, where it was ``refreshed``, times
@@ -61,7 +63,7 @@ def advance(
     width = kernels.padded(r if refreshed is None else 2 * r)
     span = 16 if blocks is None else m // blocks
     if lefts is not None and averages is not None and span > MOST_ROWS_OF_A_HEAD:  # each in tiles of its own
-        factors, _ = advance(reading, projected, lefts, refreshed, None, shape, None, betas, correction, clock)
+        factors, _ = advance(reading, projected, lefts, refreshed, None, shape, None, betas, correction, clock, lengths)
         _, roots = advance(reading, None, None, None, averages, shape, blocks, betas, correction, clock)
         return factors, roots
     moved, flush = refreshed or (None, 0.0)
@@ -70,13 +72,14 @@ def advance(
     launch(
         "advance",
         (-(-m // span), b, 1),
-        (projected, squares, flaws, lefts, averages, moved, factors, roots, clock),
+        (projected, squares, flaws, lefts, averages, moved, factors, lengths, roots, clock),
         (m, r, 0 if projected is None else projected.shape[-1], width, span, b // len(flaws)),
         (n if blocks is None else n * span, _LARGEST, *betas, correction, flush),
         LEFT=(squares if lefts is None else lefts).dtype,
         FACTOR=kernels.FACTOR,
         LOW_RANK=lefts is not None,
         REFRESHED=refreshed is not None,
+        MEASURED=lengths is not None,
         BLOCKS=averages is not None,
         SHARED=blocks is not None,
         CLOCKED=clock is not None,

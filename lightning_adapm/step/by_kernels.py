@@ -30,6 +30,8 @@ from lightning_adapm.step.device_gradients import DeviceGradients
 from lightning_adapm.step.divisors import by_part, found_by_torch, matrices_of, read_by_kernels
 from lightning_adapm.step.launch import Matrices
 from lightning_adapm.step.moves import Average, Divisors
+from lightning_adapm.step.newton_schulz import is_half
+from lightning_adapm.step.orthogonal import Scaled
 from lightning_adapm.step.refreshing import moved_lefts
 from lightning_adapm.step.rounding import rounding_of
 from lightning_adapm.step.watching import Observer
@@ -50,10 +52,13 @@ def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> I
         direction, divisors = regression.step(batch, grads)
         _move(batch, direction, direction, divisors, group, None, observer)
         return ()
-    factors, roots = _advanced(batch, grads)
+    lengths = None
+    if isinstance(second_moment, Orthogonal) and isinstance(momentum, LowRankMomentum):
+        lengths = torch.empty(grads.shape[:2], dtype=torch.float32, device=grads[0].device)
+    factors, roots = _advanced(batch, grads, lengths)
     direction = _along(momentum, grads, batch.step)._replace(factors=factors)
     if isinstance(second_moment, Orthogonal):
-        return _step_orthogonally(batch, direction, momentum.share, group, observer)
+        return _step_orthogonally(batch, direction, momentum.share, group, observer, lengths)
     clip = None
     if isinstance(momentum, NoMomentum | LowRankMomentum) and group.get("clip_threshold") is not None:
         clip = group["clip_threshold"] * momentum.clamp
@@ -61,8 +66,12 @@ def step(batch: Batch, group: Mapping[str, Any], observer: Observer | None) -> I
     return ()
 
 
-def _advanced(batch: Batch, grads: DeviceGradients) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
+def _advanced(
+    batch: Batch, grads: DeviceGradients, lengths: Tensor | None
+) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
     """Take gradients into factors of momentum and into averages by block, in one pass.
+
+    Sums of squares of the rows of the left factor are written to ``lengths`` ``(b, m)``.
 
     Returns:
         Factors of the direction, and roots ``(b, m)`` of the averages; None without these.
@@ -90,6 +99,7 @@ def _advanced(batch: Batch, grads: DeviceGradients) -> tuple[tuple[Tensor, Tenso
         (beta1, beta2),
         1 - beta1**batch.step,
         grads.clock,
+        lengths,
     )
     if isinstance(first, LowRankMomentum):
         first.storage.write(states, "exp_avg_l", held)
@@ -143,11 +153,17 @@ def step_with_reductions(
 
 
 def _step_orthogonally(
-    batch: Batch, direction: Direction, share: float, group: Mapping[str, Any], observer: Observer | None
+    batch: Batch,
+    direction: Direction,
+    share: float,
+    group: Mapping[str, Any],
+    observer: Observer | None,
+    lengths: Tensor | None = None,
 ) -> Iterable[Sequence[Planned]]:
     """Write the direction, and return the rest of the step.
 
     ``share`` is that of the momentum in the direction: of the factors, or of a full average, which is taken further.
+    ``lengths`` ``(b, m)`` are sums of squares of the rows of the left factor.
     """
     first, second, grads = batch.parts[0].first, batch.parts[0].second, batch.grads
     assert isinstance(grads, DeviceGradients) and isinstance(second, Orthogonal)
@@ -155,9 +171,16 @@ def _step_orthogonally(
     if direction.factors is not None:
         left, right = direction.factors
         factors = left, Matrices.of([right])
-    found, squares = orthogonal.direct(grads.matrices, grads.reading.flaws, average, factors, share)
-    shown = None if observer is None else Direction(split(found.clone(), grads), 1.0, scratch=False, clamp=None)
-    updates = orthogonal.updates(found, squares, second.iteration, grads, batch.reduction)
+    sizes: Tensor | Scaled
+    bounded = average is None and (factors is None or lengths is not None) and batch.parts[0].shard is None
+    if bounded and is_half(grads.shape, kernels.FACTOR, second.iteration):
+        found, sizes = orthogonal.direct_in_half(grads.matrices, grads.reading, factors, lengths, share)
+    else:
+        found, sizes = orthogonal.direct(grads.matrices, grads.reading.flaws, average, factors, share)
+    shown = None
+    if observer is not None:
+        shown = Direction(split(orthogonal.unscaled(found, sizes), grads), 1.0, scratch=False, clamp=None)
+    updates = orthogonal.updates(found, sizes, second.iteration, grads, batch.reduction)
     return _rest(batch, shown, updates, group, observer)
 
 

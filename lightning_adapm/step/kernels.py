@@ -38,6 +38,18 @@ def has_large_blocks(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) in ((8, 0), (9, 0), (10, 0))
 
 
+@cache
+def has_largest_blocks(device: torch.device) -> bool:
+    """Whether a block has 227 KiB of shared memory, more than an A100's."""
+    return device.type != "cuda" or has_accelerator(device)
+
+
+@cache
+def has_accelerator(device: torch.device) -> bool:
+    """Whether a GPU has a tensor memory accelerator."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in ((9, 0), (10, 0))
+
+
 def readable(matrices: Sequence[Tensor]) -> bool:
     """Whether tensors are vectors, matrices or stacks of matrices of one layout that the kernels support."""
     first = matrices[0]

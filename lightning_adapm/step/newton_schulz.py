@@ -5,7 +5,6 @@ ones always: it has three bits more than bfloat16, so that the Gram form needs n
 """
 
 from collections.abc import Sequence
-from functools import cache
 from math import prod
 from typing import Any
 
@@ -50,10 +49,12 @@ def rescale(found: Tensor, factors: Tensor, dtype: torch.dtype | None = None) ->
     return result
 
 
-def is_half(found: Tensor, iteration: Iteration) -> bool:
-    """Whether matrices ``(b, m, n)`` are multiplied in float16, by :func:`iterated_in_half`."""
-    steps, (m, n) = len(iteration.steps), sorted(found.shape[-2:])
-    if found.dtype != torch.bfloat16 or steps < 2 or prod(map(constant_of, iteration.steps)) > _MOST_SLOPE:
+def is_half(shape: Sequence[int], dtype: torch.dtype, iteration: Iteration) -> bool:
+    """Whether matrices of a ``shape`` ``(..., m, n)``, whose products have a ``dtype``, are multiplied in float16
+    instead, by :func:`iterated_in_half`.
+    """
+    steps, (m, n) = len(iteration.steps), sorted(shape[-2:])
+    if dtype != torch.bfloat16 or steps < 2 or prod(map(constant_of, iteration.steps)) > _MOST_SLOPE:
         return False
     if _are_long(iteration.steps):
         return True
@@ -81,25 +82,30 @@ def iterated(found: Tensor, iteration: Iteration, inverse: Tensor | None = None)
     return found
 
 
-def iterated_in_half(found: Tensor, iteration: Iteration) -> Tensor:
-    """Iterate on matrices ``(b, m, n)`` in float16, whose norms are :data:`NORM` or 0, by one Gram matrix.
+def iterated_in_half(found: Tensor, iteration: Iteration, squares: Tensor | None = None) -> Tensor:
+    """Iterate on matrices ``(b, m, n)`` in float16 by one Gram matrix. ``found`` may be overwritten.
 
-    The results have the scale of :func:`iterated`'s. What the Gram matrix loses to float16 is as large as its small
-    eigenvalues, and added again when the first step has made them larger.
+    Their norms are :data:`NORM` or 0; or, of about that size, the roots of ``squares`` ``(b,)``. The results have the
+    scale of :func:`iterated`'s. What the Gram matrix loses to float16 is as large as its small eigenvalues, and added
+    again when the first step has made them larger.
     """
     if not found.numel():
         return found
+    if squares is None:
+        inverse = found.new_full(found.shape[:1], 1 / NORM, dtype=torch.float32)
+    else:
+        inverse = torch.where(squares > 0, squares, 1.0).rsqrt_()
     if _are_long(iteration.steps):
-        return _in_long_steps(found, iteration.steps)
-    return _multiplied(found, _of_later_steps(*_of_first_step(_rows(found), iteration), iteration.steps))
+        return _in_long_steps(found, iteration.steps, inverse)
+    return _multiplied(found, _of_all_steps(_rows(found), iteration, inverse))
 
 
 def _are_long(steps: Sequence[Step]) -> bool:
     return any(len(squares_of(step)) > 1 for step in steps)
 
 
-def _in_long_steps(found: Tensor, steps: Sequence[Step]) -> Tensor:
-    """:func:`iterated_in_half` in two long steps, in the form with less work.
+def _in_long_steps(found: Tensor, steps: Sequence[Step], inverse: Tensor) -> Tensor:
+    """:func:`iterated_in_half` in two long steps, in the form with less work, given the ``inverse`` norms ``(b,)``.
 
     The polynomial of a long step is further from one of the Gram matrix than that of a short one. So what the Gram form
     multiplies by it is not taken for symmetric, but for the next Gram matrix, whatever it is.
@@ -108,24 +114,34 @@ def _in_long_steps(found: Tensor, steps: Sequence[Step]) -> Tensor:
     rows = _rows(found)
     b, m, n = rows.shape
     lost = rows.new_empty(b, m, m) if n > _MOST_SQUARE * m else None
-    gram = symmetric(rows, rows, alpha=_GRAM / NORM**2, lost=lost)
-    root, scale = _inverse(gram).sqrt(), _GRAM**0.5 / NORM
+    gram = symmetric(rows, rows, alpha=_GRAM, factors=inverse, powers=(2, 0, 0, 0), lost=lost)
+    root = _inverse(gram).sqrt()
     if lost is None:
-        other = _multiplied(found, _polynomial(gram, first, root, 2, 1, scale))
+        # of a norm of NORM: the rest of its inverse, which is near 1, follows where it is squared or at last
+        other, rest = _multiplied(found, _polynomial(gram, first, root, 2, 1, _GRAM**0.5 / NORM)), inverse * NORM
         rows = _rows(other)
-        return _multiplied(other, _polynomial(symmetric(rows, rows, out=gram), second), found)
+        gram = symmetric(rows, rows, factors=rest, powers=(2, 0, 0, 0), out=gram)
+        return _multiplied(other, _polynomial(gram, second, rest, 0, 1), found)
     polynomial = _polynomial(gram, first, root, 2)
     turned = torch.baddbmm(lost, polynomial, gram, beta=constant_of(first))
     del lost
     gram = symmetric(turned, polynomial, factors=root, powers=(2, 0, 0, 0), out=gram)
     del turned
-    return _multiplied(found, torch.bmm(_polynomial(gram, second, root, 0, 1, scale), polynomial))
+    return _multiplied(found, torch.bmm(_polynomial(gram, second, root * inverse, 0, 1, _GRAM**0.5), polynomial))
 
 
-def _of_first_step(rows: Tensor, iteration: Iteration) -> tuple[Tensor, Tensor, Tensor]:
-    """The second Gram matrix, the first step's polynomial but for its constant, and the inverse norms ``(b,)``."""
+def _of_all_steps(rows: Tensor, iteration: Iteration, inverse: Tensor) -> Tensor:
+    """Product of all steps, of matrices with these ``inverse`` norms ``(b,)``."""
+    gram, polynomial, of_gram = _of_first_step(rows, iteration, inverse)
+    return _of_later_steps(gram, polynomial, (_GRAM * of_gram).sqrt() * inverse, iteration.steps)
+
+
+def _of_first_step(rows: Tensor, iteration: Iteration, norms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The second Gram matrix, the first step's polynomial but for its constant, and the factors ``(b,)`` by which the
+    first Gram matrix, of matrices with these inverse ``norms`` ``(b,)``, is smaller in the iteration.
+    """
     lost = rows.new_empty(len(rows), rows.shape[1], rows.shape[1])
-    gram = symmetric(rows, rows, alpha=_GRAM / NORM**2, lost=lost)
+    gram = symmetric(rows, rows, alpha=_GRAM, factors=norms, powers=(2, 0, 0, 0), lost=lost)
     inverse = _inverse(gram) if iteration.by_gram else gram.new_full(gram.shape[:1], 1 / _GRAM, dtype=torch.float32)
     ((a, b, c),) = squares_of(iteration.steps[0])
     polynomial = symmetric(gram, gram, gram, c, b, factors=inverse, powers=(2, 1, 0, 0))
@@ -134,14 +150,14 @@ def _of_first_step(rows: Tensor, iteration: Iteration) -> tuple[Tensor, Tensor, 
     return symmetric(polynomial, turned, turned, 1 / _GRAM, a / _GRAM, out=gram, **again), polynomial, inverse
 
 
-def _of_later_steps(gram: Tensor, waiting: Tensor | None, inverse: Tensor, steps: Sequence[Step]) -> Tensor:
-    """Product of all steps, given what :func:`_of_first_step` has found.
+def _of_later_steps(gram: Tensor, waiting: Tensor | None, factors: Tensor, steps: Sequence[Step]) -> Tensor:
+    """Product of all steps and of ``factors`` ``(b,)``, given what :func:`_of_first_step` has found.
 
     Two steps next to each other are multiplied as if their product were symmetric. More are not: where singular values
     have grown much, the rounding of a later step would be multiplied by that.
     """
     product: Tensor | None = None
-    scaled: dict[str, Any] = {"factors": (_GRAM * inverse).sqrt() / NORM, "powers": (1, 1, 1, 1)}
+    scaled: dict[str, Any] = {"factors": factors, "powers": (1, 1, 1, 1)}
     for number, step in enumerate(steps[1:], 2):
         ((a, b, c),) = squares_of(step)
         polynomial, before = symmetric(gram, gram, gram, c, b), constant_of(steps[number - 2])
@@ -289,9 +305,4 @@ def _describable(matrices: Tensor) -> bool:
     _, m, k = matrices.shape
     size = matrices.element_size()
     whole = not (m * size % 16 or k * size % 16 or matrices.data_ptr() % 16)
-    return whole and _has_accelerator(matrices.device)
-
-
-@cache
-def _has_accelerator(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) in ((9, 0), (10, 0))
+    return whole and kernels.has_accelerator(matrices.device)

@@ -200,15 +200,18 @@ def _tile_of_products(grads: Matrices, r: int, columns: bool) -> tuple[Tile, int
         return Tile(*PROJECT).narrowed(n), _ranks(r, RANKS), 0
     ranks, rows = _ranks(r, MOST_RANKS), m * len(grads.addresses)
     if ranks > RANKS:
-        return _tile_of_many_ranks(kernels.padded(r), n, rows, columns)
+        large = not columns and kernels.has_largest_blocks(like.device)
+        return _tile_of_many_ranks(kernels.padded(r), n, rows, columns, large)
     half = like.element_size() == 2 and rows >= PROGRAMS * PROJECT_HALF[0] and n > MOST_RANKS
     return Tile(*(PROJECT_HALF if half else PROJECT_NEAR)).narrowed(n), ranks, 0
 
 
-def _tile_of_many_ranks(width: int, n: int, rows: int, columns: bool) -> tuple[Tile, int, int]:
-    """:func:`_tile_of_products` of more than :data:`RANKS`, in few readings of the gradients."""
+def _tile_of_many_ranks(width: int, n: int, rows: int, columns: bool, large: bool) -> tuple[Tile, int, int]:
+    """:func:`_tile_of_products` of more than :data:`RANKS`, in few readings of the gradients; the ``large`` one where a
+    block has the memory.
+    """
     near, far = RANKS + MORE_RANKS, MOST_RANKS + MOST_MORE_RANKS
-    if not columns and rows >= PROGRAMS_FURTHER * PROJECT_FURTHER[0] and -(-width // far) < -(-width // MOST_RANKS):
+    if large and rows >= PROGRAMS_FURTHER * PROJECT_FURTHER[0] and -(-width // far) < -(-width // MOST_RANKS):
         return Tile(*PROJECT_FURTHER).narrowed(n), MOST_RANKS, MOST_MORE_RANKS
     if not columns and -(-width // near) <= -(-width // MOST_RANKS):  # of smaller tiles there are more
         return Tile(*PROJECT_NEAR).narrowed(n), RANKS, MORE_RANKS

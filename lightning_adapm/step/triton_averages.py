@@ -16,6 +16,7 @@ def advance(
     averages,
     moved,
     factors,
+    lengths,
     roots,
     clock,
     m,
@@ -34,6 +35,7 @@ def advance(
     FACTOR: tl.constexpr,
     LOW_RANK: tl.constexpr,
     REFRESHED: tl.constexpr,
+    MEASURED: tl.constexpr,
     BLOCKS: tl.constexpr,
     SHARED: tl.constexpr,
     CLOCKED: tl.constexpr,
@@ -46,6 +48,7 @@ def advance(
     ``(b, m, projected_width)``, and ``factors`` ``(b, m, width)`` ``left / correction - projected``, zero behind ``r``.
     Where a basis was ``REFRESHED``, ``moved``, laid out as ``projected``, are in the place of the lefts that there
     were, and the factors are ``[left / correction - projected - flush moved, flush left]`` with these at last.
+    Where ``MEASURED``, ``lengths`` ``(b, m)`` are the sums of squares of the rows of the factors.
     Where ``BLOCKS``, ``averages`` become ``beta2 average + (1 - beta2) mean`` with the means of squares of each row or
     (``SHARED``) of every ``span`` rows, of ``count`` entries each and not above ``largest``; ``roots`` ``(b, m)`` are
     their roots. ``SHARED`` spans may be larger than ``BLOCK_M`` where nothing is ``LOW_RANK``. Where ``CLOCKED``, the
@@ -80,6 +83,7 @@ def advance(
         left = tl.load(lefts + which).to(tl.pointer_type(LEFT))
         line = which * m + row.to(tl.int64)[:, None]
         ranks = width - r if REFRESHED else width  # of two factors side by side, zero behind both
+        length = tl.zeros((BLOCK_M,), tl.float32)
         for start in range(0, ranks, BLOCK_R):
             rank = start + tl.arange(0, BLOCK_R)[None, :]
             own = mine[:, None] & (rank < r)
@@ -95,9 +99,16 @@ def advance(
             if REFRESHED:
                 paid = factors + line * width + r + rank
                 tl.store(paid, (flush * old).to(FACTOR), mine[:, None] & (r + rank < width))
-                tl.store(factors + line * width + rank, (factor - flush * before).to(FACTOR), own)
+                factor -= flush * before
+                tl.store(factors + line * width + rank, factor.to(FACTOR), own)
+                if MEASURED:
+                    length += tl.sum(flush * old * flush * old, 1)
             else:
                 tl.store(factors + line * width + rank, factor.to(FACTOR), mine[:, None] & (rank < width))
+            if MEASURED:
+                length += tl.sum(factor * factor, 1)
+        if MEASURED:
+            tl.store(lengths + which * m + row, length, mine)
 
 
 @triton.jit

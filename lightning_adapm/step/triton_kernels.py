@@ -10,11 +10,12 @@ from lightning_adapm.step.triton_averages import advance as advance
 from lightning_adapm.step.triton_averages import factor as factor
 from lightning_adapm.step.triton_averages import weigh as weigh
 from lightning_adapm.step.triton_bases import sketch as sketch
+from lightning_adapm.step.triton_directions import bound as bound
+from lightning_adapm.step.triton_directions import direct as direct
+from lightning_adapm.step.triton_directions import norms as norms
+from lightning_adapm.step.triton_directions import rescale as rescale
+from lightning_adapm.step.triton_directions import scales as scales
 from lightning_adapm.step.triton_moves import move as move
-from lightning_adapm.step.triton_orthogonal import direct as direct
-from lightning_adapm.step.triton_orthogonal import norms as norms
-from lightning_adapm.step.triton_orthogonal import rescale as rescale
-from lightning_adapm.step.triton_orthogonal import scales as scales
 from lightning_adapm.step.triton_orthogonal import symmetric as symmetric
 from lightning_adapm.step.triton_reading import combine as combine
 from lightning_adapm.step.triton_reading import read as read

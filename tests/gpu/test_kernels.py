@@ -5,7 +5,7 @@ import torch
 from on_gpu import NEEDED
 
 from lightning_adapm.moments import orthogonal as reference
-from lightning_adapm.step import newton_schulz, nonfinite, orthogonal, reading
+from lightning_adapm.step import kernels, newton_schulz, nonfinite, orthogonal, reading
 from lightning_adapm.step.averages import squares_of_weights, weigh
 from lightning_adapm.step.launch import Matrices
 from lightning_adapm.step.moves import Divisors, move
@@ -57,8 +57,34 @@ def test_orthogonal_updates_of_any_size(iteration):
     assert moved[4:].eq(0).all()
 
 
+@pytest.mark.parametrize(("m", "n", "r"), [(2048, 1024, 307), (1000, 776, 80)])
+def test_directions_are_written_in_float16(m, n, r):
+    """Scaled by a bound of their norms, for which entries are read where squares overflow or vanish."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    sizes = [1.0, 1e-25, 1e25, 1e-3, 0.0]
+    grads = [size * torch.randn(m, n, device="cuda", generator=generator) for size in sizes]
+    right = torch.linalg.qr(torch.randn(n, r, device="cuda", generator=generator))[0].T.contiguous().bfloat16()
+    left = torch.zeros(len(sizes), m, kernels.padded(r), device="cuda", dtype=torch.bfloat16)
+    left[..., :r] = torch.randn(m, r, device="cuda", generator=generator)
+    left *= torch.tensor([*sizes[:3], 1.0, 0.0], device="cuda")[:, None, None]
+    rights = Matrices.of([right.expand(len(sizes), r, n).contiguous()])
+    _, known = read(Matrices.of(grads), len(sizes), rights, r, None)
+    lengths = left.float().square().sum(-1)
+    found, scaled = orthogonal.direct_in_half(Matrices.of(grads), known, (left, rights), lengths, 0.9)
+    expected = torch.stack(grads).double() + 0.9 * left[..., :r].double() @ right.double()
+    got = found[:4].double() / scaled.factors[:4, None, None].double()
+    norm = expected.norm(dim=(1, 2))
+    assert ((got - expected[:4]).norm(dim=(1, 2)) / norm[:4]).max() < 1e-3
+    moved = orthogonal._orthogonalized(found, scaled, FAST[2]).double()
+    wanted = plain(expected[:3] / norm[:3, None, None], FAST[2])
+    assert (moved[:3] - wanted).norm() < 0.03 * wanted.norm()
+    assert moved[4].eq(0).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("m", "n", "r"), [(2048, 1024, 102), (512, 2048, 204), (520, 1024, 300), (1000, 777, 10)])
+@pytest.mark.parametrize(
+    ("m", "n", "r"), [(2048, 1024, 102), (512, 2048, 204), (520, 1024, 300), (520, 2048, 600), (1000, 777, 10)]
+)
 def test_products_of_gradients(monkeypatch, dtype, m, n, r):
     """Every time: where a compiler lets a copy overtake the product that reads it, only some come out wrong."""
     generator = torch.Generator("cuda").manual_seed(0)

@@ -31,6 +31,8 @@ COMMON = {
     "COLUMNS": True,
     "SPLIT": False,
     "ABSOLUTE": False,
+    "RESULT": tl.bfloat16,
+    "SCALED": False,
 }
 MOVED = dict.fromkeys(("PARAMETER", "DIRECTION", "AVERAGE"), tl.float32) | {
     "RIGHT": tl.bfloat16,
@@ -66,6 +68,7 @@ MOVE = dict.fromkeys(("parameters", "directions", "averages", "rights", "streams
 ADVANCE = {"projected": "*fp32", "squares": "*fp32", "flaws": "*i32", "lefts": "*i64", "averages": "*i64"} | {
     "moved": "*fp32",
     "factors": "*bf16",
+    "lengths": "*fp32",
     "roots": "*fp32",
     "clock": "*fp32",
 }
@@ -73,12 +76,13 @@ DIRECT = dict.fromkeys(("grads", "averages", "rights"), "*i64") | {
     "left": "*bf16",
     "flaws": "*i32",
     "found": "*bf16",
+    "factors": "*fp32",
     "sizes": "*fp32",
 }
 TILES = "left_tiles", "right_tiles", "added_tiles", "found_tiles", "lost_tiles"
 SYMMETRIC = dict.fromkeys(("left", "right", "added", "other", "found", "lost", *TILES), "*bf16") | {"factors": "*fp32"}
 ROUNDED = {"PARAMETER": tl.float16, "DIRECTION": tl.float16, "STOCHASTIC": True}
-ADVANCED = {"LEFT": tl.float16, "REFRESHED": True, "BLOCKS": True, "SHARED": True}
+ADVANCED = {"LEFT": tl.float16, "REFRESHED": True, "MEASURED": True, "BLOCKS": True, "SHARED": True}
 
 
 def needed(kernel, pointers, constants, tile, capability):
@@ -162,6 +166,13 @@ def main():
             capability,
         ),
         "direct": needed(triton_kernels.direct, DIRECT, {}, orthogonal.DIRECT_ALONG, capability),
+        "direct, scaled": needed(
+            triton_kernels.direct,
+            DIRECT | {"found": "*fp16"},
+            {"RESULT": tl.float16, "SCALED": True},
+            orthogonal.DIRECT_ALONG,
+            capability,
+        ),
         "direct, full": needed(triton_kernels.direct, DIRECT, averaged, orthogonal.DIRECT, capability),
         "symmetric": needed(
             triton_kernels.symmetric,

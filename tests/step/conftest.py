@@ -11,9 +11,10 @@ from lightning_adapm.sharding.layout import Layout
 from lightning_adapm.sharding.owners import Exchange, Owners
 from lightning_adapm.step import kernels
 
-KERNELS = (
-    "read sum_squares combine advance weigh factor move relate direct norms scales rescale symmetric sketch".split()
-)
+KERNELS = [
+    *"read sum_squares combine sketch advance weigh factor relate move".split(),
+    *"bound direct norms scales rescale symmetric".split(),
+]
 SCALARS = "one count largest tiny beta1 beta2 correction flush scale eps lr decay clip step share alpha".split()
 
 

@@ -15,10 +15,11 @@ from lightning_adapm.report.diagnostics import ResidualProbe
 from lightning_adapm.sharding.layout import Layout
 from lightning_adapm.sharding.reduction import ProcessReduction
 from lightning_adapm.sharding.rows import RowShard
-from lightning_adapm.step import exchange, kernels, newton_schulz, orthogonal
+from lightning_adapm.step import by_kernels, exchange, kernels, newton_schulz, orthogonal
 from lightning_adapm.step.interleaving import interleave
 from lightning_adapm.step.launch import Matrices
 from lightning_adapm.step.moves import Average
+from lightning_adapm.step.reading import read
 from lightning_adapm.step.transients import step_transients
 
 pytest.importorskip("triton", reason="the kernels are Triton's")
@@ -219,9 +220,51 @@ def test_fast_steps_are_taken(interpreted, monkeypatch):
     assert relative_difference(trained(ns_steps=3)[0], expected) > 1e-4
 
 
+@pytest.mark.parametrize("broken", [(), (1,)], ids=["finite", "one that is not"])
+def test_directions_are_written_in_float16(interpreted, monkeypatch, broken):
+    """Of low-rank momentum with refreshes and of none; also watched, which changes no bit."""
+    monkeypatch.setattr(by_kernels, "is_half", lambda *_: True)
+    monkeypatch.setattr(orthogonal, "DIRECT_ALONG", (16, 16, 4, 3))
+    options = {"newton_schulz": "fast", "broken": broken}
+    weights, state, _ = trained(**options)
+    assert interpreted.count("bound") == 3 + 2 + 2  # attention outputs in every step; others once they have a basis
+    assert interpreted.count("read") == 25  # as with Muon's steps: what bounds norms was read anyway
+    probe, other = ResidualProbe(), ResidualProbe()
+    watched = trained(observer=probe, **options)
+    assert torch.equal(watched[0], weights) and torch.equal(watched[1], state)
+    monkeypatch.setattr(kernels, "runs_on", lambda device: False)
+    expected, expected_state, _ = trained(observer=other, **options)
+    assert relative_difference(weights, expected) < 2e-4
+    assert relative_difference(state, expected_state) < 1e-5
+    for (name, found), (same, wanted) in zip(figures(probe), figures(other), strict=True):
+        assert name == same and dict(found) == pytest.approx(dict(wanted), rel=0.02, abs=0.01)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-18, 1.0, 1e18, 1e30])
+def test_directions_in_float16_of_any_size(interpreted, scale):
+    """Factors may be as large as gradients; no update where both are zero, or factors are not finite."""
+    torch.manual_seed(0)
+    grads = [scale * torch.randn(70, 80)[:, :40] for _ in range(4)]
+    left, right = scale * torch.randn(4, 70, 16), torch.linalg.qr(torch.randn(4, 40, 5))[0].mT.contiguous()
+    left[..., 5:], left[2], left[3, 3, 2] = 0, 0, float("inf")
+    grads[1] *= 0.1
+    grads[2].zero_()
+    _, known = read(Matrices.of(grads), 4, None, 0, None)
+    factors, lengths = (left, Matrices.of([right])), left.square().sum(-1)
+    found, scaled = orthogonal.direct_in_half(Matrices.of(grads), known, factors, lengths, 0.9)
+    expected = torch.stack(grads)[:2].double() + 0.9 * left[:2, :, :5].double() @ right[:2].double()
+    assert relative_difference(orthogonal.unscaled(found, scaled)[:2].double(), expected) < 1e-3
+    torch.testing.assert_close(scaled.squares, found.float().square().sum((1, 2)), rtol=1e-2, atol=0)
+    for iteration in (FAST[2], FAST[3]):
+        moved = orthogonal._orthogonalized(found.clone(), scaled, iteration)
+        wanted = plain(expected / expected.norm(dim=(1, 2), keepdim=True), iteration)
+        assert relative_difference(moved[:2].double(), wanted) < 0.03
+        assert moved[2:].eq(0).all()
+
+
 def test_which_matrices_are_multiplied_in_float16():
     def half(m, n, iteration, dtype=torch.bfloat16):
-        return newton_schulz.is_half(torch.empty(0, m, n, dtype=dtype), iteration)
+        return newton_schulz.is_half((m, n), dtype, iteration)
 
     assert half(32, 128, FAST[3]) and half(128, 32, FAST[4])
     assert not half(32, 32, FAST[3]) and not half(32, 128, FAST[3], torch.float32)
@@ -233,7 +276,7 @@ def test_which_matrices_are_multiplied_in_float16():
 @pytest.mark.parametrize("described", [False, True])
 def test_a_symmetric_product(interpreted, monkeypatch, transposed, described):
     monkeypatch.setattr(newton_schulz, "LARGE_SYMMETRIC", (16, 32, 16, 4, 3))
-    monkeypatch.setattr(newton_schulz, "_has_accelerator", lambda device: described)
+    monkeypatch.setattr(kernels, "has_accelerator", lambda device: described)
     matrices, added = torch.randn(2, 52, 72), torch.randn(2, 52, 52)
     added = added + added.mT
     given = matrices.mT.contiguous().mT if transposed else matrices
