@@ -16,7 +16,7 @@ FULL_TABLE = f"{FORMER}, embedding full, full in int8"
 7.8 % on GPT-2 124M, the former defaults 5.3 and 7.2 %."""
 MUONS_STEPS = "PartialMuon, Muon's steps"
 FOUR = "PartialMuon, 4 fast steps"
-"""Its default when most of its rows were run; two long steps since."""
+"""Row of the default at the time when most rows were run; the default has had two long steps since."""
 ADAPMS = "PartialMuon, AdaPM's table"
 """Low-rank momentum for MLPs alone, at rank 5 %, which is smaller: 4.9 % on Llama-3-8B and 7.6 % on GPT-2 124M."""
 OF_TABLE: dict[str, Any] = {"momentum": DEFAULT_MOMENTUM, "rank": 0.05}

@@ -38,7 +38,7 @@ _WORDS = {
 
 
 class CommandParser(ArgumentParser):
-    """Parser that raises its errors, for :func:`one_line`, and suggests an option for one that there is not."""
+    """Parser that raises its errors, for :func:`one_line`, and suggests a known option for an unknown one."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise an ``argparse.ArgumentError``; jsonargparse would print all options and exit."""
@@ -80,7 +80,7 @@ def one_line(error: Exception) -> str:
 
 
 def _reason(text: str) -> str:
-    """The reason in a text of jsonargparse's, in which texts about parts of a value are indented."""
+    """Find the reason in a text of jsonargparse, which indents the texts about parts of a value."""
     text = textwrap.dedent(text).strip()
     if found := re.match(r'(?:Validation failed: )?Parser key "([\w.+-]+)":\s', text):
         rest = _reason(text[found.end() :])
@@ -107,7 +107,7 @@ def _reason(text: str) -> str:
 
 
 def _of_class(path: str, details: str) -> str:
-    """What is wrong with a class, or with one of its arguments."""
+    """Describe what is wrong with a class, or with one of its arguments."""
     text = " ".join(details.split())
     module, _, name = path.rpartition(".")
     if unknown := re.search(r"Key '([\w.]+)' is not expected", text):
@@ -149,7 +149,7 @@ def _subtypes(text: str) -> str:
 
 
 def _no_class(name: str, types: str) -> str:
-    """What is wrong with a name that is no class, and the nearest class of the wanted ``types``, or all of them."""
+    """Name the nearest class of the wanted ``types`` for a name that is no class, or list all of them."""
     paths: dict[str, str] = {}
     for path in re.findall(r"<class '([\w.]+\.\w+)'>", types):
         module, _, base = path.rpartition(".")
@@ -180,7 +180,7 @@ def _in_words(path: str) -> str:
 
 
 def _of_types(types: str, given: str) -> str:
-    """What a value must be, from the types that it may have, and what was found."""
+    """Describe what a value must be, by the types that it may have, and what was found."""
     literals = [word.strip("'") for found in re.findall(r"Literal\[(.*?)\]", types) for word in found.split(", ")]
     wanted = [_in_words(path) for path in re.findall(r"<class '([\w.]+)'>", re.sub(r"Literal\[.*?\]", "", types))]
     wanted += ["a list"] * bool(re.search(r"\b(list|Iterable|Sequence)\[", types))

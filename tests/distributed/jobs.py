@@ -151,7 +151,7 @@ def backward(model, tokens, times):
 
 
 def clip(model, most):
-    """Clip gradients by the norm of all of them. FSDP1's own clipping knows no float64."""
+    """Clip gradients by the norm of all of them. FSDP1's own clipping does not support float64."""
     if not isinstance(model, FullyShardedDataParallel):
         torch.nn.utils.clip_grad_norm_(model.parameters(), most)
         return

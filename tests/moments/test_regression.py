@@ -1,4 +1,4 @@
-"""Regressors of gradients: what their factors are fitted with."""
+"""Gram matrices, by which regressors of gradients fit their factors."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from lightning_adapm.moments import regression
 
 @pytest.mark.parametrize("n", [0, 7, 8, 16, 23])
 def test_gram_matrices_are_float64_s_rounded_once(monkeypatch, n):
-    """Of parts of columns, the last of which may be short, and of rows that lie as columns."""
+    """Parts of columns are added up apart, the last of which may be short; rows may lie in memory as columns."""
     monkeypatch.setattr(regression, "_ADDED_APART", 8)
     columns = torch.randn(2, n, 3, generator=torch.Generator().manual_seed(0))
     columns[:, : n // 2] *= 1e4

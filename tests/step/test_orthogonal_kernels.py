@@ -222,7 +222,7 @@ def test_fast_steps_are_taken(interpreted, monkeypatch):
 
 @pytest.mark.parametrize("broken", [(), (1,)], ids=["finite", "one that is not"])
 def test_directions_are_written_in_float16(interpreted, monkeypatch, broken):
-    """Of low-rank momentum with refreshes and of none; also watched, which changes no bit."""
+    """Low-rank momentum with refreshes, and no momentum; a monitor changes no bit."""
     monkeypatch.setattr(by_kernels, "is_half", lambda *_: True)
     monkeypatch.setattr(orthogonal, "DIRECT_ALONG", (16, 16, 4, 3))
     options = {"newton_schulz": "fast", "broken": broken}

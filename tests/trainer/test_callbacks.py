@@ -60,7 +60,7 @@ def test_no_bar_of_the_state_ends_at_an_axis():
 
 
 def test_a_file_that_cannot_be_written_does_not_end_the_training(tmp_path, monkeypatch):
-    """As on a full disk; all that the run was for comes after it."""
+    """As on a full disk: the model, which the run was for, may be written after these files."""
 
     def refuse(*args, **kwargs):
         raise OSError(28, "No space left on device")

@@ -290,7 +290,7 @@ def test_a_checkpoint_that_cannot_be_read_is_refused_before_any_work(tmp_path):
 
 @pytest.mark.parametrize(("raised", "status"), [(SIGTERMException, 143), (KeyboardInterrupt, 130)])
 def test_an_interrupted_run_does_not_end_with_status_0(in_process, monkeypatch, capsys, raised, status):
-    """As that of Lightning's SIGTERMException, after which `fit && generate` would go on."""
+    """Lightning's SIGTERMException would end with 0, after which `fit && generate` would go on."""
 
     def interrupted(*args, **kwargs):
         raise raised
