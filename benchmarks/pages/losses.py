@@ -16,11 +16,11 @@ MODELS = {
 }
 """Panels of ``loss_and_bytes``, and the heads of their columns."""
 STEPS = "step_time-cuda-llama-3.2-1b-float32"
-"""Measurement of the last column, by page: AdaPM's defaults, its former ones, PartialMuon with two long and four fast
-steps, with Muon's, its former defaults.
+"""Measurement of the last column, by page: AdaPM's defaults, its former ones, PartialMuon with two long steps, with
+four fast ones, with Muon's, its former defaults.
 """
-DEFAULTS, COMPACT, MUON, MUONS, FORMER = (
-    f"{kind}-{STEPS}" for kind in ("h200", "compact", "long-steps", "muon", "compact-muon")
+DEFAULTS, COMPACT, MUON, FOUR, MUONS, FORMER = (
+    f"{kind}-{STEPS}" for kind in ("h200", "compact", "float16-directions", "long-steps", "muon", "compact-muon")
 )
 BASE = "AdamW, fused"
 
@@ -79,9 +79,9 @@ CHOICE_ROWS = (
     Row("compact, block", "AdaPM block, compact", COMPACT, "AdaPM block"),
     Row('`momentum="paper"`, rank 5 %, float32', "AdaPM, paper"),
     Row("`PartialMuon`", "PartialMuon", MUON),
-    Row('`PartialMuon(newton_schulz="fast", ns_steps=4)`', "PartialMuon, 4 fast steps", MUON),
+    Row('`PartialMuon(newton_schulz="fast", ns_steps=4)`', "PartialMuon, 4 fast steps", FOUR),
     Row('`PartialMuon(newton_schulz="muon")`', "PartialMuon, Muon's steps", MUONS),
-    Row("with AdaPM's table and rank, Muon's steps", "PartialMuon, AdaPM's table", MUON),
+    Row("with AdaPM's table and rank, Muon's steps", "PartialMuon, AdaPM's table", FOUR),
     Row("compact, with Muon's steps", "PartialMuon, compact", FORMER),
     Row('`PartialMuon(momentum="full")`, which is Muon', "Muon", FORMER),
     Row("`AdamMini`", "Adam-mini"),

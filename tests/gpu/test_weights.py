@@ -6,6 +6,7 @@ from on_gpu import NEEDED, NEIGHBORS, compact, gradients, model
 from torch import nn
 
 from lightning_adapm import AdaPM, LoRAPre, PartialMuon
+from lightning_adapm.moments import orthogonal
 
 pytestmark = NEEDED
 
@@ -28,7 +29,10 @@ def test_the_same_weights_as_on_a_cpu(second_moment, dtype, tolerance):
 
 @pytest.mark.parametrize("name", NEIGHBORS)
 def test_the_neighbors_move_as_on_a_cpu(monkeypatch, name):
-    """Relative to what they moved. Directions are in bfloat16 here; fast steps multiply differences by 3."""
+    """Relative to what they moved, next to products in float32 where a CPU would multiply bfloat16: fast steps multiply
+    its rounding to 8 % of a move at 64 rows.
+    """
+    monkeypatch.setattr(orthogonal, "_multiplies_bfloat16", lambda device: device.type == "cuda")
     make, options = NEIGHBORS[name]
     nets, start = [model(), model().cuda()], model()
     for net in nets:
