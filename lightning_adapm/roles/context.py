@@ -213,7 +213,8 @@ def link(items: Iterable[Named]) -> None:
     attentions = [
         path
         for path, children in modules.items()
-        if rules.is_attention(children) or rules.is_list_of_projections(path, children)
+        if rules.is_attention(children)
+        or rules.is_list_of_projections(path, {child: item.shape for child, item in children.items()})
     ]
     rules_met = ((item, rules.first_match(rules.NAME_RULES, item.path.lower())) for item in items)
     attentions += [item.parent for item, met in rules_met if met and met[0] in rules.FUSED]

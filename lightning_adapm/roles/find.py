@@ -72,15 +72,16 @@ def _by_structure(item: Named) -> tuple[str | None, str] | None:
         return None, rules.IN_MIXER
     if item.joins_heads:
         return "attn_out", "projects the values of attention heads"
-    if rules.is_list_of_projections(item.parent, item.beside):
+    if rules.is_list_of_projections(item.parent, {child: other.shape for child, other in item.beside.items()}):
         return rules.LISTED[int(item.child)], "place in a list of an attention's projections"
     if not rules.is_attention(item.beside):
         return None
     role = rules.child_role(item.child)
     if role == "qkv" and "q_attn" in item.beside:  # GPT-2's cross-attention
         role = "kv"
-    if item.child == "fc" and [rules.child_role(child) for child in item.beside].count("attn_out") > 1:
-        return None  # an MLP's, in a block without modules of its own
+    outputs = [rules.child_role(child) for child in item.beside].count("attn_out")
+    if outputs > 1 and re.fullmatch(rules.OUTPUT_IF_ALONE, item.child):
+        return None  # `fc` is an MLP's, in a block without modules of its own
     return (role, "lies in an attention module") if role else None
 
 

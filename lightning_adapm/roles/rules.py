@@ -5,7 +5,7 @@ All patterns are regular expressions on lower-case names without ``.weight``; ro
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 
 INTERLEAVED = "qkv_interleaved"
@@ -55,6 +55,9 @@ CHILD_RULES: tuple[tuple[str, str], ...] = (
         rf"|{_BEFORE}(o|out|output){_AFTER}|w?_?(concat|combine|unify_?heads)(_heads)?(_proj|_linear)?|fc",
     ),
 )
+
+# Those names that another layer next to an attention's output has as well, such as one that merges two streams.
+OUTPUT_IF_ALONE = r"fc|merge(_heads)?|resid_proj|final_(proj|projection)"
 
 # Those names that a layer outside attention rarely has.
 OUTPUT_ONLY = r"(w|fc)?_?o|o_?(proj|lin|net)|out_?(proj|lin)|to_out|attn_out|attention_out"
@@ -190,9 +193,13 @@ def is_attention(children: Iterable[str]) -> bool:
     return "qkv" in roles or {"key", "value", "attn_out"} <= roles  # the latter ask with a learned vector
 
 
-def is_list_of_projections(path: str, children: Iterable[str]) -> bool:
-    """Whether an attention has all of its projections in one list, as in the Annotated Transformer."""
-    return bool(re.search(rf"{_ATTENTION}linears$", path.lower())) and {*children} == {*map(str, range(len(LISTED)))}
+def is_list_of_projections(path: str, shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Whether an attention has all of its projections in one list, as in the Annotated Transformer.
+
+    They have one shape there, as the layers of an MLP that pools by attention do not.
+    """
+    is_list = bool(re.search(rf"{_ATTENTION}linears$", path.lower()))
+    return is_list and {*shapes} == {*map(str, range(len(LISTED)))} and len({*map(tuple, shapes.values())}) == 1
 
 
 def first_match(table: Iterable[tuple[str | None, str]], stem: str) -> tuple[str | None, str] | None:

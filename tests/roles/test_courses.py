@@ -1,5 +1,7 @@
 """Attention as courses, books and papers write it: heads as modules, projections in a list, letters for names."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -64,11 +66,18 @@ def test_a_list_of_four_projections():
         outer.linears = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(count))
         return nn.ModuleDict({"self_attn": outer})
 
+    def pooling():
+        """An MLP of four layers that weighs tokens."""
+        widths = (WIDTH, 64, 32, 16, 2)
+        layers = nn.ModuleList(nn.Linear(*pair) for pair in itertools.pairwise(widths))
+        return nn.ModuleDict({"self_attn": nn.ModuleDict({"linears": layers})})
+
     rows = found(attention)
     roles = [rows[f"self_attn.linears.{place}"] for place in range(4)]
     assert roles == [[("query", HEADS)], [("key", HEADS)], [("value", None)], [("attn_out", None)]]
-    with pytest.raises(ValueError, match=r"is not known:\n  blocks.0.sa.self_attn.linears.0.weight"):
-        found(lambda: attention(5))
+    for other in (lambda: attention(5), pooling):
+        with pytest.raises(ValueError, match=r"is not known:\n  blocks.0.sa.self_attn.linears.0.weight"):
+            found(other)
 
 
 def test_a_height_is_no_number_of_heads():

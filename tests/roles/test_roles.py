@@ -131,6 +131,13 @@ def test_outputs_of_an_mlp_are_no_attention_outputs(child):
     assert role_of(model, "attn.o_proj") == "attn_out"
 
 
+@pytest.mark.parametrize("child", ["merge", "resid_proj", "final_proj"])
+def test_names_of_outputs_next_to_an_output_are_refused(child):
+    """A layer that merges two streams is no output of the attention next to it."""
+    model = model_of(attn=tree(**QKVO, **linear(**{child: (16, 32)})))
+    assert f"2 matrices is not known:\n  layers.0.attn.{child}.weight" in refused(model)
+
+
 @pytest.mark.parametrize("kind", ["MultiHeadAttention", "Mix"])
 def test_heads_as_modules_with_one_output_around_them(kind):
     def mixing():
