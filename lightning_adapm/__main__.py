@@ -20,6 +20,8 @@ _HELP = (["-h"], ["--help"])
 _READ_INPUT = ("lightning_adapm", "jsonargparse", "argparse")
 _READS_DEVICES = "lightning.pytorch.trainer.connectors.accelerator_connector"
 """The module of the Trainer's that reads its accelerator, devices, strategy and precision."""
+_READS_CHECKPOINTS = "lightning.pytorch.trainer.connectors.checkpoint_connector"
+"""The module of the Trainer's that reads `ckpt_path`."""
 
 USAGE = f"""\
 usage: lightning-adapm {{{",".join(COMMANDS)}}} [--config FILE ...] [--OPTION VALUE ...]
@@ -64,10 +66,10 @@ def main(args: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left at its end
         sys.exit(1)
     except KeyboardInterrupt:
-        sys.exit(_interrupted(signal.SIGINT))
+        sys.exit(_interrupted(words[0], signal.SIGINT))
     except SystemExit as end:
         if type(end).__name__ == "SIGTERMException":  # Lightning's, with which Python would report success
-            sys.exit(_interrupted(signal.SIGTERM))
+            sys.exit(_interrupted(words[0], signal.SIGTERM))
         raise
     except Exception as error:
         if os.environ.get(TRACEBACK) == "1" or not _is_about_input(error):
@@ -104,9 +106,10 @@ def _run(command: str, options: list[str], args: list[str] | None) -> None:
         _leave_process_group()
 
 
-def _interrupted(number: signal.Signals) -> int:
-    """Say that a signal has ended the run, and return the exit status that shells use for that."""
-    print(f"lightning-adapm: interrupted by {number.name}; --ckpt_path continues from a checkpoint", file=sys.stderr)
+def _interrupted(command: str, number: signal.Signals) -> int:
+    """Say that a signal has ended a command, and return the exit status that shells use for that."""
+    hint = "; --ckpt_path continues from a checkpoint" if command == "fit" else ""
+    print(f"lightning-adapm: interrupted by {number.name}{hint}", file=sys.stderr)
     return 128 + number
 
 
@@ -120,11 +123,11 @@ def _leave_process_group() -> None:
 
 def _is_about_input(error: Exception) -> bool:
     """Whether an error is about input: its type is, and so is what the code that raised it does."""
-    frame = list(traceback.walk_tb(error.__traceback__))[-1][0]
-    module = frame.f_globals.get("__name__", "")
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    module = modules[-1]
     package, misconfigured = module.partition(".")[0], _misconfigurations()
     if isinstance(error, RuntimeError) and str(error).startswith("Error(s) in loading state_dict"):
-        return True  # torch's, about the checkpoint of another model
+        return _READS_CHECKPOINTS in modules  # torch's, about the checkpoint of another model
     if package in _READ_INPUT or module == _READS_DEVICES:
         return isinstance(error, (*_INPUT_ERRORS, *misconfigured))
     return package == "lightning" and isinstance(error, misconfigured)

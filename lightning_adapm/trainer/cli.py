@@ -133,7 +133,7 @@ class AdaPMCLI(LightningCLI):
 def check_checkpoint(path: str | None) -> None:
     """Refuse a file that is missing or incomplete; the Trainer itself looks up URLs, and "best", "last" and the like.
 
-    A checkpoint is a zip file, whose table is at its end, or a folder of ``torch.distributed.checkpoint``.
+    A checkpoint is a zip file, whose table is at its end, or a folder of ``torch.distributed.checkpoint`` or DeepSpeed.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -150,7 +150,7 @@ def check_checkpoint(path: str | None) -> None:
         raise ValueError(
             f"`ckpt_path`: {path!r} of {found.stat().st_size} bytes is no complete checkpoint; give an earlier one"
         )
-    if found.is_dir() and not (found / ".metadata").is_file():
+    if found.is_dir() and not any((found / name).is_file() for name in (".metadata", "latest")):
         files = sorted(found.rglob("*.ckpt"), key=lambda file: -file.stat().st_mtime)
         hint = f"give {str(files[0])!r}" if files else "it holds none, so give another"
         raise ValueError(f"`ckpt_path`: {path!r} is a folder and no checkpoint; {hint}")

@@ -283,9 +283,13 @@ def test_a_checkpoint_that_cannot_be_read_is_refused_before_any_work(tmp_path):
     saved.write_bytes(saved.read_bytes()[:2000])
     with pytest.raises(ValueError, match="last.ckpt' of 2000 bytes is no complete checkpoint; give an earlier one"):
         cli.check_checkpoint(str(saved))
-    (tmp_path / ".metadata").touch()
-    for path in (None, "last", "s3://runs/last.ckpt", str(tmp_path)):
+    for path in (None, "last", "s3://runs/last.ckpt"):
         cli.check_checkpoint(path)
+    for name in (".metadata", "latest"):  # of torch.distributed.checkpoint and of DeepSpeed
+        saved = tmp_path / name.removeprefix(".")
+        saved.mkdir()
+        (saved / name).touch()
+        cli.check_checkpoint(str(saved))
 
 
 @pytest.mark.parametrize(("raised", "status"), [(SIGTERMException, 143), (KeyboardInterrupt, 130)])
@@ -300,6 +304,21 @@ def test_an_interrupted_run_does_not_end_with_status_0(in_process, monkeypatch, 
         in_process("fit")
     assert end.value.code == status
     assert "--ckpt_path continues from a checkpoint" in capsys.readouterr().err
+    monkeypatch.setattr("lightning_adapm.commands.recipes.run", interrupted)
+    with pytest.raises(SystemExit) as end:
+        in_process("recipes")
+    assert end.value.code == status
+    assert "--ckpt_path" not in capsys.readouterr().err  # which only training has
+
+
+@pytest.mark.parametrize("reader", ["lightning.pytorch.trainer.connectors.checkpoint_connector", "a_user_s_module"])
+def test_weights_that_do_not_fit_are_blamed_on_ckpt_path_only_where_it_is_read(in_process, monkeypatch, reader):
+    names = {"__name__": reader, "weights": {"bias": torch.zeros(3)}, "layer": torch.nn.Linear(2, 3)}
+    exec("def load(*args, **kwargs):\n    layer.load_state_dict(weights)", names)
+    monkeypatch.setattr(cli.LightningCLI, "__init__", names["load"])
+    is_ckpt_path = reader.startswith("lightning")
+    with pytest.raises(SystemExit if is_ckpt_path else RuntimeError, match="ckpt_path" if is_ckpt_path else "Missing"):
+        in_process("fit")
 
 
 @pytest.mark.parametrize("package", ["lightning_adapm.made_up", "elsewhere"])
