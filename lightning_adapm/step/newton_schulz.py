@@ -27,6 +27,8 @@ _RESCALED = 4096
 
 NORM, _GRAM = 64.0, 256.0
 """Factors of a matrix and of its first Gram matrix in float16, where smaller ones would lose bits."""
+_LEAST_NORM = NORM / 256
+"""Least norm that is divided out, where gradient and momentum cancel: polynomials that make up for less overflow."""
 _MOST_SQUARE = 5 / 3
 """Columns for each row, in the shape with more of them, up to which long steps take less work in the plain form."""
 _MOST_SLOPE = 320.0
@@ -87,14 +89,15 @@ def iterated_in_half(found: Tensor, iteration: Iteration, squares: Tensor | None
 
     Their norms are :data:`NORM` or 0; or, of about that size, the roots of ``squares`` ``(b,)``. The results have the
     scale of :func:`iterated`'s. What the Gram matrix loses to float16 is as large as its small eigenvalues, and added
-    again when the first step has made them larger.
+    again when the first step has made them larger. Matrices of a norm below :data:`_LEAST_NORM` give results that are
+    as much smaller.
     """
     if not found.numel():
         return found
     if squares is None:
         inverse = found.new_full(found.shape[:1], 1 / NORM, dtype=torch.float32)
     else:
-        inverse = torch.where(squares > 0, squares, 1.0).rsqrt_()
+        inverse = squares.clamp_min(_LEAST_NORM**2).rsqrt_()
     if _are_long(iteration.steps):
         return _in_long_steps(found, iteration.steps, inverse)
     return _multiplied(found, _of_all_steps(_rows(found), iteration, inverse))
@@ -115,7 +118,7 @@ def _in_long_steps(found: Tensor, steps: Sequence[Step], inverse: Tensor) -> Ten
     b, m, n = rows.shape
     lost = rows.new_empty(b, m, m) if n > _MOST_SQUARE * m else None
     gram = symmetric(rows, rows, alpha=_GRAM, factors=inverse, powers=(2, 0, 0, 0), lost=lost)
-    root = _inverse(gram).sqrt()
+    root = _inverse_in_half(gram).sqrt()
     if lost is None:
         # of a norm of NORM: the rest of its inverse, which is near 1, follows where it is squared or at last
         other, rest = _multiplied(found, _polynomial(gram, first, root, 2, 1, _GRAM**0.5 / NORM)), inverse * NORM
@@ -142,7 +145,9 @@ def _of_first_step(rows: Tensor, iteration: Iteration, norms: Tensor) -> tuple[T
     """
     lost = rows.new_empty(len(rows), rows.shape[1], rows.shape[1])
     gram = symmetric(rows, rows, alpha=_GRAM, factors=norms, powers=(2, 0, 0, 0), lost=lost)
-    inverse = _inverse(gram) if iteration.by_gram else gram.new_full(gram.shape[:1], 1 / _GRAM, dtype=torch.float32)
+    inverse = (
+        _inverse_in_half(gram) if iteration.by_gram else gram.new_full(gram.shape[:1], 1 / _GRAM, dtype=torch.float32)
+    )
     ((a, b, c),) = squares_of(iteration.steps[0])
     polynomial = symmetric(gram, gram, gram, c, b, factors=inverse, powers=(2, 1, 0, 0))
     turned = symmetric(polynomial, gram, gram, _GRAM, a * _GRAM, factors=inverse)
@@ -188,6 +193,12 @@ def _inverse(gram: Tensor) -> Tensor:
     """Inverse norms of Gram matrices ``(b, m, m)``, 1 for those that are zero."""
     size = torch.linalg.vector_norm(gram, dim=(-2, -1), dtype=torch.float32)
     return torch.where(size > 0, size, 1.0).reciprocal()
+
+
+def _inverse_in_half(gram: Tensor) -> Tensor:
+    """Inverse norms of Gram matrices of matrices of norm 1, times :data:`_GRAM`; no larger for smaller matrices."""
+    least = 0.5 * _GRAM / gram.shape[-1] ** 0.5  # half of what the Gram matrix of a norm of 1 has at least
+    return torch.linalg.vector_norm(gram, dim=(-2, -1), dtype=torch.float32).clamp_min(least).reciprocal()
 
 
 def _rows(found: Tensor) -> Tensor:

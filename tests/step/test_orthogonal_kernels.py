@@ -262,6 +262,22 @@ def test_directions_in_float16_of_any_size(interpreted, scale):
         assert moved[2:].eq(0).all()
 
 
+@pytest.mark.parametrize("iteration", [FAST[2], FAST[3]], ids=["long steps", "short steps"])
+@pytest.mark.parametrize("shape", [(20, 24), (20, 60)])
+def test_directions_in_float16_that_cancel(interpreted, shape, iteration):
+    """Far below their bound, they give smaller updates, and NaN nowhere."""
+    torch.manual_seed(0)
+    right = torch.linalg.qr(torch.randn(6, shape[1], 16))[0].mT.contiguous()
+    left = torch.randn(6, shape[0], 16)
+    grads = list(left @ right)
+    left *= torch.tensor([1e-1, 1e-2, 1e-3, 1e-5, 1e-7, 0.0])[:, None, None] - 1
+    _, known = read(Matrices.of(grads), 6, None, 0, None)
+    factors, lengths = (left, Matrices.of([right])), left.square().sum(-1)
+    found = orthogonal.direct_in_half(Matrices.of(grads), known, factors, lengths, 1.0)
+    sizes = torch.linalg.matrix_norm(orthogonal._orthogonalized(*found, iteration).float(), 2)
+    assert sizes[:3].min() > 0.66 and sizes.max() < 1.5 and sizes[4:].max() < 0.1
+
+
 def test_which_matrices_are_multiplied_in_float16():
     def half(m, n, iteration, dtype=torch.bfloat16):
         return newton_schulz.is_half((m, n), dtype, iteration)
