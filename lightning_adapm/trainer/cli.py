@@ -93,9 +93,8 @@ class AdaPMCLI(LightningCLI):
         """Refuse a missing checkpoint, choose a precision if the user has not, and drop a progress bar if unwanted."""
         check_checkpoint(self.config[str(self.subcommand)].get("ckpt_path"))
         trainer = self.config[str(self.subcommand)].trainer
-        if trainer.enable_progress_bar is False and isinstance(
-            trainer.callbacks, list
-        ):  # the Trainer refuses a bar then
+        # the Trainer refuses a bar then
+        if trainer.enable_progress_bar is False and isinstance(trainer.callbacks, list):
             trainer.callbacks = [each for each in trainer.callbacks if not each.class_path.endswith(".RichProgress")]
         if trainer.precision is None and trainer.accelerator in ("auto", "gpu", "cuda") and _cuda_has_bf16():
             trainer.precision = "bf16-mixed"

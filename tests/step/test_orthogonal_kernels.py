@@ -78,6 +78,19 @@ def figures(probe):
     return sorted((reading.name, sorted(reading.figures.items())) for reading in probe.read())
 
 
+def assert_as_watched_and_without_kernels(monkeypatch, weights, state, options, tolerances, figure):
+    """A monitor changes no bit. Without kernels, weights, state and a monitor's figures agree within tolerances."""
+    probe, other = ResidualProbe(), ResidualProbe()
+    watched = trained(observer=probe, **options)
+    assert torch.equal(watched[0], weights) and torch.equal(watched[1], state)
+    monkeypatch.setattr(kernels, "runs_on", lambda device: False)
+    expected, expected_state, _ = trained(observer=other, **options)
+    assert relative_difference(weights, expected) < tolerances[0]
+    assert relative_difference(state, expected_state) < tolerances[1]
+    for (name, found), (same, wanted) in zip(figures(probe), figures(other), strict=True):
+        assert name == same and dict(found) == pytest.approx(dict(wanted), **figure)
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"momentum": "full"}, {"nesterov": False, "weight_decay": 0, "state_dtype": "float16"}],
@@ -90,15 +103,9 @@ def test_as_without_kernels(interpreted, monkeypatch, options):
     weights, state, optimizer = trained(**options)
     assert {row.path for row in optimizer.step_paths()} == {"kernels"}
     assert {"read", "direct", "symmetric", "move"} <= set(interpreted)
-    probe, other = ResidualProbe(), ResidualProbe()
-    watched = trained(observer=probe, **options)
-    assert torch.equal(watched[0], weights) and torch.equal(watched[1], state)
-    monkeypatch.setattr(kernels, "runs_on", lambda device: False)
-    expected, expected_state, _ = trained(observer=other, **options)
-    assert relative_difference(weights, expected) < 1e-5
-    assert relative_difference(state, expected_state) < (1e-2 if "state_dtype" in options else 1e-5)
-    for (name, found), (same, wanted) in zip(figures(probe), figures(other), strict=True):
-        assert name == same and dict(found) == pytest.approx(dict(wanted), rel=2e-3, abs=1e-4)
+    tolerances = 1e-5, 1e-2 if "state_dtype" in options else 1e-5
+    figure = {"rel": 2e-3, "abs": 1e-4}
+    assert_as_watched_and_without_kernels(monkeypatch, weights, state, options, tolerances, figure)
 
 
 def test_full_momentum_in_eight_bits(interpreted, monkeypatch):
@@ -229,15 +236,8 @@ def test_directions_are_written_in_float16(interpreted, monkeypatch, broken):
     weights, state, _ = trained(**options)
     assert interpreted.count("bound") == 3 + 2 + 2  # attention outputs in every step; others once they have a basis
     assert interpreted.count("read") == 25  # as with Muon's steps: what bounds norms was read anyway
-    probe, other = ResidualProbe(), ResidualProbe()
-    watched = trained(observer=probe, **options)
-    assert torch.equal(watched[0], weights) and torch.equal(watched[1], state)
-    monkeypatch.setattr(kernels, "runs_on", lambda device: False)
-    expected, expected_state, _ = trained(observer=other, **options)
-    assert relative_difference(weights, expected) < 2e-4
-    assert relative_difference(state, expected_state) < 1e-5
-    for (name, found), (same, wanted) in zip(figures(probe), figures(other), strict=True):
-        assert name == same and dict(found) == pytest.approx(dict(wanted), rel=0.02, abs=0.01)
+    figure = {"rel": 0.02, "abs": 0.01}
+    assert_as_watched_and_without_kernels(monkeypatch, weights, state, options, (2e-4, 1e-5), figure)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-18, 1.0, 1e18, 1e30])
