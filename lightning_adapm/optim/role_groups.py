@@ -47,8 +47,8 @@ class RoleGroups(Checkpointed):
         options.check_roles(roles, unmatched)
         self._automatic = options.are_automatic(defaults, self.automatic)
         """Options that are automatic in groups that do not state them."""
-        derived = {option: self.automatic[option](defaults) for option in self._automatic}
-        plain = options.plain({**defaults, **derived}, {**defaults, **derived}, unmatched)
+        stated = {**defaults, **{option: self.automatic[option](defaults) for option in self._automatic}}
+        plain = options.plain(stated, stated, unmatched)
         self.check_options(plain)
         self.name_rules = dict(roles or {})
         self.unmatched = unmatched
